@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""Set up this repository and run it: `python3 dev.py demo` or `python3 dev.py test`.  Needs Python alone.
+
+Both make a virtual environment (`.venv`, or --venv) with the versions of constraints.txt and install the
+project into it, then go on in there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+PROMPT = "class Stack:\n    def __init__(self):\n"
+
+
+class Environment:
+    """A virtual environment with this project in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.bin = folder / ("Scripts" if os.name == "nt" else "bin")
+        if not (folder / "pyvenv.cfg").is_file():
+            venv.create(folder, with_pip=True)
+
+    def install(self, extras: str) -> None:
+        """Install the project, editable, with some of its extras."""
+        self.run(
+            "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+            "--constraint", ROOT / "constraints.txt", "--editable", f"{ROOT}[{extras}]",
+        )  # fmt: skip
+
+    def run(self, program: str, *arguments: str | Path) -> None:
+        """Run one of the environment's programs; end with its status where it fails."""
+        print("+", program, *(repr(str(a)) if "\n" in str(a) else a for a in arguments), flush=True)
+        status = subprocess.run([self.bin / program, *arguments], cwd=ROOT).returncode
+        if status:
+            sys.exit(status)
+
+
+def demo(environment: Environment) -> None:
+    """Export the embedded default, write text with it, compare its strategies."""
+    environment.install("cpu,export,bench")
+    multi, plain = ROOT / "demo/python-t3/model.onnx", ROOT / "demo/python-t3-plain/model.onnx"
+    environment.run("dynamo-export", multi, "--overwrite")
+    environment.run("dynamo-export", plain, "--heads", "0", "--overwrite")
+    environment.run("dynamo-run", multi, PROMPT, "--compare", "--seed", "1")
+    environment.run("python", "benchmarks/first_light.py", multi, plain)
+
+
+def test(environment: Environment) -> None:
+    """Run the whole test suite."""
+    environment.install("cpu,export,train,bench,dev")
+    environment.run("python", "-m", "pytest")
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=("demo", "test"))
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="default: .venv in the repository")
+    arguments = parser.parse_args()
+    jobs = {"demo": demo, "test": test}
+    jobs[arguments.job](Environment(arguments.venv.resolve()))
+
+
+if __name__ == "__main__":
+    main()
