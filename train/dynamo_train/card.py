@@ -1,0 +1,137 @@
+"""The model card: what a checkpoint was trained on, and how good its heads are on text it never saw."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from dynamo_model import MultiTokenModel
+
+from .corpus import held_out_documents
+from .objective import ModifiedCLM, perplexities
+from .pipeline import RECORD_FILE
+from .tokens import validation_batches
+
+CARD_FILE = "README.md"
+FIGURES_FILE = "figures.json"
+_PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 64, 64, 96
+
+
+def measure(checkpoint: Path, source: str, held_out_percent: float) -> dict[str, float]:
+    """Measure a multi-token checkpoint on the held-out part of a corpus.
+
+    Returns:
+        ``ppl_1`` …, ``ppl_1:2`` … (papers' definitions), and from greedy continuations of held-out prompts, for
+        every further head: ``agreement_i``, the share of positions where its first choice is what the base
+        writes i tokens on, and ``accepted_i``, the same where all heads before it agreed too.
+    """
+    model = MultiTokenModel.load(checkpoint)
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    end_id = model.config.eos_token_id
+    ids = [
+        [*tokenizer.encode(document.text, add_special_tokens=False).ids, end_id]
+        for document in held_out_documents(source, held_out_percent)
+    ]
+    stream = torch.tensor([token for document in ids for token in document]).numpy()
+    length = model.config.max_position_embeddings
+    batches = validation_batches(stream, sequences=4, length=length, extra=model.n_heads)
+    figures = perplexities(ModifiedCLM(model), batches)
+    starts = torch.linspace(0, len(stream) - _PROMPT_TOKENS, _PROMPTS).long().tolist()
+    prompts = torch.stack([torch.from_numpy(stream[s : s + _PROMPT_TOKENS]) for s in starts])
+    return figures | greedy_agreement(model, prompts, _NEW_TOKENS)
+
+
+@torch.no_grad()
+def greedy_agreement(model: MultiTokenModel, prompts: torch.Tensor, new_tokens: int) -> dict[str, float]:
+    """How often the further heads' first choice is what the base itself writes, greedily continued.
+
+    Args:
+        model: the multi-token model.
+        prompts: token ids [prompts, length].
+        new_tokens: tokens the base writes behind each prompt (end-of-text does not stop it).
+    """
+    base: Any = model.base
+    written = base.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=False,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+    )
+    choices = torch.stack([logits.argmax(-1) for logits in model(written)])  # [n_heads, prompts, positions]
+    first = prompts.shape[1] - 1
+    positions = written.shape[1] - first - model.n_heads
+    agrees = torch.stack(
+        [
+            choices[i, :, first : first + positions] == written[:, first + i + 1 : first + i + 1 + positions]
+            for i in range(model.n_heads)
+        ]
+    )
+    figures = {}
+    for i in range(1, model.n_heads):
+        before = agrees[1:i].all(0)  # the first head wrote the text, so it always agrees
+        figures[f"agreement_{i + 1}"] = agrees[i].float().mean().item()
+        figures[f"accepted_{i + 1}"] = agrees[i][before].float().mean().item()
+    return figures
+
+
+def write_card(checkpoint: Path, source: str, held_out_percent: float) -> None:
+    """Measure a checkpoint and write its card and ``figures.json`` into its folder."""
+    figures = measure(checkpoint, source, held_out_percent)
+    (checkpoint / FIGURES_FILE).write_text(json.dumps(figures, indent=2) + "\n")
+    (checkpoint / CARD_FILE).write_text(_card(checkpoint, figures))
+
+
+def _card(checkpoint: Path, figures: dict[str, float]) -> str:
+    record = json.loads((checkpoint / RECORD_FILE).read_text())
+    config = json.loads((checkpoint / "config.json").read_text())
+    corpus, heads = record["heads"]["corpus"], record["heads"]["recipe"]
+    base = record.get("base", {}).get("recipe")
+    n_heads = max(int(name.removeprefix("agreement_")) for name in figures if name.startswith("agreement_"))
+    size = sum(path.stat().st_size for path in checkpoint.iterdir() if path.name != CARD_FILE) / 1e6
+    lines = [
+        f"# DynaMo T{n_heads}: a small multi-token model of Python source code",
+        "",
+        f"A {config['model_type']} decoder of {config['num_hidden_layers']} layers, width {config['hidden_size']}, "
+        f"vocabulary {config['vocab_size']}, context {config['max_position_embeddings']}, with {n_heads - 1} further "
+        f"token heads of one layer each; {size:.1f} MB in this folder. `dynamo-train default` rebuilds it.",
+        "",
+        "It completes Python in the style of the standard library. It knows little else and it is small: use it to "
+        "try the tools, not to write programs.",
+        "",
+        "## Training",
+        "",
+        f"- Text: {corpus['documents']} modules of the standard library of Python {record['heads']['python']}, "
+        f"without tests and generated tables ({corpus['characters'] / 1e6:.1f} M characters, SHA-256 "
+        f"`{corpus['sha256'][:16]}…`); {corpus['held_out_documents']} of them ({corpus['held_out_tokens']:,} of "
+        f"{corpus['held_out_tokens'] + corpus['train_tokens']:,} tokens) are held out by the hash of their "
+        "top-level name.",
+    ]
+    if base:
+        lines.append(f"- Base: {_run(base, corpus['train_tokens'])}, from scratch.")
+    frozen = "base frozen" if heads["freeze_base"] else "base trained along"
+    lines += [
+        f"- Heads: {_run(heads, corpus['train_tokens'])}, {frozen}.",
+        "",
+        "## Figures on the held-out modules",
+        "",
+        "| figure | value |",
+        "|---|---|",
+    ]
+    lines += [f"| {name.upper().replace('PPL_', 'PPL ')} | {v:.2f} |" for name, v in figures.items() if "ppl" in name]
+    for i in range(2, n_heads + 1):
+        lines.append(f"| head {i}: first choice is what the base writes, greedily | {figures[f'agreement_{i}']:.1%} |")
+        lines.append(f"| … where all heads before it agreed | {figures[f'accepted_{i}']:.1%} |")
+    return "\n".join(lines) + "\n"
+
+
+def _run(recipe: dict, train_tokens: int) -> str:
+    tokens = recipe["steps"] * recipe["sequences"] * recipe["length"]
+    return (
+        f"{recipe['steps']:,} steps of {recipe['sequences']} × {recipe['length']} tokens "
+        f"({tokens / train_tokens:.1f} epochs), {recipe['optimizer']}, {recipe['precision']} autocast"
+    )

@@ -1,0 +1,106 @@
+"""The modified CLM objective and the perplexities it is judged by (DynaMo, Eq. 1 and "Evaluation")."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import LinearCrossEntropyOptions
+from transformers import PreTrainedModel
+
+from dynamo_model import MultiTokenModel
+from dynamo_model.multi_token import scale_gradient
+
+
+class ModifiedCLM(nn.Module):
+    """Cross-entropy of every head against the labels shifted to its depth; L_T1 + L_T2 + … (Eq. 1).
+
+    Args:
+        model: a multi-token model, or a plain causal LM, which then is the one head.
+        shared_gradient_scale: LR_MB / LR_B, see :meth:`MultiTokenModel.states`.
+        freeze_base: train the further heads alone (the paper's "-H"): the base gets no gradient at all.
+    """
+
+    def __init__(
+        self,
+        model: MultiTokenModel | PreTrainedModel,
+        shared_gradient_scale: float = 1.0,
+        freeze_base: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.shared_gradient_scale = shared_gradient_scale
+        self.freeze_base = freeze_base
+        self.n_heads = model.n_heads if isinstance(model, MultiTokenModel) else 1
+        if freeze_base:
+            assert isinstance(model, MultiTokenModel)
+            model.base.requires_grad_(False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Mean negative log-likelihood of every head that is trained, else 0.
+
+        Args:
+            tokens: ids [batch, length + n_heads]; the last n_heads are labels only.
+
+        Returns:
+            Losses [n_heads].
+        """
+        length = tokens.shape[1] - self.n_heads
+        losses = []
+        for depth, (state, weight) in enumerate(self._states(tokens[:, :length]), start=1):
+            if depth == 1 and self.freeze_base:
+                losses.append(state.new_zeros(()))
+                continue
+            labels = tokens[:, depth : depth + length].reshape(-1)
+            # Chunked: the logits [batch * length, vocab] never exist at once.
+            losses.append(
+                F.linear_cross_entropy(state.flatten(0, 1), weight, labels, options=LinearCrossEntropyOptions())
+            )
+        return torch.stack([loss.float() for loss in losses])
+
+    @torch.no_grad()
+    def token_log_likelihoods(self, tokens: Tensor) -> Tensor:
+        """Log p of every head's label: [n_heads, batch, length], for ``tokens`` as in :meth:`forward`."""
+        length = tokens.shape[1] - self.n_heads
+        result = []
+        for depth, (state, weight) in enumerate(self._states(tokens[:, :length]), start=1):
+            log_p = F.linear(state, weight).float().log_softmax(-1)
+            result.append(log_p.gather(-1, tokens[:, depth : depth + length, None])[..., 0])
+        return torch.stack(result)
+
+    def _states(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Every head's normed state and the output embedding, gradients scaled on the further heads' way."""
+        if not isinstance(self.model, MultiTokenModel):
+            state = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            return [(state, self.model.get_output_embeddings().weight)]
+        states = self.model.states(input_ids, shared_gradient_scale=self.shared_gradient_scale)
+        weight = self.model.output_embedding.weight
+        scaled = scale_gradient(weight, self.shared_gradient_scale)
+        return [(state, weight if i == 0 else scaled) for i, state in enumerate(states)]
+
+
+def perplexities(objective: ModifiedCLM, batches: Iterable[NDArray[np.int64]]) -> dict[str, float]:
+    """PPL_1 … PPL_n and the joint PPL_1:2 … PPL_1:n over held-out text.
+
+    ``PPL_n = exp(-(1/T) Σ log p(x_{t+n} | x_{1:t}))``, and with independent heads
+    ``PPL_1:n = exp(-(1/(nT)) Σ_t Σ_i log p(x_{t+i} | x_{1:t}))``.
+    """
+    device = next(objective.parameters()).device
+    training = objective.training
+    objective.eval()
+    total, count = torch.zeros(objective.n_heads, dtype=torch.float64), 0
+    for tokens in batches:
+        log_likelihoods = objective.token_log_likelihoods(torch.from_numpy(tokens).to(device))
+        total += log_likelihoods.double().sum((1, 2)).cpu()
+        count += log_likelihoods[0].numel()
+    objective.train(training)
+    nll = (-total / count).tolist()
+    result = {f"ppl_{i + 1}": math.exp(value) for i, value in enumerate(nll)}
+    for n in range(2, objective.n_heads + 1):
+        result[f"ppl_1:{n}"] = math.exp(sum(nll[:n]) / n)
+    return result

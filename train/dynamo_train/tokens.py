@@ -1,0 +1,168 @@
+"""From documents to one long stream of token ids on disk, and from there to training batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from .corpus import Document, is_held_out, read_corpus
+from .errors import TrainingError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE tokenizer (as GPT-NeoX's) whose token 0 ends a document."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((document.text for document in documents), trainer)
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class CorpusRecord:
+    """What a token stream was made from; stands in model cards and guards a resumed run."""
+
+    source: str
+    documents: int
+    held_out_documents: int
+    characters: int
+    train_tokens: int
+    held_out_tokens: int
+    held_out_percent: float
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TokenStreams:
+    """Training and held-out tokens of a corpus, memory-mapped; documents end with the end-of-text token."""
+
+    train: NDArray[np.unsignedinteger]
+    held_out: NDArray[np.unsignedinteger]
+    record: CorpusRecord
+
+
+def tokenize_corpus(source: str, tokenizer: Tokenizer, end_id: int, percent: float, folder: Path) -> TokenStreams:
+    """Tokenise a corpus into ``folder``, or map what an earlier run left there for the same tokenizer.
+
+    Args:
+        source: see :func:`dynamo_train.corpus.read_corpus`.
+        tokenizer: the model's tokenizer; special tokens that it would add are left out.
+        end_id: id put behind every document.
+        percent: share of the groups that is held out.
+        folder: where the two token files and their record lie.
+    """
+    stamp = hashlib.sha256(tokenizer.to_str().encode() + f"{source} {end_id} {percent}".encode()).hexdigest()
+    record_path = folder / "tokens.json"
+    dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
+    paths = {held: folder / f"tokens-{'held-out' if held else 'train'}.bin" for held in (False, True)}
+    if not record_path.is_file() or json.loads(record_path.read_text())["stamp"] != stamp:
+        folder.mkdir(parents=True, exist_ok=True)
+        record = _tokenize(source, tokenizer, end_id, percent, dtype, paths)
+        record_path.write_text(json.dumps({"stamp": stamp, "record": asdict(record)}, indent=1))
+    record = CorpusRecord(**json.loads(record_path.read_text())["record"])
+    if not record.train_tokens or not record.held_out_tokens:
+        raise TrainingError(
+            f"'{source}' leaves {record.train_tokens} training and {record.held_out_tokens} held-out tokens: "
+            "more files, or another --held-out-percent, are needed"
+        )
+    return TokenStreams(
+        np.memmap(paths[False], dtype=dtype, mode="r"), np.memmap(paths[True], dtype=dtype, mode="r"), record
+    )
+
+
+def _tokenize(
+    source: str, tokenizer: Tokenizer, end_id: int, percent: float, dtype: np.dtype, paths: dict[bool, Path]
+) -> CorpusRecord:
+    digest = hashlib.sha256()
+    documents, tokens, characters = {False: 0, True: 0}, {False: 0, True: 0}, 0
+    files = {held: path.open("wb") for held, path in paths.items()}
+    try:
+        for document in read_corpus(source):
+            held = is_held_out(document, percent)
+            ids = [*tokenizer.encode(document.text, add_special_tokens=False).ids, end_id]
+            np.asarray(ids, dtype=dtype).tofile(files[held])
+            documents[held] += 1
+            tokens[held] += len(ids)
+            characters += len(document.text)
+            digest.update(f"{document.name}\0{document.text}\0".encode())
+    finally:
+        for file in files.values():
+            file.close()
+    return CorpusRecord(
+        source=source,
+        documents=documents[False] + documents[True],
+        held_out_documents=documents[True],
+        characters=characters,
+        train_tokens=tokens[False],
+        held_out_tokens=tokens[True],
+        held_out_percent=percent,
+        sha256=digest.hexdigest(),
+    )
+
+
+def batch(
+    stream: NDArray[np.unsignedinteger], step: int, *, sequences: int, length: int, extra: int, seed: int
+) -> NDArray[np.int64]:
+    """The batch of one training step: a function of the step alone, so that a resumed run sees the same.
+
+    Every epoch cuts the stream at another random offset and shuffles the blocks.
+
+    Args:
+        stream: token ids [tokens].
+        step: number of the step, from 0.
+        sequences: sequences in a batch.
+        length: positions in a sequence.
+        extra: tokens behind the last position, so that every head has a label everywhere.
+        seed: of the offsets and orders.
+
+    Returns:
+        Token ids [sequences, length + extra].
+
+    Raises:
+        TrainingError: the stream is shorter than one block.
+    """
+    # The random cut may cost up to one block, so that every epoch has the same number of them.
+    blocks = (len(stream) - extra) // length - 1
+    if blocks < 1:
+        raise TrainingError(f"{len(stream)} training tokens are too few for sequences of {length}")
+    rows = []
+    for i in range(step * sequences, (step + 1) * sequences):
+        epoch, index = divmod(i, blocks)
+        offset, order = _epoch(epoch, blocks, length, seed)
+        start = offset + order[index] * length
+        rows.append(stream[start : start + length + extra])
+    return np.stack(rows).astype(np.int64)
+
+
+def validation_batches(
+    stream: NDArray[np.unsignedinteger], *, sequences: int, length: int, extra: int
+) -> list[NDArray[np.int64]]:
+    """Cut a stream into batches [<= sequences, length + extra], once through, in order."""
+    length = min(length, len(stream) - extra)
+    if length < 1:
+        raise TrainingError("too few held-out tokens to validate on")
+    starts = range(0, len(stream) - length - extra + 1, length)
+    blocks = np.stack([stream[s : s + length + extra] for s in starts]).astype(np.int64)
+    return [blocks[i : i + sequences] for i in range(0, len(blocks), sequences)]
+
+
+@lru_cache(maxsize=2)
+def _epoch(epoch: int, blocks: int, length: int, seed: int) -> tuple[int, NDArray[np.int64]]:
+    rng = np.random.default_rng([seed, epoch])
+    return int(rng.integers(length)), rng.permutation(blocks)
