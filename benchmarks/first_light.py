@@ -73,6 +73,31 @@ def settings(thresholds: Sequence[float], repetition_penalty: float) -> list[Set
     return rows
 
 
+# The paper leaves these open; each row departs from the default in one of them.
+READINGS: dict[str, dict[str, Any]] = {
+    "as released": {},
+    "no mask (α_c 0)": {"cooccurrence_weight": 0.0},
+    "quarter mask (α_c 0.25)": {"cooccurrence_weight": 0.25},
+    "half mask (α_c 0.5)": {"cooccurrence_weight": 0.5},
+    "three-quarter mask (α_c 0.75)": {"cooccurrence_weight": 0.75},
+    "full mask (α_c 1)": {"cooccurrence_weight": 1.0},
+    "no adaptive threshold": {"adaptive_threshold": "none"},
+    "Otsu without blur": {"adaptive_threshold": "otsu"},
+    "Otsu and blur": {"adaptive_threshold": "blur"},
+    "Otsu over non-zero entries": {"adaptive_threshold": "blur", "otsu_zeros": False},
+    "joint not normalised": {"normalize_joint": False},
+    "pre-mask test: none": {"premask_test": "none"},
+    "pre-mask test: sole survivor": {"premask_test": "sole"},
+    "pre-mask test: all": {"premask_test": "all"},
+}
+
+
+def reading_rows(threshold: float, shared: dict[str, Any]) -> list[Setting]:
+    """One row for every reading of the paper, all at one back-off threshold."""
+    options = shared | {"strategy": "dynamo", "backoff_threshold": threshold}
+    return [Setting(f"ε_b {threshold:g}, {name}", False, options | reading) for name, reading in READINGS.items()]
+
+
 def held_out_prompts(engine: Engine, count: int, tokens: int) -> list[str]:
     """Cut prompts from held-out modules: from the start of a top-level statement to the end of a line.
 
@@ -241,6 +266,14 @@ def main() -> int:
         metavar="NAME=JSON",
         help="one more row: options of Engine.generate on top of the shared ones",
     )
+    parser.add_argument(
+        "--readings",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="E",
+        help="add rows for all readings of the paper's open points at these thresholds",
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, help="write all figures there")
     arguments = parser.parse_args()
@@ -248,6 +281,8 @@ def main() -> int:
     engines = {False: Engine(arguments.multi, threads=arguments.threads)}
     engines[True] = Engine(arguments.plain, threads=arguments.threads)
     rows = settings(arguments.thresholds, arguments.repetition_penalty)
+    for threshold in arguments.readings:
+        rows += reading_rows(threshold, rows[1].options)
     for text in arguments.dynamo:
         name, _, options = text.partition("=")
         rows.append(Setting(name, False, rows[1].options | {"strategy": "dynamo"} | json.loads(options)))

@@ -1,0 +1,25 @@
+"""Run multi-token language models on the device: a bundle and a prompt in, text out."""
+
+from .bundle import Bundle, load_bundle
+from .engine import Engine, Generation, TextStream
+from .errors import BundleError, DynamoError, ParameterError, PromptError, ProviderError
+from .parameters import SamplingParameters
+from .session import Session, Step
+from .statistics import Statistics
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "DynamoError",
+    "Engine",
+    "Generation",
+    "ParameterError",
+    "PromptError",
+    "ProviderError",
+    "SamplingParameters",
+    "Session",
+    "Statistics",
+    "Step",
+    "TextStream",
+    "load_bundle",
+]

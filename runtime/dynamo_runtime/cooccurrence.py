@@ -1,0 +1,133 @@
+"""The co-occurrence mask of DynaMo (Eq. 3, 6): n-gram counts in a trie, and the ratio computed from them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .errors import BundleError
+
+# Looking a candidate up by binary search costs about as much as passing over this many children.
+_CHILDREN_PER_SEARCH = 16
+
+
+@dataclass
+class _Level:
+    """Nodes of one order >= 2, grouped by parent, ascending by token within a parent."""
+
+    offsets: np.ndarray  # [nodes of the order below + 1]
+    ids: np.ndarray  # [nodes], last token of the n-gram
+    counts: np.ndarray  # [nodes]
+    keys: np.ndarray | None = None  # [nodes] parent * V + token, ascending; built on first use
+
+
+class Cooccurrence:
+    """Counts of 1-, 2-, … n-grams of the training text, as a trie.
+
+    A node is an index into its order's arrays; at order 1 it is the token itself.
+
+    Attributes:
+        orders: The longest n-gram counted.
+        vocab_size: V.
+        unigram: p̂(x) of every token, [V].
+    """
+
+    def __init__(self, totals: np.ndarray, counts_1: np.ndarray, levels: list[_Level]):
+        self.orders = 1 + len(levels)
+        self.vocab_size = len(counts_1)
+        self.unigram = counts_1 / max(int(totals[0]), 1)
+        self._totals = totals
+        self._levels = levels
+        self._rank = np.full(self.vocab_size, -1, np.int32)  # scratch: token -> place among the candidates
+
+    def extend(self, order: int, nodes: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All counted n-grams of `order` that continue one of `nodes` by one of `tokens`.
+
+        Args:
+            order: Length of the n-grams looked for, from 2.
+            nodes: Nodes of order - 1, [S].
+            tokens: Distinct candidate tokens, [k].
+
+        Returns:
+            Three arrays [S']: place of the prefix in `nodes`, place of the last token in `tokens`, node of
+            the n-gram.
+        """
+        level = self._levels[order - 2]
+        starts = level.offsets[nodes]
+        sizes = level.offsets[nodes + 1] - starts
+        total = int(sizes.sum())
+        if total > _CHILDREN_PER_SEARCH * len(nodes) * len(tokens):
+            return self._search(level, nodes, tokens)
+        # Children of all nodes, end to end: `first` turns a place in that row into a node.
+        parent = np.repeat(np.arange(len(nodes)), sizes)
+        first = starts - (np.cumsum(sizes) - sizes)
+        child = np.arange(total) + first[parent]
+        self._rank[tokens] = np.arange(len(tokens), dtype=np.int32)
+        rank = self._rank[level.ids[child]]
+        self._rank[tokens] = -1
+        kept = np.flatnonzero(rank >= 0)
+        return parent[kept], rank[kept], child[kept]
+
+    def _search(
+        self, level: _Level, nodes: np.ndarray, tokens: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if level.keys is None:
+            parents = np.repeat(np.arange(len(level.offsets) - 1), np.diff(level.offsets))
+            level.keys = parents * self.vocab_size + level.ids
+        order = np.argsort(tokens)  # ascending queries walk the keys in one direction, which is kinder to the caches
+        wanted = (nodes[:, None] * self.vocab_size + tokens[order]).ravel()
+        found = np.searchsorted(level.keys, wanted)
+        found[found == len(level.keys)] = 0
+        kept = np.flatnonzero(level.keys[found] == wanted)
+        parent, rank = np.divmod(kept, len(tokens))
+        return parent, order[rank], found[kept]
+
+    def frequency(self, order: int, nodes: np.ndarray) -> np.ndarray:
+        """p̂(x1..xn) of counted n-grams, [S]: the numerator of Eq. 6."""
+        frequency: np.ndarray = self._levels[order - 2].counts[nodes] / self._totals[order - 1]
+        return frequency
+
+
+def load_cooccurrence(path: Path, vocab_size: int | None = None) -> Cooccurrence:
+    """Read the counts that `dynamo-train` writes.
+
+    Args:
+        path: `cooccurrence.npz`.
+        vocab_size: The graph's V, to check that the counts are of the same vocabulary.
+
+    Raises:
+        BundleError: The file is missing, unreadable, inconsistent, or of another vocabulary.
+    """
+    if not path.is_file():
+        raise BundleError(f"{path} is missing: there are no n-gram counts for the co-occurrence mask")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            totals = np.asarray(file["totals"], np.int64)
+            counts_1 = np.asarray(file["counts_1"], np.int64)
+            levels = [
+                _Level(
+                    np.asarray(file[f"offsets_{order}"], np.int64),
+                    np.asarray(file[f"ids_{order}"], np.int32),
+                    np.asarray(file[f"counts_{order}"], np.float64),
+                )
+                for order in range(2, len(totals) + 1)
+            ]
+    except Exception as error:  # a damaged archive raises from zipfile, zlib, struct, numpy, …
+        raise BundleError(f"{path} is not a readable table of n-gram counts: {error}") from error
+    if totals.ndim != 1 or len(totals) < 2 or counts_1.ndim != 1 or totals.min() < 0:
+        raise BundleError(f"{path} does not hold counts of single tokens and at least pairs")
+    if vocab_size is not None and len(counts_1) != vocab_size:
+        raise BundleError(
+            f"{path} counts a vocabulary of {len(counts_1)} tokens where the graph has {vocab_size}: "
+            "it belongs to another tokenizer"
+        )
+    below = len(counts_1)
+    for order, level in enumerate(levels, 2):
+        size = len(level.ids)
+        whole = level.offsets.shape == (below + 1,) and level.counts.shape == (size,) and level.offsets[0] == 0
+        if not whole or level.offsets[-1] != size or np.any(np.diff(level.offsets) < 0):
+            raise BundleError(f"{path} is inconsistent: the counts of order {order} do not fit together")
+        if size and (level.ids.min() < 0 or level.ids.max() >= len(counts_1)):
+            raise BundleError(f"{path} is inconsistent: order {order} counts tokens outside the vocabulary")
+        below = size
+    return Cooccurrence(totals, counts_1, levels)

@@ -1,0 +1,25 @@
+"""Errors a user can cause: every one is a single clear line, and a non-zero exit at the command line."""
+
+
+class DynamoError(Exception):
+    """Base class of the runtime's user errors; its message is one line."""
+
+    def __str__(self) -> str:
+        """The message on one line, whatever a library put into it."""
+        return " ".join(super().__str__().split())
+
+
+class BundleError(DynamoError):
+    """The bundle is missing, incomplete, changed, or does not keep the contract between host and device."""
+
+
+class ProviderError(DynamoError):
+    """onnxruntime, or the execution provider asked for, is not usable on this machine."""
+
+
+class ParameterError(DynamoError):
+    """A generation parameter is not finite, out of range, or does not fit this bundle."""
+
+
+class PromptError(DynamoError):
+    """The prompt is empty, too long, or not text."""

@@ -1,0 +1,108 @@
+"""Sampling parameters: the paper's names, its defaults, and their ranges."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ParameterError
+
+ADAPTIVE = ("blur", "otsu", "none")
+PREMASK_TESTS = ("sole", "all", "none")
+
+
+@dataclass(frozen=True)
+class SamplingParameters:
+    """How tokens are chosen; the defaults are DynaMo's (paper, Alg. 1 and its experiments).
+
+    Attributes:
+        temperature: T; 0 is greedy.
+        top_k: k most probable tokens of a head that take part; 0 means all (`autoregressive` only).
+        top_p: Smallest set of those that reaches this probability; 1 means all.
+        repetition_penalty: `autoregressive` divides positive and multiplies negative logits of tokens in the
+            context by it; `dynamo` divides an entry of the joint once per token that stands in the context or
+            earlier in the same n-gram.
+        backoff_threshold: ε_b in [0, 1]. An n-gram must reach ε_b^(n-1), else n - 1 is tried. 1 always gives
+            one token, 0 gives n wherever a counted n-gram exists.
+        cooccurrence_weight: α_c in [0, 1], exponent of the mask: 1 all of it, 0 none, with n-grams never seen
+            allowed.
+        adaptive_threshold: "blur" (Otsu's threshold of the blurred joint), "otsu" (of the joint itself) or
+            "none".
+        otsu_zeros: Whether the zeros of the joint belong to Otsu's population, as the dark pixels of an image
+            do.
+        normalize_joint: Whether the joint is normalised over the top-k grid after the mask.
+        premask_test: When the probability of an n-gram *before* the mask must reach the threshold too: "sole"
+            (when one n-gram alone survives the mask and so has J = 1 however unlikely it was), "all", or
+            "none".
+    """
+
+    temperature: float = 0.7
+    top_k: int = 50
+    top_p: float = 1.0
+    repetition_penalty: float = 1.1
+    backoff_threshold: float = 0.5
+    cooccurrence_weight: float = 1.0
+    adaptive_threshold: str = "blur"
+    otsu_zeros: bool = True
+    normalize_joint: bool = True
+    premask_test: str = "sole"
+
+    def __post_init__(self) -> None:
+        """Check every range.
+
+        Raises:
+            ParameterError: A value is not finite, out of range, or of the wrong type.
+        """
+        self._number("temperature", 0, math.inf)
+        self._number("top_p", 0, 1, open_below=True)
+        self._number("repetition_penalty", 0.01, 100)
+        self._number("backoff_threshold", 0, 1)
+        self._number("cooccurrence_weight", 0, 1)
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ParameterError(f"top_k must be a whole number of at least 0, not {self.top_k}")
+        for name, choices in (("adaptive_threshold", ADAPTIVE), ("premask_test", PREMASK_TESTS)):
+            if getattr(self, name) not in choices:
+                raise ParameterError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        for name in ("otsu_zeros", "normalize_joint"):
+            if not isinstance(getattr(self, name), bool):
+                raise ParameterError(f"{name} must be true or false, not {getattr(self, name)!r}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable choice is taken instead of a draw."""
+        return self.temperature == 0
+
+    def _number(self, name: str, low: float, high: float, open_below: bool = False) -> None:
+        value = getattr(self, name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or not low <= value <= high or (open_below and value == low):
+            least = f"greater than {low}" if open_below else f"at least {low}"
+            most = "" if high == math.inf else f" and at most {high}"
+            raise ParameterError(f"{name} must be a finite number, {least}{most}, not {value}")
+
+
+def resolve_parameters(
+    defaults: Mapping[str, Any], given: Mapping[str, Any], *, has_counts: bool
+) -> SamplingParameters:
+    """The parameters of one generation: given ones, else the bundle's, else the paper's.
+
+    Without counts there is no mask to weigh, so α_c is then 0 unless it is given.
+
+    Args:
+        defaults: The manifest's "sampling"; fields it has beyond ours belong to other programs and are left
+            alone.
+        given: What the caller named; None means not given.
+        has_counts: Whether the bundle has n-gram counts.
+
+    Raises:
+        ParameterError: An unknown name among `given`, or a value out of range.
+    """
+    names = {field.name for field in dataclasses.fields(SamplingParameters)}
+    if unknown := sorted(set(given) - names):
+        raise ParameterError(f"unknown parameter {unknown[0]}; there are {', '.join(sorted(names))}")
+    values = {name: value for name, value in defaults.items() if name in names}
+    if not has_counts:
+        values["cooccurrence_weight"] = 0.0
+    values |= {name: value for name, value in given.items() if value is not None}
+    return SamplingParameters(**values)

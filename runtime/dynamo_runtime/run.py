@@ -1,0 +1,178 @@
+"""`dynamo-run`: stream the continuation of a prompt from a bundle."""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .bundle import load_bundle
+from .engine import Engine, TextStream
+from .errors import DynamoError, PromptError
+from .parameters import ADAPTIVE, PREMASK_TESTS, SamplingParameters, resolve_parameters
+from .strategies import Autoregressive
+
+PROG = "dynamo-run"
+_INTERRUPTED, _BROKEN_PIPE = 130, 141  # as a shell reports the signals
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; sampling flags that are not given come from the bundle."""
+    parser = _Parser(prog=PROG, description="Continue a prompt; only the continuation goes to stdout.")
+    parser.add_argument("bundle", help="ONNX file of a bundle, or its folder")
+    parser.add_argument("prompt", help="text to continue; - reads it from stdin")
+    parser.add_argument("--strategy", help="autoregressive or dynamo (default: dynamo if the graph has several heads)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="exact limit (default: 128)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    parser.add_argument("--top-k", type=int, metavar="K", help="candidates per head; 0: all (autoregressive only)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="nucleus among those; 1: all")
+    parser.add_argument("--repetition-penalty", type=float, metavar="R", help="1: none")
+    dynamo = parser.add_argument_group("strategy dynamo (the paper's Algorithm 1)")
+    dynamo.add_argument("--backoff-threshold", type=float, metavar="E", help="ε_b: 0 most tokens a pass, 1 always one")
+    dynamo.add_argument("--cooccurrence-weight", type=float, metavar="A", help="α_c: 1 full mask, 0 none")
+    dynamo.add_argument("--adaptive-threshold", choices=ADAPTIVE, help="Otsu's threshold of the (blurred) joint")
+    dynamo.add_argument("--otsu-zeros", action=argparse.BooleanOptionalAction, help="zeros in Otsu's population")
+    dynamo.add_argument(
+        "--normalize-joint", action=argparse.BooleanOptionalAction, help="joint sums to 1 after the mask"
+    )
+    dynamo.add_argument("--premask-test", choices=PREMASK_TESTS, help="which n-grams must reach ε before the mask too")
+    parser.add_argument("--seed", type=int, help="for reproducible draws")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end in front of TEXT; repeatable")
+    parser.add_argument("--provider", default="auto", help="execution provider: auto, cpu or cuda (default: auto)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads within an operator")
+    parser.add_argument("--max-length", type=int, metavar="N", help="most tokens of prompt and text (default: context)")
+    parser.add_argument("--verify", action="store_true", help="compare the sha256 of every file first")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="afterwards run the prompt plainly as well, interleaved, and print the ratio of speeds on "
+        "stderr; plain is --compare-with, else a plain bundle in the folder BUNDLE-plain beside this one, "
+        "else strategy autoregressive on this bundle",
+    )
+    parser.add_argument(
+        "--compare-with", metavar="PLAIN", help="plain bundle (exported with --heads 0); with --compare"
+    )
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs a side for --compare (default: 3)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    args = build_parser().parse_args(arguments)
+    try:
+        return _run(args)
+    except DynamoError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        # Nobody reads any more: no complaint, and none from the interpreter's last flush either.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except OSError as error:
+        return _fail(f"cannot write the text: {error}")
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+
+
+def _fail(message: str) -> int:
+    print(f"{PROG}: error: {message}", file=sys.stderr)
+    return 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.repeats < 1:
+        raise PromptError(f"repeats must be at least 1, not {args.repeats}")
+    prompt = _read_stdin() if args.prompt == "-" else args.prompt
+    names = [field.name for field in dataclasses.fields(SamplingParameters)]
+    sampling = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    loading = {"provider": args.provider, "threads": args.threads, "max_length": args.max_length}
+    engine = Engine(args.bundle, verify=args.verify, **loading)
+    options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "stop": args.stop}
+    stream = engine.stream(prompt, strategy=args.strategy, **options, **sampling)
+    plain = _plain_engine(args, engine, loading) if args.compare else None
+    interrupted = _write(stream)
+    if sys.stdout.isatty():
+        print(file=sys.stderr)
+    print(stream.statistics.line(), file=sys.stderr)
+    if interrupted:
+        return _INTERRUPTED
+    if plain is not None:
+        # The plain side gets the same parameters, whatever defaults its own bundle has.
+        resolved = resolve_parameters(engine.bundle.sampling, sampling, has_counts=engine.bundle.has_cooccurrence)
+        options |= dataclasses.asdict(resolved)
+        print(
+            _compare(engine, stream.statistics.strategy, plain, prompt, args.repeats, options),
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _write(stream: TextStream) -> bool:
+    """Write the pieces as they come; True if the user interrupted."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8", newline="")
+    try:
+        for piece in stream:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def _read_stdin() -> str:
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise PromptError("the prompt on stdin is not valid UTF-8") from None
+
+
+def _plain_engine(args: argparse.Namespace, engine: Engine, loading: dict[str, Any]) -> Engine:
+    """The engine to compare with; `engine` itself if there is no plain bundle."""
+    if args.compare_with:
+        plain = load_bundle(args.compare_with, verify=args.verify)
+    else:
+        folder = engine.bundle.folder.resolve()
+        sibling = Path(f"{folder}-plain")
+        if engine.bundle.n_heads == 1 or not sibling.is_dir():
+            return engine
+        plain = load_bundle(sibling, verify=args.verify)
+    if plain.n_heads != 1:
+        raise PromptError(f"{plain.folder} is not a plain bundle: it has {plain.n_heads} heads (export with --heads 0)")
+    return Engine(plain, **loading)
+
+
+def _compare(engine: Engine, strategy: str, plain: Engine, prompt: str, repeats: int, options: dict[str, Any]) -> str:
+    """Run both sides in turn, each from an empty cache; returns a line with the ratio of median speeds."""
+    sides = [(engine, strategy), (plain, Autoregressive.name)]
+    speeds: list[list[float]] = [[], []]
+    for repeat in range(repeats):
+        for index in (0, 1) if repeat % 2 == 0 else (1, 0):
+            side, name = sides[index]
+            side.reset()
+            result = side.generate(prompt, strategy=name, **options)
+            speeds[index].append(result.statistics.tokens_per_second)
+    ours, theirs = (statistics.median(speed) for speed in speeds)
+    what = f"plain ({plain.bundle.folder})"
+    if plain is engine:
+        what = "autoregressive on the same bundle (no plain bundle found: export one with --heads 0)"
+    return (
+        f"compare: {strategy} {ours:.1f} tokens/s, {what} {theirs:.1f} tokens/s, "
+        f"ratio {ours / theirs:.2f} (medians of {repeats} interleaved runs)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

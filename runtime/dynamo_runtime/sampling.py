@@ -1,0 +1,160 @@
+"""From one head's logits to one token: processors, truncation, and the draw."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import ParameterError
+from .parameters import SamplingParameters
+from .session import Step
+
+LogitsProcessor = Callable[[Sequence[int], np.ndarray], np.ndarray]
+"""Maps (context tokens, logits [V]) to new logits [V]; -inf forbids a token."""
+
+
+class Context:
+    """The tokens so far, prompt included, and which of the vocabulary stand among them.
+
+    Attributes:
+        tokens: In order.
+        seen: Whether a token occurs, [V].
+    """
+
+    def __init__(self, tokens: Sequence[int], vocab_size: int):
+        self.tokens = list(tokens)
+        self.seen = np.zeros(vocab_size, bool)
+        self.seen[self.tokens] = True
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append accepted tokens."""
+        self.tokens.extend(tokens)
+        self.seen[list(tokens)] = True
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A truncated distribution: `probabilities` [k] of `ids` [k], descending, summing to 1."""
+
+    ids: np.ndarray
+    probabilities: np.ndarray
+
+
+def draw(weights: np.ndarray, uniform: float) -> int:
+    """Index drawn in proportion to non-negative `weights` [k] by inverting their distribution function.
+
+    Args:
+        weights: Not all zero; they need not sum to 1.
+        uniform: In [0, 1).
+    """
+    cumulative = np.cumsum(weights)
+    index = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+    if index == len(weights) or weights[index] == 0:  # uniform * total was rounded up to the total
+        index = int(np.flatnonzero(weights)[-1])
+    return index
+
+
+def penalize_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
+    """The repetition penalty in logit space (CTRL, Keskar et al. 2019): l/θ if l > 0, else l·θ.
+
+    Args:
+        logits: [k].
+        seen: Which of them belong to tokens in the context, [k].
+        penalty: θ.
+    """
+    return np.where(seen, np.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def truncate(logits: np.ndarray, ids: np.ndarray, parameters: SamplingParameters) -> Candidates:
+    """Softmax at temperature T over the top-k of some logits, cut to the nucleus top-p, renormalised.
+
+    Args:
+        logits: [K], descending.
+        ids: Their tokens, [K].
+        parameters: temperature (0 counts as 1 here: a greedy caller takes the largest), top_k, top_p.
+
+    Raises:
+        ParameterError: No logit is finite (processors forbade every token, or the graph overflowed).
+    """
+    if parameters.top_k:
+        logits, ids = logits[: parameters.top_k], ids[: parameters.top_k]
+    scaled = logits.astype(np.float64)
+    if not np.isfinite(scaled[0]):
+        raise ParameterError("no token can be chosen: the largest logit is not finite")
+    with np.errstate(over="ignore"):  # a tiny T sends the exponent to -inf, as it should
+        scaled = np.exp((scaled - scaled[0]) / (parameters.temperature or 1.0))
+    probabilities = scaled / scaled.sum()
+    if parameters.top_p < 1:
+        # A token belongs to the nucleus while those before it have not reached top_p: so at least one does.
+        before = np.cumsum(probabilities) - probabilities
+        size = max(1, int(np.searchsorted(before, parameters.top_p, side="left")))
+        ids, probabilities = ids[:size], probabilities[:size] / probabilities[:size].sum()
+    possible = int(np.searchsorted(-probabilities, 0.0, side="left"))  # processors may have left fewer than k
+    return Candidates(ids[:possible], probabilities[:possible])
+
+
+def sort_logits(logits: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `top_k` largest logits (0: all) and their ids, descending; of equal ones the smaller id first."""
+    if 0 < top_k < len(logits):
+        smallest = np.partition(logits, len(logits) - top_k)[len(logits) - top_k]
+        ids = np.flatnonzero(logits >= smallest)
+    else:
+        ids = np.arange(len(logits))
+    order = ids[np.argsort(-logits[ids], kind="stable")]
+    if top_k:
+        order = order[:top_k]
+    return logits[order], order
+
+
+def apply_processors(processors: Sequence[LogitsProcessor], context: Sequence[int], logits: np.ndarray) -> np.ndarray:
+    """Run the logits processors in turn over one full row [V]."""
+    logits = np.array(logits)  # theirs to change
+    for processor in processors:
+        logits = np.asarray(processor(context, logits))
+    return logits
+
+
+Sampler = Callable[[Step, Context, float], int]
+"""Maps (step, context, uniform in [0, 1)) to a token, reading the last row of the step's first head."""
+
+
+def make_sampler(parameters: SamplingParameters, processors: Sequence[LogitsProcessor] = ()) -> Sampler:
+    """The sampler of plain decoding: repetition penalty, processors, temperature, top-k, top-p, draw.
+
+    It reads the graph's top-K outputs where they certainly hold the whole truncated set, else the full row.
+    """
+    # Greedily the largest logit is the only candidate, and neither T nor top-p matters.
+    top_k = 1 if parameters.greedy else parameters.top_k
+
+    def sample(step: Step, context: Context, uniform: float) -> int:
+        found = None if processors else _certified_topk(step, context, parameters.repetition_penalty, top_k)
+        if found is None:
+            logits = penalize_repetition(step.logits()[-1], context.seen, parameters.repetition_penalty)
+            found = sort_logits(apply_processors(processors, context.tokens, logits), top_k)
+        logits, ids = found
+        if parameters.greedy:
+            return int(ids[0])
+        candidates = truncate(logits, ids, parameters)
+        return int(candidates.ids[draw(candidates.probabilities, uniform)])
+
+    return sample
+
+
+def _certified_topk(step: Step, context: Context, penalty: float, top_k: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """The penalised top-k from the graph's top-K outputs, or None if a token outside them might belong to it.
+
+    A penalty of at least 1 only lowers logits, so no token outside the top-K can exceed the smallest of them:
+    the set is complete if its k-th penalised logit is larger than that.
+    """
+    all_logits, all_ids = step.topk()
+    logits, ids = all_logits[-1], all_ids[-1]
+    if not 0 < top_k <= len(ids) or penalty < 1:
+        return None
+    if penalty == 1:
+        return logits[:top_k], ids[:top_k]
+    bound = logits[-1]
+    logits = penalize_repetition(logits, context.seen[ids], penalty)
+    order = np.lexsort((ids, -logits))[:top_k]
+    if len(ids) < len(context.seen) and not logits[order[-1]] > bound:
+        return None
+    return logits[order], ids[order]

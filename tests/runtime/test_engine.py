@@ -1,0 +1,345 @@
+"""Generation end to end on a real graph: strategies, limits, stops, prefix reuse, cancelling, statistics."""
+
+from pathlib import Path
+
+import dense_dynamo as dense
+import numpy as np
+import pytest
+
+from dynamo_runtime import Engine, ParameterError, PromptError
+from dynamo_runtime.engine import decode, prefill, reuse_prefix
+from dynamo_runtime.sampling import Context
+from dynamo_runtime.strategies import Turn
+
+PROMPT = "def fib(n):\n    if n < 2:\n        return n\n"
+
+
+def uncached_logits(engine: Engine, tokens: list[int]) -> np.ndarray:
+    """Last rows of all heads, computed from nothing."""
+    engine.reset()
+    step = engine.session.step(tokens)
+    return np.stack([step.logits(head)[-1] for head in range(1, engine.bundle.n_heads + 1)])
+
+
+def test_autoregressive_greedy_equals_the_argmax_of_whole_passes(engine: Engine) -> None:
+    tokens = engine.generate(
+        PROMPT,
+        strategy="autoregressive",
+        temperature=0,
+        repetition_penalty=1.0,
+        max_new_tokens=30,
+        ignore_eos=True,
+    ).tokens
+    context = engine.encode(PROMPT)
+    for token in tokens:
+        assert token == int(uncached_logits(engine, context)[0].argmax())
+        context.append(token)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_dynamo_equals_the_dense_algorithm_step_by_step(engine: Engine, temperature: float) -> None:
+    """Every pass of a real generation against Algorithm 1, literally, on logits computed from nothing."""
+    counts = dense.Counts.from_npz(engine.bundle.folder / "cooccurrence.npz")
+    result = engine.generate(
+        PROMPT,
+        strategy="dynamo",
+        temperature=temperature,
+        top_k=12,
+        seed=5,
+        backoff_threshold=0.4,
+        max_new_tokens=40,
+        ignore_eos=True,
+    )
+    options = dense.Options(k=12, temperature=temperature, epsilon_b=0.4)
+    rng = np.random.default_rng(5)
+    context, sizes = engine.encode(PROMPT), []
+    start = len(context)
+    while len(context) - start < 40:
+        logits = uncached_logits(engine, context)
+        tokens, _ = dense.generate(logits, set(context), rng.random(), options, counts)
+        context += tokens
+        sizes.append(len(tokens))
+    assert result.tokens == context[start:][:40]
+    assert result.statistics.passes == len(sizes)
+    assert len(set(sizes)) > 1
+
+
+@pytest.mark.parametrize("strategy", ["autoregressive", "dynamo"])
+def test_seeds_reproduce_and_differ(engine: Engine, strategy: str) -> None:
+    options = {
+        "strategy": strategy,
+        "cooccurrence_weight": 0.0,
+        "backoff_threshold": 0.05,
+        "max_new_tokens": 40,
+    }
+    texts = []
+    for seed in (1, 1, 2):
+        engine.reset()
+        texts.append(engine.generate(PROMPT, seed=seed, **options).tokens)
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 7])
+def test_max_new_tokens_is_exact_inside_a_step(engine: Engine, limit: int) -> None:
+    full = engine.generate(PROMPT, seed=3, backoff_threshold=0.0, max_new_tokens=12, ignore_eos=True)
+    assert set(full.statistics.steps) == {3}
+    engine.reset()
+    cut = engine.generate(PROMPT, seed=3, backoff_threshold=0.0, max_new_tokens=limit, ignore_eos=True)
+    assert cut.tokens == full.tokens[:limit]
+    assert cut.finish_reason == "length"
+    assert cut.statistics.new_tokens == limit == sum(size * n for size, n in cut.statistics.steps.items())
+
+
+def test_end_of_sequence_cuts_inside_a_step(copied) -> None:
+    base = Engine(copied.folder, threads=1).generate(
+        PROMPT, seed=3, backoff_threshold=0.0, max_new_tokens=12, ignore_eos=True
+    )
+    token = base.tokens[4]  # the middle of the second step of three
+    assert token not in base.tokens[:4]
+    copied.edit(eos_token_ids=[token])
+    engine = Engine(copied.folder, threads=1)
+    cut = engine.generate(PROMPT, seed=3, backoff_threshold=0.0, max_new_tokens=12)
+    assert cut.tokens == base.tokens[:5]
+    assert cut.finish_reason == "eos"
+    assert (
+        cut.text
+        == Engine(copied.folder, threads=1)
+        .generate(PROMPT, seed=3, backoff_threshold=0.0, max_new_tokens=4, ignore_eos=True)
+        .text
+    )
+    assert cut.statistics.steps == {3: 1, 2: 1}
+
+
+def test_stop_strings_cut_inside_a_step_and_nothing_is_taken_back(engine: Engine) -> None:
+    options = {"seed": 3, "backoff_threshold": 0.0, "max_new_tokens": 60, "ignore_eos": True}
+    full = engine.generate(PROMPT, **options).text
+    cuts = 0
+    for start in range(0, len(full) - 3, 5):
+        stop = full[start : start + 3]
+        engine.reset()
+        stream = engine.stream(PROMPT, stop=[stop, "never there"], **options)
+        pieces = list(stream)
+        assert "".join(pieces) == full[: full.index(stop)] == stream.text
+        assert stream.finish_reason == "stop"
+        assert all(pieces)
+        cuts += len(stream.tokens) % 3 != 0
+    assert cuts > 0
+    # A stop string that is never completed costs nothing of the text.
+    engine.reset()
+    assert engine.generate(PROMPT, stop=full[-2:] + "\0\0", **options).text == full
+
+
+def test_streamed_pieces_are_the_generated_text(engine: Engine) -> None:
+    stream = engine.stream(PROMPT, seed=9, max_new_tokens=200, ignore_eos=True)
+    pieces = list(stream)
+    for piece in pieces:
+        piece.encode("utf-8")
+    engine.reset()
+    assert "".join(pieces) == engine.generate(PROMPT, seed=9, max_new_tokens=200, ignore_eos=True).text
+    assert len(pieces) > 10
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 512])
+def test_chunked_prefill_equals_whole(multi: Path, engine: Engine, chunk: int) -> None:
+    options = {"seed": 4, "max_new_tokens": 30, "ignore_eos": True}
+    expected = engine.generate(PROMPT * 4, **options)
+    chunked = Engine(multi, threads=1, prefill_chunk=chunk)
+    result = chunked.generate(PROMPT * 4, **options)
+    assert result.tokens == expected.tokens
+    prompt = len(chunked.encode(PROMPT * 4))
+    assert chunked.session.passes == result.statistics.passes - 1 + -(-prompt // chunk)
+
+
+def test_common_prefix_is_not_computed_again(engine: Engine) -> None:
+    prompt = engine.encode(PROMPT)
+    first = engine.generate(prompt, seed=4, max_new_tokens=20, ignore_eos=True)
+    assert first.statistics.reused_tokens == 0
+    fed: list[int] = []
+    step, engine.session.step = (
+        engine.session.step,
+        lambda tokens, **k: (fed.extend(tokens), step(tokens, **k))[1],
+    )
+    try:
+        longer = prompt + first.tokens[:10] + [7, 8, 9]
+        reused = engine.generate(longer, seed=4, max_new_tokens=5, ignore_eos=True)
+        assert fed[:3] == [7, 8, 9]
+        assert reused.statistics.reused_tokens == len(longer) - 3
+        again = engine.generate(longer, seed=4, max_new_tokens=5, ignore_eos=True)
+        assert again.statistics.reused_tokens == len(longer) - 1
+        other = engine.generate([*prompt[:6], 99, *prompt[6:]], seed=4, max_new_tokens=5, ignore_eos=True)
+        assert other.statistics.reused_tokens == 6
+    finally:
+        del engine.session.step
+    engine.reset()
+    assert engine.generate(longer, seed=4, max_new_tokens=5, ignore_eos=True).tokens == reused.tokens == again.tokens
+
+
+def test_growing_cache_equals_one_that_need_not_grow(multi: Path, engine: Engine) -> None:
+    options = {"seed": 4, "max_new_tokens": 400, "ignore_eos": True}
+    grown = engine.generate(PROMPT, **options)
+    small = Engine(multi, threads=1)
+    small.session.cache._growth = 8
+    small.session.cache._allocate(8)
+    small.session._bind_cache()
+    assert small.generate(PROMPT, **options).tokens == grown.tokens
+    assert small.session.cache.capacity != engine.session.cache.capacity
+
+
+def test_the_context_is_filled_to_its_last_position(multi: Path) -> None:
+    engine = Engine(multi, threads=1, max_length=30)
+    prompt = list(range(20, 40))
+    full = engine.generate(prompt, seed=1, max_new_tokens=None, ignore_eos=True, backoff_threshold=0.0)
+    assert full.finish_reason == "context"
+    assert len(full.tokens) == 11  # the last token is never fed
+    assert len(engine.generate([1] * 30, max_new_tokens=5, ignore_eos=True).tokens) == 1
+    with pytest.raises(PromptError, match="31 tokens, more than the context of 30"):
+        engine.generate([1] * 31)
+
+
+def test_cancelling_ends_after_the_running_pass_and_the_engine_goes_on(engine: Engine) -> None:
+    stream = engine.stream(PROMPT, seed=4, max_new_tokens=300, ignore_eos=True)
+    pieces = []
+    for piece in stream:
+        pieces.append(piece)
+        if len(pieces) == 3:
+            stream.cancel()
+    assert stream.finish_reason == "cancelled"
+    assert stream.statistics.new_tokens < 60
+    assert "".join(pieces) == stream.result().text
+    after = engine.generate(PROMPT, seed=4, max_new_tokens=20, ignore_eos=True)
+    engine.reset()
+    assert after.tokens == engine.generate(PROMPT, seed=4, max_new_tokens=20, ignore_eos=True).tokens
+
+
+def test_cancelling_during_prefill(multi: Path) -> None:
+    engine = Engine(multi, threads=1, prefill_chunk=4)
+    stream = engine.stream(PROMPT * 5, max_new_tokens=5)
+    stream.cancel()
+    assert list(stream) == []
+    assert stream.finish_reason == "cancelled"
+    assert engine.session.passes == 0
+
+
+def test_a_stream_that_lost_its_cache_says_so(engine: Engine) -> None:
+    stream = engine.stream(PROMPT, seed=4, max_new_tokens=100, ignore_eos=True)
+    next(stream)
+    engine.generate("x", max_new_tokens=3)
+    with pytest.raises(RuntimeError, match="another generation"):
+        next(stream)
+
+
+@pytest.mark.parametrize("strategy", ["autoregressive", "dynamo"])
+def test_logits_processors_reach_every_head(engine: Engine, strategy: str) -> None:
+    allowed = [40, 41, 42, 43]
+    contexts = []
+
+    def only_allowed(context, row):
+        contexts.append(len(context))
+        out = np.full_like(row, -np.inf)
+        out[allowed] = row[allowed]
+        return out
+
+    result = engine.generate(
+        PROMPT,
+        strategy=strategy,
+        seed=1,
+        max_new_tokens=20,
+        cooccurrence_weight=0.0,
+        backoff_threshold=0.1,
+        logits_processors=[only_allowed],
+    )
+    assert set(result.tokens) <= set(allowed)
+    assert contexts[0] == result.statistics.prompt_tokens
+    if strategy == "dynamo":
+        assert result.statistics.tokens_per_pass > 1
+        assert len(contexts) == 3 * result.statistics.passes
+
+
+def test_top_k_beyond_the_graphs_outputs_reads_the_full_rows(engine: Engine) -> None:
+    for strategy in ("autoregressive", "dynamo"):
+        result = engine.generate(PROMPT, strategy=strategy, top_k=200, seed=1, max_new_tokens=10, ignore_eos=True)
+        assert len(result.tokens) == 10
+
+
+def test_statistics_add_up(engine: Engine) -> None:
+    result = engine.generate(PROMPT, seed=2, max_new_tokens=90, ignore_eos=True, backoff_threshold=0.7)
+    s = result.statistics
+    assert s.new_tokens == len(result.tokens) == 90 == sum(size * count for size, count in s.steps.items())
+    assert s.passes == sum(s.steps.values())
+    assert s.tokens_per_pass == 90 / s.passes
+    assert 0 < s.ttft_s < s.total_s
+    assert 0 < s.ort_s < s.total_s
+    assert s.outside_s == pytest.approx(s.total_s - s.ort_s)
+    assert 0 < s.outside_share < 1
+    assert s.tokens_per_second == pytest.approx((90 - s.first_tokens) / (s.total_s - s.ttft_s))
+    assert "90 new" in s.line()
+
+
+class GreedyDrafts:
+    """A verified strategy, as a later one will be: drafts from the further heads, checked by the first."""
+
+    name = "greedy-drafts"
+
+    def rows(self, drafted: int) -> int:
+        return drafted + 1
+
+    def head_rows(self, fed: int, drafted: int) -> list[int]:
+        return list(range(fed - drafted - 1, fed))
+
+    def advance(self, step, context, drafts, rng) -> Turn:
+        best = step.topk()[1][:, 0].tolist()
+        accepted = 0
+        while accepted < len(drafts) and drafts[accepted] == best[accepted]:
+            accepted += 1
+        guesses = [int(step.topk(head)[1][accepted, 0]) for head in (2, 3)]
+        return Turn([best[accepted]], accepted, guesses)
+
+
+def test_the_loop_carries_a_verified_strategy(engine: Engine) -> None:
+    """Drafts, acceptance and rollback: the text is that of plain greedy decoding."""
+    expected = engine.generate(
+        PROMPT,
+        strategy="autoregressive",
+        temperature=0,
+        repetition_penalty=1.0,
+        max_new_tokens=60,
+        ignore_eos=True,
+    ).tokens
+    prompt = engine.encode(PROMPT)
+    engine.reset()
+    reuse_prefix(engine.session, prompt)
+    list(prefill(engine.session, prompt, 512))
+    found: list[int] = []
+    for tokens in decode(engine.session, GreedyDrafts(), Context(prompt, 320), np.random.default_rng(0)):
+        found += tokens
+        if len(found) >= 60:
+            break
+    assert found[:60] == expected
+
+
+def test_plain_bundle_decodes_autoregressively_only(plain: Path, engine: Engine) -> None:
+    alone = Engine(plain, threads=1)
+    options = {"temperature": 0, "repetition_penalty": 1.0, "max_new_tokens": 20, "ignore_eos": True}
+    result = alone.generate(PROMPT, **options)
+    assert result.statistics.strategy == "autoregressive"
+    assert result.tokens == engine.generate(PROMPT, strategy="autoregressive", **options).tokens
+    with pytest.raises(ParameterError, match="several heads"):
+        alone.generate(PROMPT, strategy="dynamo")
+
+
+def test_wrong_arguments_are_refused_before_anything_runs(engine: Engine) -> None:
+    for wrong in (
+        {"max_new_tokens": 0},
+        {"seed": -1},
+        {"stop": ["x", ""]},
+        {"strategy": "psychic"},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"warmth": 1},
+    ):
+        with pytest.raises(ParameterError):
+            engine.stream(PROMPT, **wrong)
+    for prompt in ("", [], [320], [-1], "x\ud800"):
+        with pytest.raises(PromptError):
+            engine.stream(prompt)
+    assert engine.session.cache.length == 0

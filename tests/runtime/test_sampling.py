@@ -1,0 +1,166 @@
+"""Plain sampling: truncation, penalties, the certificate for the top-K outputs, and the draws themselves."""
+
+import numpy as np
+import pytest
+
+from dynamo_runtime.errors import ParameterError
+from dynamo_runtime.parameters import SamplingParameters, resolve_parameters
+from dynamo_runtime.sampling import (
+    Context,
+    _certified_topk,
+    draw,
+    make_sampler,
+    penalize_repetition,
+    sort_logits,
+    truncate,
+)
+from dynamo_runtime.session import Step
+
+VOCAB, K = 60, 12
+
+
+def step_of(logits: np.ndarray) -> Step:
+    values, ids = sort_logits(logits, K)
+    return Step({"logits": logits[None], "topk_logits": values[None], "topk_ids": ids[None]})
+
+
+def exact_distribution(logits: np.ndarray, seen: np.ndarray, p: SamplingParameters) -> np.ndarray:
+    """The textbook: penalty, temperature, top-k, top-p, on full arrays."""
+    logits = logits.astype(float)
+    for token in np.flatnonzero(seen):
+        logits[token] = (
+            logits[token] / p.repetition_penalty if logits[token] > 0 else logits[token] * p.repetition_penalty
+        )
+    probabilities = np.exp(logits / p.temperature)
+    order = sorted(range(VOCAB), key=lambda i: -probabilities[i])
+    if p.top_k:
+        probabilities[order[p.top_k :]] = 0
+    probabilities /= probabilities.sum()
+    reached = 0.0
+    for token in order:
+        if reached >= p.top_p:
+            probabilities[token] = 0
+        reached += probabilities[token]
+    return probabilities / probabilities.sum()
+
+
+@pytest.mark.parametrize("top_k", [0, 5, 12, 30])
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+@pytest.mark.parametrize("penalty", [1.0, 1.3, 0.7])
+def test_draws_follow_the_exact_distribution(top_k: int, top_p: float, penalty: float) -> None:
+    """Evenly spread uniforms leave only rounding: every count is within one of the expected."""
+    rng = np.random.default_rng(top_k)
+    logits = (rng.normal(size=VOCAB) * 2).astype(np.float32)
+    context = Context(rng.choice(VOCAB, 20).tolist(), VOCAB)
+    parameters = SamplingParameters(temperature=0.9, top_k=top_k, top_p=top_p, repetition_penalty=penalty)
+    sampler = make_sampler(parameters)
+    draws = 2000
+    counts = np.bincount([sampler(step_of(logits), context, (i + 0.5) / draws) for i in range(draws)], minlength=VOCAB)
+    expected = exact_distribution(logits, context.seen, parameters)
+    assert np.all(np.abs(counts - expected * draws) <= 1 + 1e-3 * draws * expected)
+    assert np.all(counts[expected == 0] == 0)
+
+
+def test_draws_of_a_generator_pass_chi_square() -> None:
+    rng = np.random.default_rng(3)
+    logits = rng.normal(size=VOCAB).astype(np.float32)
+    context = Context([1, 2, 3], VOCAB)
+    parameters = SamplingParameters(temperature=1.0, top_k=10)
+    sampler, step = make_sampler(parameters), step_of(logits)
+    draws = 20_000
+    counts = np.bincount([sampler(step, context, u) for u in rng.random(draws)], minlength=VOCAB)
+    expected = exact_distribution(logits, context.seen, parameters) * draws
+    support = expected > 0
+    assert support.sum() == 10
+    assert counts[~support].sum() == 0
+    assert ((counts - expected)[support] ** 2 / expected[support]).sum() < 27.9  # 9 degrees of freedom, p = 0.001
+
+
+def test_certified_topk_equals_the_full_row() -> None:
+    rng = np.random.default_rng(1)
+    certified = refused = 0
+    for _ in range(500):
+        logits = (rng.normal(size=VOCAB) * 2).astype(np.float32)
+        context = Context(rng.choice(VOCAB, rng.integers(1, 30)).tolist(), VOCAB)
+        penalty, top_k = float(rng.choice([1.0, 1.1, 2.0, 8.0])), int(rng.integers(1, K + 3))
+        found = _certified_topk(step_of(logits), context, penalty, top_k)
+        if found is None:
+            refused += 1
+            continue
+        certified += 1
+        expected = sort_logits(penalize_repetition(logits, context.seen, penalty), top_k)
+        assert np.array_equal(found[0], expected[0])
+        assert np.array_equal(found[1], expected[1])
+    assert certified > 100
+    assert refused > 50
+
+
+def test_greedy_takes_the_largest_and_processors_are_applied() -> None:
+    logits = np.arange(VOCAB, dtype=np.float32)
+    greedy = SamplingParameters(temperature=0, repetition_penalty=1.0)
+    assert make_sampler(greedy)(step_of(logits), Context([3], VOCAB), 0.5) == VOCAB - 1
+    asked = []
+
+    def forbid(context, row):
+        asked.append(list(context))
+        row[-1] = -np.inf
+        return row
+
+    assert make_sampler(greedy, [forbid])(step_of(logits), Context([3], VOCAB), 0.5) == VOCAB - 2
+    assert asked == [[3]]
+    assert logits[-1] == VOCAB - 1  # the step's own row is left as it was
+    with pytest.raises(ParameterError, match="not finite"):
+        nothing = SamplingParameters()
+        make_sampler(nothing, [lambda _, row: row - np.inf])(step_of(logits), Context([3], VOCAB), 0.5)
+
+
+def test_equal_logits_are_taken_in_the_order_of_ids() -> None:
+    logits = np.array([1, 5, 5, 0, 5, 1], np.float32)
+    assert sort_logits(logits, 2)[1].tolist() == [1, 2]
+    assert sort_logits(logits, 4)[1].tolist() == [1, 2, 4, 0]
+    assert sort_logits(logits, 0)[1].tolist() == [1, 2, 4, 0, 5, 3]
+
+
+def test_truncate_keeps_one_token_at_least_and_survives_tiny_temperatures() -> None:
+    logits, ids = np.array([3.0, 2.0, -np.inf], np.float32), np.array([7, 8, 9])
+    assert truncate(logits, ids, SamplingParameters(top_p=1e-9)).ids.tolist() == [7]
+    cold = truncate(logits, ids, SamplingParameters(temperature=1e-300))
+    assert cold.ids.tolist() == [7]
+    assert cold.probabilities.tolist() == [1.0]
+    assert truncate(logits, ids, SamplingParameters()).ids.tolist() == [7, 8]
+
+
+def test_draw_never_takes_a_zero() -> None:
+    weights = np.array([0.0, 0.3, 0.0, 0.7, 0.0])
+    assert draw(weights, 0.0) == 1
+    assert draw(weights, np.nextafter(1, 0)) == 3
+    assert {draw(weights, u) for u in np.linspace(0, 1, 999, endpoint=False)} == {1, 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("temperature", v) for v in (-0.1, float("nan"), float("inf"), "hot", True)],
+        *[("top_k", v) for v in (-1, 1.5, True)],
+        *[("top_p", v) for v in (0, 1.1, float("nan"))],
+        *[("repetition_penalty", v) for v in (0, -1, 1e9, float("nan"))],
+        *[("backoff_threshold", v) for v in (-0.01, 1.01, float("nan"))],
+        *[("cooccurrence_weight", v) for v in (-0.01, 1.01, float("inf"))],
+        ("adaptive_threshold", "median"),
+        ("premask_test", "some"),
+        ("otsu_zeros", 1),
+        ("normalize_joint", "yes"),
+    ],
+)
+def test_parameters_out_of_range_are_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(ParameterError, match=name):
+        SamplingParameters(**{name: value})
+
+
+def test_parameters_come_from_the_caller_then_the_bundle_then_the_paper() -> None:
+    defaults = {"temperature": 0.5, "top_k": 20, "some_other_program": 3}
+    found = resolve_parameters(defaults, {"top_k": 7, "top_p": None}, has_counts=True)
+    assert found == SamplingParameters(temperature=0.5, top_k=7)
+    assert resolve_parameters({"cooccurrence_weight": 1.0}, {}, has_counts=False).cooccurrence_weight == 0
+    with pytest.raises(ParameterError, match="unknown parameter heat"):
+        resolve_parameters({}, {"heat": 1}, has_counts=True)

@@ -1,0 +1,139 @@
+"""Session and KV cache: the same numbers however tokens are cut into passes and whatever was rolled back."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dynamo_runtime import Bundle, ParameterError, PromptError, ProviderError, Session, load_bundle
+from dynamo_runtime.kv_cache import KVCache
+
+TOKENS = np.random.default_rng(0).integers(1, 300, 90).tolist()
+CLOSE = {"rtol": 0, "atol": 2e-5}
+
+
+@pytest.fixture(scope="module")
+def whole(multi: Path) -> list[np.ndarray]:
+    """All rows of all heads from one pass over TOKENS."""
+    session = Session(load_bundle(multi), threads=1)
+    step = session.step(TOKENS, rows=0, head_rows=range(len(TOKENS)))
+    return [step.logits(head).copy() for head in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("growth", [1, 7, 256])
+def test_passes_of_any_size_equal_one_pass(multi: Path, whole: list[np.ndarray], growth: int) -> None:
+    """Chunked prefill equals the whole, and a cache that grows equals one that does not."""
+    session = Session(load_bundle(multi), threads=1, growth=growth)
+    sizes = np.random.default_rng(growth).integers(1, 9, 90)
+    at = 0
+    capacities = {session.cache.capacity}
+    for m in sizes:
+        chunk = TOKENS[at : at + m]
+        if not chunk:
+            break
+        step = session.step(chunk, rows=len(chunk), head_rows=[0, -1])
+        rows = slice(at, at + len(chunk))
+        assert np.allclose(step.logits(1), whole[0][rows], **CLOSE)
+        for head in (2, 3):
+            assert np.allclose(step.logits(head), whole[head - 1][[at, rows.stop - 1]], **CLOSE)
+        at += len(chunk)
+        capacities.add(session.cache.capacity)
+    assert at == len(TOKENS) == session.cache.length
+    assert (len(capacities) > 1) == (growth < 90)
+
+
+def test_rollback_is_a_length(multi: Path, whole: list[np.ndarray]) -> None:
+    session = Session(load_bundle(multi), threads=1)
+    session.step(TOKENS[:40])
+    session.step([5, 6, 7, 8])
+    session.cache.rollback(38)
+    assert session.cache.tokens == TOKENS[:38]
+    assert np.allclose(session.step(TOKENS[38:45], rows=0).logits(), whole[0][38:45], **CLOSE)
+    with pytest.raises(ValueError, match="roll back"):
+        session.cache.rollback(46)
+
+
+def test_a_step_outlives_later_steps(multi: Path) -> None:
+    session = Session(load_bundle(multi), threads=1)
+    first = session.step(TOKENS[:5], rows=0)
+    kept = [array.copy() for head in (1, 2, 3) for array in (first.logits(head), *first.topk(head))]
+    session.step(TOKENS[5:10], rows=0)
+    session.step([1])
+    again = [array for head in (1, 2, 3) for array in (first.logits(head), *first.topk(head))]
+    assert all(np.array_equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+def test_topk_outputs_are_the_largest_of_the_rows(multi: Path) -> None:
+    step = Session(load_bundle(multi), threads=1).step(TOKENS, rows=3)
+    for head, rows in ((1, 3), (2, 1), (3, 1)):
+        logits, ids = step.topk(head)
+        assert logits.shape == ids.shape == (rows, 128)
+        assert np.array_equal(np.take_along_axis(step.logits(head), ids, 1), logits)
+        assert np.array_equal(logits, -np.sort(-step.logits(head), axis=1)[:, :128])
+
+
+def test_further_heads_differ_from_the_first_which_is_the_plain_model(
+    multi: Path, plain: Path, whole: list[np.ndarray]
+) -> None:
+    alone = Session(load_bundle(plain), threads=1).step(TOKENS, rows=0).logits()
+    assert np.allclose(alone, whole[0], **CLOSE)
+    assert np.abs(whole[0] - whole[1]).max() > 0.1
+    assert np.abs(whole[1] - whole[2]).max() > 0.1
+
+
+def test_buffers_are_written_in_place(multi: Path) -> None:
+    session = Session(load_bundle(multi), threads=1)
+    addresses = [buffer.ctypes.data for pair in session.cache.buffers for buffer in pair]
+    session.step(TOKENS[:9])
+    assert [buffer.ctypes.data for pair in session.cache.buffers for buffer in pair] == addresses
+    for keys, values in session.cache.buffers:
+        assert np.abs(keys[:, :, :9]).min(axis=-1).max() > 0
+        assert np.any(values[:, :, 8])
+        assert not np.any(keys[:, :, 9:])
+
+
+def test_cache_grows_in_doubling_steps_up_to_its_limit() -> None:
+    cache = KVCache(1, 1, 2, 1000, growth=16)
+    capacities = []
+    for length in range(1, 1001):
+        if cache.reserve(length):
+            capacities.append(cache.capacity)
+        cache.advance([0])
+    assert capacities == [32, 64, 128, 256, 512, 1000]
+    with pytest.raises(PromptError, match="1001 tokens"):
+        cache.reserve(1001)
+
+
+def test_refuses_wrong_arguments(multi: Path) -> None:
+    bundle = load_bundle(multi)
+    session = Session(bundle, threads=1, max_length=10)
+    with pytest.raises(PromptError, match="no tokens"):
+        session.step([])
+    with pytest.raises(PromptError, match="from 0 to 319"):
+        session.step([320])
+    with pytest.raises(PromptError, match="11 tokens do not fit"):
+        session.step([1] * 11)
+    for wrong in ({"rows": 3}, {"rows": -1}, {"head_rows": [2]}):
+        with pytest.raises(ValueError, match="rows"):
+            session.step([1, 2], **wrong)
+    assert session.cache.length == 0
+    for wrong in ({"threads": 0}, {"max_length": 0}, {"max_length": 641}):
+        with pytest.raises(ParameterError):
+            Session(bundle, **wrong)
+    with pytest.raises(ProviderError, match="unknown execution provider 'tpu'"):
+        Session(bundle, provider="tpu")
+
+
+def test_a_bundle_can_be_built_in_memory(multi: Path) -> None:
+    read = load_bundle(multi)
+    built = Bundle(read.folder, 3, read.vocab_size, 640, 4, 1, 16, top_k_outputs=128)
+    assert Session(built, threads=1).step([1, 2]).logits(3).shape == (1, read.vocab_size)
+
+
+def test_time_inside_onnxruntime_is_counted(multi: Path) -> None:
+    session = Session(load_bundle(multi), threads=1)
+    session.step(TOKENS)
+    once = session.ort_seconds
+    session.step([1])
+    assert 0 < once < session.ort_seconds
+    assert session.passes == 2
