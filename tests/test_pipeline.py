@@ -1,0 +1,73 @@
+"""The whole way on a tiny corpus: text → base → heads and counts → bundle → text on the device."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dynamo_export.cli import main as export
+from dynamo_runtime import Engine
+from dynamo_runtime.cooccurrence import load_cooccurrence
+from dynamo_runtime.run import main as run
+from dynamo_train.train import main as train
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SMALL = ["--sequences", "4", "--length", "32", "--micro-batch", "4"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything the pipeline makes: corpus, base, t3, bundle, bundle-plain."""
+    root = tmp_path_factory.mktemp("pipeline")
+    (root / "corpus").mkdir()
+    for i in range(60):
+        body = "".join(f"def add_{j}(value):\n    return value + {j}\n\n\n" for j in range(5))
+        (root / "corpus" / f"module{i}.py").write_text(f"# {i}\n{body}")
+    data = ["--data", str(root / "corpus"), "--held-out-percent", "15"]
+    shape = ["--hidden-size", "64", "--layers", "2", "--attention-heads", "2", "--vocab-size", "300"]
+    assert train(["base", *data, "--out", str(root / "base"), "--steps", "40", *shape, *SMALL]) == 0
+    heads = ["heads", str(root / "base"), *data, "--out", str(root / "t3"), "--steps", "40", *SMALL]
+    assert train([*heads, "--freeze-base", "--lr-heads", "0.01"]) == 0
+    assert train(["counts", str(root / "t3"), *data]) == 0
+    assert export(["-m", str(root / "t3"), str(root / "bundle" / "model.onnx")]) == 0
+    assert export(["-m", str(root / "t3"), str(root / "bundle-plain" / "model.onnx"), "--heads", "0"]) == 0
+    return root
+
+
+def test_greedy_text_is_the_torch_models(folder: Path) -> None:
+    prompt = "def add_1(value):\n    return"
+    tokenizer = AutoTokenizer.from_pretrained(folder / "t3")
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    expected = AutoModelForCausalLM.from_pretrained(folder / "t3").generate(ids, do_sample=False, max_new_tokens=40)
+    for bundle in ("bundle", "bundle-plain"):
+        engine = Engine(folder / bundle, provider="cpu", threads=1)
+        result = engine.generate(
+            prompt, strategy="autoregressive", temperature=0, repetition_penalty=1, max_new_tokens=40
+        )
+        assert result.tokens == expected[0, ids.shape[1] :].tolist()
+
+
+def test_counts_reach_the_mask(folder: Path) -> None:
+    counts = load_cooccurrence(folder / "bundle" / "cooccurrence.npz", 300)
+    tokens = np.fromfile(folder / "t3-work" / "tokens" / "tokens-train.bin", np.uint16).tolist()
+    grams = [gram for gram in itertools.pairwise(tokens) if gram[0] != 0]
+    first = sorted(set(tokens))
+    parent, rank, nodes = counts.extend(2, np.asarray(first), np.asarray(first))
+    found = {(first[p], first[r]): f for p, r, f in zip(parent, rank, counts.frequency(2, nodes), strict=True)}
+    assert found.keys() == set(grams)
+    some = grams[7]
+    assert found[some] == pytest.approx(grams.count(some) / len(grams))
+
+
+def test_dynamo_writes_several_tokens_a_pass(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = str(folder / "bundle" / "model.onnx")
+    arguments = [bundle, "def add_1(value):\n", "--seed", "1", "--max-new-tokens", "48", "--threads", "1"]
+    assert run([*arguments, "--backoff-threshold", "0.3", "--compare", "--repeats", "1"]) == 0
+    captured = capsys.readouterr()
+    statistics, comparison = captured.err.strip().splitlines()[-2:]
+    assert "return" in captured.out
+    assert statistics.startswith("dynamo:") and "48 new" in statistics
+    assert "bundle-plain" in comparison and "ratio" in comparison
+    result = Engine(bundle, threads=1).generate("def add_1(value):\n", seed=1, max_new_tokens=48, backoff_threshold=0.3)
+    assert result.text == captured.out
+    assert result.statistics.tokens_per_pass > 1.2
