@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from dynamo_export.cli import main as export
 from dynamo_runtime import Engine
 from dynamo_runtime.cooccurrence import load_cooccurrence
 from dynamo_runtime.run import main as run
 from dynamo_train.train import main as train
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SMALL = ["--sequences", "4", "--length", "32", "--micro-batch", "4"]
 

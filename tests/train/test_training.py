@@ -1,5 +1,6 @@
 """Objective, schedule, batches and the loop, against direct computation on tiny models."""
 
+import itertools
 import json
 import math
 import shutil
@@ -132,6 +133,20 @@ def test_an_interrupted_run_ends_bit_equal(tmp_path: Path, monkeypatch: pytest.M
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+def test_early_stop_ends_at_the_first_validation_that_is_no_better(tmp_path: Path) -> None:
+    """Labels that are noise: held-out loss cannot keep falling; the run remembers that it has ended."""
+    noise = np.random.default_rng(5).integers(0, VOCAB, 500).astype(np.uint16)
+    random = replace(streams(), train=noise[:60], held_out=noise[60:])
+    recipe = replace(RECIPE, steps=400, heads_lr=3e-2, base_lr=3e-2, validate_every=5, early_stop=True)
+    for _ in range(2):
+        outcome = loop.train(ModifiedCLM(make()), random, recipe, tmp_path)
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        seen = [line["ppl_1:3"] for line in lines if "ppl_1:3" in line]
+        assert outcome.steps == len(lines) == 5 * len(seen) < 400
+        assert seen[-1] >= seen[-2]
+        assert all(later < earlier for earlier, later in itertools.pairwise(seen[:-1]))
+
+
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
     loop.train(ModifiedCLM(make()), streams(), RECIPE, tmp_path)
     with pytest.raises(TrainingError, match="another recipe"):
@@ -149,7 +164,7 @@ def test_frozen_base_stays_bit_identical_and_heads_learn(optimizer: str, tmp_pat
     objective = ModifiedCLM(model, freeze_base=True)
     held_out = validation_batches(streams().held_out, sequences=4, length=8, extra=3)
     start = perplexities(objective, held_out)
-    end = loop.train(objective, streams(), recipe, tmp_path)
+    end = loop.train(objective, streams(), recipe, tmp_path).figures
     assert all(torch.equal(before[name], p) for name, p in model.base.state_dict().items())
     assert end["ppl_1"] == start["ppl_1"]
     assert end["ppl_2"] < 0.8 * start["ppl_2"]

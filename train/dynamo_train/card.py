@@ -89,8 +89,7 @@ def write_card(checkpoint: Path, source: str, held_out_percent: float) -> None:
 def _card(checkpoint: Path, figures: dict[str, float]) -> str:
     record = json.loads((checkpoint / RECORD_FILE).read_text())
     config = json.loads((checkpoint / "config.json").read_text())
-    corpus, heads = record["heads"]["corpus"], record["heads"]["recipe"]
-    base = record.get("base", {}).get("recipe")
+    corpus, base, heads = record["heads"]["corpus"], record.get("base"), record["heads"]
     n_heads = max(int(name.removeprefix("agreement_")) for name in figures if name.startswith("agreement_"))
     size = sum(path.stat().st_size for path in checkpoint.iterdir() if path.name != CARD_FILE) / 1e6
     lines = [
@@ -112,10 +111,10 @@ def _card(checkpoint: Path, figures: dict[str, float]) -> str:
         "top-level name.",
     ]
     if base:
-        lines.append(f"- Base: {_run(base, corpus['train_tokens'])}, from scratch.")
-    frozen = "base frozen" if heads["freeze_base"] else "base trained along"
+        lines.append(f"- Base: {_run(base)}, from scratch.")
+    frozen = "base frozen" if heads["recipe"]["freeze_base"] else "base trained along"
     lines += [
-        f"- Heads: {_run(heads, corpus['train_tokens'])}, {frozen}.",
+        f"- Heads: {_run(heads)}, {frozen}.",
         "",
         "## Figures on the held-out modules",
         "",
@@ -129,9 +128,11 @@ def _card(checkpoint: Path, figures: dict[str, float]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _run(recipe: dict, train_tokens: int) -> str:
-    tokens = recipe["steps"] * recipe["sequences"] * recipe["length"]
+def _run(stage: dict[str, Any]) -> str:
+    recipe, steps = stage["recipe"], stage["steps"]
+    epochs = steps * recipe["sequences"] * recipe["length"] / stage["corpus"]["train_tokens"]
+    planned = "" if steps == recipe["steps"] else f" of {recipe['steps']:,} (stopped early)"
     return (
-        f"{recipe['steps']:,} steps of {recipe['sequences']} × {recipe['length']} tokens "
-        f"({tokens / train_tokens:.1f} epochs), {recipe['optimizer']}, {recipe['precision']} autocast"
+        f"{steps:,}{planned} steps of {recipe['sequences']} × {recipe['length']} tokens ({epochs:.1f} epochs), "
+        f"{recipe['optimizer']}, {recipe['precision']} autocast"
     )

@@ -32,9 +32,11 @@ BASE_RECIPE = Recipe(
     clip=1.0,
     precision="bf16",
     seed=0,
+    validate_every=200,
+    early_stop=True,
 )
 HEADS_RECIPE = Recipe(
-    steps=800,
+    steps=600,
     sequences=8,
     length=1024,
     micro_batch=4,
@@ -48,6 +50,8 @@ HEADS_RECIPE = Recipe(
     clip=1.0,
     precision="bf16",
     seed=1,
+    validate_every=200,
+    early_stop=True,
 )
 MIN_COUNTS = [1, 1, 1]
 

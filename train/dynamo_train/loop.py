@@ -42,6 +42,8 @@ class Recipe:
         clip: largest gradient norm.
         precision: ``no`` or ``bf16`` (autocast).
         seed: of the batches' order.
+        validate_every: steps between validations; 0 validates at the end alone.
+        early_stop: end at the first validation that is no better than the one before.
     """
 
     steps: int
@@ -58,6 +60,16 @@ class Recipe:
     clip: float
     precision: str
     seed: int
+    validate_every: int = 0
+    early_stop: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: steps run, which an early stop makes fewer, and the held-out perplexities."""
+
+    steps: int
+    figures: dict[str, float]
 
 
 def train(
@@ -67,8 +79,7 @@ def train(
     folder: Path,
     *,
     checkpoint_every: int = 200,
-    validate_every: int = 0,
-) -> dict[str, float]:
+) -> Outcome:
     """Train to the end of the recipe, from the last checkpoint in ``folder`` if there is one.
 
     Args:
@@ -77,10 +88,9 @@ def train(
         recipe: what to do.
         folder: checkpoints and ``metrics.jsonl``; a checkpoint of another recipe is refused.
         checkpoint_every: steps between checkpoints; an interrupt (Ctrl-C) writes one as well.
-        validate_every: steps between validations; 0 validates at the end alone.
 
     Returns:
-        The held-out perplexities at the end.
+        The steps that were run and the held-out perplexities at the end.
 
     Raises:
         TrainingError: ``folder`` holds another run's checkpoint, or the loss is no longer finite.
@@ -104,7 +114,7 @@ def train(
     accelerator.register_for_checkpointing(*schedules)
 
     identity = json.loads(json.dumps({"recipe": asdict(recipe), "corpus": streams.record.sha256}))
-    step = _resume(accelerator, folder, identity)
+    step, validations = _resume(accelerator, folder, identity)
     bar = tqdm(
         total=recipe.steps,
         initial=step,
@@ -113,7 +123,7 @@ def train(
         disable=not accelerator.is_main_process,
     )
     try:
-        while step < recipe.steps:
+        while step < recipe.steps and not (recipe.early_stop and _stalled(validations)):
             losses = _train_step(accelerator, prepared, optimizers, schedules, streams, recipe, step)
             if not torch.isfinite(losses).all():
                 raise TrainingError(f"the loss is no longer finite at step {step}: lower the learning rate")
@@ -121,21 +131,23 @@ def train(
             bar.update()
             bar.set_postfix_str(" ".join(f"{loss:.3f}" for loss in losses.tolist()))
             metrics: dict[str, Any] = {"step": step, "loss": losses.tolist()}
-            if validate_every and step % validate_every == 0 and step < recipe.steps:
-                metrics |= _validate(objective, streams, recipe)
-                bar.write(f"step {step}: " + ", ".join(f"{k} {v:.2f}" for k, v in metrics.items() if "ppl" in k))
+            if recipe.validate_every and step % recipe.validate_every == 0 and step < recipe.steps:
+                figures = _validate(objective, streams, recipe)
+                validations.append(list(figures.values())[-1])  # PPL_1:n, or PPL_1 of a plain base
+                bar.write(f"step {step}: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()))
+                metrics |= figures
             if accelerator.is_main_process:
                 with (folder / "metrics.jsonl").open("a") as file:
                     file.write(json.dumps(metrics) + "\n")
             if step % checkpoint_every == 0 and step < recipe.steps:
-                _save(accelerator, folder, identity, step)
+                _save(accelerator, folder, identity, step, validations)
     except KeyboardInterrupt:
-        _save(accelerator, folder, identity, step)
+        _save(accelerator, folder, identity, step, validations)
         raise
     finally:
         bar.close()
-    _save(accelerator, folder, identity, step)
-    return _validate(objective, streams, recipe)
+    _save(accelerator, folder, identity, step, validations)
+    return Outcome(step, _validate(objective, streams, recipe))
 
 
 def _train_step(
@@ -182,27 +194,33 @@ def _validate(objective: ModifiedCLM, streams: TokenStreams, recipe: Recipe) -> 
     return perplexities(objective, batches)
 
 
-def _save(accelerator: Accelerator, folder: Path, identity: dict[str, Any], step: int) -> None:
+def _stalled(validations: list[float]) -> bool:
+    return len(validations) > 1 and validations[-1] >= validations[-2]
+
+
+def _save(
+    accelerator: Accelerator, folder: Path, identity: dict[str, Any], step: int, validations: list[float]
+) -> None:
     """Write a checkpoint beside the last one, then put it in its place."""
     new, current = folder / "checkpoint.new", folder / "checkpoint"
     accelerator.save_state(str(new), safe_serialization=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (new / "progress.json").write_text(json.dumps(identity | {"step": step}))
+        (new / "progress.json").write_text(json.dumps(identity | {"step": step, "validations": validations}))
         shutil.rmtree(current, ignore_errors=True)
         new.rename(current)
     accelerator.wait_for_everyone()
 
 
-def _resume(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) -> int:
+def _resume(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) -> tuple[int, list[float]]:
     folder.mkdir(parents=True, exist_ok=True)
     progress_path = folder / "checkpoint" / "progress.json"
     if not progress_path.is_file():
-        return 0
+        return 0, []
     progress = json.loads(progress_path.read_text())
-    step = progress.pop("step")
+    step, validations = progress.pop("step"), progress.pop("validations")
     if progress != identity:
         raise TrainingError(f"{folder} holds a run with another recipe or corpus: remove it or name another folder")
     accelerator.load_state(str(progress_path.parent))
     logger.info("resuming at step %d", step)
-    return step
+    return step, validations

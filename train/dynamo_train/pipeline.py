@@ -24,7 +24,7 @@ from dynamo_model import MultiTokenModel, has_heads
 from . import cooccurrence
 from .corpus import is_held_out, read_corpus
 from .errors import TrainingError
-from .loop import Recipe, train
+from .loop import Outcome, Recipe, train
 from .objective import ModifiedCLM
 from .tokens import END_OF_TEXT, TokenStreams, tokenize_corpus, train_tokenizer
 
@@ -98,14 +98,14 @@ def train_base(
         eos_token_id=end_id,
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    figures = train(ModifiedCLM(model), streams, recipe, work / "run")
+    outcome = train(ModifiedCLM(model), streams, recipe, work / "run")
     if PartialState().is_main_process:
         with _new_folder(out, work) as folder:
             model.save_pretrained(folder)
             PreTrainedTokenizerFast(
                 tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
             ).save_pretrained(folder)
-            _write_record(folder, None, "base", streams, recipe, figures)
+            _write_record(folder, None, "base", streams, recipe, outcome)
 
 
 def train_heads(
@@ -130,12 +130,12 @@ def train_heads(
     if recipe.length > context:
         raise TrainingError(f"sequences of {recipe.length} do not fit the base's context of {context} tokens")
     objective = ModifiedCLM(model, recipe.shared_gradient_scale, recipe.freeze_base)
-    figures = train(objective, streams, recipe, work / "run")
+    outcome = train(objective, streams, recipe, work / "run")
     if PartialState().is_main_process:
         with _new_folder(out, work) as folder:
             model.save(folder)
             tokenizer.save_pretrained(folder)
-            _write_record(folder, Path(base), "heads", streams, recipe, figures)
+            _write_record(folder, Path(base), "heads", streams, recipe, outcome)
 
 
 def add_counts(checkpoint: Path, source: str, min_counts: list[int], *, held_out_percent: float, work: Path) -> None:
@@ -205,7 +205,7 @@ def _write_record(
     stage: str,
     streams: TokenStreams,
     recipe: Recipe,
-    figures: dict[str, float],
+    outcome: Outcome,
 ) -> None:
     """Add a stage to the checkpoint's record: corpus, recipe, interpreter and held-out perplexities."""
     record = {}
@@ -215,6 +215,6 @@ def _write_record(
         "python": platform.python_version(),
         "corpus": asdict(streams.record),
         "recipe": asdict(recipe),
-        "figures": figures,
+        **asdict(outcome),
     }
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")

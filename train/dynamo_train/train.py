@@ -115,6 +115,8 @@ def _recipe(arguments: argparse.Namespace, **rates):  # type: ignore[no-untyped-
         clip=1.0,
         precision=arguments.precision,
         seed=arguments.seed,
+        validate_every=arguments.validate_every,
+        early_stop=arguments.early_stop,
         **({"shared_gradient_scale": 1.0, "freeze_base": False} | rates),
     )
 
@@ -207,6 +209,10 @@ def _add_recipe(parser: argparse.ArgumentParser, *, optimizer: str, length: int,
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="bf16: autocast")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--validate-every", type=_count, default=1000, help="steps (default: %(default)s)")
+    parser.add_argument(
+        "--early-stop", action="store_true", help="end at the first validation that is no better than the last"
+    )
 
 
 def _count(text: str) -> int:

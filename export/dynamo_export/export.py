@@ -1,0 +1,291 @@
+"""From a checkpoint to a bundle: the stages in order."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import logging
+import shutil
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from dynamo_runtime.bundle import FORMAT_VERSION, load_bundle, sha256
+from dynamo_runtime.errors import DynamoError
+from dynamo_runtime.parameters import SamplingParameters
+
+from . import parity
+from .errors import ExportError
+from .genai import genai_config
+from .graph import Subject, inspect, simplify, trace
+from .qkv import pack_qkv
+from .reshapes import simplify_reshapes
+from .source import find_checkpoint, load_model, read_json
+from .tail import TOP_K, finish
+from .target import MANIFEST, Target, discard
+from .weights import WeightStore, shorten_names, transpose_weights
+from .write import write_model
+
+OLDER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")  # transformers can convert these
+log = logging.getLogger("dynamo_export")
+
+
+def export_bundle(
+    output: str | Path,
+    model: str | Path | None = None,
+    *,
+    heads: int | None = None,
+    overwrite: bool = False,
+    external_data: bool = False,
+    context_length: int | None = None,
+    parity_length: int = parity.DEFAULT_LENGTH,
+) -> Path:
+    """Exports a checkpoint as a bundle, which exists only once it agrees with the torch model.
+
+    Args:
+        output: The `.onnx` file; its folder becomes the bundle.
+        model: Checkpoint folder or Hub id; None for the default that ships with the package.
+        heads: Token heads; 0 for the plain language model, None for all there are.
+        overwrite: Replace an earlier export of the same name.
+        external_data: Weights in a file of their own even where one file would do.
+        context_length: Positions to cover; None for all the model was built for.
+        parity_length: Longest sequence the parity gate runs.
+
+    Returns:
+        The `.onnx` file in its place.
+
+    Raises:
+        ExportError: The checkpoint, the arguments or the target do not allow it, or the graph fails the gate; nothing
+            is left behind.
+    """
+    target = Target(Path(output), overwrite)
+    folder = find_checkpoint(model)
+    clock = _Clock()
+    subject = _load(folder, heads, context_length)
+    clock.lap(f"loaded {folder.name}: {type(subject.base).__name__}, {subject.n_heads} head(s)")
+    staged = target.stage()
+    try:
+        manifest = write_rest(folder, staged, target.graph, subject)
+        cases, left_out = parity.reference(subject, parity_length)
+        clock.lap("ran the torch model")
+        graph, weights = build_graph(subject)
+        clock.lap(f"traced {len(graph.graph)} nodes")
+        files = write_model(graph, staged / target.graph, external_data)
+        clock.lap(f"wrote {sum(f.stat().st_size for f in files) / 1e6:.1f} MB of graph and weights")
+        weights.clear()
+        del graph, subject  # the session's weights come instead of torch's
+        gc.collect()
+        manifest["files"] = listed_files(staged)
+        _write_json(staged / MANIFEST, manifest)
+        rows = _gate(staged, cases, left_out)
+        clock.lap("passed the parity gate")
+        manifest["parity"] = parity.as_json(rows, cases, left_out)
+        _write_json(staged / MANIFEST, manifest)
+        target.move_in(staged)
+    except OSError as error:
+        raise ExportError(f"cannot write the bundle: {error.strerror or error}") from error
+    finally:
+        discard(staged)
+    clock.lap(f"the bundle is in {target.folder}")
+    return target.folder / target.graph
+
+
+class _Clock:
+    """Logs how long each stage took."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+
+    def lap(self, what: str) -> None:
+        now = time.perf_counter()
+        log.info("%s (%.1f s)", what, now - self.last)
+        self.last = now
+
+
+def _load(folder: Path, heads: int | None, context_length: int | None) -> Subject:
+    base, multi = load_model(folder, heads)
+    longest = getattr(base.config, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest < 2:
+        raise ExportError(f"{folder / 'config.json'} does not say how long the model's context is")
+    if context_length is not None and not 2 <= context_length <= longest:
+        raise ExportError(f"--context-length must be 2 to {longest}, not {context_length}")
+    return inspect(base, multi, context_length or longest)
+
+
+def build_graph(subject: Subject) -> tuple[ir.Model, WeightStore]:
+    """The graph of the contract, and its weights, which are still torch's memory."""
+    model, weights = trace(subject)
+    transpose_weights(model)
+    simplify(model)
+    simplify_reshapes(model)
+    pack_qkv(model)
+    embedding = subject.base.get_output_embeddings()
+    bias = getattr(embedding, "bias", None)
+    finish(
+        model,
+        weights,
+        subject.n_heads,
+        embedding.weight.detach().numpy(),
+        None if bias is None else bias.detach().numpy().copy(),
+        embedding.weight is subject.base.get_input_embeddings().weight,
+    )
+    shorten_names(model)
+    for node in model.graph:
+        node.metadata_props.clear()
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
+    model.producer_name, model.producer_version = "dynamo-edge", _version("dynamo-edge")
+    return model, weights
+
+
+def _gate(staged: Path, cases: list[parity.Case], left_out: list[str]) -> list[parity.Row]:
+    try:
+        bundle = load_bundle(staged)
+    except DynamoError as error:
+        raise ExportError(f"the exported bundle does not load: {error}") from error
+    rows = parity.gate(bundle, cases)
+    print(parity.table(rows, left_out))
+    failed = [row for row in rows if not row.passed]
+    if failed:
+        worst = max(failed, key=lambda row: row.difference / row.limit)
+        raise ExportError(
+            f"the graph does not agree with the torch model in {len(failed)} of {len(rows)} comparisons (worst: "
+            f"{worst.case}, {worst.run}, head {worst.head}, |Δlogit| {worst.difference:.1e} over {worst.limit:.1e}): "
+            "nothing was written"
+        )
+    return rows
+
+
+def write_rest(folder: Path, staged: Path, graph: str, subject: Subject) -> dict[str, Any]:
+    """Writes everything beside the graph.
+
+    Returns:
+        The manifest, without the files and the gate's results.
+
+    Raises:
+        ExportError: The checkpoint's tokenizer or configuration does not fit its weights.
+    """
+    shutil.copyfile(folder / "config.json", staged / "config.json")
+    if (folder / "generation_config.json").is_file():
+        shutil.copyfile(folder / "generation_config.json", staged / "generation_config.json")
+    elif subject.base.generation_config is not None:
+        subject.base.generation_config.save_pretrained(staged)
+    vocab_size = int(subject.base.get_output_embeddings().weight.shape[0])
+    tokenizer_size = write_tokenizer(folder, staged, vocab_size)
+    if (folder / "cooccurrence.npz").is_file() and subject.multi is not None:
+        shutil.copyfile(folder / "cooccurrence.npz", staged / "cooccurrence.npz")
+    config = subject.base.config
+    generation = read_json(staged / "generation_config.json")
+    first = subject.attention[0]
+    manifest: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "graph": graph,
+        "kind": "plain" if subject.multi is None else "parallel",
+        "n_heads": subject.n_heads,
+        "model_type": config.model_type,
+        "vocab_size": vocab_size,
+        "tokenizer_size": tokenizer_size,
+        "context_length": subject.context_length,
+        "kv_layers": len(subject.attention),
+        "kv_heads": first.kv_heads,
+        "head_size": first.head_size,
+        "precision": "fp32",
+        "top_k_outputs": min(TOP_K, vocab_size),
+        "bos_token_id": _special(generation, config, "bos_token_id", vocab_size)[:1] or None,
+        "eos_token_ids": _special(generation, config, "eos_token_id", vocab_size),
+        "sampling": _sampling(generation),
+        "parity": None,
+        "source": {
+            "model": folder.name,
+            "architecture": type(subject.base).__name__,
+            "rotary": "inside" if subject.rotary.inside else "outside",
+            "versions": {
+                name: _version(name) for name in ("dynamo-edge", "torch", "transformers", "onnx", "onnxruntime")
+            },
+        },
+    }
+    if manifest["bos_token_id"] is not None:
+        manifest["bos_token_id"] = manifest["bos_token_id"][0]
+    pad = _special(generation, config, "pad_token_id", vocab_size)
+    interop = genai_config(manifest, int(config.hidden_size), first.heads, pad[0] if pad else None)
+    _write_json(staged / "genai_config.json", interop)
+    return manifest
+
+
+def write_tokenizer(folder: Path, staged: Path, vocab_size: int) -> int:
+    """Copies the checkpoint's tokenizer, or has transformers convert an older one.
+
+    Returns:
+        Number of tokens it knows.
+
+    Raises:
+        ExportError: There is none, or it knows tokens that the model has no embedding for.
+    """
+    if (folder / "tokenizer.json").is_file():
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, staged / name)
+    elif not any((folder / name).is_file() for name in OLDER_TOKENIZERS):
+        raise ExportError(f"{folder} has no tokenizer.json")
+    else:
+        try:
+            AutoTokenizer.from_pretrained(folder, use_fast=True).save_pretrained(staged)
+        except Exception as error:  # transformers raises whatever its many tokenizers do
+            raise ExportError(f"{folder} has no tokenizer.json, and none could be made from what is there") from error
+    try:
+        tokenizer = Tokenizer.from_file(str(staged / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ExportError(f"{folder / 'tokenizer.json'} is not a readable tokenizer: {error}") from error
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocab_size:
+        raise ExportError(
+            f"the tokenizer in {folder} does not match the model: it has token {largest}, the vocabulary ends at "
+            f"{vocab_size - 1}"
+        )
+    if not (staged / "tokenizer_config.json").is_file():
+        _write_json(staged / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    return tokenizer.get_vocab_size()
+
+
+def _sampling(generation: dict[str, Any]) -> dict[str, Any]:
+    """Sampling defaults: what generation_config.json says, and the runtime's (the paper's) for the rest."""
+    own = {field.name: generation[field.name] for field in fields(SamplingParameters) if generation.get(field.name)}
+    try:
+        return asdict(SamplingParameters(**own))
+    except DynamoError as error:
+        raise ExportError(f"generation_config.json: {error}") from error
+
+
+def _special(generation: dict[str, Any], config: Any, name: str, vocab_size: int) -> list[int]:
+    """Ids of a special token, from generation_config.json or else the model's configuration."""
+    found = generation.get(name)
+    if found is None:
+        found = getattr(config, name, None)
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    return [int(i) for i in ids if isinstance(i, int) and 0 <= i < vocab_size]
+
+
+def listed_files(staged: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file but the manifest."""
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(staged.iterdir())
+        if path.name != MANIFEST
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

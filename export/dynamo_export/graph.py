@@ -1,0 +1,210 @@
+"""From a torch model to the traced graph: input ids to the heads' normed states, with shared KV buffers."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dynamo_model import MultiTokenModel
+
+from .attention import Emitter, LayerAttention, PassThroughCache, emitting, probe_attention
+from .errors import ExportError
+from .norm import rms_norms_fused
+from .rotary import Rotary, read_rotary, rotary_replaced
+from .weights import BIG_BYTES, WeightStore
+
+OPSET = 20
+
+
+@dataclass
+class Subject:
+    """What is exported: a base model, and the further heads that go along.
+
+    Attributes:
+        base: The transformers language model.
+        multi: The multi-token model around it, or None for the plain export.
+        context_length: Positions the bundle covers.
+        attention: What every layer asks of its attention, in the order of the KV caches.
+        rotary: The rotary embedding.
+    """
+
+    base: PreTrainedModel
+    multi: MultiTokenModel | None
+    context_length: int
+    attention: dict[int, LayerAttention]
+    rotary: Rotary
+
+    @property
+    def n_heads(self) -> int:
+        """Token heads in the graph."""
+        return 1 if self.multi is None else self.multi.n_heads
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that holds every weight of the export."""
+        return self.base if self.multi is None else self.multi
+
+    def states(self, input_ids: Tensor, **inputs: Any) -> tuple[Tensor, ...]:
+        """Normed hidden states [batch, seq, hidden] of every head."""
+        return states(self.base, self.multi, input_ids, **inputs)
+
+
+def states(
+    base: PreTrainedModel, multi: MultiTokenModel | None, input_ids: Tensor, **inputs: Any
+) -> tuple[Tensor, ...]:
+    """Normed hidden states [batch, seq, hidden] of every head; of the base alone where there are no further heads."""
+    if multi is not None:
+        return multi.states(input_ids, **inputs)
+    inputs.setdefault("use_cache", inputs.get("past_key_values") is not None)
+    return (base.base_model(input_ids=input_ids, **inputs).last_hidden_state,)
+
+
+def inspect(base: PreTrainedModel, multi: MultiTokenModel | None, context_length: int) -> Subject:
+    """Finds out whether and how the model can be expressed.
+
+    Raises:
+        ExportError: If something in it cannot be expressed exactly.
+    """
+    layers = probe_attention(multi or base, lambda ids: states(base, multi, ids, use_cache=False), context_length)
+    if sorted(layers) != list(range(len(layers))):
+        raise ExportError(f"the layers' cache indices are {sorted(layers)}, not 0 to {len(layers) - 1}: not supported")
+    shapes = {(spec.kv_heads, spec.head_size) for spec in layers.values()}
+    if len(shapes) > 1:
+        raise ExportError(f"the layers' caches differ in shape {sorted(shapes)}: not supported")
+    rotary = read_rotary(base, base.base_model, layers[0].head_size, context_length)
+    return Subject(base, multi, context_length, dict(sorted(layers.items())), rotary)
+
+
+class Traced(nn.Module):
+    """The module that is traced: graph inputs in, states of all heads and present caches out."""
+
+    def __init__(self, subject: Subject, emitter: Emitter) -> None:
+        super().__init__()
+        self.model = subject.model
+        self.subject = subject
+        self.emitter = emitter
+        if subject.rotary.inside:
+            cos, sin = subject.rotary.half()
+            self.cos_cache, self.sin_cache = nn.Buffer(cos), nn.Buffer(sin)
+            emitter.interleaved = subject.rotary.interleaved
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, past: list[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, ...]:
+        """Runs one pass.
+
+        Args:
+            input_ids: int64 [batch, seq].
+            attention_mask: int64 [batch, total].
+            past: Key and value per layer, [batch, kv_heads, capacity, head_size].
+        """
+        emitter = self.emitter
+        lengths = attention_mask.sum(1)
+        emitter.past, emitter.present = past, {}
+        emitter.seqlens = (lengths - 1).to(torch.int32)
+        total = torch.onnx.ops.symbolic(
+            "Shape", (attention_mask,), {"start": 1, "end": 2}, dtype=torch.int64, shape=(1,)
+        )
+        emitter.total = total.to(torch.int32).reshape(())
+        inputs: dict[str, Any] = {"past_key_values": PassThroughCache()}
+        if self.subject.rotary.inside:
+            emitter.cos, emitter.sin = self.cos_cache, self.sin_cache
+        else:  # the rows are the last positions that the mask covers
+            seq = input_ids.shape[1]
+            inputs["position_ids"] = (lengths - seq)[:, None] + torch.arange(seq)
+        all_states = self.subject.states(input_ids, **inputs)
+        return (*all_states, *(x for layer in sorted(emitter.present) for x in emitter.present[layer]))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what the exporter has to say about itself off the user's terminal."""
+    names = ["torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir"]
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+def trace(subject: Subject) -> tuple[ir.Model, WeightStore]:
+    """Traces the model with `torch.onnx.export`.
+
+    Returns:
+        A graph whose outputs are `states_1` … `states_n` and `present.N.key|value`, and its weights, which are still
+        torch's own memory: nothing is copied.
+    """
+    layers = subject.attention
+    emitter = Emitter(layers)
+    first = layers[0]
+    module = Traced(subject, emitter).eval()
+    empty = torch.zeros(2, first.kv_heads, 8, first.head_size)
+    past = [(empty.clone(), empty.clone()) for _ in layers]
+    ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 5, dtype=torch.long)
+    batch = torch.export.Dim("batch")
+    cache = {0: batch, 2: torch.export.Dim("capacity")}
+    shapes = (
+        {0: batch, 1: torch.export.Dim("seq")},
+        {0: batch, 1: torch.export.Dim("total")},
+        [(cache, cache) for _ in layers],
+    )
+    with ExitStack() as stack:
+        stack.enter_context(quiet())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(rms_norms_fused(subject.model))
+        stack.enter_context(rotary_replaced(subject.base, subject.base.base_model, subject.rotary))
+        stack.enter_context(emitting(subject.model, emitter))
+        program = torch.onnx.export(
+            module,
+            (ids, mask, past),
+            dynamic_shapes=shapes,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=OPSET,
+        )
+    assert program is not None
+    model = program.model
+    _name_ends(model, subject.n_heads)
+    store = WeightStore()
+    for value in model.graph.initializers.values():
+        store.adopt(value)
+    return model, store
+
+
+def _name_ends(model: ir.Model, n_heads: int) -> None:
+    """Gives inputs and outputs the names of the contract."""
+    graph = model.graph
+    for value, name in zip(graph.inputs[:2], ("input_ids", "attention_mask"), strict=True):
+        value.name = name
+    for i, value in enumerate(graph.inputs[2:]):
+        value.name = f"past_key_values.{i // 2}.{('key', 'value')[i % 2]}"
+    for i, value in enumerate(graph.outputs):
+        j = i - n_heads
+        value.name = f"states_{i + 1}" if j < 0 else f"present.{j // 2}.{('key', 'value')[j % 2]}"
+
+
+def simplify(model: ir.Model) -> None:
+    """Folds constants, merges what is computed twice, drops what is unused; never touches a weight."""
+    for node in model.graph:
+        scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+        where = [scope for scope in scopes[1:-1] if scope]
+        if where:
+            node.name = f"/{where[-1].replace('.', '/')}/{node.name}"
+    onnxscript.optimizer.optimize_ir(model, input_size_limit=BIG_BYTES, output_size_limit=BIG_BYTES)

@@ -1,0 +1,128 @@
+"""Writes an ONNX file weight by weight, so that no more than one weight is ever held twice.
+
+`onnx.save` wants the whole model as one protobuf in memory and then as one string of bytes: three times the weights
+together with the torch model. The format needs neither: a message's fields may come in any order, so the small part
+of the graph is serialised first and the initializers are appended one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from tqdm import tqdm
+
+from .weights import BIG_BYTES
+
+EMBED_LIMIT_BYTES = 1_500_000_000  # a protobuf file ends at 2 GiB
+ALIGNMENT_BYTES = 4096  # of external weights, so that they can be mapped into memory
+
+# Field numbers of the ONNX schema; all three are length-delimited (wire type 2).
+MODEL_GRAPH, GRAPH_INITIALIZER, TENSOR_RAW_DATA = 7, 5, 9
+
+
+def _tag(field: int) -> bytes:
+    return _varint(field << 3 | 2)
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers."""
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+def write_model(model: ir.Model, path: Path, external: bool = False) -> list[Path]:
+    """Writes the model.
+
+    Args:
+        model: The graph; its lazy weights are computed here, one after the other.
+        path: The `.onnx` file, which must not exist.
+        external: Put the weights into `path` + ".data" even if they would fit.
+
+    Returns:
+        The files written.
+    """
+    graph = model.graph
+    big = {
+        name: value.const_value
+        for name, value in graph.initializers.items()
+        if value.const_value is not None and value.const_value.nbytes > BIG_BYTES
+    }
+    values = {name: graph.initializers.pop(name) for name in big}
+    try:
+        proto = ir.to_proto(model)
+    finally:
+        for value in values.values():
+            graph.register_initializer(value)
+    bar = tqdm(big.items(), desc="weights", unit="tensor", leave=False, disable=None)
+    data = path.with_name(path.name + ".data")
+    if external or weight_bytes(model) > EMBED_LIMIT_BYTES:
+        _write_external(proto, bar, path, data)
+        return [path, data]
+    _write_embedded(proto, bar, path)
+    return [path]
+
+
+def _header(name: str, tensor: ir.TensorProtocol) -> onnx.TensorProto:
+    dims = [int(dim) for dim in tensor.shape]  # type: ignore[arg-type]
+    return onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=dims)
+
+
+def _array(tensor: ir.TensorProtocol) -> np.ndarray:
+    array = np.ascontiguousarray(tensor.numpy())
+    return array if array.dtype.byteorder in "=<|" else array.astype(array.dtype.newbyteorder("<"))
+
+
+def _write_external(
+    proto: onnx.ModelProto, weights: Iterable[tuple[str, ir.TensorProtocol]], path: Path, data: Path
+) -> None:
+    with data.open("xb") as file:
+        for name, tensor in weights:
+            file.write(bytes(-file.tell() % ALIGNMENT_BYTES))
+            entry = _header(name, tensor)
+            entry.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in (("location", data.name), ("offset", file.tell()), ("length", tensor.nbytes)):
+                entry.external_data.add(key=key, value=str(value))
+            file.write(_array(tensor).data)
+            proto.graph.initializer.append(entry)
+    with path.open("xb") as file:
+        file.write(proto.SerializeToString())
+
+
+def _write_embedded(proto: onnx.ModelProto, weights: Iterable[tuple[str, ir.TensorProtocol]], path: Path) -> None:
+    small_graph = proto.graph.SerializeToString()
+    proto.ClearField("graph")
+    pieces = list(weights) if not isinstance(weights, tqdm) else list(weights.iterable)
+    prefixes = [_initializer_prefix(name, tensor) for name, tensor in pieces]
+    size = len(small_graph) + sum(
+        len(prefix) + tensor.nbytes for prefix, (_, tensor) in zip(prefixes, pieces, strict=True)
+    )
+    with path.open("xb") as file:
+        file.write(proto.SerializeToString() + _tag(MODEL_GRAPH) + _varint(size) + small_graph)
+        for prefix, (name, tensor) in zip(prefixes, weights, strict=True):
+            array = _array(tensor)
+            assert array.nbytes == tensor.nbytes, name
+            file.write(prefix)
+            _write_array(file, array)
+
+
+def _initializer_prefix(name: str, tensor: ir.TensorProtocol) -> bytes:
+    """Everything of one initializer up to its raw bytes."""
+    header = _header(name, tensor).SerializeToString() + _tag(TENSOR_RAW_DATA) + _varint(tensor.nbytes)
+    return _tag(GRAPH_INITIALIZER) + _varint(len(header) + tensor.nbytes) + header
+
+
+def _write_array(file: BinaryIO, array: np.ndarray) -> None:
+    file.write(array.reshape(-1).view(np.uint8).data)

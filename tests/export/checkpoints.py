@@ -1,0 +1,166 @@
+"""Tiny random checkpoints of every architecture, as folders that `dynamo-export` takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from dynamo_model import MultiTokenModel
+
+VOCAB = 320
+CORPUS = [
+    "def fib(n):\n    if n < 2:\n        return n\n    return fib(n - 1) + fib(n - 2)\n",
+    "class Point:\n    def __init__(self, x, y):\n        self.x = x\n        self.y = y\n",
+    "for i in range(10):\n    print(i)\n",
+]
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 96,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def rope(kind: str, **more: Any) -> dict[str, Any]:
+    """Rope parameters of one scaling rule."""
+    return {"rope_type": kind, "rope_theta": 10_000.0, **more}
+
+
+LLAMA3 = rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+
+# One configuration per architecture and feature.
+CONFIGS: dict[str, PretrainedConfig] = {
+    "neox": GPTNeoXConfig(**SIZES, rope_parameters=rope("default", partial_rotary_factor=1.0)),
+    "neox-partial-serial": GPTNeoXConfig(
+        **(SIZES | {"hidden_size": 128}),
+        use_parallel_residual=False,
+        rope_parameters=rope("default", partial_rotary_factor=0.5),
+    ),
+    "neox-rotary-20": GPTNeoXConfig(
+        **(SIZES | {"hidden_size": 160}), rope_parameters=rope("default", partial_rotary_factor=0.5)
+    ),
+    "neox-tied-nobias": GPTNeoXConfig(
+        **SIZES,
+        tie_word_embeddings=True,
+        attention_bias=False,
+        rope_parameters=rope("default", partial_rotary_factor=1.0),
+    ),
+    "llama-grouped": LlamaConfig(**SIZES, num_key_value_heads=2),
+    "llama-bias-llama3": LlamaConfig(
+        **SIZES, num_key_value_heads=1, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3
+    ),
+    "llama-linear-tied": LlamaConfig(**SIZES, tie_word_embeddings=True, rope_parameters=rope("linear", factor=3.0)),
+    "llama-dynamic-within": LlamaConfig(**SIZES, rope_parameters=rope("dynamic", factor=2.0)),
+    "qwen2": Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2-yarn": Qwen2Config(
+        **SIZES,
+        num_key_value_heads=2,
+        rope_parameters=rope("yarn", factor=3.0, original_max_position_embeddings=32),
+    ),
+    "qwen2-mixed-window": Qwen2Config(
+        **SIZES,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=17,
+        max_window_layers=1,
+    ),
+    "qwen3-wide-heads": Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True),
+    "qwen3-bias": Qwen3Config(**SIZES, num_key_value_heads=4, head_dim=16, attention_bias=True),
+    "mistral-window": MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=20),
+    "mistral-rotary-12": MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=None, head_dim=24),
+}
+
+
+THREE_HEADS = {"neox", "llama-grouped", "qwen2-mixed-window", "mistral-window"}  # two are quicker to export
+
+
+def heads_of(name: str) -> int:
+    """Token heads of the checkpoint with one of `CONFIGS`."""
+    return 3 if name in THREE_HEADS else 2
+
+
+def train_tokenizer() -> Tokenizer:
+    """A byte-level BPE tokenizer with at most `VOCAB` tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def random_base(config: PretrainedConfig, seed: int = 0) -> Any:
+    """A base model whose every parameter is random: norms and biases too, which start at ones and zeros."""
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_config(config)
+    _shake(base)
+    return base.eval()
+
+
+def _shake(module: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.08 * torch.randn_like(parameter))
+
+
+def save_plain(folder: Path, config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Path:
+    """A plain base model with its tokenizer."""
+    random_base(config).to(dtype).save_pretrained(folder)
+    train_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return folder
+
+
+def save_multi(folder: Path, config: PretrainedConfig, n_heads: int = 3, dtype: torch.dtype = torch.float32) -> Path:
+    """A multi-token checkpoint with its tokenizer."""
+    torch.manual_seed(1)
+    model = MultiTokenModel(random_base(config), n_heads)
+    _shake(model.heads)
+    model.to(dtype).save(folder)
+    train_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return folder
+
+
+def save_counts(folder: Path) -> None:
+    """A valid, tiny n-gram count file."""
+    np.savez(
+        folder / "cooccurrence.npz",
+        totals=np.array([4, 3, 2]),
+        min_count=np.array([1, 1, 1]),
+        counts_1=np.bincount([1, 2, 3, 4], minlength=VOCAB),
+        offsets_2=np.cumsum([0, 0, 1, 1, 1] + [0] * (VOCAB - 4)),
+        ids_2=np.array([2, 3, 4]),
+        counts_2=np.array([1, 1, 1]),
+        offsets_3=np.array([0, 1, 2, 2]),
+        ids_3=np.array([3, 4]),
+        counts_3=np.array([1, 1]),
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a bundle."""
+    return json.loads((folder / "dynamo_config.json").read_text())

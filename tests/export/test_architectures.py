@@ -1,0 +1,192 @@
+"""Every architecture and feature, through the whole pipeline and its gate, and against oracles of our own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+
+from dynamo_export import ExportError, export_bundle
+from dynamo_model import MultiTokenModel
+from dynamo_runtime.bundle import load_bundle
+from dynamo_runtime.session import Session
+
+FolderOf = Callable[[str], Path]
+
+# What must be found in the graph, so that a feature is not lost from it unnoticed: node attributes, in order of layers.
+WINDOWS = {"qwen2-mixed-window": [-1, 17, 17, 17], "mistral-window": [20] * 4}
+ROTARY_OUTSIDE = {"neox-rotary-20", "mistral-rotary-12"}
+TIED = {"neox-tied-nobias", "llama-linear-tied", "qwen2", "qwen3-wide-heads"}
+PACKED = {name for name in checkpoints.CONFIGS if not name.startswith("qwen3") and name not in ROTARY_OUTSIDE}
+BOUNDARIES = {
+    "llama-bias-llama3": "rope llama3 32",
+    "qwen2-yarn": "rope yarn 32",
+    "qwen2-mixed-window": "window 17",
+    "mistral-window": "window 20",
+}
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """Attributes of a node as Python values."""
+    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+
+
+@pytest.mark.parametrize("name", checkpoints.CONFIGS)
+def test_architecture(name: str, bundle: FolderOf, checkpoint: FolderOf) -> None:
+    """Passes the gate, has the features in the graph, and decodes greedily as transformers does."""
+    folder = bundle(name)
+    manifest = checkpoints.read_manifest(folder)
+    assert manifest["parity"]["passed"] and manifest["parity"]["reference"] == ["eager"]
+    cases = {row["case"] for row in manifest["parity"]["rows"]}
+    assert cases == {"short", "context 96", *([BOUNDARIES[name]] if name in BOUNDARIES else [])}
+    _check_graph(name, folder)
+    _check_greedy(folder, checkpoint(name))
+
+
+def _check_graph(name: str, folder: Path) -> None:
+    graph = onnx.load(folder / "model.onnx").graph
+    attention = [attributes(node) for node in graph.node if node.op_type == "GroupQueryAttention"]
+    assert len(attention) == 1 + checkpoints.heads_of(name)  # two layers of the base, and one a further head
+    assert [a.get("local_window_size", -1) for a in attention] == WINDOWS.get(name, [-1] * len(attention))
+    assert {a["do_rotary"] for a in attention} == {0 if name in ROTARY_OUTSIDE else 1}
+    packed = [not node.input[1] for node in graph.node if node.op_type == "GroupQueryAttention"]
+    assert all(packed) if name in PACKED else not any(packed)
+    vocabularies = [i.name for i in graph.initializer if sorted(i.dims) == [64, checkpoints.VOCAB]]
+    if checkpoints.CONFIGS[name].hidden_size == 64:
+        assert len(vocabularies) == (1 if name in TIED else 2)
+    products = [n for n in graph.node if {"out_states"} & set(n.input)]
+    assert len(products) == 1, "one product with the output embedding for all heads"
+
+
+def _check_greedy(folder: Path, source: Path) -> None:
+    """Not by the gate's means: transformers' own `generate` on the base, and further heads on plain torch forwards."""
+    prompt, new = [7, 250, 3, 91, 18], 60
+    base = AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager").eval()
+    expected = base.generate(
+        torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0].tolist()
+    session = Session(load_bundle(folder, verify=True))
+    step = session.step(prompt)
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + new:
+        tokens.append(int(step.logits().argmax()))
+        step = session.step(tokens[-1:])
+    assert tokens == expected
+    model = MultiTokenModel.load(source)
+    with torch.no_grad():
+        further = [logits[0, -1].numpy() for logits in model(torch.tensor([tokens]))]
+    for head, logits in enumerate(further, start=1):
+        np.testing.assert_allclose(step.logits(head)[0], logits, atol=3e-5)
+
+
+def test_bf16_checkpoint_is_exported_in_fp32(tmp_path: Path) -> None:
+    """Weights stored as bf16 come out as the same numbers in fp32."""
+    source = checkpoints.save_multi(tmp_path / "checkpoint", checkpoints.CONFIGS["llama-grouped"], dtype=torch.bfloat16)
+    graph = export_bundle(tmp_path / "out" / "model.onnx", source)
+    model = onnx.load(graph)
+    assert {i.data_type for i in model.graph.initializer} == {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
+    embedding = next(i for i in model.graph.initializer if i.name == "model.embed_tokens.weight")
+    stored = MultiTokenModel.load(source, torch.bfloat16).base.get_input_embeddings().weight
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(embedding), stored.detach().float().numpy())
+
+
+@pytest.mark.parametrize(("heads", "layers"), [(0, 2), (2, 3)])
+def test_fewer_heads(heads: int, layers: int, checkpoint: FolderOf, tmp_path: Path) -> None:
+    """`--heads 0` is the plain language model, and one head can be left out."""
+    graph = export_bundle(tmp_path / "out" / "model.onnx", checkpoint("neox"), heads=heads)
+    manifest = checkpoints.read_manifest(graph.parent)
+    assert (manifest["kind"], manifest["n_heads"]) == (("plain", 1) if heads == 0 else ("parallel", 2))
+    assert manifest["kv_layers"] == layers
+    session = onnxruntime.InferenceSession(graph)
+    outputs = {output.name for output in session.get_outputs()}
+    assert {name for name in outputs if name.startswith("logits")} == (
+        {"logits"} if heads == 0 else {"logits", "logits_2"}
+    )
+    optional = {value.name for value in session.get_overridable_initializers()}
+    assert optional == ({"num_logits_to_keep"} if heads == 0 else {"num_logits_to_keep", "head_rows"})
+
+
+def test_plain_export_of_a_plain_base(tmp_path: Path) -> None:
+    """`--heads 0` needs no heads in the checkpoint."""
+    source = checkpoints.save_plain(tmp_path / "base", checkpoints.CONFIGS["qwen2"])
+    graph = export_bundle(tmp_path / "out" / "model.onnx", source, heads=0)
+    assert checkpoints.read_manifest(graph.parent)["kind"] == "plain"
+
+
+def test_optional_inputs_have_defaults(bundle: FolderOf) -> None:
+    """A caller that knows nothing of them gets all rows of the first head and the last row of the others."""
+    folder = bundle("llama-grouped")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options)
+    ids = np.arange(10, 17)[None]
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    for layer in range(4):
+        for part in ("key", "value"):
+            feed[f"past_key_values.{layer}.{part}"] = np.zeros((1, 2, 16, 16), np.float32)
+    first, second, ids_2 = session.run(["logits", "logits_2", "topk_ids_2"], feed)
+    assert (
+        first.shape == (1, 7, checkpoints.VOCAB)
+        and second.shape == (1, 1, checkpoints.VOCAB)
+        and ids_2.shape == (1, 1, 128)
+    )
+    rows = session.run(
+        ["logits", "logits_3"], feed | {"num_logits_to_keep": np.array(2), "head_rows": np.array([-1, 0])}
+    )
+    np.testing.assert_allclose(rows[0], first[:, -2:], atol=1e-6)
+    assert rows[1].shape == (1, 2, checkpoints.VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        (
+            LlamaConfig(
+                **checkpoints.SIZES,
+                rope_parameters=checkpoints.rope(
+                    "longrope",
+                    factor=3.0,
+                    short_factor=[1.0] * 8,
+                    long_factor=[2.0] * 8,
+                    original_max_position_embeddings=32,
+                ),
+            ),
+            "rope scaling 'longrope' changes with the length of the prompt",
+        ),
+    ],
+)
+def test_refusals(config: PretrainedConfig, complaint: str, tmp_path: Path) -> None:
+    """What cannot be exact is refused, and leaves nothing behind."""
+    source = checkpoints.save_multi(tmp_path / "checkpoint", config)
+    with pytest.raises(ExportError, match=complaint):
+        export_bundle(tmp_path / "out" / "model.onnx", source)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_longrope_within_its_short_context(tmp_path: Path) -> None:
+    """Shortened to where only one table applies, the same model is exact."""
+    rope = checkpoints.rope(
+        "longrope", factor=3.0, short_factor=[1.5] * 8, long_factor=[2.0] * 8, original_max_position_embeddings=32
+    )
+    source = checkpoints.save_multi(tmp_path / "checkpoint", LlamaConfig(**checkpoints.SIZES, rope_parameters=rope))
+    graph = export_bundle(tmp_path / "out" / "model.onnx", source, context_length=32)
+    assert checkpoints.read_manifest(graph.parent)["context_length"] == 32
+
+
+@pytest.mark.parametrize("name", ["neox", "llama-grouped"])
+def test_layers_with_equal_weights(name: str, checkpoint: FolderOf, tmp_path: Path) -> None:
+    """A head that is a copy of the last layer: equal weights are merged in the graph, and it still agrees."""
+    model = MultiTokenModel.load(checkpoint(name))
+    model.heads[0].load_state_dict(model.decoder.layers[-1].state_dict())
+    model.save(tmp_path / "copied")
+    shutil.copyfile(checkpoint(name) / "tokenizer.json", tmp_path / "copied" / "tokenizer.json")
+    export_bundle(tmp_path / "bundle" / "model.onnx", tmp_path / "copied")
