@@ -128,6 +128,20 @@ class Traced(nn.Module):
 
 
 @contextmanager
+def output_embedding_aside(base: PreTrainedModel) -> Iterator[None]:
+    """Takes the output embedding out of the model, whose trace ends at the states.
+
+    As an unused weight it would stay referenced by the exporter for good, and with it the mapped checkpoint.
+    """
+    own = base.get_output_embeddings()
+    try:
+        base.set_output_embeddings(nn.Identity())
+        yield
+    finally:
+        base.set_output_embeddings(own)
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """Keeps what the exporter has to say about itself off the user's terminal."""
     names = ["torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir"]
@@ -167,6 +181,7 @@ def trace(subject: Subject) -> tuple[ir.Model, WeightStore]:
     with ExitStack() as stack:
         stack.enter_context(quiet())
         stack.enter_context(torch.no_grad())
+        stack.enter_context(output_embedding_aside(subject.base))
         stack.enter_context(rms_norms_fused(subject.model))
         stack.enter_context(rotary_replaced(subject.base, subject.base.base_model, subject.rotary))
         stack.enter_context(emitting(subject.model, emitter))
