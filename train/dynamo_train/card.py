@@ -131,8 +131,8 @@ def _card(checkpoint: Path, figures: dict[str, float]) -> str:
 def _run(stage: dict[str, Any]) -> str:
     recipe, steps = stage["recipe"], stage["steps"]
     epochs = steps * recipe["sequences"] * recipe["length"] / stage["corpus"]["train_tokens"]
-    planned = "" if steps == recipe["steps"] else f" of {recipe['steps']:,} (stopped early)"
+    early = "" if steps == recipe["steps"] else f", stopped early of {recipe['steps']:,}"
     return (
-        f"{steps:,}{planned} steps of {recipe['sequences']} × {recipe['length']} tokens ({epochs:.1f} epochs), "
+        f"{steps:,} steps{early}, of {recipe['sequences']} × {recipe['length']} tokens ({epochs:.1f} epochs), "
         f"{recipe['optimizer']}, {recipe['precision']} autocast"
     )
