@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,8 +12,6 @@ from .card import write_card
 from .corpus import HELD_OUT_PERCENT, STANDARD_LIBRARY
 from .loop import Recipe
 from .pipeline import BaseShape
-
-logger = logging.getLogger(__name__)
 
 N_HEADS = 3
 SHAPE = BaseShape(hidden_size=256, layers=6, attention_heads=4, vocab_size=4096, context_length=1024)
@@ -35,24 +33,7 @@ BASE_RECIPE = Recipe(
     validate_every=200,
     early_stop=True,
 )
-HEADS_RECIPE = Recipe(
-    steps=600,
-    sequences=8,
-    length=1024,
-    micro_batch=4,
-    optimizer="muon",
-    base_lr=0.0,
-    heads_lr=4e-3,
-    shared_gradient_scale=1.0,
-    freeze_base=True,
-    weight_decay=0.1,
-    warmup=0.01,
-    clip=1.0,
-    precision="bf16",
-    seed=1,
-    validate_every=200,
-    early_stop=True,
-)
+HEADS_RECIPE = replace(BASE_RECIPE, steps=600, base_lr=0.0, freeze_base=True, seed=1)
 MIN_COUNTS = [1, 1, 1]
 
 
