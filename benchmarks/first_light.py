@@ -169,7 +169,7 @@ def run(engines: dict[bool, Engine], rows: list[Setting], prompts: list[str], ne
             generation = engine.generate(prompt, max_new_tokens=new_tokens, seed=index, ignore_eos=True, **row.options)
             statistics, outcome = generation.statistics, outcomes[row.name]
             outcome.new_tokens.append(statistics.new_tokens)
-            outcome.passes.append(statistics.passes)
+            outcome.passes.append(statistics.rounds)
             outcome.seconds.append(statistics.total_s)
             outcome.parsing.append(parsing_share(prompt, generation.text))
             outcome.distinct_3.append(distinct_share(generation.tokens))

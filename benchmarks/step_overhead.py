@@ -76,7 +76,7 @@ def main() -> None:
                 ).statistics
                 if turn:  # the first round warms up
                     shares[name].append(result.outside_share)
-                    steps[name].append((result.total_s - result.ttft_s) / (result.passes - 1) * 1e3)
+                    steps[name].append((result.total_s - result.ttft_s) / (result.rounds - 1) * 1e3)
     print("| strategy | ms a step | outside onnxruntime |\n|---|---|---|")
     for name in STRATEGIES:
         print(f"| {name} | {statistics.median(steps[name]):.1f} | {statistics.median(shares[name]):.1%} |")

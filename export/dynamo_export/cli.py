@@ -20,7 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="multi-token checkpoint (default: the model of Python source code that ships with the package)",
     )
     parser.add_argument(
-        "--heads", type=int, metavar="N", help="token heads to export; 0: the plain language model (default: all)"
+        "--drafter",
+        choices=["parallel", "cp", "lookahead"],
+        help="what predicts further tokens, where the checkpoint has several (default: its parallel heads, or else "
+        "the only one it has)",
+    )
+    parser.add_argument(
+        "--heads", type=int, metavar="N", help="parallel heads to export; 0: the plain language model (default: all)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export of the same name")
     parser.add_argument(
@@ -54,6 +60,7 @@ def run(arguments: argparse.Namespace, name: str = "dynamo-export") -> int:
             arguments.output,
             arguments.model,
             heads=arguments.heads,
+            drafter=arguments.drafter,
             overwrite=arguments.overwrite,
             external_data=arguments.external_data,
             context_length=arguments.context_length,

@@ -16,18 +16,20 @@ import onnx_ir as ir
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from dynamo_model import CPModel, LookAheadModel
 from dynamo_runtime.bundle import FORMAT_VERSION, load_bundle, sha256
 from dynamo_runtime.errors import DynamoError
 from dynamo_runtime.parameters import SamplingParameters
 
 from . import parity
+from .compare import Row, table
 from .errors import ExportError
 from .genai import genai_config
 from .graph import Subject, inspect, simplify, trace
 from .qkv import pack_qkv
 from .reshapes import simplify_reshapes
-from .source import find_checkpoint, load_model, read_json
-from .tail import TOP_K, finish
+from .source import Drafter, find_checkpoint, load_model, read_json
+from .tail import TOP_K, JointHead, finish
 from .target import MANIFEST, Target, discard
 from .weights import WeightStore, shorten_names, transpose_weights
 from .write import write_model
@@ -41,6 +43,7 @@ def export_bundle(
     model: str | Path | None = None,
     *,
     heads: int | None = None,
+    drafter: str | None = None,
     overwrite: bool = False,
     external_data: bool = False,
     context_length: int | None = None,
@@ -51,7 +54,9 @@ def export_bundle(
     Args:
         output: The `.onnx` file; its folder becomes the bundle.
         model: Checkpoint folder or Hub id; None for the default that ships with the package.
-        heads: Token heads; 0 for the plain language model, None for all there are.
+        heads: Parallel token heads; 0 for the plain language model, None for all there are.
+        drafter: What predicts further tokens: "parallel", "cp" or "lookahead"; None for the parallel heads, or else the
+            only drafter the checkpoint has.
         overwrite: Replace an earlier export of the same name.
         external_data: Weights in a file of their own even where one file would do.
         context_length: Positions to cover; None for all the model was built for.
@@ -67,8 +72,10 @@ def export_bundle(
     target = Target(Path(output), overwrite)
     folder = find_checkpoint(model)
     clock = _Clock()
-    subject = _load(folder, heads, context_length)
-    clock.lap(f"loaded {folder.name}: {type(subject.base).__name__}, {subject.n_heads} head(s)")
+    subject = _load(folder, heads, drafter, context_length)
+    clock.lap(
+        f"loaded {folder.name}: {type(subject.base).__name__}, {subject.kind}, {subject.n_tokens} token(s) a pass"
+    )
     staged = target.stage()
     try:
         manifest = write_rest(folder, staged, target.graph, subject)
@@ -108,14 +115,17 @@ class _Clock:
         self.last = now
 
 
-def _load(folder: Path, heads: int | None, context_length: int | None) -> Subject:
-    base, multi = load_model(folder, heads)
+def _load(folder: Path, heads: int | None, kind: str | None, context_length: int | None) -> Subject:
+    base, drafter = load_model(folder, heads, kind)
     longest = getattr(base.config, "max_position_embeddings", None)
     if not isinstance(longest, int) or longest < 2:
         raise ExportError(f"{folder / 'config.json'} does not say how long the model's context is")
-    if context_length is not None and not 2 <= context_length <= longest:
-        raise ExportError(f"--context-length must be 2 to {longest}, not {context_length}")
-    return inspect(base, multi, context_length or longest)
+    # The gate has to see every look-ahead token behind a token.
+    least = 2 + drafter.n_look_ahead if isinstance(drafter, LookAheadModel) else 2
+    context = longest if context_length is None else context_length
+    if not least <= context <= longest:
+        raise ExportError(f"--context-length must be {least} to {longest}, not {context}")
+    return inspect(base, drafter, context)
 
 
 def build_graph(subject: Subject) -> tuple[ir.Model, WeightStore]:
@@ -130,10 +140,11 @@ def build_graph(subject: Subject) -> tuple[ir.Model, WeightStore]:
     finish(
         model,
         weights,
-        subject.n_heads,
+        subject.n_states,
         embedding.weight.detach().numpy(),
         None if bias is None else bias.detach().numpy().copy(),
         embedding.weight is subject.base.get_input_embeddings().weight,
+        _joint_head(subject.drafter),
     )
     shorten_names(model)
     for node in model.graph:
@@ -144,19 +155,26 @@ def build_graph(subject: Subject) -> tuple[ir.Model, WeightStore]:
     return model, weights
 
 
-def _gate(staged: Path, cases: list[parity.Case], left_out: list[str]) -> list[parity.Row]:
+def _joint_head(drafter: Drafter | None) -> JointHead | None:
+    if not isinstance(drafter, CPModel):
+        return None
+    gate, factors = (linear.weight.detach().numpy() for linear in (drafter.gate, drafter.factors))
+    return JointHead(gate, factors, drafter.n_tokens)
+
+
+def _gate(staged: Path, cases: list[parity.Case], left_out: list[str]) -> list[Row]:
     try:
         bundle = load_bundle(staged)
     except DynamoError as error:
         raise ExportError(f"the exported bundle does not load: {error}") from error
     rows = parity.gate(bundle, cases)
-    print(parity.table(rows, left_out))
+    print(table(rows, left_out))
     failed = [row for row in rows if not row.passed]
     if failed:
         worst = max(failed, key=lambda row: row.difference / row.limit)
         raise ExportError(
             f"the graph does not agree with the torch model in {len(failed)} of {len(rows)} comparisons (worst: "
-            f"{worst.case}, {worst.run}, head {worst.head}, |Δlogit| {worst.difference:.1e} over {worst.limit:.1e}): "
+            f"{worst.case}, {worst.run}, {worst.output}, |Δlogit| {worst.difference:.1e} over {worst.limit:.1e}): "
             "nothing was written"
         )
     return rows
@@ -178,7 +196,7 @@ def write_rest(folder: Path, staged: Path, graph: str, subject: Subject) -> dict
         subject.base.generation_config.save_pretrained(staged)
     vocab_size = int(subject.base.get_output_embeddings().weight.shape[0])
     tokenizer_size = write_tokenizer(folder, staged, vocab_size)
-    if (folder / "cooccurrence.npz").is_file() and subject.multi is not None:
+    if (folder / "cooccurrence.npz").is_file() and subject.drafter is not None:
         shutil.copyfile(folder / "cooccurrence.npz", staged / "cooccurrence.npz")
     config = subject.base.config
     generation = read_json(staged / "generation_config.json")
@@ -186,8 +204,10 @@ def write_rest(folder: Path, staged: Path, graph: str, subject: Subject) -> dict
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "graph": graph,
-        "kind": "plain" if subject.multi is None else "parallel",
+        "kind": subject.kind,
         "n_heads": subject.n_heads,
+        **({"n_tokens": subject.n_tokens} if isinstance(subject.drafter, CPModel | LookAheadModel) else {}),
+        **({"rank": subject.drafter.rank} if isinstance(subject.drafter, CPModel) else {}),
         "model_type": config.model_type,
         "vocab_size": vocab_size,
         "tokenizer_size": tokenizer_size,

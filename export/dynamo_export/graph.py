@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dynamo_model import MultiTokenModel
+from dynamo_model import CPModel, LookAheadModel, MultiTokenModel
 
 from .attention import Emitter, LayerAttention, PassThroughCache, emitting, probe_attention
 from .errors import ExportError
 from .norm import rms_norms_fused
 from .rotary import Rotary, read_rotary, rotary_replaced
+from .source import Drafter
 from .weights import BIG_BYTES, WeightStore
 
 OPSET = 20
@@ -29,61 +30,106 @@ OPSET = 20
 
 @dataclass
 class Subject:
-    """What is exported: a base model, and the further heads that go along.
+    """What is exported: a base model, and what predicts further tokens with it.
 
     Attributes:
         base: The transformers language model.
-        multi: The multi-token model around it, or None for the plain export.
+        drafter: The model around it that predicts further tokens, or None for the plain export.
         context_length: Positions the bundle covers.
         attention: What every layer asks of its attention, in the order of the KV caches.
         rotary: The rotary embedding.
     """
 
     base: PreTrainedModel
-    multi: MultiTokenModel | None
+    drafter: Drafter | None
     context_length: int
     attention: dict[int, LayerAttention]
     rotary: Rotary
 
     @property
-    def n_heads(self) -> int:
-        """Token heads in the graph."""
-        return 1 if self.multi is None else self.multi.n_heads
+    def kind(self) -> str:
+        """Kind of the bundle, as its manifest names it."""
+        names = {MultiTokenModel: "parallel", CPModel: "cp", LookAheadModel: "lookahead"}
+        return "plain" if self.drafter is None else names[type(self.drafter)]
 
     @property
-    def model(self) -> nn.Module:
-        """The module that holds every weight of the export."""
-        return self.base if self.multi is None else self.multi
+    def n_heads(self) -> int:
+        """Token heads in the graph that put out logits of their own."""
+        return self.drafter.n_heads if isinstance(self.drafter, MultiTokenModel) else 1
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that one pass predicts."""
+        if isinstance(self.drafter, CPModel):
+            return self.drafter.n_tokens
+        return 1 + self.drafter.n_look_ahead if isinstance(self.drafter, LookAheadModel) else self.n_heads
+
+    @property
+    def n_states(self) -> int:
+        """States that one pass ends with: one of every head, or of the base and of the joint head's layer."""
+        return 2 if isinstance(self.drafter, CPModel) else self.n_heads
+
+    @property
+    def layered(self) -> nn.Module:
+        """The module that is traced, which holds every decoder layer: the base, or it with layers of a drafter."""
+        return layered(self.base, self.drafter)
 
     def states(self, input_ids: Tensor, **inputs: Any) -> tuple[Tensor, ...]:
-        """Normed hidden states [batch, seq, hidden] of every head."""
-        return states(self.base, self.multi, input_ids, **inputs)
+        """Normed hidden states [batch, seq, hidden] of every head, or of the base and of the joint head's layer."""
+        return states(self.layered, input_ids, **inputs)
 
 
-def states(
-    base: PreTrainedModel, multi: MultiTokenModel | None, input_ids: Tensor, **inputs: Any
-) -> tuple[Tensor, ...]:
+def layered(base: PreTrainedModel, drafter: Drafter | None) -> MultiTokenModel | PreTrainedModel:
+    """The part of an export that has layers, and runs up to the output embedding."""
+    if isinstance(drafter, CPModel):
+        return drafter.multi
+    return drafter if isinstance(drafter, MultiTokenModel) else base
+
+
+def states(model: nn.Module, input_ids: Tensor, **inputs: Any) -> tuple[Tensor, ...]:
     """Normed hidden states [batch, seq, hidden] of every head; of the base alone where there are no further heads."""
-    if multi is not None:
-        return multi.states(input_ids, **inputs)
+    if isinstance(model, MultiTokenModel):
+        return model.states(input_ids, **inputs)
     inputs.setdefault("use_cache", inputs.get("past_key_values") is not None)
-    return (base.base_model(input_ids=input_ids, **inputs).last_hidden_state,)
+    return (model.base_model(input_ids=input_ids, **inputs).last_hidden_state,)  # type: ignore[operator]
 
 
-def inspect(base: PreTrainedModel, multi: MultiTokenModel | None, context_length: int) -> Subject:
+def inspect(base: PreTrainedModel, drafter: Drafter | None, context_length: int) -> Subject:
     """Finds out whether and how the model can be expressed.
 
     Raises:
         ExportError: If something in it cannot be expressed exactly.
     """
-    layers = probe_attention(multi or base, lambda ids: states(base, multi, ids, use_cache=False), context_length)
+    if isinstance(drafter, LookAheadModel):
+        _check_look_up(base)
+    model = layered(base, drafter)
+    layers = probe_attention(model, lambda ids: states(model, ids, use_cache=False), context_length)
     if sorted(layers) != list(range(len(layers))):
         raise ExportError(f"the layers' cache indices are {sorted(layers)}, not 0 to {len(layers) - 1}: not supported")
     shapes = {(spec.kv_heads, spec.head_size) for spec in layers.values()}
     if len(shapes) > 1:
         raise ExportError(f"the layers' caches differ in shape {sorted(shapes)}: not supported")
     rotary = read_rotary(base, base.base_model, layers[0].head_size, context_length)
-    return Subject(base, multi, context_length, dict(sorted(layers.items())), rotary)
+    return Subject(base, drafter, context_length, dict(sorted(layers.items())), rotary)
+
+
+def _check_look_up(base: PreTrainedModel) -> None:
+    """Makes sure that the input embedding does nothing but look a row up, and that its rows are the vocabulary's."""
+    own = base.get_input_embeddings()
+    table: Tensor = own.weight  # type: ignore[assignment]
+    rows, outputs = len(table), len(base.get_output_embeddings().weight)
+    if rows != outputs:
+        raise ExportError(
+            f"{type(base).__name__} embeds {rows} tokens and predicts {outputs}: look-ahead tokens would not follow "
+            "the vocabulary"
+        )
+    ids = torch.arange(0, rows, max(1, rows // 256))[None]
+    with torch.no_grad():
+        if not torch.equal(own(ids), nn.functional.embedding(ids, table)):
+            raise ExportError(
+                f"{type(base).__name__} does more to its input embedding than look it up (scaling): look-ahead "
+                "embeddings are not supported on it"
+            )
 
 
 class Traced(nn.Module):
@@ -91,7 +137,7 @@ class Traced(nn.Module):
 
     def __init__(self, subject: Subject, emitter: Emitter) -> None:
         super().__init__()
-        self.model = subject.model
+        self.model = subject.layered
         self.subject = subject
         self.emitter = emitter
         if subject.rotary.inside:
@@ -142,6 +188,21 @@ def output_embedding_aside(base: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
+def input_embedding_extended(subject: Subject) -> Iterator[None]:
+    """Puts the look-ahead embeddings behind the vocabulary's for the duration: one table, one look-up."""
+    if not isinstance(subject.drafter, LookAheadModel):
+        yield
+        return
+    own = subject.base.get_input_embeddings()
+    table = subject.drafter.table().detach()
+    try:
+        subject.base.set_input_embeddings(nn.Embedding.from_pretrained(table))
+        yield
+    finally:
+        subject.base.set_input_embeddings(own)
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """Keeps what the exporter has to say about itself off the user's terminal."""
     names = ["torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir"]
@@ -162,7 +223,7 @@ def trace(subject: Subject) -> tuple[ir.Model, WeightStore]:
 
     Returns:
         A graph whose outputs are `states_1` … `states_n` and `present.N.key|value`, and its weights, which are still
-        torch's own memory: nothing is copied.
+        torch's own memory: nothing is copied, but for an input embedding that look-ahead embeddings extend.
     """
     layers = subject.attention
     emitter = Emitter(layers)
@@ -182,9 +243,10 @@ def trace(subject: Subject) -> tuple[ir.Model, WeightStore]:
         stack.enter_context(quiet())
         stack.enter_context(torch.no_grad())
         stack.enter_context(output_embedding_aside(subject.base))
-        stack.enter_context(rms_norms_fused(subject.model))
+        stack.enter_context(input_embedding_extended(subject))
+        stack.enter_context(rms_norms_fused(subject.layered))
         stack.enter_context(rotary_replaced(subject.base, subject.base.base_model, subject.rotary))
-        stack.enter_context(emitting(subject.model, emitter))
+        stack.enter_context(emitting(subject.layered, emitter))
         program = torch.onnx.export(
             module,
             (ids, mask, past),
@@ -196,14 +258,14 @@ def trace(subject: Subject) -> tuple[ir.Model, WeightStore]:
         )
     assert program is not None
     model = program.model
-    _name_ends(model, subject.n_heads)
+    _name_ends(model, subject.n_states)
     store = WeightStore()
     for value in model.graph.initializers.values():
         store.adopt(value)
     return model, store
 
 
-def _name_ends(model: ir.Model, n_heads: int) -> None:
+def _name_ends(model: ir.Model, n_states: int) -> None:
     """Gives inputs and outputs the names of the contract."""
     graph = model.graph
     for value, name in zip(graph.inputs[:2], ("input_ids", "attention_mask"), strict=True):
@@ -211,7 +273,7 @@ def _name_ends(model: ir.Model, n_heads: int) -> None:
     for i, value in enumerate(graph.inputs[2:]):
         value.name = f"past_key_values.{i // 2}.{('key', 'value')[i % 2]}"
     for i, value in enumerate(graph.outputs):
-        j = i - n_heads
+        j = i - n_states
         value.name = f"states_{i + 1}" if j < 0 else f"present.{j // 2}.{('key', 'value')[j % 2]}"
 
 

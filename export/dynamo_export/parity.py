@@ -2,7 +2,8 @@
 
 The torch side sees whole sequences at once and knows nothing of caches, positions or rows; it is computed first, so
 that its weights need not be in memory together with the session. The other side is `dynamo_runtime.session.Session`
-on the staged bundle: prefill, single tokens, several tokens, and all of that again after rolling back.
+on the staged bundle: prefill, single tokens, several tokens, and all of that again after rolling back; look-ahead
+tokens as the runtime uses them, fed behind a text and dropped again.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dynamo_model import CPModel, LookAheadModel
 from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.errors import DynamoError
-from dynamo_runtime.session import Session, Step
+from dynamo_runtime.session import Session
 
 from .attention import attention_implementation
+from .compare import TOLERANCE, Passed, Row, Values, compare
 from .errors import ExportError
 from .graph import Subject
 
-TOLERANCE = 1e-4
 SHORT = 24  # tokens of the case that crosses nothing
 DEFAULT_LENGTH = 16_384
 EAGER_BYTES = 256 << 20  # attention scores of one layer that may be held at once besides the weights
@@ -57,7 +59,7 @@ class Case:
         other: As `tokens` up to `fork`, other tokens from there on.
         start: First position whose logits are compared.
         fork: First position in which `other` differs.
-        expected: Logits per head [length - start, vocab].
+        expected: What torch puts out at positions from `start` on.
         expected_other: The same for `other`.
         implementation: transformers' attention that made them.
     """
@@ -67,40 +69,9 @@ class Case:
     other: np.ndarray
     start: int
     fork: int
-    expected: list[np.ndarray]
-    expected_other: list[np.ndarray]
+    expected: Values
+    expected_other: Values
     implementation: str
-
-
-@dataclass
-class Row:
-    """One line of the table: one way of running one case, on one head.
-
-    Attributes:
-        case: Boundary.
-        length: Tokens of the sequence.
-        run: How it was run.
-        head: Token head, from 1.
-        difference: Largest |Δlogit|.
-        limit: The largest allowed.
-        rows: Positions compared.
-        decided: Positions whose argmax torch decides by more than twice the difference.
-        argmax: Of those, how many agree.
-        topk: Whether the top-K outputs are the largest of the logits.
-        passed: Whether all of that is as it should be.
-    """
-
-    case: str
-    length: int
-    run: str
-    head: int
-    difference: float
-    limit: float
-    rows: int
-    decided: int
-    argmax: int
-    topk: bool
-    passed: bool
 
 
 def boundaries(subject: Subject, longest: int) -> list[Boundary]:
@@ -134,7 +105,7 @@ def boundaries(subject: Subject, longest: int) -> list[Boundary]:
 
 def _span(subject: Subject) -> int:
     """Positions compared on each side of a boundary: room for a pass of every size."""
-    return max(8, 2 * (subject.n_heads + 1))
+    return max(8, 2 * (subject.n_tokens + 1))
 
 
 def reference(subject: Subject, longest: int, seed: int = 0) -> tuple[list[Case], list[str]]:
@@ -157,32 +128,47 @@ def reference(subject: Subject, longest: int, seed: int = 0) -> tuple[list[Case]
     span = _span(subject)
     crossings = boundaries(subject, longest)
     for boundary in tqdm(crossings, desc="torch", unit="case", leave=False, disable=None):
-        length = min(subject.context_length, SHORT if boundary.position == 0 else boundary.position + span)
+        short = boundary.position == 0
+        length = min(subject.context_length, max(SHORT, 2 * span) if short else boundary.position + span)
         if length > longest and not boundary.must:
             left_out.append(boundary.name)
             continue
-        start = 0 if length <= SHORT else max(1, min(boundary.position, length) - span)
+        start = 0 if short else max(1, min(boundary.position, length) - span)
         fork = start + (length - start) // 2
         tokens = rng.integers(0, vocab, length)
         other = tokens.copy()
         other[fork:] = (other[fork:] + rng.integers(1, vocab, length - fork)) % vocab
+        if isinstance(subject.drafter, LookAheadModel):
+            _put_look_ahead(tokens, other, fork, vocab, subject.drafter.n_look_ahead)
         implementation = _implementation(subject, length)
-        expected, expected_other = (torch_logits(subject, ids, start, implementation) for ids in (tokens, other))
-        if boundary.position == 0:
-            _check_head(subject, tokens, expected[0], implementation)
+        expected, expected_other = (torch_values(subject, ids, start, implementation) for ids in (tokens, other))
+        if short:
+            _check_head(subject, tokens, expected["logits"][:, 0], implementation)
         cases.append(Case(boundary.name, tokens, other, start, fork, expected, expected_other, implementation))
     return cases, left_out
+
+
+def _put_look_ahead(tokens: np.ndarray, other: np.ndarray, fork: int, vocab: int, count: int) -> None:
+    """Writes all look-ahead ids into `tokens` from `fork` on, and at the end of `other`.
+
+    So rolling back to `fork` is what the runtime does: drop look-ahead tokens, go on with tokens, look ahead again.
+    """
+    ids = vocab + np.arange(count)
+    tokens[fork : fork + count] = ids[: len(tokens) - fork]
+    other[-count:] = ids
 
 
 def _implementation(subject: Subject, length: int) -> str:
     """Eager attention where its scores fit into memory, else torch's own fused one."""
     heads = max(spec.heads for spec in subject.attention.values())
-    weights = sum(p.numel() for p in subject.model.parameters()) * 4
+    weights = sum(p.numel() for p in subject.layered.parameters()) * 4
     return "eager" if 3 * heads * length**2 * 4 <= max(EAGER_BYTES, weights) else "sdpa"
 
 
-def torch_logits(subject: Subject, tokens: np.ndarray, start: int, implementation: str) -> list[np.ndarray]:
-    """Logits of every head from one pass without a cache.
+def torch_values(subject: Subject, tokens: np.ndarray, start: int, implementation: str) -> Values:
+    """Every output that is compared, from one pass of the torch model without a cache.
+
+    What `forward` of the drafter returns, but with the output embedding, and a joint head, on the rows wanted alone.
 
     Args:
         subject: What is exported.
@@ -191,18 +177,36 @@ def torch_logits(subject: Subject, tokens: np.ndarray, start: int, implementatio
         implementation: transformers' attention implementation.
 
     Returns:
-        Per head [length - start, vocab].
+        Arrays [length - start, parts, width].
     """
-    embedding = subject.base.get_output_embeddings()
-    with attention_implementation(subject.model, implementation), torch.no_grad():
-        states = subject.states(torch.from_numpy(tokens)[None], use_cache=False)
-        return [embedding(state[0, start:]).numpy() for state in states]
+    base, drafter = subject.base, subject.drafter
+    embedding = base.get_output_embeddings()
+    ids = torch.from_numpy(tokens)[None]
+    with attention_implementation(subject.layered, implementation), torch.no_grad():
+        if isinstance(drafter, LookAheadModel):
+            states = [base.base_model(inputs_embeds=drafter.embed(ids), use_cache=False).last_hidden_state]
+        else:
+            states = list(subject.states(ids, use_cache=False))
+        joint = {}
+        if isinstance(drafter, CPModel):
+            log_w, factors = drafter.mixture(states.pop()[0, start:])
+            joint = {"gate": log_w[:, None].numpy(), "factor_logits": embedding(factors.flatten(1, 2)).numpy()}
+        logits = {_name(head): embedding(state[0, start:])[:, None].numpy() for head, state in enumerate(states, 1)}
+        return logits | joint
+
+
+def _name(head: int) -> str:
+    return "logits" if head == 1 else f"logits_{head}"
 
 
 def _check_head(subject: Subject, tokens: np.ndarray, expected: np.ndarray, implementation: str) -> None:
     """Makes sure that the base does nothing else to its logits (scaling, soft-capping)."""
-    with attention_implementation(subject.model, implementation), torch.no_grad():
-        own = subject.base(torch.from_numpy(tokens)[None], use_cache=False).logits[0].numpy()
+    ids = torch.from_numpy(tokens)[None]
+    with attention_implementation(subject.layered, implementation), torch.no_grad():
+        if isinstance(subject.drafter, LookAheadModel):
+            own = subject.drafter(ids, use_cache=False)[0].numpy()
+        else:
+            own = subject.base(ids, use_cache=False).logits[0].numpy()
     if own.shape != expected.shape or np.abs(own - expected).max() > TOLERANCE * max(1.0, float(np.abs(own).max())):
         raise ExportError(
             f"{type(subject.base).__name__} changes its logits after the output embedding (scaling or soft-capping): "
@@ -227,21 +231,17 @@ def gate(bundle: Bundle, cases: list[Case]) -> list[Row]:
     try:
         session = Session(bundle, provider="cpu")
         for case in tqdm(cases, desc="parity", unit="case", leave=False, disable=None):
-            for run, steps in _runs(session, case, bundle.n_heads):
-                rows += _compare(case, run, steps, bundle.n_heads)
-    except DynamoError as error:
+            for run, steps in _runs(session, case, bundle):
+                rows += compare(case.name, len(case.tokens), run, steps)
+    except (DynamoError, RuntimeError) as error:  # the second is onnxruntime's, when a pass fails
         raise ExportError(f"the exported bundle does not run: {error}") from error
     return rows
 
 
-# What one pass put out, and which positions of which sequence it is about: (step, expected per head, rows per head)
-Passed = tuple[Step, list[np.ndarray]]
-
-
-def _runs(session: Session, case: Case, n_heads: int) -> Iterator[tuple[str, list[Passed]]]:
+def _runs(session: Session, case: Case, bundle: Bundle) -> Iterator[tuple[str, list[Passed]]]:
     """Every way of running one case; the name says how many tokens a pass takes."""
     length, start, fork = len(case.tokens), case.start, case.fork
-    most = n_heads + 1
+    most = bundle.n_tokens + 1
     session.cache.reset()
     kept = length - start
     step = session.step(case.tokens.tolist(), rows=0 if start == 0 else kept, head_rows=list(range(start - length, 0)))
@@ -253,6 +253,8 @@ def _runs(session: Session, case: Case, n_heads: int) -> Iterator[tuple[str, lis
     for size in sorted({1, 2, most}):
         session.cache.rollback(fork)
         yield f"rollback {size}", list(_steps(session, case.other, case.expected_other, fork, start, size))
+    if bundle.look_ahead:
+        yield "look-ahead", list(_look_ahead(session, case, min(fork + len(bundle.look_ahead), length)))
     session.cache.reset()
     chunk = max(2, -(-length // 3) - 1)
     for at in range(0, begin, chunk):
@@ -261,75 +263,45 @@ def _runs(session: Session, case: Case, n_heads: int) -> Iterator[tuple[str, lis
 
 
 def _steps(
-    session: Session, tokens: np.ndarray, expected: list[np.ndarray], begin: int, start: int, size: int
+    session: Session, tokens: np.ndarray, expected: Values, begin: int, start: int, size: int
 ) -> Iterator[Passed]:
-    """Continues at `begin` with `size` tokens a pass. Every other pass leaves the optional inputs at their defaults."""
+    """Continues at `begin` with `size` tokens a pass, and asks for rows in turn in the three ways there are.
+
+    All rows of everything; what is the default, the last; all of the first head's and one of the further heads', as
+    verification does.
+    """
     for turn, at in enumerate(range(begin, len(tokens), size)):
         part = tokens[at : at + size].tolist()
-        upto = at + len(part) - start
-        if turn % 2 and len(part) > 1:
-            yield session.step(part), [head[upto - 1 : upto] for head in expected]
+        first, last = at - start, at + len(part) - start
+        if turn % 3 == 1 and len(part) > 1:
+            yield session.step(part), _rows(expected, last - 1, last)
+        elif turn % 3 == 2 and len(part) > 1:
+            row = len(part) // 2 - 1
+            step = session.step(part, rows=len(part), head_rows=[row])
+            theirs = _rows(expected, first + row, first + row + 1)
+            yield step, theirs | {"logits": expected["logits"][first:last]}
         else:
             step = session.step(part, rows=len(part), head_rows=list(range(len(part))))
-            yield step, [head[at - start : upto] for head in expected]
+            yield step, _rows(expected, first, last)
 
 
-def _compare(case: Case, run: str, steps: list[Passed], n_heads: int) -> list[Row]:
-    rows = []
-    for head in range(1, n_heads + 1):
-        ours = np.concatenate([step.logits(head) for step, _ in steps])
-        values, ids = (np.concatenate([step.topk(head)[i] for step, _ in steps]) for i in (0, 1))
-        theirs = np.concatenate([expected[head - 1] for _, expected in steps])
-        if ours.shape != theirs.shape:
-            raise ExportError(f"head {head} puts out {ours.shape} where {theirs.shape} is expected")
-        rows.append(_row(case, run, head, ours, theirs, values, ids))
-    return rows
+def _look_ahead(session: Session, case: Case, upto: int) -> Iterator[Passed]:
+    """As the runtime does: look ahead behind a text, drop that, look ahead behind more text, drop it, and again."""
+    fork, start = case.fork, case.start
+    session.cache.reset()
+    for tokens, expected, at, end in (
+        (case.tokens, case.expected, 0, upto),
+        (case.other, case.expected_other, fork, len(case.other)),
+        (case.tokens, case.expected, fork, upto),
+        (case.other, case.expected_other, fork, len(case.other)),
+    ):
+        session.cache.rollback(at)
+        first = max(at, start)
+        yield session.step(tokens[at:end].tolist(), rows=end - first), _rows(expected, first - start, end - start)
 
 
-def _row(
-    case: Case, run: str, head: int, ours: np.ndarray, theirs: np.ndarray, values: np.ndarray, ids: np.ndarray
-) -> Row:
-    delta = np.abs(ours - theirs)
-    difference = float(delta.max())
-    limit = TOLERANCE * max(1.0, float(np.abs(theirs).max()))
-    best = np.partition(theirs, -2, axis=1)
-    decided = best[:, -1] - best[:, -2] > 2 * delta.max(axis=1)
-    agree = (ours.argmax(1) == theirs.argmax(1)) & decided
-    largest = -np.sort(-ours, axis=1)[:, : values.shape[1]]
-    topk = bool(np.array_equal(values, largest) and np.array_equal(np.take_along_axis(ours, ids, 1), values))
-    finite = bool(np.isfinite(ours).all())
-    passed = finite and difference <= limit and bool((agree == decided).all()) and topk
-    return Row(
-        case=case.name,
-        length=len(case.tokens),
-        run=run,
-        head=head,
-        difference=difference,
-        limit=limit,
-        rows=len(ours),
-        decided=int(decided.sum()),
-        argmax=int(agree.sum()),
-        topk=topk,
-        passed=passed,
-    )
-
-
-def table(rows: list[Row], left_out: list[str]) -> str:
-    """The table as text: one line per case and run, the worst head in it."""
-    lines = [f"{'case':<24}{'tokens':>7}  {'run':<12}{'max |Δlogit|':>13}{'limit':>9}  {'argmax':>11}  top-K"]
-    groups: dict[tuple[str, int, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.case, row.length, row.run), []).append(row)
-    for (case, length, run), heads in groups.items():
-        worst = max(heads, key=lambda row: (not row.passed, row.difference / row.limit))
-        agreed = f"{sum(r.argmax for r in heads)}/{sum(r.decided for r in heads)}"
-        mark = "" if all(r.passed for r in heads) else f"  FAILED on head {worst.head}"
-        lines.append(
-            f"{case:<24}{length:>7}  {run:<12}{worst.difference:>13.1e}{worst.limit:>9.1e}  {agreed:>11}  "
-            f"{'ok' if all(r.topk for r in heads) else 'no':>5}{mark}"
-        )
-    lines += [f"{name:<24}{'':>7}  not run: longer than --parity-length allows" for name in left_out]
-    return "\n".join(lines)
+def _rows(expected: Values, begin: int, end: int) -> Values:
+    return {name: values[begin:end] for name, values in expected.items()}
 
 
 def as_json(rows: list[Row], cases: list[Case], left_out: list[str]) -> dict[str, Any]:

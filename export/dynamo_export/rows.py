@@ -50,7 +50,9 @@ def _row_wise(node: ir.Node) -> bool:
     return False
 
 
-def select_rows(model: ir.Model, states: ir.Value, select: Select, cuts: dict[ir.Value, ir.Value]) -> ir.Value:
+def select_rows(
+    model: ir.Model, states: ir.Value, select: Select, cuts: dict[ir.Value, ir.Value], axis: str
+) -> ir.Value:
     """Selects rows of `states`, at the earliest place where that gives the same numbers.
 
     Args:
@@ -58,6 +60,8 @@ def select_rows(model: ir.Model, states: ir.Value, select: Select, cuts: dict[ir
         states: [batch, seq, hidden], read by nobody and no output (else the selection happens right there).
         select: Makes the node that selects rows of a value; its first output is the result.
         cuts: Selections made so far with the same `select`, shared between heads; added to.
+        axis: Name of the axis of selected rows. onnxruntime reuses a buffer for whatever has the same named shape, so
+            selections of different size must differ in name.
 
     Returns:
         The value that holds the selected rows, [batch, rows, hidden].
@@ -79,7 +83,7 @@ def select_rows(model: ir.Model, states: ir.Value, select: Select, cuts: dict[ir
         if value not in cuts:
             node = select(value)
             out = node.outputs[0]
-            out.type, out.shape = value.type, _rows_shape(value)
+            out.type, out.shape = value.type, _rows_shape(value, axis)
             maker = value.producer()
             if maker is None:  # an input of the graph
                 graph.insert_before(graph[0], node)
@@ -96,11 +100,11 @@ def select_rows(model: ir.Model, states: ir.Value, select: Select, cuts: dict[ir
                 node.replace_input_with(i, selected(value))
     for node in cone:
         for value in node.outputs:
-            value.shape = _rows_shape(value)
+            value.shape = _rows_shape(value, axis)
     return states
 
 
-def _rows_shape(value: ir.Value) -> ir.Shape | None:
+def _rows_shape(value: ir.Value, axis: str) -> ir.Shape | None:
     if value.shape is None or len(value.shape) != 3:
         return value.shape
-    return ir.Shape([value.shape[0], "rows", value.shape[2]])
+    return ir.Shape([value.shape[0], axis, value.shape[2]])

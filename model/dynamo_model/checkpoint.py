@@ -1,9 +1,8 @@
-"""Checkpoint folders: an ordinary HF model for the base, plus ``heads.safetensors`` for the further heads."""
+"""Checkpoint folders: an ordinary HF model for the base, and beside it one file for every drafter trained on it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,10 +11,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
-if TYPE_CHECKING:
-    from .multi_token import MultiTokenModel
+FILES = {"parallel": "heads.safetensors", "cp": "cp.safetensors", "lookahead": "lookahead.safetensors"}
+"""Kinds of drafters, and the file each is kept in."""
 
-HEADS_FILE = "heads.safetensors"
+COMMANDS = {"parallel": "heads", "cp": "cp", "lookahead": "lookahead"}
+"""The subcommand of ``dynamo-train`` that makes each."""
 
 
 class CheckpointError(ValueError):
@@ -40,25 +40,29 @@ def load_base(name: str | Path, dtype: torch.dtype = torch.float32) -> PreTraine
         raise CheckpointError(f"cannot load a base model from '{name}': {_first_line(error)}") from error
 
 
-def has_heads(name: str | Path) -> bool:
-    """Whether a folder or Hub repository holds further heads beside its base model."""
-    return _find_heads(name) is not None
+def has_heads(name: str | Path, kind: str = "parallel") -> bool:
+    """Whether a folder or Hub repository holds a drafter of this kind beside its base model."""
+    return _find(name, FILES[kind]) is not None
 
 
-def read_heads(name: str | Path) -> tuple[dict[str, Tensor], int]:
-    """Read the further heads' tensors and the number of heads.
+def read_drafter(name: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Read what a drafter adds to its base.
+
+    Args:
+        name: folder or Hub id.
+        kind: a key of :data:`FILES`.
 
     Returns:
-        Tensors named ``<head number>.<parameter>``, and n, the base's own head included.
+        The tensors, and the whole numbers that say their shape (such as ``n_heads``).
 
     Raises:
-        CheckpointError: there are no heads, or they are of a kind that is not known here.
+        CheckpointError: there is no such drafter, or its file is not what its name says.
     """
-    path = _find_heads(name)
+    path = _find(name, FILES[kind])
     if path is None:
         raise CheckpointError(
-            f"'{name}' is a plain base model without token heads: train them first with "
-            f"`dynamo-train heads {name} --data TEXT --out FOLDER`"
+            f"'{name}' has no {FILES[kind]}: train it first with "
+            f"`dynamo-train {COMMANDS[kind]} {name} --data TEXT --out FOLDER`"
         )
     try:
         with safe_open(path, framework="pt") as file:
@@ -66,25 +70,36 @@ def read_heads(name: str | Path) -> tuple[dict[str, Tensor], int]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {_first_line(error)}") from error
-    if metadata.get("kind") != "parallel" or not metadata.get("n_heads", "").isdigit():
-        raise CheckpointError(f"{path} does not say that it holds parallel token heads")
-    return tensors, int(metadata["n_heads"])
+    if metadata.get("kind") != kind:
+        raise CheckpointError(f"{path} does not say that it holds a drafter of kind {kind}")
+    return tensors, {key: int(value) for key, value in metadata.items() if value.isdigit()}
 
 
-def save(model: MultiTokenModel, folder: Path) -> None:
-    """Write ``model`` so that ``AutoModelForCausalLM`` loads its base and ``MultiTokenModel`` all of it."""
-    model.base.save_pretrained(folder)
-    tensors = {name: tensor.contiguous() for name, tensor in model.head_state_dict().items()}
-    metadata = {"kind": "parallel", "n_heads": str(model.n_heads), "format": "pt"}
-    save_file(tensors, folder / HEADS_FILE, metadata=metadata)
+def save_drafter(folder: Path, kind: str, tensors: dict[str, Tensor], **shape: int) -> None:
+    """Write what a drafter adds to its base, which :func:`read_drafter` gives back."""
+    metadata = {"kind": kind, "format": "pt"} | {key: str(value) for key, value in shape.items()}
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, folder / FILES[kind], metadata=metadata)
 
 
-def _find_heads(name: str | Path) -> str | None:
+def fill(own: dict[str, Tensor], tensors: dict[str, Tensor], kind: str) -> None:
+    """Copy a drafter's tensors into its module's.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    if own.keys() != tensors.keys() or any(own[k].shape != tensors[k].shape for k in own):
+        raise CheckpointError(f"{FILES[kind]} does not fit the base model's configuration")
+    for name, tensor in own.items():
+        tensor.data.copy_(tensors[name])
+
+
+def _find(name: str | Path, file: str) -> str | None:
     if Path(name).is_dir():
-        path = Path(name) / HEADS_FILE
+        path = Path(name) / file
         return str(path) if path.is_file() else None
     try:
-        return cached_file(str(name), HEADS_FILE, _raise_exceptions_for_missing_entries=False)
+        return cached_file(str(name), file, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError):
         return None
 

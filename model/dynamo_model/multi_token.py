@@ -137,7 +137,8 @@ class MultiTokenModel(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write the base as an ordinary HF model and the further heads as ``heads.safetensors`` beside it."""
-        checkpoint.save(self, Path(folder))
+        self.base.save_pretrained(folder)
+        checkpoint.save_drafter(Path(folder), "parallel", self.head_state_dict(), n_heads=self.n_heads)
 
     @classmethod
     def load(cls, name: str | Path, dtype: torch.dtype = torch.float32) -> MultiTokenModel:
@@ -147,9 +148,9 @@ class MultiTokenModel(nn.Module):
             CheckpointError: nothing there, no heads beside the base, or tensors that do not fit.
         """
         base = checkpoint.load_base(name, dtype)
-        heads, n_heads = checkpoint.read_heads(name)
-        model = cls(base, n_heads)
-        model._load_heads(heads)
+        heads, shape = checkpoint.read_drafter(name, "parallel")
+        model = cls(base, shape.get("n_heads", 0))
+        checkpoint.fill(model.head_state_dict(), heads, "parallel")
         return model.eval()
 
     @classmethod
@@ -164,13 +165,6 @@ class MultiTokenModel(nn.Module):
             for number, layer in enumerate(self.heads, start=2)
             for name, tensor in layer.state_dict().items()
         }
-
-    def _load_heads(self, tensors: dict[str, Tensor]) -> None:
-        own = self.head_state_dict()
-        if own.keys() != tensors.keys() or any(own[k].shape != tensors[k].shape for k in own):
-            raise CheckpointError("heads.safetensors does not fit the base model's configuration")
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
 
     def _find_final_norm(self) -> nn.Module | None:
         found = (getattr(self.decoder, name, None) for name in _FINAL_NORM_NAMES)

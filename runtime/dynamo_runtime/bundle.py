@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MANIFEST = "dynamo_config.json"
 FORMAT_VERSION = 1
 COUNTS = "cooccurrence.npz"
-KINDS = ("plain", "parallel")
+KINDS = ("plain", "parallel", "cp", "lookahead")
 _CHUNK_BYTES = 1 << 20
 
 
@@ -29,14 +29,17 @@ class Bundle:
 
     Attributes:
         folder: Where the files lie.
-        n_heads: Token heads of the graph, 1 for a plain language model.
+        n_heads: Token heads of the graph; 1 where further tokens do not come from heads of their own.
         vocab_size: V, the last axis of every `logits` output.
         context_length: Positions the model was built for, an upper bound of every cache.
         kv_layers: KV caches of the graph: stem, first head, further heads, numbered in that order.
         kv_heads: Key/value heads per layer.
         head_size: Width of one key/value head.
         graph: File name of the ONNX graph inside `folder`.
-        kind: "plain", or how the further heads draft: "parallel".
+        kind: "plain", or how further tokens are predicted: "parallel" token heads, a joint "cp" head, or
+            "lookahead" embeddings.
+        n_tokens: Tokens one pass predicts: n_heads, n of the joint head, or one more than look-ahead embeddings.
+        rank: Components of the joint head, else 0.
         top_k_outputs: K, the last axis of the `topk_*` outputs.
         eos_token_ids: Tokens that end a text.
         sampling: Sampling defaults by field name (see `SamplingParameters`).
@@ -53,6 +56,8 @@ class Bundle:
     head_size: int
     graph: str = "model.onnx"
     kind: str = "parallel"
+    n_tokens: int = 0
+    rank: int = 0
     model_type: str = ""
     precision: str = "fp32"
     top_k_outputs: int = 128
@@ -61,6 +66,21 @@ class Bundle:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     manifest: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Fill in what follows from the number of heads."""
+        if not self.n_tokens:
+            object.__setattr__(self, "n_tokens", self.n_heads)
+
+    @property
+    def look_ahead(self) -> range:
+        """Ids of the look-ahead tokens, which follow the vocabulary's; empty for other kinds."""
+        return range(self.vocab_size, self.vocab_size + (self.n_tokens - 1 if self.kind == "lookahead" else 0))
+
+    @property
+    def has_head_rows(self) -> bool:
+        """Whether the graph has heads whose rows are chosen apart from the first head's."""
+        return self.kind in ("parallel", "cp")
 
     @property
     def graph_path(self) -> Path:
@@ -158,13 +178,16 @@ def _from_manifest(folder: Path) -> Bundle:
     kind = read.get("kind", str)
     if kind not in KINDS:
         raise BundleError(f"{path}: kind {kind!r} is not one of {', '.join(KINDS)}")
-    if (kind == "plain") != (n_heads == 1):
+    if (kind == "parallel") != (n_heads > 1):
         raise BundleError(f"{path}: a {kind} bundle cannot have {n_heads} heads")
+    has_drafter = kind in ("cp", "lookahead")
     bundle = Bundle(
         folder=folder,
         graph=read.get("graph", str, "model.onnx"),
         kind=kind,
         n_heads=n_heads,
+        n_tokens=read.integer("n_tokens", 2) if has_drafter else n_heads,
+        rank=read.integer("rank", 1) if kind == "cp" else 0,
         model_type=read.get("model_type", str, ""),
         vocab_size=read.integer("vocab_size", 1),
         context_length=read.integer("context_length", 1),

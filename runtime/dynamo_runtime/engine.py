@@ -16,6 +16,7 @@ from .session import Session
 from .statistics import Statistics
 from .strategies import Strategy, default_strategy, make_strategy
 from .text import Detokenizer, StopStrings
+from .verification import Draft
 
 PREFILL_CHUNK = 512
 
@@ -121,7 +122,8 @@ class Engine:
 
         Args:
             prompt: Text, or token ids.
-            strategy: "autoregressive" or "dynamo"; None means dynamo where the graph has several heads.
+            strategy: "autoregressive", "dynamo" or "speculative"; None means dynamo for parallel heads, speculative
+                for other drafters.
             max_new_tokens: Exact upper limit; None means until the context is full.
             seed: For reproducible draws; None draws afresh.
             stop: Strings that end the text in front of them.
@@ -172,6 +174,15 @@ class Engine:
         for _ in stream:
             pass
         return stream.result()
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one forward pass gave: final `tokens`, the first `accepted` of `proposed` draft tokens among them."""
+
+    tokens: list[int]
+    proposed: int
+    accepted: int
 
 
 class TextStream(Iterator[str]):
@@ -250,8 +261,8 @@ class TextStream(Iterator[str]):
             if self._cancelled:
                 self.finish_reason = "cancelled"
                 return
-        for tokens in decode(self._session, self._strategy, context, self._rng):
-            piece = self._accept(tokens)
+        for turn in decode(self._session, self._strategy, context, self._rng):
+            piece = self._accept(turn)
             if self._cancelled and not self.finish_reason:
                 self.finish_reason = "cancelled"
             if self.finish_reason:
@@ -261,10 +272,10 @@ class TextStream(Iterator[str]):
             if self.finish_reason:
                 return
 
-    def _accept(self, tokens: list[int]) -> str:
-        """Take the tokens of one pass up to whatever ends the text; returns what can be given out."""
+    def _accept(self, turn: Round) -> str:
+        """Take the tokens of one round up to whatever ends the text; returns what can be given out."""
         piece, taken = "", 0
-        for token in tokens:
+        for token in turn.tokens:
             taken += 1
             self.tokens.append(token)
             if token in self._end_tokens:
@@ -277,7 +288,9 @@ class TextStream(Iterator[str]):
                     self.finish_reason = self._limit_reason
             if self.finish_reason:
                 break
-        self.statistics.count_pass(taken, self._elapsed(), self._session.ort_seconds - self._ort_before)
+        accepted = min(turn.accepted, taken)  # the text may end inside an accepted run
+        ort_s = self._session.ort_seconds - self._ort_before
+        self.statistics.count_round(taken, turn.proposed, accepted, self._elapsed(), ort_s)
         return piece
 
 
@@ -304,21 +317,26 @@ def prefill(session: Session, prompt: Sequence[int], chunk: int) -> Iterator[Non
     yield
 
 
-def decode(session: Session, strategy: Strategy, context: Context, rng: np.random.Generator) -> Iterator[list[int]]:
-    """The final tokens of one forward pass after another, without end.
+def decode(session: Session, strategy: Strategy, context: Context, rng: np.random.Generator) -> Iterator[Round]:
+    """One round after another, without end.
 
-    Whatever is final but not in the cache is fed, with the strategy's drafts behind it; the cache then rolls
-    back behind the drafts that were accepted.
+    Whatever is final but not in the cache is fed, with the strategy's drafts behind it and the look-ahead tokens
+    behind those; the cache then rolls back behind the drafts that were accepted.
     """
-    drafts: list[int] = []
+    drafts: list[Draft] = []
     while True:
         pending = context.tokens[session.cache.length :]
-        drafts = drafts[: session.max_length - len(context.tokens)]
-        fed = pending + drafts
-        step = session.step(fed, rows=strategy.rows(len(drafts)), head_rows=strategy.head_rows(len(fed), len(drafts)))
+        room = session.max_length - len(context.tokens)
+        drafts = drafts[:room]
+        look_ahead = list(strategy.look_ahead[: room - len(drafts)])
+        fed = pending + [draft.token for draft in drafts] + look_ahead
+        judged = 1 + len(drafts)  # rows: the last final token's, and every draft's
+        last = len(fed) - len(look_ahead)
+        head_rows = range(last - judged, last) if session.bundle.has_head_rows else None
+        step = session.step(fed, rows=judged + len(look_ahead), head_rows=head_rows)
         turn = strategy.advance(step, context, drafts, rng)
         session.cache.rollback(len(context.tokens) + turn.accepted)
-        final = drafts[: turn.accepted] + turn.tokens
+        final = [draft.token for draft in drafts[: turn.accepted]] + turn.tokens
         context.extend(final)
+        yield Round(final, len(drafts) + turn.weighed, turn.accepted + len(turn.tokens) - 1)
         drafts = turn.drafts
-        yield final

@@ -10,6 +10,7 @@ from .errors import ParameterError
 
 ADAPTIVE = ("blur", "otsu", "none")
 PREMASK_TESTS = ("sole", "all", "none")
+DRAFT_CHOICES = ("argmax", "sample")
 
 
 @dataclass(frozen=True)
@@ -18,15 +19,16 @@ class SamplingParameters:
 
     Attributes:
         temperature: T; 0 is greedy.
-        top_k: k most probable tokens of a head that take part; 0 means all (`autoregressive` only).
+        top_k: k most probable tokens of a head that take part; 0 means all (not with `dynamo`).
         top_p: Smallest set of those that reaches this probability; 1 means all.
-        repetition_penalty: `autoregressive` divides positive and multiplies negative logits of tokens in the
-            context by it; `dynamo` divides an entry of the joint once per token that stands in the context or
-            earlier in the same n-gram.
+        min_p: Smallest probability of a token among those, relative to the largest; 0 means any.
+        repetition_penalty: `autoregressive` and `speculative` divide positive and multiply negative logits of
+            tokens in the context by it; `dynamo` divides an entry of the joint once per token that stands in
+            the context or earlier in the same n-gram.
         backoff_threshold: ε_b in [0, 1]. An n-gram must reach ε_b^(n-1), else n - 1 is tried. 1 always gives
             one token, 0 gives n wherever a counted n-gram exists.
         cooccurrence_weight: α_c in [0, 1], exponent of the mask: 1 all of it, 0 none, with n-grams never seen
-            allowed.
+            allowed. `speculative` masks its drafts with it.
         adaptive_threshold: "blur" (Otsu's threshold of the blurred joint), "otsu" (of the joint itself) or
             "none".
         otsu_zeros: Whether the zeros of the joint belong to Otsu's population, as the dark pixels of an image
@@ -35,11 +37,17 @@ class SamplingParameters:
         premask_test: When the probability of an n-gram *before* the mask must reach the threshold too: "sole"
             (when one n-gram alone survives the mask and so has J = 1 however unlikely it was), "all", or
             "none".
+        draft_tokens: Most drafts a pass of `speculative`; 0 means as many as the bundle predicts.
+        draft_choice: How `speculative` picks a draft: "argmax" of what the drafter thinks likely, which gives the
+            very text of `autoregressive` under the same seed, or a "sample" of it.
+        draft_confidence: In [0, 1]. Drafting stops where the drafter's own probability that all drafts so far are
+            right falls below it; 0 never stops.
     """
 
     temperature: float = 0.7
     top_k: int = 50
     top_p: float = 1.0
+    min_p: float = 0.0
     repetition_penalty: float = 1.1
     backoff_threshold: float = 0.5
     cooccurrence_weight: float = 1.0
@@ -47,6 +55,9 @@ class SamplingParameters:
     otsu_zeros: bool = True
     normalize_joint: bool = True
     premask_test: str = "sole"
+    draft_tokens: int = 0
+    draft_choice: str = "argmax"
+    draft_confidence: float = 0.0
 
     def __post_init__(self) -> None:
         """Check every range.
@@ -56,12 +67,21 @@ class SamplingParameters:
         """
         self._number("temperature", 0, math.inf)
         self._number("top_p", 0, 1, open_below=True)
+        self._number("min_p", 0, 1)
+        self._number("draft_confidence", 0, 1)
         self._number("repetition_penalty", 0.01, 100)
         self._number("backoff_threshold", 0, 1)
         self._number("cooccurrence_weight", 0, 1)
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
-            raise ParameterError(f"top_k must be a whole number of at least 0, not {self.top_k}")
-        for name, choices in (("adaptive_threshold", ADAPTIVE), ("premask_test", PREMASK_TESTS)):
+        for name in ("top_k", "draft_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ParameterError(f"{name} must be a whole number of at least 0, not {value}")
+        choices_of = {
+            "adaptive_threshold": ADAPTIVE,
+            "premask_test": PREMASK_TESTS,
+            "draft_choice": DRAFT_CHOICES,
+        }
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ParameterError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         for name in ("otsu_zeros", "normalize_joint"):

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from .bundle import load_bundle
 from .engine import Engine, TextStream
 from .errors import DynamoError, PromptError
-from .parameters import ADAPTIVE, PREMASK_TESTS, SamplingParameters, resolve_parameters
+from .parameters import ADAPTIVE, DRAFT_CHOICES, PREMASK_TESTS, SamplingParameters, resolve_parameters
 from .strategies import Autoregressive
 
 PROG = "dynamo-run"
@@ -32,21 +32,34 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=PROG, description="Continue a prompt; only the continuation goes to stdout.")
     parser.add_argument("bundle", help="ONNX file of a bundle, or its folder")
     parser.add_argument("prompt", help="text to continue; - reads it from stdin")
-    parser.add_argument("--strategy", help="autoregressive or dynamo (default: dynamo if the graph has several heads)")
+    parser.add_argument(
+        "--strategy",
+        help="autoregressive; dynamo (parallel heads, not verified); speculative (any drafter, the text of "
+        "autoregressive) (default: dynamo with parallel heads, speculative with other drafters)",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="exact limit (default: 128)")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    parser.add_argument("--top-k", type=int, metavar="K", help="candidates per head; 0: all (autoregressive only)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="candidates per head; 0: all (not with dynamo)")
     parser.add_argument("--top-p", type=float, metavar="P", help="nucleus among those; 1: all")
+    parser.add_argument("--min-p", type=float, metavar="P", help="least probability relative to the largest; 0: any")
     parser.add_argument("--repetition-penalty", type=float, metavar="R", help="1: none")
     dynamo = parser.add_argument_group("strategy dynamo (the paper's Algorithm 1)")
     dynamo.add_argument("--backoff-threshold", type=float, metavar="E", help="ε_b: 0 most tokens a pass, 1 always one")
-    dynamo.add_argument("--cooccurrence-weight", type=float, metavar="A", help="α_c: 1 full mask, 0 none")
+    dynamo.add_argument(
+        "--cooccurrence-weight", type=float, metavar="A", help="α_c: 1 full mask, 0 none; masks verified drafts too"
+    )
     dynamo.add_argument("--adaptive-threshold", choices=ADAPTIVE, help="Otsu's threshold of the (blurred) joint")
     dynamo.add_argument("--otsu-zeros", action=argparse.BooleanOptionalAction, help="zeros in Otsu's population")
     dynamo.add_argument(
         "--normalize-joint", action=argparse.BooleanOptionalAction, help="joint sums to 1 after the mask"
     )
     dynamo.add_argument("--premask-test", choices=PREMASK_TESTS, help="which n-grams must reach ε before the mask too")
+    drafts = parser.add_argument_group("strategy speculative (drafts that the first head verifies)")
+    drafts.add_argument("--draft-tokens", type=int, metavar="N", help="most drafts a pass (default: all there are)")
+    drafts.add_argument(
+        "--draft-choice", choices=DRAFT_CHOICES, help="argmax (same seed, same text as autoregressive) or sample"
+    )
+    drafts.add_argument("--draft-confidence", type=float, metavar="P", help="stop drafting below this; 0: never")
     parser.add_argument("--seed", type=int, help="for reproducible draws")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end in front of TEXT; repeatable")
     parser.add_argument("--provider", default="auto", help="execution provider: auto, cpu or cuda (default: auto)")

@@ -31,10 +31,16 @@ class Context:
         self.tokens.extend(tokens)
         self.seen[list(tokens)] = True
 
+    def fork(self) -> "Context":
+        """A copy, to be extended by tokens that may not stay."""
+        other = Context.__new__(Context)
+        other.tokens, other.seen = self.tokens.copy(), self.seen.copy()
+        return other
+
 
 @dataclass(frozen=True)
 class Candidates:
-    """A truncated distribution: `probabilities` [k] of `ids` [k], descending, summing to 1."""
+    """A truncated distribution: `probabilities` [k] of distinct `ids` [k], summing to 1; descending from `truncate`."""
 
     ids: np.ndarray
     probabilities: np.ndarray
@@ -66,12 +72,12 @@ def penalize_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) ->
 
 
 def truncate(logits: np.ndarray, ids: np.ndarray, parameters: SamplingParameters) -> Candidates:
-    """Softmax at temperature T over the top-k of some logits, cut to the nucleus top-p, renormalised.
+    """Softmax at temperature T over the top-k of some logits, cut to the nucleus top-p and to min-p, renormalised.
 
     Args:
         logits: [K], descending.
         ids: Their tokens, [K].
-        parameters: temperature (0 counts as 1 here: a greedy caller takes the largest), top_k, top_p.
+        parameters: temperature (0 counts as 1 here: a greedy caller takes the largest), top_k, top_p, min_p.
 
     Raises:
         ParameterError: No logit is finite (processors forbade every token, or the graph overflowed).
@@ -88,6 +94,9 @@ def truncate(logits: np.ndarray, ids: np.ndarray, parameters: SamplingParameters
         # A token belongs to the nucleus while those before it have not reached top_p: so at least one does.
         before = np.cumsum(probabilities) - probabilities
         size = max(1, int(np.searchsorted(before, parameters.top_p, side="left")))
+        ids, probabilities = ids[:size], probabilities[:size] / probabilities[:size].sum()
+    if parameters.min_p > 0:
+        size = int(np.searchsorted(-probabilities, -parameters.min_p * probabilities[0], side="right"))
         ids, probabilities = ids[:size], probabilities[:size] / probabilities[:size].sum()
     possible = int(np.searchsorted(-probabilities, 0.0, side="left"))  # processors may have left fewer than k
     return Candidates(ids[:possible], probabilities[:possible])
@@ -114,40 +123,50 @@ def apply_processors(processors: Sequence[LogitsProcessor], context: Sequence[in
     return logits
 
 
-Sampler = Callable[[Step, Context, float], int]
-"""Maps (step, context, uniform in [0, 1)) to a token, reading the last row of the step's first head."""
-
-
-def make_sampler(parameters: SamplingParameters, processors: Sequence[LogitsProcessor] = ()) -> Sampler:
-    """The sampler of plain decoding: repetition penalty, processors, temperature, top-k, top-p, draw.
+class Target:
+    """Plain decoding's choice of one token: repetition penalty, processors, temperature, truncation, draw.
 
     It reads the graph's top-K outputs where they certainly hold the whole truncated set, else the full row.
     """
-    # Greedily the largest logit is the only candidate, and neither T nor top-p matters.
-    top_k = 1 if parameters.greedy else parameters.top_k
 
-    def sample(step: Step, context: Context, uniform: float) -> int:
-        found = None if processors else _certified_topk(step, context, parameters.repetition_penalty, top_k)
+    def __init__(self, parameters: SamplingParameters, processors: Sequence[LogitsProcessor] = ()):
+        self._parameters = parameters
+        self._processors = processors
+        # Greedily the largest logit is the only candidate, and neither T nor top-p matters.
+        self._top_k = 1 if parameters.greedy else parameters.top_k
+
+    def distribution(self, step: Step, context: Context, row: int = -1) -> Candidates:
+        """What the token behind `context` is drawn from; greedily all of it is on one token.
+
+        Args:
+            step: The pass.
+            context: All tokens before it, those drafted in between included: they count as repetitions.
+            row: The row of the first head that `context` ends with.
+        """
+        penalty = self._parameters.repetition_penalty
+        found = None if self._processors else _certified_topk(step, context, penalty, self._top_k, row)
         if found is None:
-            logits = penalize_repetition(step.logits()[-1], context.seen, parameters.repetition_penalty)
-            found = sort_logits(apply_processors(processors, context.tokens, logits), top_k)
+            logits = penalize_repetition(step.logits()[row], context.seen, penalty)
+            found = sort_logits(apply_processors(self._processors, context.tokens, logits), self._top_k)
         logits, ids = found
-        if parameters.greedy:
-            return int(ids[0])
-        candidates = truncate(logits, ids, parameters)
+        return truncate(logits, ids, self._parameters)
+
+    def sample(self, step: Step, context: Context, uniform: float, row: int = -1) -> int:
+        """Draw the token; arguments of `distribution`, and the only randomness, in [0, 1)."""
+        candidates = self.distribution(step, context, row)
         return int(candidates.ids[draw(candidates.probabilities, uniform)])
 
-    return sample
 
-
-def _certified_topk(step: Step, context: Context, penalty: float, top_k: int) -> tuple[np.ndarray, np.ndarray] | None:
+def _certified_topk(
+    step: Step, context: Context, penalty: float, top_k: int, row: int
+) -> tuple[np.ndarray, np.ndarray] | None:
     """The penalised top-k from the graph's top-K outputs, or None if a token outside them might belong to it.
 
     A penalty of at least 1 only lowers logits, so no token outside the top-K can exceed the smallest of them:
     the set is complete if its k-th penalised logit is larger than that.
     """
     all_logits, all_ids = step.topk()
-    logits, ids = all_logits[-1], all_ids[-1]
+    logits, ids = all_logits[row], all_ids[row]
     if not 0 < top_k <= len(ids) or penalty < 1:
         return None
     if penalty == 1:

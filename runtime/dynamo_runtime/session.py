@@ -25,6 +25,7 @@ _DISTRIBUTIONS = (
     "onnxruntime-training",
 )
 _FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+CP_OUTPUTS = ["gate", "factor_logits", "factor_topk_logits", "factor_topk_ids"]
 _ERRORS_ONLY = 3  # below that onnxruntime warns at every load that initializers can be overridden
 
 
@@ -76,6 +77,18 @@ class Step:
     def topk(self, head: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """The largest logits of one head and their token ids, both [rows, K], in descending order."""
         return self._arrays[_head_name("topk_logits", head)], self._arrays[_head_name("topk_ids", head)]
+
+    def gate(self) -> np.ndarray:
+        """Of a joint head: log w_α of its components, [rows, rank]."""
+        return self._arrays["gate"]
+
+    def factors(self) -> np.ndarray:
+        """Of a joint head: logits of every factor p_α^(s), [rows, n_tokens, rank, vocab]."""
+        return self._arrays["factor_logits"]
+
+    def factor_topk(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of a joint head: every factor's largest logits and their ids, both [rows, n_tokens, rank, K], descending."""
+        return self._arrays["factor_topk_logits"], self._arrays["factor_topk_ids"]
 
 
 class Session:
@@ -156,8 +169,10 @@ class Session:
             for head in range(1, bundle.n_heads + 1)
             for name in ("logits", "topk_logits", "topk_ids")
         ]
+        if bundle.kind == "cp":
+            self._names += CP_OUTPUTS
         # Copying K numbers is faster than making a view of them; copying a vocabulary is not.
-        self._read = {name: _view if name.startswith("logits") else _copy for name in self._names}
+        self._read = {name: _view if name.startswith(("logits", "factor_logits")) else _copy for name in self._names}
         self._binding = self._session.io_binding()
         self._bind_all()
 
@@ -170,7 +185,7 @@ class Session:
         """Run the graph over `tokens`, appended to what the cache holds, and advance the cache by them.
 
         Args:
-            tokens: m >= 1 token ids.
+            tokens: m >= 1 ids of tokens, or of look-ahead tokens.
             rows: Last rows of the first head to return; 0 means all m.
             head_rows: Rows of this pass (0 … m-1, or negative from the end) to return of every further head;
                 None means the last.
@@ -182,8 +197,8 @@ class Session:
         m = len(tokens)
         if m == 0:
             raise PromptError("there are no tokens to process")
-        if min(tokens) < 0 or max(tokens) >= self.bundle.vocab_size:
-            raise PromptError(f"token ids must be from 0 to {self.bundle.vocab_size - 1}")
+        if min(tokens) < 0 or max(tokens) >= self.bundle.look_ahead.stop:
+            raise PromptError(f"token ids must be from 0 to {self.bundle.look_ahead.stop - 1}")
         if not 0 <= rows <= m:
             raise ValueError(f"rows {rows} of a pass over {m} tokens")
         if head_rows is not None and not all(-m <= row < m for row in head_rows):
@@ -196,7 +211,7 @@ class Session:
         self._rows[()] = rows
         self._bind_input("input_ids", ids, (1, m))
         self._bind_input("attention_mask", self._ones, (1, total))
-        if self.bundle.n_heads > 1:
+        if self.bundle.has_head_rows:
             self._bind_input("head_rows", further, further.shape)
         for name in self._names:  # rebinding tells onnxruntime to allocate anew, so an earlier Step keeps its arrays
             self._binding.bind_output(name)
@@ -240,13 +255,14 @@ class Session:
             "num_logits_to_keep",
             *(f"past_key_values.{name}" for name in cache),
         ]
-        if bundle.n_heads > 1:
+        if bundle.has_head_rows:
             needed_inputs.append("head_rows")
         for head in heads:
             name = _head_name("logits", head)
             if name not in outputs:
                 raise BundleError(f"{path} has no output {name}: head {head} of {bundle.n_heads} is missing")
         needed_outputs = [_head_name(name, head) for head in heads for name in ("topk_logits", "topk_ids")]
+        needed_outputs += CP_OUTPUTS if bundle.kind == "cp" else []
         needed_outputs += [f"present.{name}" for name in cache]
         for kind, needed, present in (("input", needed_inputs, inputs), ("output", needed_outputs, outputs)):
             for name in needed:
@@ -261,6 +277,11 @@ class Session:
             )
         sizes = [(_head_name("logits", head), -1, bundle.vocab_size, "vocabulary") for head in heads]
         sizes += [(_head_name("topk_ids", head), -1, bundle.top_k_outputs, "top_k_outputs") for head in heads]
+        if bundle.kind == "cp":
+            sizes += [(name, -2, bundle.rank, "rank") for name in CP_OUTPUTS[1:]] + [("gate", -1, bundle.rank, "rank")]
+            sizes += [(name, -3, bundle.n_tokens, "n_tokens") for name in CP_OUTPUTS[1:]]
+            sizes += [("factor_logits", -1, bundle.vocab_size, "vocabulary")]
+            sizes += [("factor_topk_ids", -1, bundle.top_k_outputs, "top_k_outputs")]
         sizes += [(f"present.{name}", 1, bundle.kv_heads, "kv_heads") for name in cache]
         sizes += [(f"present.{name}", 3, bundle.head_size, "head_size") for name in cache]
         for name, axis, size, what in sizes:

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from .bundle import Bundle
+from .drafters import make_drafter, propose
 from .dynamo import check_dynamo, sample_ngram
 from .errors import ParameterError
 from .parameters import SamplingParameters
@@ -14,12 +15,13 @@ from .sampling import (
     Candidates,
     Context,
     LogitsProcessor,
+    Target,
     apply_processors,
-    make_sampler,
     sort_logits,
     truncate,
 )
 from .session import Step
+from .verification import Draft, verify
 
 
 @dataclass(frozen=True)
@@ -31,30 +33,32 @@ class Turn:
         accepted: How many of the drafts that the pass was fed are final as well; the cache rolls back behind
             them.
         drafts: Guesses for the tokens after `tokens`, to be fed with them and judged by the next turn.
+        weighed: Further tokens that were guessed and judged on the spot, without being fed; those let through
+            are in `tokens`, behind the first.
     """
 
     tokens: list[int]
     accepted: int = 0
-    drafts: list[int] = field(default_factory=list)
+    drafts: list[Draft] = field(default_factory=list)
+    weighed: int = 0
 
 
 class Strategy(Protocol):
     """A drafter and an acceptance rule on the step that all strategies share.
 
-    Every pass is fed the final tokens that the cache does not hold yet, then the drafts; `rows` and
-    `head_rows` say which of its rows the strategy reads, `advance` judges the drafts and adds tokens and
-    further drafts.
+    Every pass is fed the final tokens that the cache does not hold yet, then the drafts, then `look_ahead`. The step
+    has one row of the first head for the last final token, one for every draft and one for every id of `look_ahead`;
+    of the further heads it has those of them that stand before `look_ahead`.
+
+    Attributes:
+        name: What the user calls it.
+        look_ahead: Ids fed behind the text for the drafter's sake, and never kept.
     """
 
     name: str
+    look_ahead: Sequence[int]
 
-    def rows(self, drafted: int) -> int:
-        """How many last rows of the first head to compute, given the number of drafts fed; >= 1."""
-
-    def head_rows(self, fed: int, drafted: int) -> Sequence[int] | None:
-        """Which of the `fed` rows of the further heads to compute; None means the last."""
-
-    def advance(self, step: Step, context: Context, drafts: Sequence[int], rng: np.random.Generator) -> Turn:
+    def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
         """Judge the drafts by this pass and go on from the last accepted one.
 
         `context` holds final tokens only.
@@ -65,27 +69,53 @@ class Autoregressive:
     """One token a pass, from the first head."""
 
     name = "autoregressive"
+    look_ahead: Sequence[int] = ()
 
     def __init__(self, bundle: Bundle, parameters: SamplingParameters, processors: Sequence[LogitsProcessor] = ()):
-        self._sample = make_sampler(parameters, processors)
+        self._target = Target(parameters, processors)
 
-    def rows(self, drafted: int) -> int:
-        """The last row."""
-        return 1
-
-    def head_rows(self, fed: int, drafted: int) -> Sequence[int] | None:
-        """The last row."""
-        return None
-
-    def advance(self, step: Step, context: Context, drafts: Sequence[int], rng: np.random.Generator) -> Turn:
+    def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
         """Sample the next token."""
-        return Turn([self._sample(step, context, rng.random())])
+        return Turn([self._target.sample(step, context, rng.random())])
+
+
+class Speculative:
+    """The text of `autoregressive`, sooner: drafts that the first head verifies in the pass that follows.
+
+    The cache has to read the new tokens anyway, so reading the drafts behind them costs next to nothing.
+    """
+
+    name = "speculative"
+
+    def __init__(self, bundle: Bundle, parameters: SamplingParameters, processors: Sequence[LogitsProcessor] = ()):
+        self._target = Target(parameters, processors)
+        self._drafter = make_drafter(bundle, parameters)
+        self.look_ahead = self._drafter.look_ahead
+        counted = parameters.cooccurrence_weight > 0 and bundle.has_cooccurrence
+        self._counts = bundle.cooccurrence if counted else None
+        self._parameters = parameters
+
+    def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
+        """Verify the drafts, add the token that follows them, and draft on from there."""
+        trial = context.fork()
+
+        def target(accepted: int) -> Candidates:
+            if accepted:
+                trial.extend([drafts[accepted - 1].token])
+            return self._target.distribution(step, trial, accepted)
+
+        accepted, token = verify(drafts, target, rng.random)
+        following: list[Draft] = []
+        if self._drafter.start(step, len(drafts), accepted):
+            following = propose(self._drafter, token, self._parameters, self._counts, rng)
+        return Turn([token], accepted, following)
 
 
 class Dynamo:
     """Dynamic multi-token sampling (DynaMo, Alg. 1): 1 to n tokens a pass, emitted without verification."""
 
     name = "dynamo"
+    look_ahead: Sequence[int] = ()
 
     def __init__(self, bundle: Bundle, parameters: SamplingParameters, processors: Sequence[LogitsProcessor] = ()):
         if bundle.n_heads < 2:
@@ -99,19 +129,11 @@ class Dynamo:
         # Without processors the truncated set is exactly the first k of the graph's top-K outputs.
         self._full_rows = bool(processors) or parameters.top_k > bundle.top_k_outputs
 
-    def rows(self, drafted: int) -> int:
-        """The last row."""
-        return 1
-
-    def head_rows(self, fed: int, drafted: int) -> Sequence[int] | None:
-        """The last row."""
-        return None
-
-    def advance(self, step: Step, context: Context, drafts: Sequence[int], rng: np.random.Generator) -> Turn:
+    def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
         """Run Alg. 1 on the last row of every head."""
         heads = [self._candidates(step, head, context) for head in self._heads]
         ngram = sample_ngram(heads, context.seen, rng.random(), self._parameters, self._counts)
-        return Turn(ngram.tokens)
+        return Turn(ngram.tokens, weighed=len(heads) - 1)
 
     def _candidates(self, step: Step, head: int, context: Context) -> Candidates:
         if self._full_rows:
@@ -126,6 +148,7 @@ class Dynamo:
 STRATEGIES: dict[str, Callable[[Bundle, SamplingParameters, Sequence[LogitsProcessor]], Strategy]] = {
     Autoregressive.name: Autoregressive,
     Dynamo.name: Dynamo,
+    Speculative.name: Speculative,
 }
 
 
@@ -143,5 +166,7 @@ def make_strategy(
 
 
 def default_strategy(bundle: Bundle) -> str:
-    """`dynamo` for a bundle with several heads, else `autoregressive`."""
-    return Dynamo.name if bundle.n_heads > 1 else Autoregressive.name
+    """`dynamo` for parallel heads, `speculative` for other drafters, `autoregressive` for a plain bundle."""
+    if bundle.kind == "plain":
+        return Autoregressive.name
+    return Dynamo.name if bundle.kind == "parallel" else Speculative.name

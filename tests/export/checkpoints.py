@@ -19,7 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from dynamo_model import MultiTokenModel
+from dynamo_model import CPModel, LookAheadModel, MultiTokenModel
 
 VOCAB = 320
 CORPUS = [
@@ -92,6 +92,21 @@ CONFIGS: dict[str, PretrainedConfig] = {
 THREE_HEADS = {"neox", "llama-grouped", "qwen2-mixed-window", "mistral-window"}  # two are quicker to export
 
 
+# Checkpoints with another drafter: configuration, and n_tokens and rank of a joint head or the look-ahead embeddings.
+JOINT = {
+    "cp-neox": ("neox", 3, 3),
+    "cp-llama": ("llama-grouped", 2, 1),
+    "cp-llama-tied": ("llama-linear-tied", 2, 3),
+    "cp-qwen2": ("qwen2", 3, 1),
+}
+LOOK_AHEAD = {
+    "lookahead-neox": ("neox", 1),
+    "lookahead-llama": ("llama-grouped", 3),
+    "lookahead-llama-tied": ("llama-linear-tied", 2),
+    "lookahead-qwen2": ("qwen2", 4),
+}
+
+
 def heads_of(name: str) -> int:
     """Token heads of the checkpoint with one of `CONFIGS`."""
     return 3 if name in THREE_HEADS else 2
@@ -142,6 +157,24 @@ def save_multi(folder: Path, config: PretrainedConfig, n_heads: int = 3, dtype: 
     model.to(dtype).save(folder)
     train_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return folder
+
+
+def save_drafter(folder: Path, name: str) -> Path:
+    """One of `JOINT` or `LOOK_AHEAD` with its tokenizer and n-gram counts."""
+    torch.manual_seed(2)
+    config, *shape = (JOINT | LOOK_AHEAD)[name]
+    base = random_base(CONFIGS[config])
+    if name in JOINT:
+        model = CPModel(base, *shape)
+        for module in (model.multi.heads, model.gate, model.factors):
+            _shake(module)
+        model.save(folder)
+    else:
+        LookAheadModel(base, *shape).save(folder)
+    train_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    save_counts(folder)
     return folder
 
 

@@ -16,13 +16,16 @@ torch.set_num_threads(1)  # the models are so small that threads only wait for e
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of the multi-token checkpoint with one of `checkpoints.CONFIGS`, made on first use."""
+    """Folder of the checkpoint with one of `checkpoints.CONFIGS`, `JOINT` or `LOOK_AHEAD`, made on first use."""
     made: dict[str, Path] = {}
 
     def get(name: str) -> Path:
         if name not in made:
             folder = tmp_path_factory.mktemp("checkpoint") / name
-            made[name] = checkpoints.save_multi(folder, checkpoints.CONFIGS[name], checkpoints.heads_of(name))
+            if name in checkpoints.CONFIGS:
+                made[name] = checkpoints.save_multi(folder, checkpoints.CONFIGS[name], checkpoints.heads_of(name))
+            else:
+                made[name] = checkpoints.save_drafter(folder, name)
         return made[name]
 
     return get
@@ -30,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of the bundle exported, through the gate, from one of `checkpoints.CONFIGS`; treat as read-only."""
+    """Folder of the bundle exported, through the gate, from one of those checkpoints; treat as read-only."""
     made: dict[str, Path] = {}
 
     def get(name: str) -> Path:

@@ -14,9 +14,10 @@ from dynamo_runtime.bundle import load_bundle
 from dynamo_runtime.session import Session
 
 genai = pytest.importorskip("onnxruntime_genai")
+PARALLEL = ["neox", "llama-linear-tied", "qwen3-wide-heads", "mistral-window"]
 
 
-@pytest.mark.parametrize("name", ["neox", "llama-linear-tied", "qwen3-wide-heads", "mistral-window"])
+@pytest.mark.parametrize("name", [*PARALLEL, "cp-qwen2", "lookahead-llama-tied"])
 def test_greedy_tokens_agree(name: str, bundle: Callable[[str], Path], checkpoint: Callable[[str], Path]) -> None:
     """Its tokens equal transformers' and our own session's, over the model's whole context."""
     prompt, length = [5, 17, 99, 4, 30], 96

@@ -99,7 +99,7 @@ def test_rows_are_selected_before_the_work(tmp_path: Path) -> None:
     assert all(node.op_type != "Transpose" for node in model.graph)
     rows = ir.Value(name="rows", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["r"]))
     model.graph.inputs.append(rows)
-    chosen = select_rows(model, state, lambda v: ir.node("Gather", [v, rows], {"axis": 1}), {})
+    chosen = select_rows(model, state, lambda v: ir.node("Gather", [v, rows], {"axis": 1}), {}, "r")
     chosen.name = "chosen"
     model.graph.outputs.append(chosen)
     model.graph.sort()
@@ -121,7 +121,7 @@ def test_rows_stop_where_someone_else_reads() -> None:
     model, state, _ = small_graph()
     model.graph.outputs.append(state)
     rows = ir.Value(name="rows", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["r"]))
-    chosen = select_rows(model, state, lambda v: ir.node("Gather", [v, rows], {"axis": 1}), {})
+    chosen = select_rows(model, state, lambda v: ir.node("Gather", [v, rows], {"axis": 1}), {}, "r")
     assert chosen is not state and str(state.shape) == "[batch,seq,4]"
 
 

@@ -151,7 +151,7 @@ def test_number_of_heads_is_limited(n_heads: int) -> None:
 def test_plain_base_is_refused_with_the_way_out(tmp_path: Path) -> None:
     make(CONFIGS["gpt_neox"]).base.save_pretrained(tmp_path)
     assert not has_heads(tmp_path)
-    with pytest.raises(CheckpointError, match="dynamo-train heads"):
+    with pytest.raises(CheckpointError, match=r"has no heads\.safetensors: train it first with `dynamo-train heads"):
         MultiTokenModel.load(tmp_path)
 
 
@@ -170,8 +170,12 @@ def test_broken_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not fit"):
         MultiTokenModel.load(tmp_path)
     save_file(tensors, heads)
-    with pytest.raises(CheckpointError, match="parallel token heads"):
+    with pytest.raises(CheckpointError, match="does not say that it holds a drafter of kind parallel"):
         MultiTokenModel.load(tmp_path)
+    for shape in ({}, {"n_heads": "1"}, {"n_heads": "9"}, {"n_heads": "-3"}, {"n_heads": "three"}):
+        save_file(model.head_state_dict(), heads, metadata={"kind": "parallel"} | shape)
+        with pytest.raises(CheckpointError, match="2 to 8 heads"):
+            MultiTokenModel.load(tmp_path)
 
 
 def test_pickled_weights_are_never_loaded(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dynamo_runtime.bundle import sha256
+from dynamo_runtime.bundle import Bundle, sha256
 
 KV_HEADS, QUERY_HEADS, HEAD_SIZE, HIDDEN = 1, 2, 16, 32
 CONTEXT_LENGTH = 640
@@ -81,13 +81,22 @@ class _Graph:
 
 
 def build_graph(
-    vocab: int, n_heads: int, *, seed: int = 0, sharpness: float = 3.0, top_k: int = TOP_K_OUTPUTS
+    vocab: int,
+    n_heads: int,
+    *,
+    seed: int = 0,
+    sharpness: float = 3.0,
+    top_k: int = TOP_K_OUTPUTS,
+    kind: str = "parallel",
+    rank: int = 0,
 ) -> onnx.ModelProto:
     """A language model of 1 stem layer, a first head and `n_heads` - 1 further heads of one layer each.
 
     `sharpness` scales the logits (nats). The further heads' weights come last, so that the first head is the
-    same function for every `n_heads`.
+    same function for every `n_heads` and kind. Of kind "cp" it has a joint head over `n_heads` tokens instead, of kind
+    "lookahead" as many look-ahead embeddings as it would have further heads.
     """
+    n_tokens, n_heads = n_heads, n_heads if kind == "parallel" else 1
     g = _Graph(seed)
     top_k = min(top_k, vocab)
     int64 = lambda name, *values: g.constant(name, np.array(values, np.int64))  # noqa: E731
@@ -106,6 +115,10 @@ def build_graph(
 
     embedding = g.weight("embedding", vocab, HIDDEN, scale=np.sqrt(vocab))
     output = g.weight("output", HIDDEN, vocab, scale=1.0)
+    if kind == "lookahead":
+        further = g.constant("look_ahead", np.random.default_rng(seed).normal(size=(n_tokens - 1, HIDDEN)).astype("f4"))
+        g.node("Concat", [embedding, further], ["extended"], axis=0)
+        embedding = "extended"
     g.node("Gather", [embedding, "input_ids"], ["embedded"])
     stem = g.layer(0, "embedded")
     first = g.layer(1, stem)
@@ -146,21 +159,62 @@ def build_graph(
             value(f"topk_ids{suffix}", TensorProto.INT64, ["batch", rows, top_k]),
         ]
         start, rows = stop, "head_rows_count"
+    layers = n_heads + 1
+    if kind == "cp":
+        layers += 1
+        int64("head_rows", -1)
+        g.node("Gather", [g.layer(2, stem), "head_rows"], ["context"], axis=1)
+        g.node("MatMul", ["context", g.weight("gate.weight", HIDDEN, rank)], ["gate_scores"])
+        g.node("LogSoftmax", ["gate_scores"], ["gate"], axis=-1)
+        g.node("MatMul", ["context", g.weight("factors", HIDDEN, n_tokens * rank * HIDDEN)], ["factor_states"])
+        g.node("Reshape", ["factor_states", int64("split", 0, 0, n_tokens, rank, HIDDEN)], ["factor_rows"])
+        g.node("LpNormalization", ["factor_rows"], ["factor_unit"], axis=4, p=2)
+        g.node("MatMul", ["factor_unit", output], ["factor_unscaled"])
+        g.node("Mul", ["factor_unscaled", scale], ["factor_logits"])
+        g.node("TopK", ["factor_logits", top], ["factor_topk_logits", "factor_topk_ids"], axis=-1)
+        outputs.append(value("gate", TensorProto.FLOAT, ["batch", "head_rows_count", rank]))
+        for name, width in (("logits", vocab), ("topk_logits", top_k), ("topk_ids", top_k)):
+            numbers = TensorProto.INT64 if name == "topk_ids" else TensorProto.FLOAT
+            outputs.append(value(f"factor_{name}", numbers, ["batch", "head_rows_count", n_tokens, rank, width]))
     inputs = [
         value("input_ids", TensorProto.INT64, ["batch", "seq"]),
         value("attention_mask", TensorProto.INT64, ["batch", "total"]),
     ]
-    for layer in range(n_heads + 1):
+    for layer in range(layers):
         for part in ("key", "value"):
             shape = ["batch", KV_HEADS, "capacity", HEAD_SIZE]
             inputs.append(value(f"past_key_values.{layer}.{part}", TensorProto.FLOAT, shape))
             outputs.append(value(f"present.{layer}.{part}", TensorProto.FLOAT, shape))
     inputs.append(value("num_logits_to_keep", TensorProto.INT64, []))
-    if n_heads > 1:
+    if n_heads > 1 or kind == "cp":
         inputs.append(value("head_rows", TensorProto.INT64, ["head_rows_count"]))
     graph = helper.make_graph(g.nodes, "handmade", inputs, outputs, initializer=g.initializers)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def small_bundle(folder: Path, kind: str, n_tokens: int, *, vocab: int, rank: int = 0, **graph: Any) -> Bundle:
+    """A bundle without tokenizer or manifest, of any kind and vocabulary."""
+    folder.mkdir(parents=True)
+    n_heads = 1 if kind == "plain" else n_tokens
+    model = build_graph(vocab, n_heads, kind="parallel" if kind == "plain" else kind, rank=rank, **graph)
+    onnx.save(model, str(folder / "model.onnx"))
+    n_heads = n_tokens if kind == "parallel" else 1
+    if n_tokens > 1:
+        random_counts(folder / "cooccurrence.npz", vocab, 3, branching=vocab // 2)
+    return Bundle(
+        folder=folder,
+        n_heads=n_heads,
+        vocab_size=vocab,
+        context_length=CONTEXT_LENGTH,
+        kv_layers=n_heads + 1 + (kind == "cp"),
+        kv_heads=KV_HEADS,
+        head_size=HEAD_SIZE,
+        kind=kind,
+        n_tokens=n_tokens if kind in ("cp", "lookahead") else 0,
+        rank=rank,
+        top_k_outputs=min(TOP_K_OUTPUTS, vocab),
+    )
 
 
 def random_counts(path: Path, vocab: int, orders: int, *, seed: int = 0, branching: int = 24) -> None:
@@ -178,7 +232,7 @@ def random_counts(path: Path, vocab: int, orders: int, *, seed: int = 0, branchi
             f"counts_{order}": rng.integers(1, 20, len(ids)),
         }
         nodes = len(ids)
-        branching = 6
+        branching = min(branching, 6)
     totals = [int(arrays[f"counts_{order}"].sum()) * 2 for order in range(1, orders + 1)]
     np.savez(path, totals=np.array(totals), min_count=np.ones(orders, np.int64), **arrays)
 

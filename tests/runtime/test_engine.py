@@ -7,9 +7,6 @@ import numpy as np
 import pytest
 
 from dynamo_runtime import Engine, ParameterError, PromptError
-from dynamo_runtime.engine import decode, prefill, reuse_prefix
-from dynamo_runtime.sampling import Context
-from dynamo_runtime.strategies import Turn
 
 PROMPT = "def fib(n):\n    if n < 2:\n        return n\n"
 
@@ -60,7 +57,7 @@ def test_dynamo_equals_the_dense_algorithm_step_by_step(engine: Engine, temperat
         context += tokens
         sizes.append(len(tokens))
     assert result.tokens == context[start:][:40]
-    assert result.statistics.passes == len(sizes)
+    assert result.statistics.rounds == len(sizes)
     assert len(set(sizes)) > 1
 
 
@@ -147,7 +144,7 @@ def test_chunked_prefill_equals_whole(multi: Path, engine: Engine, chunk: int) -
     result = chunked.generate(PROMPT * 4, **options)
     assert result.tokens == expected.tokens
     prompt = len(chunked.encode(PROMPT * 4))
-    assert chunked.session.passes == result.statistics.passes - 1 + -(-prompt // chunk)
+    assert chunked.session.passes == result.statistics.rounds - 1 + -(-prompt // chunk)
 
 
 def test_common_prefix_is_not_computed_again(engine: Engine) -> None:
@@ -252,7 +249,7 @@ def test_logits_processors_reach_every_head(engine: Engine, strategy: str) -> No
     assert contexts[0] == result.statistics.prompt_tokens
     if strategy == "dynamo":
         assert result.statistics.tokens_per_pass > 1
-        assert len(contexts) == 3 * result.statistics.passes
+        assert len(contexts) == 3 * result.statistics.rounds
 
 
 def test_top_k_beyond_the_graphs_outputs_reads_the_full_rows(engine: Engine) -> None:
@@ -265,56 +262,14 @@ def test_statistics_add_up(engine: Engine) -> None:
     result = engine.generate(PROMPT, seed=2, max_new_tokens=90, ignore_eos=True, backoff_threshold=0.7)
     s = result.statistics
     assert s.new_tokens == len(result.tokens) == 90 == sum(size * count for size, count in s.steps.items())
-    assert s.passes == sum(s.steps.values())
-    assert s.tokens_per_pass == 90 / s.passes
+    assert s.rounds == sum(s.steps.values())
+    assert s.tokens_per_pass == 90 / s.rounds
     assert 0 < s.ttft_s < s.total_s
     assert 0 < s.ort_s < s.total_s
     assert s.outside_s == pytest.approx(s.total_s - s.ort_s)
     assert 0 < s.outside_share < 1
     assert s.tokens_per_second == pytest.approx((90 - s.first_tokens) / (s.total_s - s.ttft_s))
     assert "90 new" in s.line()
-
-
-class GreedyDrafts:
-    """A verified strategy, as a later one will be: drafts from the further heads, checked by the first."""
-
-    name = "greedy-drafts"
-
-    def rows(self, drafted: int) -> int:
-        return drafted + 1
-
-    def head_rows(self, fed: int, drafted: int) -> list[int]:
-        return list(range(fed - drafted - 1, fed))
-
-    def advance(self, step, context, drafts, rng) -> Turn:
-        best = step.topk()[1][:, 0].tolist()
-        accepted = 0
-        while accepted < len(drafts) and drafts[accepted] == best[accepted]:
-            accepted += 1
-        guesses = [int(step.topk(head)[1][accepted, 0]) for head in (2, 3)]
-        return Turn([best[accepted]], accepted, guesses)
-
-
-def test_the_loop_carries_a_verified_strategy(engine: Engine) -> None:
-    """Drafts, acceptance and rollback: the text is that of plain greedy decoding."""
-    expected = engine.generate(
-        PROMPT,
-        strategy="autoregressive",
-        temperature=0,
-        repetition_penalty=1.0,
-        max_new_tokens=60,
-        ignore_eos=True,
-    ).tokens
-    prompt = engine.encode(PROMPT)
-    engine.reset()
-    reuse_prefix(engine.session, prompt)
-    list(prefill(engine.session, prompt, 512))
-    found: list[int] = []
-    for tokens in decode(engine.session, GreedyDrafts(), Context(prompt, 320), np.random.default_rng(0)):
-        found += tokens
-        if len(found) >= 60:
-            break
-    assert found[:60] == expected
 
 
 def test_plain_bundle_decodes_autoregressively_only(plain: Path, engine: Engine) -> None:

@@ -24,7 +24,8 @@ def test_stdout_has_the_text_and_nothing_else(multi: Path) -> None:
     assert done.returncode == 0
     assert done.stdout.decode() == expected
     assert re.fullmatch(
-        r"dynamo: \d+ prompt tokens, \d+ new in \d+ passes \([\d.]+ a pass; steps [\d: ]+\), "
+        r"dynamo: \d+ prompt tokens, \d+ new in \d+ rounds \([\d.]+ a pass; steps [\d: ]+\), "
+        r"\d+ of \d+ draft tokens accepted \(by depth [\d% ]+\), "
         r"first token [\d.]+ ms, [\d.]+ tokens/s, onnxruntime [\d.]+ s, outside [\d.]+ s\n",
         done.stderr.decode(),
     )

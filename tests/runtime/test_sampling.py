@@ -7,9 +7,9 @@ from dynamo_runtime.errors import ParameterError
 from dynamo_runtime.parameters import SamplingParameters, resolve_parameters
 from dynamo_runtime.sampling import (
     Context,
+    Target,
     _certified_topk,
     draw,
-    make_sampler,
     penalize_repetition,
     sort_logits,
     truncate,
@@ -53,9 +53,11 @@ def test_draws_follow_the_exact_distribution(top_k: int, top_p: float, penalty: 
     logits = (rng.normal(size=VOCAB) * 2).astype(np.float32)
     context = Context(rng.choice(VOCAB, 20).tolist(), VOCAB)
     parameters = SamplingParameters(temperature=0.9, top_k=top_k, top_p=top_p, repetition_penalty=penalty)
-    sampler = make_sampler(parameters)
+    sampler = Target(parameters)
     draws = 2000
-    counts = np.bincount([sampler(step_of(logits), context, (i + 0.5) / draws) for i in range(draws)], minlength=VOCAB)
+    counts = np.bincount(
+        [sampler.sample(step_of(logits), context, (i + 0.5) / draws) for i in range(draws)], minlength=VOCAB
+    )
     expected = exact_distribution(logits, context.seen, parameters)
     assert np.all(np.abs(counts - expected * draws) <= 1 + 1e-3 * draws * expected)
     assert np.all(counts[expected == 0] == 0)
@@ -66,9 +68,9 @@ def test_draws_of_a_generator_pass_chi_square() -> None:
     logits = rng.normal(size=VOCAB).astype(np.float32)
     context = Context([1, 2, 3], VOCAB)
     parameters = SamplingParameters(temperature=1.0, top_k=10)
-    sampler, step = make_sampler(parameters), step_of(logits)
+    sampler, step = Target(parameters), step_of(logits)
     draws = 20_000
-    counts = np.bincount([sampler(step, context, u) for u in rng.random(draws)], minlength=VOCAB)
+    counts = np.bincount([sampler.sample(step, context, u) for u in rng.random(draws)], minlength=VOCAB)
     expected = exact_distribution(logits, context.seen, parameters) * draws
     support = expected > 0
     assert support.sum() == 10
@@ -83,7 +85,7 @@ def test_certified_topk_equals_the_full_row() -> None:
         logits = (rng.normal(size=VOCAB) * 2).astype(np.float32)
         context = Context(rng.choice(VOCAB, rng.integers(1, 30)).tolist(), VOCAB)
         penalty, top_k = float(rng.choice([1.0, 1.1, 2.0, 8.0])), int(rng.integers(1, K + 3))
-        found = _certified_topk(step_of(logits), context, penalty, top_k)
+        found = _certified_topk(step_of(logits), context, penalty, top_k, -1)
         if found is None:
             refused += 1
             continue
@@ -98,7 +100,7 @@ def test_certified_topk_equals_the_full_row() -> None:
 def test_greedy_takes_the_largest_and_processors_are_applied() -> None:
     logits = np.arange(VOCAB, dtype=np.float32)
     greedy = SamplingParameters(temperature=0, repetition_penalty=1.0)
-    assert make_sampler(greedy)(step_of(logits), Context([3], VOCAB), 0.5) == VOCAB - 1
+    assert Target(greedy).sample(step_of(logits), Context([3], VOCAB), 0.5) == VOCAB - 1
     asked = []
 
     def forbid(context, row):
@@ -106,12 +108,12 @@ def test_greedy_takes_the_largest_and_processors_are_applied() -> None:
         row[-1] = -np.inf
         return row
 
-    assert make_sampler(greedy, [forbid])(step_of(logits), Context([3], VOCAB), 0.5) == VOCAB - 2
+    assert Target(greedy, [forbid]).sample(step_of(logits), Context([3], VOCAB), 0.5) == VOCAB - 2
     assert asked == [[3]]
     assert logits[-1] == VOCAB - 1  # the step's own row is left as it was
     with pytest.raises(ParameterError, match="not finite"):
         nothing = SamplingParameters()
-        make_sampler(nothing, [lambda _, row: row - np.inf])(step_of(logits), Context([3], VOCAB), 0.5)
+        Target(nothing, [lambda _, row: row - np.inf]).sample(step_of(logits), Context([3], VOCAB), 0.5)
 
 
 def test_equal_logits_are_taken_in_the_order_of_ids() -> None:

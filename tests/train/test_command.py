@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
-from dynamo_model import MultiTokenModel
+from dynamo_model import CPModel, LookAheadModel, MultiTokenModel
+from dynamo_train.pipeline import convert
 from dynamo_train.train import main
 
 SMALL = ["--steps", "2", "--sequences", "2", "--length", "16", "--micro-batch", "2"]
+
+_STEPS = "2 steps, of 2 × 16 tokens (0.0 epochs), adamw, no autocast"
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +63,82 @@ def test_heads_and_counts_on_a_base(base: Path, corpus: Path, tmp_path: Path) ->
         assert counts["totals"][0] == record["heads"]["corpus"]["train_tokens"]
 
 
+def test_drafters_gather_beside_a_frozen_base(base: Path, corpus: Path, tmp_path: Path) -> None:
+    """heads, then a joint head, then look-ahead embeddings: one folder holds all, and the base as it was."""
+    data = ["--data", str(corpus), "--held-out-percent", "20"]
+    heads, joint, whole = tmp_path / "heads", tmp_path / "joint", tmp_path / "whole"
+    assert main(["heads", str(base), *data, "--out", str(heads), "--freeze-base", *SMALL]) == 0
+    assert main(["counts", str(heads), *data, "--min-counts", "1,1,1"]) == 0
+    size = ["--tokens", "3", "--rank", "2", "--balance", "0.5"]
+    assert main(["cp", str(heads), *data, "--out", str(joint), "--freeze-base", *size, *SMALL]) == 0
+    assert main(["lookahead", str(joint), *data, "--out", str(whole), "--tokens", "2", "--anchors", "5", *SMALL]) == 0
+
+    for earlier, file in ((heads, "heads"), (joint, "cp")):
+        assert (whole / f"{file}.safetensors").read_bytes() == (earlier / f"{file}.safetensors").read_bytes()
+    assert (whole / "cooccurrence.npz").read_bytes() == (heads / "cooccurrence.npz").read_bytes()
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    for model in (MultiTokenModel.load(whole), CPModel.load(whole), LookAheadModel.load(whole)):
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.base.state_dict().items())
+    record = json.loads((whole / "training.json").read_text())
+    assert list(record) == ["base", "heads", "cp", "lookahead"]
+    assert [record["cp"][key] for key in ("n_tokens", "rank", "balance", "steps")] == [3, 2, 0.5, 2]
+    assert [record["lookahead"][key] for key in ("n_look_ahead", "anchors", "steps")] == [2, 5, 2]
+    assert set(record["cp"]["figures"]) == {"ppl_1", "gate_min", "ppl_1:2", "ppl_1:3"}
+    assert set(record["lookahead"]["figures"]) == {"ppl_2", "ppl_3", "ppl_2:3"}
+    assert record["cp"]["recipe"]["freeze_base"] and record["lookahead"]["recipe"]["freeze_base"]
+
+    assert main(["card", str(whole), *data]) == 0
+    card = (whole / "README.md").read_text()
+    assert f"Joint head (CP): rank 2 over 3 tokens, load balance 0.5; {_STEPS}, base frozen; held out: PPL 1 " in card
+    assert (
+        f"Look-ahead embeddings (PaSS): 2, at 5 positions a sequence; {_STEPS}, base frozen; held out: PPL 2 " in card
+    )
+
+    convert(whole, tmp_path / "half", torch.float16)
+    small = CPModel.load(tmp_path / "half", torch.float16)
+    assert torch.equal(small.factors.weight, CPModel.load(whole).factors.weight.half())
+    assert (tmp_path / "half" / "cp.safetensors").stat().st_size < 0.6 * (whole / "cp.safetensors").stat().st_size
+    for file in ("heads.safetensors", "lookahead.safetensors", "cooccurrence.npz", "tokenizer.json", "training.json"):
+        assert (tmp_path / "half" / file).is_file()
+
+
+def test_a_trained_base_leaves_the_drafters_of_the_old_one_behind(base: Path, corpus: Path, tmp_path: Path) -> None:
+    data = ["--data", str(corpus), "--held-out-percent", "20"]
+    heads, out = tmp_path / "heads", tmp_path / "joint"
+    assert main(["heads", str(base), *data, "--out", str(heads), "--freeze-base", *SMALL]) == 0
+    assert main(["cp", str(heads), *data, "--out", str(out), "--lr-base", "1e-2", *SMALL]) == 0
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    assert not any(torch.equal(before[name], tensor) for name, tensor in CPModel.load(out).base.named_parameters())
+    assert not (out / "heads.safetensors").exists()
+    assert json.loads((out / "training.json").read_text())["cp"]["recipe"]["base_lr"] == 1e-2
+
+
+def test_look_ahead_embeddings_need_a_base_that_sees_the_whole_text(
+    base: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "mistral")
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 300}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MistralConfig(**size, **heads, sliding_window=8)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mistral")
+    data = ["--data", str(corpus), "--held-out-percent", "20", "--out", str(tmp_path / "out")]
+    assert main(["lookahead", str(tmp_path / "mistral"), *data, *SMALL]) == 1
+    assert "attends to 8 tokens at a time" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert main(["lookahead", str(tmp_path / "mistral"), *data, *SMALL, "--length", "8"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["cp", "NOWHERE", "--data", "CORPUS", "--out", "OUT", *SMALL], "cannot load a base model"),
+        (["cp", "BASE", "--data", "CORPUS", "--out", "OUT", *SMALL, "--rank", "33"], "rank of a joint head is 1 to 32"),
+        (["cp", "BASE", "--data", "CORPUS", "--out", "OUT", *SMALL, "--tokens", "1"], "2 to 8 tokens"),
+        (["cp", "BASE", "--data", "CORPUS", "--out", "OUT", *SMALL, "--length", "65"], "do not fit"),
+        (["lookahead", "NOWHERE", "--data", "CORPUS", "--out", "OUT", *SMALL], "no tokenizer in"),
+        (["lookahead", "BASE", "--data", "CORPUS", "--out", "BASE", *SMALL], "not empty"),
+        (["lookahead", "BASE", "--data", "CORPUS", "--out", "OUT", *SMALL, "--tokens", "17"], "1 to 16 look-ahead"),
+        (["lookahead", "BASE", "--data", "CORPUS", "--out", "OUT", *SMALL, "--length", "4"], "too short for 4"),
+        (["lookahead", "BASE", "--data", "CORPUS", "--out", "OUT", *SMALL, "--length", "65"], "do not fit"),
         (["heads", "NOWHERE", "--data", "CORPUS", "--out", "OUT", *SMALL], "cannot load a base model"),
         (["heads", "BASE", "--data", "NOWHERE", "--out", "OUT", *SMALL], "no corpus at"),
         (["heads", "BASE", "--data", "CORPUS", "--out", "BASE", *SMALL], "not empty"),
@@ -87,8 +163,19 @@ def test_bad_input_is_one_clear_line(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flag", [["--steps", "0"], ["--lr-heads", "nan"], ["--lr-heads", "-1"]])
-def test_numbers_out_of_range_are_refused(flag: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("heads", ["--steps", "0"]),
+        ("heads", ["--lr-heads", "nan"]),
+        ("heads", ["--lr-heads", "-1"]),
+        ("cp", ["--balance", "-0.1"]),
+        ("cp", ["--rank", "0"]),
+        ("lookahead", ["--anchors", "0"]),
+        ("lookahead", ["--lr", "inf"]),
+    ],
+)
+def test_numbers_out_of_range_are_refused(command: str, flag: list[str]) -> None:
     with pytest.raises(SystemExit) as exit:
-        main(["heads", "x", "--data", "y", "--out", "z", "--steps", "2", *flag])
+        main([command, "x", "--data", "y", "--out", "z", "--steps", "2", *flag])
     assert exit.value.code == 2

@@ -18,7 +18,7 @@ from dynamo_train import TrainingError, loop
 from dynamo_train.card import greedy_agreement
 from dynamo_train.corpus import Document, is_held_out, read_corpus
 from dynamo_train.loop import Recipe
-from dynamo_train.objective import ModifiedCLM, perplexities
+from dynamo_train.objective import ModifiedCLM
 from dynamo_train.optimizers import cosine_schedule, make_optimizers
 from dynamo_train.pipeline import paper_learning_rates
 from dynamo_train.tokens import CorpusRecord, TokenStreams, batch, validation_batches
@@ -99,7 +99,7 @@ def test_perplexities_are_the_papers() -> None:
     for tokens in batches:
         nll += direct_losses(model, torch.from_numpy(tokens)).detach() * tokens.shape[0]
     nll /= sum(len(tokens) for tokens in batches)
-    figures = perplexities(ModifiedCLM(model), batches)
+    figures = ModifiedCLM(model).validate(batches)
     assert figures["ppl_3"] == pytest.approx(math.exp(nll[2]), rel=1e-5)
     assert figures["ppl_1:2"] == pytest.approx(math.exp((nll[0] + nll[1]) / 2), rel=1e-5)
     assert figures["ppl_1:3"] == pytest.approx(math.exp(nll.sum() / 3), rel=1e-5)
@@ -162,7 +162,7 @@ def test_frozen_base_stays_bit_identical_and_heads_learn(optimizer: str, tmp_pat
     recipe = replace(RECIPE, freeze_base=True, optimizer=optimizer, steps=60, heads_lr=2e-2)
     objective = ModifiedCLM(model, freeze_base=True)
     held_out = validation_batches(streams().held_out, sequences=4, length=8, extra=3)
-    start = perplexities(objective, held_out)
+    start = objective.validate(held_out)
     end = loop.train(objective, streams(), recipe, tmp_path).figures
     assert all(torch.equal(before[name], p) for name, p in model.base.state_dict().items())
     assert end["ppl_1"] == start["ppl_1"]

@@ -1,4 +1,4 @@
-"""Training: a tokenizer and a base from scratch, token heads on a base, co-occurrence counts."""
+"""Training: a tokenizer and a base from scratch, drafters on a base, co-occurrence counts."""
 
 from .errors import TrainingError
 

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from dynamo_model import MultiTokenModel
+from dynamo_model import MultiTokenModel, has_heads
+from dynamo_model.checkpoint import FILES
 
-from .corpus import held_out_documents
-from .objective import ModifiedCLM, perplexities
+from .corpus import PACKAGE, STANDARD_LIBRARY, held_out_documents
+from .objective import ModifiedCLM
 from .pipeline import RECORD_FILE
 from .tokens import validation_batches
 
 CARD_FILE = "README.md"
 FIGURES_FILE = "figures.json"
+_TITLES = {"base": "Base", "heads": "Heads", "cp": "Joint head (CP)", "lookahead": "Look-ahead embeddings (PaSS)"}
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 64, 64, 96
 
 
@@ -39,7 +41,7 @@ def measure(checkpoint: Path, source: str, held_out_percent: float) -> dict[str,
     stream = torch.tensor([token for document in ids for token in document]).numpy()
     length = model.config.max_position_embeddings
     batches = validation_batches(stream, sequences=4, length=length, extra=model.n_heads)
-    figures = perplexities(ModifiedCLM(model), batches)
+    figures = ModifiedCLM(model).validate(batches)
     starts = torch.linspace(0, len(stream) - _PROMPT_TOKENS, _PROMPTS).long().tolist()
     prompts = torch.stack([torch.from_numpy(stream[s : s + _PROMPT_TOKENS]) for s in starts])
     return figures | greedy_agreement(model, prompts, _NEW_TOKENS)
@@ -89,7 +91,6 @@ def write_card(checkpoint: Path, source: str, held_out_percent: float) -> None:
 def _card(checkpoint: Path, figures: dict[str, float]) -> str:
     record = json.loads((checkpoint / RECORD_FILE).read_text())
     config = json.loads((checkpoint / "config.json").read_text())
-    corpus, base, heads = record["heads"]["corpus"], record.get("base"), record["heads"]
     n_heads = max(int(name.removeprefix("agreement_")) for name in figures if name.startswith("agreement_"))
     size = sum(path.stat().st_size for path in checkpoint.iterdir() if path.name != CARD_FILE) / 1e6
     lines = [
@@ -104,28 +105,66 @@ def _card(checkpoint: Path, figures: dict[str, float]) -> str:
         "",
         "## Training",
         "",
-        f"- Text: {corpus['documents']} modules of the standard library of Python {record['heads']['python']}, "
-        f"without tests and generated tables ({corpus['characters'] / 1e6:.1f} M characters, SHA-256 "
-        f"`{corpus['sha256'][:16]}…`); {corpus['held_out_documents']} of them ({corpus['held_out_tokens']:,} of "
-        f"{corpus['held_out_tokens'] + corpus['train_tokens']:,} tokens) are held out by the hash of their "
-        "top-level name.",
-    ]
-    if base:
-        lines.append(f"- Base: {_run(base)}, from scratch.")
-    frozen = "base frozen" if heads["recipe"]["freeze_base"] else "base trained along"
-    lines += [
-        f"- Heads: {_run(heads)}, {frozen}.",
+        *_training(checkpoint, record),
         "",
         "## Figures on the held-out modules",
         "",
         "| figure | value |",
         "|---|---|",
     ]
-    lines += [f"| {name.upper().replace('PPL_', 'PPL ')} | {v:.2f} |" for name, v in figures.items() if "ppl" in name]
+    lines += [f"| {_ppl(name)} | {value:.2f} |" for name, value in figures.items() if "ppl" in name]
     for i in range(2, n_heads + 1):
         lines.append(f"| head {i}: first choice is what the base writes, greedily | {figures[f'agreement_{i}']:.1%} |")
         lines.append(f"| … where all heads before it agreed | {figures[f'accepted_{i}']:.1%} |")
     return "\n".join(lines) + "\n"
+
+
+def _training(checkpoint: Path, record: dict[str, Any]) -> list[str]:
+    """A line for every text that was trained on, and one for every stage of which something is in the folder."""
+    present = [name for name in _TITLES if name in record and (name not in FILES or has_heads(checkpoint, name))]
+    texts: dict[str, list[str]] = {}
+    for name in present:
+        texts.setdefault(_text(record[name]), []).append(_TITLES[name])
+    lines = [f"- Text of {', '.join(titles)}: {text}." for text, titles in texts.items()]
+    if len(texts) == 1:
+        lines = [f"- Text: {text}." for text in texts]
+    return lines + [f"- {_TITLES[name]}: {_stage(name, record[name])}." for name in present]
+
+
+def _text(stage: dict[str, Any]) -> str:
+    """What a stage was trained on, and what of it was held out."""
+    corpus = stage["corpus"]
+    parts = corpus["source"].split("+")
+    packages = [f"`{part.removeprefix(PACKAGE)}`" for part in parts if part.startswith(PACKAGE)]
+    names = [f"the standard library of Python {stage['python']}"] if STANDARD_LIBRARY in parts else []
+    names += [f"the package{'s' if len(packages) > 1 else ''} {', '.join(packages)}"] if packages else []
+    names += [f"`{part}`" for part in parts if part != STANDARD_LIBRARY and not part.startswith(PACKAGE)]
+    return (
+        f"{corpus['documents']} modules of {' and '.join(names)}, without tests and generated tables "
+        f"({corpus['characters'] / 1e6:.1f} M characters, SHA-256 `{corpus['sha256'][:16]}…`); "
+        f"{corpus['held_out_documents']} of them ({corpus['held_out_tokens']:,} of "
+        f"{corpus['held_out_tokens'] + corpus['train_tokens']:,} tokens) are held out by the hash of their "
+        "top-level name"
+    )
+
+
+def _stage(name: str, stage: dict[str, Any]) -> str:
+    """How one part of the checkpoint was trained, and for drafters that have no figures of their own, the result."""
+    run, figures = _run(stage), stage["figures"]
+    if name == "base":
+        return f"{run}, from scratch"
+    run += ", base frozen" if stage["recipe"]["freeze_base"] else ", base trained along"
+    held_out = "held out: " + ", ".join(f"{_ppl(key)} {value:.2f}" for key, value in figures.items() if "ppl" in key)
+    if name == "cp":
+        size = f"rank {stage['rank']} over {stage['n_tokens']} tokens, load balance {stage['balance']:g}"
+        return f"{size}; {run}; {held_out}, smallest mean gate weight {figures['gate_min']:.3f}"
+    if name == "lookahead":
+        return f"{stage['n_look_ahead']}, at {stage['anchors']} positions a sequence; {run}; {held_out}"
+    return run
+
+
+def _ppl(name: str) -> str:
+    return name.upper().replace("PPL_", "PPL ")
 
 
 def _run(stage: dict[str, Any]) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import sysconfig
 import tokenize
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,9 @@ from .errors import TrainingError
 
 STANDARD_LIBRARY = "stdlib"
 """Name of the corpus every user has: the Python standard library of the running interpreter."""
+
+PACKAGE = "package:"
+"""Prefix that names an installed package as a corpus: ``package:numpy``."""
 
 HELD_OUT_PERCENT = 6.0
 TEXT_SUFFIXES = (".py", ".txt", ".md", ".rst", ".c", ".h", ".cpp", ".js", ".ts", ".rs", ".go", ".java")
@@ -40,21 +45,30 @@ def read_corpus(source: str) -> Iterator[Document]:
     """Read a corpus one document at a time.
 
     Args:
-        source: ``stdlib``, a folder of text files, or a ``.jsonl``, ``.parquet`` or ``.txt`` file; rows of the
-            first two have a ``text`` column, a text file is one document.
+        source: ``stdlib``, ``package:NAME`` (the Python files of an installed package), a folder of text files,
+            or a ``.jsonl``, ``.parquet`` or ``.txt`` file; rows of the first two have a ``text`` column, a text
+            file is one document.  Several are joined by ``+``: ``stdlib+package:numpy``.
 
     Raises:
         TrainingError: there is no such thing, or no text in it.
     """
     path = Path(source)
-    if source == STANDARD_LIBRARY:
-        documents = _standard_library()
+    documents: Iterator[Document]
+    if "+" in source and not path.exists():
+        documents = (document for part in source.split("+") for document in read_corpus(part))
+    elif source == STANDARD_LIBRARY:
+        documents = _modules(Path(sysconfig.get_paths()["stdlib"]))
+    elif source.startswith(PACKAGE):
+        documents = _package(source.removeprefix(PACKAGE))
     elif path.is_dir():
         documents = _folder(path)
     elif path.is_file():
         documents = _rows(path)
     else:
-        raise TrainingError(f"no corpus at '{source}': give a folder, a file or '{STANDARD_LIBRARY}'")
+        raise TrainingError(
+            f"no corpus at '{source}': give a folder, a file, '{STANDARD_LIBRARY}' or '{PACKAGE}NAME' of an "
+            "installed package"
+        )
     empty = True
     for document in documents:
         if document.text.strip():
@@ -75,16 +89,29 @@ def held_out_documents(source: str = STANDARD_LIBRARY, percent: float = HELD_OUT
     return [document for document in read_corpus(source) if is_held_out(document, percent)]
 
 
-def _standard_library() -> Iterator[Document]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
+def _package(name: str) -> Iterator[Document]:
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise TrainingError(f"there is no installed package '{name}' to train on")
+    root = Path(spec.submodule_search_locations[0])
+    yield from _modules(root, root.parent)
+
+
+def _modules(folder: Path, root: Path | None = None) -> Iterator[Document]:
+    """The Python modules below ``folder``, named and grouped by their path from ``root``."""
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(root or folder).with_suffix("").parts
         if _NOT_PROGRAMS & set(parts[:-1]):
             continue
         try:
             with tokenize.open(path) as file:  # honours the coding cookie
                 text = file.read()
-            ast.parse(text)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a library's doubtful escapes are not ours to report
+                ast.parse(text)
         except (SyntaxError, ValueError, OSError):
             continue  # Python 2 samples of lib2to3 and the like
         yield Document(parts[0], ".".join(parts), text)

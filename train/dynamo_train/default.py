@@ -1,4 +1,4 @@
-"""The embedded default: a three-token model of Python, trained on the standard library of this interpreter."""
+"""The embedded default: a small model of Python with every kind of drafter, trained on what any Python comes with."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ import torch
 
 from . import pipeline
 from .card import write_card
-from .corpus import HELD_OUT_PERCENT, STANDARD_LIBRARY
+from .corpus import HELD_OUT_PERCENT, PACKAGE, STANDARD_LIBRARY
 from .loop import Recipe
 from .pipeline import BaseShape
 
-N_HEADS = 3
+N_HEADS = 5
+# The base stops when the standard library has no more to teach it; the heads' stage goes on with the packages that
+# training itself depends on.  None of them falls among the held-out groups.
+_PACKAGES = (
+    "accelerate", "fsspec", "huggingface_hub", "jinja2", "mpmath", "networkx", "numpy", "rich", "tqdm", "typer",
+)  # fmt: skip
+WIDER_CORPUS = "+".join([STANDARD_LIBRARY, *(PACKAGE + name for name in _PACKAGES)])
 SHAPE = BaseShape(hidden_size=256, layers=6, attention_heads=4, vocab_size=4096, context_length=1024)
 BASE_RECIPE = Recipe(
     steps=1800,
@@ -33,8 +39,17 @@ BASE_RECIPE = Recipe(
     validate_every=200,
     early_stop=True,
 )
-HEADS_RECIPE = replace(BASE_RECIPE, steps=600, base_lr=0.0, freeze_base=True, seed=1)
-MIN_COUNTS = [1, 1, 1]
+HEADS_RECIPE = replace(BASE_RECIPE, steps=750, base_lr=2e-3, shared_gradient_scale=0.5, early_stop=False, seed=1)
+
+
+# Every drafter on the frozen base gets the same budget.
+DRAFTER_RECIPE = replace(
+    BASE_RECIPE, steps=250, sequences=4, base_lr=0.0, freeze_base=True, validate_every=0, early_stop=False, seed=2
+)
+CP_TOKENS, CP_RANK, CP_BALANCE = 4, 4, 0.01
+N_LOOK_AHEAD, ANCHORS = 4, 128
+LOOKAHEAD_RECIPE = replace(DRAFTER_RECIPE, optimizer="adamw", heads_lr=1e-2)
+MIN_COUNTS = [1, 1, 2]
 
 
 def train_default(out: Path, work: Path) -> None:
@@ -42,30 +57,44 @@ def train_default(out: Path, work: Path) -> None:
 
     Args:
         out: the new folder.
-        work: tokens and checkpoints of the two stages.
+        work: tokens and checkpoints of the stages.
     """
-    base, heads = work / "base", work / "heads"
+    held_out = {"held_out_percent": HELD_OUT_PERCENT}
+    base, heads, cp, last = (work / name for name in ("base", "heads", "cp", "lookahead"))
     if not base.exists():
-        pipeline.train_base(
-            base,
-            STANDARD_LIBRARY,
-            SHAPE,
-            BASE_RECIPE,
-            held_out_percent=HELD_OUT_PERCENT,
-            work=work / "base-work",
-        )
+        pipeline.train_base(base, STANDARD_LIBRARY, SHAPE, BASE_RECIPE, **held_out, work=work / "base-work")
     if not heads.exists():
         pipeline.train_heads(
-            str(base),
-            heads,
-            STANDARD_LIBRARY,
-            N_HEADS,
-            HEADS_RECIPE,
-            held_out_percent=HELD_OUT_PERCENT,
-            work=work / "heads-work",
+            str(base), heads, WIDER_CORPUS, N_HEADS, HEADS_RECIPE, **held_out, work=work / "heads-work"
         )
-    pipeline.add_counts(
-        heads, STANDARD_LIBRARY, MIN_COUNTS, held_out_percent=HELD_OUT_PERCENT, work=work / "heads-work"
-    )
-    pipeline.convert(heads, out, torch.float16)
+    if not cp.exists():
+        train_default_cp(heads, cp, CP_RANK, work / "cp-work")
+    if not last.exists():
+        pipeline.train_lookahead(
+            str(cp),
+            last,
+            WIDER_CORPUS,
+            N_LOOK_AHEAD,
+            LOOKAHEAD_RECIPE,
+            anchors=ANCHORS,
+            **held_out,
+            work=work / "lookahead-work",
+        )
+    pipeline.add_counts(last, WIDER_CORPUS, MIN_COUNTS, **held_out, work=work / "lookahead-work")
+    pipeline.convert(last, out, torch.float16)
     write_card(out, STANDARD_LIBRARY, HELD_OUT_PERCENT)
+
+
+def train_default_cp(base: Path, out: Path, rank: int, work: Path) -> None:
+    """Train the default's joint head, or one of another rank with the same budget, to compare."""
+    pipeline.train_cp(
+        str(base),
+        out,
+        WIDER_CORPUS,
+        CP_TOKENS,
+        rank,
+        DRAFTER_RECIPE,
+        balance=CP_BALANCE,
+        held_out_percent=HELD_OUT_PERCENT,
+        work=work,
+    )

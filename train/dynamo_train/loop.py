@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from .errors import TrainingError
-from .objective import ModifiedCLM, perplexities
+from .objective import Objective
 from .optimizers import cosine_schedule, make_optimizers
 from .tokens import TokenStreams, batch, validation_batches
 
@@ -34,9 +34,9 @@ class Recipe:
         micro_batch: sequences a process puts through the model at once; the rest is accumulated.
         optimizer: ``adamw`` or ``muon``.
         base_lr: LR_B, stem and first head.
-        heads_lr: LR_M, further heads.
+        heads_lr: LR_M, what the base did not bring along: further heads, joint head, look-ahead embeddings.
         shared_gradient_scale: LR_MB / LR_B, gradients from the further heads into shared weights.
-        freeze_base: train the further heads alone.
+        freeze_base: train what is new alone.
         weight_decay: on matrices.
         warmup: share of the steps with rising learning rate.
         clip: largest gradient norm.
@@ -73,7 +73,7 @@ class Outcome:
 
 
 def train(
-    objective: ModifiedCLM,
+    objective: Objective,
     streams: TokenStreams,
     recipe: Recipe,
     folder: Path,
@@ -83,10 +83,10 @@ def train(
     """Train to the end of the recipe, from the last checkpoint in ``folder`` if there is one.
 
     Args:
-        objective: holds the model; trained in place.
+        objective: holds the model, which is trained in place.
         streams: training and held-out tokens.
         recipe: what to do.
-        folder: checkpoints and ``metrics.jsonl``; a checkpoint of another recipe is refused.
+        folder: checkpoints and ``metrics.jsonl``; a checkpoint of another recipe or other settings is refused.
         checkpoint_every: steps between checkpoints; an interrupt (Ctrl-C) writes one as well.
 
     Returns:
@@ -113,7 +113,8 @@ def train(
     schedules = [cosine_schedule(optimizer.optimizer, recipe.steps, recipe.warmup) for optimizer in optimizers]
     accelerator.register_for_checkpointing(*schedules)
 
-    identity = json.loads(json.dumps({"recipe": asdict(recipe), "corpus": streams.record.sha256}))
+    settings = {"settings": objective.settings} if objective.settings else {}
+    identity = json.loads(json.dumps({"recipe": asdict(recipe), "corpus": streams.record.sha256} | settings))
     step, validations = _resume(accelerator, folder, identity)
     bar = tqdm(
         total=recipe.steps,
@@ -133,8 +134,8 @@ def train(
             metrics: dict[str, Any] = {"step": step, "loss": losses.tolist()}
             if recipe.validate_every and step % recipe.validate_every == 0 and step < recipe.steps:
                 figures = _validate(objective, streams, recipe)
-                validations.append(list(figures.values())[-1])  # PPL_1:n, or PPL_1 of a plain base
-                bar.write(f"step {step}: " + ", ".join(f"{k} {v:.2f}" for k, v in figures.items()))
+                validations.append(list(figures.values())[-1])
+                bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
                 metrics |= figures
             if accelerator.is_main_process:
                 with (folder / "metrics.jsonl").open("a") as file:
@@ -159,19 +160,19 @@ def _train_step(
     recipe: Recipe,
     step: int,
 ) -> torch.Tensor:
-    """One optimizer step over this process' share of the batch; returns the mean loss of every head."""
-    n_heads = accelerator.unwrap_model(objective).n_heads
+    """One optimizer step over this process' share of the batch; returns the mean of every loss."""
+    plain: Objective = accelerator.unwrap_model(objective)
     tokens = batch(
         streams.train,
         step,
         sequences=recipe.sequences,
         length=recipe.length,
-        extra=n_heads,
+        extra=plain.extra,
         seed=recipe.seed,
     )
     share = np.split(tokens, accelerator.num_processes)[accelerator.process_index]
     micro_batches = np.split(share, len(share) // recipe.micro_batch)
-    total = torch.zeros(n_heads, device=accelerator.device)
+    total = torch.zeros(plain.n_losses, device=accelerator.device)
     for i, micro in enumerate(micro_batches):
         last = i + 1 == len(micro_batches)
         with accelerator.no_sync(objective) if not last else accelerator.autocast():
@@ -187,11 +188,10 @@ def _train_step(
     return accelerator.reduce(total, "mean")
 
 
-def _validate(objective: ModifiedCLM, streams: TokenStreams, recipe: Recipe) -> dict[str, float]:
-    batches = validation_batches(
-        streams.held_out, sequences=recipe.micro_batch, length=recipe.length, extra=objective.n_heads
+def _validate(objective: Objective, streams: TokenStreams, recipe: Recipe) -> dict[str, float]:
+    return objective.validate(
+        validation_batches(streams.held_out, sequences=recipe.micro_batch, length=recipe.length, extra=objective.extra)
     )
-    return perplexities(objective, batches)
 
 
 def _stalled(validations: list[float]) -> bool:

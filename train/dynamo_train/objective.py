@@ -1,9 +1,11 @@
-"""The modified CLM objective and the perplexities it is judged by (DynaMo, Eq. 1 and "Evaluation")."""
+"""What training optimises: the interface all objectives share, and DynaMo's modified CLM (Eq. 1)."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,57 @@ from dynamo_model import MultiTokenModel
 from dynamo_model.multi_token import scale_gradient
 
 
-class ModifiedCLM(nn.Module):
+class Objective(nn.Module):
+    """A model together with the losses it is trained by; what the loop, the optimizers and the card know of it.
+
+    Attributes:
+        model: what is trained.
+        extra: tokens of a sequence behind its last position, which are labels only.
+        n_losses: how many losses :meth:`forward` returns; their sum is optimised.
+        settings: what decides the result besides the recipe; a checkpoint of other settings is not resumed.
+    """
+
+    model: nn.Module
+    extra: int
+    n_losses: int
+    settings: dict[str, Any]
+
+    @abstractmethod
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Losses [n_losses] of token ids [batch, length + extra]."""
+
+    @abstractmethod
+    def new_parameters(self) -> set[nn.Parameter]:
+        """What did not come with the base and takes the heads' learning rate."""
+
+    @abstractmethod
+    def embeddings(self) -> set[nn.Parameter]:
+        """Tables of vectors rather than matrices: AdamW without decay, whatever the optimizer."""
+
+    @abstractmethod
+    def figures(self, batches: Iterable[Tensor]) -> dict[str, float]:
+        """Held-out figures of batches as :meth:`forward` takes them; called without gradient."""
+
+    def validate(self, batches: Iterable[NDArray[np.int64]]) -> dict[str, float]:
+        """Measure on held-out text.
+
+        Args:
+            batches: token ids [batch, length + extra] each.
+
+        Returns:
+            Figures by name; early stopping looks at the last one, and lower is better.
+        """
+        device = next(self.parameters()).device
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                return self.figures(torch.from_numpy(tokens).to(device) for tokens in batches)
+        finally:
+            self.train(training)
+
+
+class ModifiedCLM(Objective):
     """Cross-entropy of every head against the labels shifted to its depth; L_T1 + L_T2 + … (Eq. 1).
 
     Args:
@@ -25,6 +77,8 @@ class ModifiedCLM(nn.Module):
         shared_gradient_scale: LR_MB / LR_B, see :meth:`MultiTokenModel.states`.
         freeze_base: train the further heads alone (the paper's "-H"): the base gets no gradient at all.
     """
+
+    model: MultiTokenModel | PreTrainedModel
 
     def __init__(
         self,
@@ -37,6 +91,8 @@ class ModifiedCLM(nn.Module):
         self.shared_gradient_scale = shared_gradient_scale
         self.freeze_base = freeze_base
         self.n_heads = model.n_heads if isinstance(model, MultiTokenModel) else 1
+        self.extra = self.n_losses = self.n_heads
+        self.settings = {}
         if freeze_base:
             assert isinstance(model, MultiTokenModel)
             model.base.requires_grad_(False)
@@ -73,6 +129,31 @@ class ModifiedCLM(nn.Module):
             result.append(log_p.gather(-1, tokens[:, depth : depth + length, None])[..., 0])
         return torch.stack(result)
 
+    def new_parameters(self) -> set[nn.Parameter]:
+        """The further heads' layers."""
+        return set(self.model.heads.parameters()) if isinstance(self.model, MultiTokenModel) else set()
+
+    def embeddings(self) -> set[nn.Parameter]:
+        """Input and output embedding of the base."""
+        return base_embeddings(self.model.base if isinstance(self.model, MultiTokenModel) else self.model)
+
+    def figures(self, batches: Iterable[Tensor]) -> dict[str, float]:
+        """PPL_1 … PPL_n and the joint PPL_1:2 … PPL_1:n (DynaMo, "Evaluation").
+
+        ``PPL_n = exp(-(1/T) Σ log p(x_{t+n} | x_{1:t}))``, and with independent heads
+        ``PPL_1:n = exp(-(1/(nT)) Σ_t Σ_i log p(x_{t+i} | x_{1:t}))``.
+        """
+        total, count = torch.zeros(self.n_heads, dtype=torch.float64), 0
+        for tokens in batches:
+            log_likelihoods = self.token_log_likelihoods(tokens)
+            total += log_likelihoods.double().sum((1, 2)).cpu()
+            count += log_likelihoods[0].numel()
+        nll = (-total / count).tolist()
+        result = {f"ppl_{i + 1}": math.exp(value) for i, value in enumerate(nll)}
+        for n in range(2, self.n_heads + 1):
+            result[f"ppl_1:{n}"] = math.exp(sum(nll[:n]) / n)
+        return result
+
     def _states(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Every head's normed state and the output embedding, gradients scaled on the further heads' way."""
         if not isinstance(self.model, MultiTokenModel):
@@ -84,23 +165,6 @@ class ModifiedCLM(nn.Module):
         return [(state, weight if i == 0 else scaled) for i, state in enumerate(states)]
 
 
-def perplexities(objective: ModifiedCLM, batches: Iterable[NDArray[np.int64]]) -> dict[str, float]:
-    """PPL_1 … PPL_n and the joint PPL_1:2 … PPL_1:n over held-out text.
-
-    ``PPL_n = exp(-(1/T) Σ log p(x_{t+n} | x_{1:t}))``, and with independent heads
-    ``PPL_1:n = exp(-(1/(nT)) Σ_t Σ_i log p(x_{t+i} | x_{1:t}))``.
-    """
-    device = next(objective.parameters()).device
-    training = objective.training
-    objective.eval()
-    total, count = torch.zeros(objective.n_heads, dtype=torch.float64), 0
-    for tokens in batches:
-        log_likelihoods = objective.token_log_likelihoods(torch.from_numpy(tokens).to(device))
-        total += log_likelihoods.double().sum((1, 2)).cpu()
-        count += log_likelihoods[0].numel()
-    objective.train(training)
-    nll = (-total / count).tolist()
-    result = {f"ppl_{i + 1}": math.exp(value) for i, value in enumerate(nll)}
-    for n in range(2, objective.n_heads + 1):
-        result[f"ppl_1:{n}"] = math.exp(sum(nll[:n]) / n)
-    return result
+def base_embeddings(base: Any) -> set[nn.Parameter]:
+    """Input and output embedding of a base; one and the same if they are tied."""
+    return {base.get_input_embeddings().weight, base.get_output_embeddings().weight}

@@ -9,16 +9,14 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from dynamo_model import MultiTokenModel
-
-from .objective import ModifiedCLM
+from .objective import Objective
 
 # DynaMo, training section: AdamW with beta 0.9/0.95, epsilon 1e-8.
 _ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8}
 
 
 def make_optimizers(
-    objective: ModifiedCLM, *, kind: str, base_lr: float, heads_lr: float, weight_decay: float
+    objective: Objective, *, kind: str, base_lr: float, heads_lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
     """One optimizer for all parameters, or two: Muon for the layers' matrices and AdamW for the rest.
 
@@ -26,18 +24,16 @@ def make_optimizers(
         objective: what is trained; parameters without gradient are left out.
         kind: ``adamw`` (the paper) or ``muon``, which needs fewer steps from a random start.
         base_lr: the paper's LR_B, for stem, first head, final norm and embeddings.
-        heads_lr: the paper's LR_M, for the further heads' layers.
+        heads_lr: the paper's LR_M, for what the base did not bring along: further heads, joint head, look-ahead
+            embeddings.
         weight_decay: decoupled, on matrices alone.
     """
-    model = objective.model
-    heads = set(model.heads.parameters()) if isinstance(model, MultiTokenModel) else set()
-    base = model.base if isinstance(model, MultiTokenModel) else model
-    embeddings = {base.get_input_embeddings().weight, base.get_output_embeddings().weight}
+    new, embeddings = objective.new_parameters(), objective.embeddings()
     muon, adamw = [], []
-    for parameter in model.parameters():
+    for parameter in objective.model.parameters():
         if not parameter.requires_grad:
             continue
-        lr = heads_lr if parameter in heads else base_lr
+        lr = heads_lr if parameter in new else base_lr
         group = {"params": [parameter], "lr": lr}
         if kind == "muon" and parameter.ndim == 2 and parameter not in embeddings:
             muon.append(group | {"weight_decay": weight_decay})

@@ -1,4 +1,4 @@
-"""The three jobs of training, each from its inputs to a finished checkpoint folder."""
+"""The jobs of training, each from its inputs to a finished checkpoint folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,16 @@ from accelerate import PartialState
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, PreTrainedTokenizerFast
 
-from dynamo_model import MultiTokenModel, has_heads
+from dynamo_model import CPModel, LookAheadModel, MultiTokenModel, has_heads
+from dynamo_model.checkpoint import FILES, load_base, read_drafter, save_drafter
 
 from . import cooccurrence
 from .corpus import is_held_out, read_corpus
 from .errors import TrainingError
+from .joint import JointCLM
+from .lookahead import LookAheadCLM
 from .loop import Outcome, Recipe, train
-from .objective import ModifiedCLM
+from .objective import ModifiedCLM, Objective
 from .tokens import END_OF_TEXT, TokenStreams, tokenize_corpus, train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -105,7 +108,7 @@ def train_base(
             PreTrainedTokenizerFast(
                 tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
             ).save_pretrained(folder)
-            _write_record(folder, None, "base", streams, recipe, outcome)
+            _write_record(folder, None, "base", streams, recipe, outcome, {})
 
 
 def train_heads(
@@ -126,16 +129,78 @@ def train_heads(
     streams, tokenizer = _streams_of(base, source, held_out_percent, work)
     torch.manual_seed(recipe.seed)
     model = MultiTokenModel.from_base(base, n_heads)
-    context = model.config.max_position_embeddings
-    if recipe.length > context:
-        raise TrainingError(f"sequences of {recipe.length} do not fit the base's context of {context} tokens")
     objective = ModifiedCLM(model, recipe.shared_gradient_scale, recipe.freeze_base)
-    outcome = train(objective, streams, recipe, work / "run")
-    if PartialState().is_main_process:
-        with _new_folder(out, work) as folder:
-            model.save(folder)
-            tokenizer.save_pretrained(folder)
-            _write_record(folder, Path(base), "heads", streams, recipe, outcome)
+    _train_drafter(objective, "heads", base, out, streams, tokenizer, recipe, work)
+
+
+def train_cp(
+    base: str,
+    out: Path,
+    source: str,
+    n_tokens: int,
+    rank: int,
+    recipe: Recipe,
+    *,
+    balance: float = 0.01,
+    held_out_percent: float,
+    work: Path,
+) -> None:
+    """Put a joint head on a base (CP tensor decomposition), train it, write both to ``out``.
+
+    Args:
+        base: folder or Hub id of the base.  Other drafters beside it are taken along if it is frozen.
+        out: the new folder.
+        source: the corpus.
+        n_tokens: tokens of the joint distribution, 2 to 8.
+        rank: components of the mixture, 1 to 32.
+        recipe: of the training; ``freeze_base`` leaves the base bit-identical.
+        balance: weight of the load-balancing loss, see :class:`JointCLM`.
+        held_out_percent: share of the corpus kept for validation.
+        work: tokens and checkpoints; the same call again goes on from the last checkpoint there.
+    """
+    _refuse_existing(out)
+    streams, tokenizer = _streams_of(base, source, held_out_percent, work)
+    torch.manual_seed(recipe.seed)
+    model = CPModel(load_base(base), n_tokens, rank)
+    objective = JointCLM(model, balance, recipe.freeze_base, recipe.shared_gradient_scale)
+    _train_drafter(objective, "cp", base, out, streams, tokenizer, recipe, work)
+
+
+def train_lookahead(
+    base: str,
+    out: Path,
+    source: str,
+    n_look_ahead: int,
+    recipe: Recipe,
+    *,
+    anchors: int = 64,
+    held_out_percent: float,
+    work: Path,
+) -> None:
+    """Train look-ahead embeddings for a base (PaSS), which stays as it is, and write both to ``out``.
+
+    Args:
+        base: folder or Hub id of the base.  Other drafters beside it are taken along.
+        out: the new folder.
+        source: the corpus.
+        n_look_ahead: L, 1 to 16.
+        recipe: of the training; the base is frozen whatever it says, and ``heads_lr`` is the embeddings' rate.
+        anchors: positions a sequence that are trained on, see :class:`LookAheadCLM`.
+        held_out_percent: share of the corpus kept for validation.
+        work: tokens and checkpoints; the same call again goes on from the last checkpoint there.
+    """
+    _refuse_existing(out)
+    recipe = replace(recipe, freeze_base=True)
+    streams, tokenizer = _streams_of(base, source, held_out_percent, work)
+    torch.manual_seed(recipe.seed)
+    model = LookAheadModel(load_base(base), n_look_ahead)
+    window = getattr(model.config, "sliding_window", None)
+    if window is not None and window < recipe.length:
+        raise TrainingError(
+            f"the base attends to {window} tokens at a time: look-ahead embeddings need sequences no longer than that"
+        )
+    objective = LookAheadCLM(model, anchors, recipe.seed)
+    _train_drafter(objective, "lookahead", base, out, streams, tokenizer, recipe, work)
 
 
 def add_counts(checkpoint: Path, source: str, min_counts: list[int], *, held_out_percent: float, work: Path) -> None:
@@ -158,13 +223,44 @@ def add_counts(checkpoint: Path, source: str, min_counts: list[int], *, held_out
 
 
 def convert(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
-    """Copy a multi-token checkpoint with its weights stored in another precision."""
+    """Copy a checkpoint, its base and all drafters beside it, with the weights stored in another precision."""
     _refuse_existing(out)
     with _new_folder(out, out.parent) as folder:
-        MultiTokenModel.load(checkpoint, dtype=dtype).save(folder)
+        load_base(checkpoint, dtype).save_pretrained(folder)
+        for kind in FILES:
+            if has_heads(checkpoint, kind):
+                tensors, shape = read_drafter(checkpoint, kind)
+                save_drafter(folder, kind, {name: tensor.to(dtype) for name, tensor in tensors.items()}, **shape)
         for path in checkpoint.iterdir():
             if path.is_file() and not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
+
+
+def _train_drafter(
+    objective: Objective,
+    stage: str,
+    base: str,
+    out: Path,
+    streams: TokenStreams,
+    tokenizer: Any,
+    recipe: Recipe,
+    work: Path,
+) -> None:
+    """Train what was put on a base and write the result; a frozen base keeps the drafters that lie beside it."""
+    model: Any = objective.model
+    context = model.config.max_position_embeddings
+    if recipe.length > context:
+        raise TrainingError(f"sequences of {recipe.length} do not fit the base's context of {context} tokens")
+    outcome = train(objective, streams, recipe, work / "run")
+    if PartialState().is_main_process:
+        with _new_folder(out, work) as folder:
+            if recipe.freeze_base:
+                for file in (*FILES.values(), cooccurrence.FILE):
+                    if (Path(base) / file).is_file():
+                        shutil.copyfile(Path(base) / file, folder / file)
+            model.save(folder)
+            tokenizer.save_pretrained(folder)
+            _write_record(folder, Path(base), stage, streams, recipe, outcome, objective.settings)
 
 
 def _streams_of(name: str, source: str, percent: float, work: Path) -> tuple[TokenStreams, Any]:
@@ -206,8 +302,9 @@ def _write_record(
     streams: TokenStreams,
     recipe: Recipe,
     outcome: Outcome,
+    settings: dict[str, Any],
 ) -> None:
-    """Add a stage to the checkpoint's record: corpus, recipe, interpreter and held-out perplexities."""
+    """Add a stage to the checkpoint's record: corpus, recipe, the objective's settings, interpreter, figures."""
     record = {}
     if previous is not None and (previous / RECORD_FILE).is_file():
         record = json.loads((previous / RECORD_FILE).read_text())
@@ -215,6 +312,7 @@ def _write_record(
         "python": platform.python_version(),
         "corpus": asdict(streams.record),
         "recipe": asdict(recipe),
+        **settings,
         **asdict(outcome),
     }
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")

@@ -8,11 +8,16 @@ import sys
 from pathlib import Path
 
 from dynamo_model import MAX_HEADS, CheckpointError
+from dynamo_model.cp import MAX_RANK
+from dynamo_model.lookahead import MAX_LOOK_AHEAD
 
 from .corpus import HELD_OUT_PERCENT
 from .errors import TrainingError
 
-_DATA_HELP = "corpus: 'stdlib', a folder of text files, or a .txt, .jsonl or .parquet file (column 'text')"
+_DATA_HELP = (
+    "corpus: 'stdlib', 'package:NAME', a folder of text files, or a .txt, .jsonl or .parquet file (column 'text'); "
+    "several are joined by '+'"
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,27 +56,45 @@ def _base(arguments: argparse.Namespace) -> None:
 
 
 def _heads(arguments: argparse.Namespace) -> None:
-    from dynamo_model.checkpoint import load_base
+    from .pipeline import train_heads
 
-    from .pipeline import paper_learning_rates, train_heads
-
-    base_lr, heads_lr = arguments.lr_base, arguments.lr_heads
-    if base_lr is None or heads_lr is None:
-        paper = paper_learning_rates(load_base(arguments.base).num_parameters())
-        base_lr, heads_lr = base_lr or paper[0], heads_lr or paper[1]
-    shared_lr = arguments.lr_shared if arguments.lr_shared is not None else base_lr / 10
     train_heads(
         arguments.base,
         arguments.out,
         arguments.data,
         arguments.heads,
-        _recipe(
-            arguments,
-            base_lr=base_lr,
-            heads_lr=heads_lr,
-            shared_gradient_scale=shared_lr / base_lr,
-            freeze_base=arguments.freeze_base,
-        ),
+        _recipe(arguments, **_rates(arguments)),
+        held_out_percent=arguments.held_out_percent,
+        work=_work(arguments),
+    )
+
+
+def _cp(arguments: argparse.Namespace) -> None:
+    from .pipeline import train_cp
+
+    train_cp(
+        arguments.base,
+        arguments.out,
+        arguments.data,
+        arguments.tokens,
+        arguments.rank,
+        _recipe(arguments, **_rates(arguments)),
+        balance=arguments.balance,
+        held_out_percent=arguments.held_out_percent,
+        work=_work(arguments),
+    )
+
+
+def _lookahead(arguments: argparse.Namespace) -> None:
+    from .pipeline import train_lookahead
+
+    train_lookahead(
+        arguments.base,
+        arguments.out,
+        arguments.data,
+        arguments.tokens,
+        _recipe(arguments, base_lr=0.0, heads_lr=arguments.lr, freeze_base=True),
+        anchors=arguments.anchors,
         held_out_percent=arguments.held_out_percent,
         work=_work(arguments),
     )
@@ -99,6 +122,25 @@ def _default(arguments: argparse.Namespace) -> None:
     from .default import train_default
 
     train_default(arguments.out, _work(arguments))
+
+
+def _rates(arguments: argparse.Namespace) -> dict[str, float | bool]:
+    """The learning rates that the user named, for the others the paper's."""
+    from dynamo_model.checkpoint import load_base
+
+    from .pipeline import paper_learning_rates
+
+    base_lr, heads_lr = arguments.lr_base, arguments.lr_heads
+    if base_lr is None or heads_lr is None:
+        paper = paper_learning_rates(load_base(arguments.base).num_parameters())
+        base_lr, heads_lr = base_lr or paper[0], heads_lr or paper[1]
+    shared_lr = arguments.lr_shared if arguments.lr_shared is not None else base_lr / 10
+    return {
+        "base_lr": base_lr,
+        "heads_lr": heads_lr,
+        "shared_gradient_scale": shared_lr / base_lr,
+        "freeze_base": arguments.freeze_base,
+    }
 
 
 def _recipe(arguments: argparse.Namespace, **rates):  # type: ignore[no-untyped-def]
@@ -155,13 +197,55 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"tokens a pass predicts, 2 to {MAX_HEADS} (default: %(default)s)",
     )
-    heads.add_argument("--freeze-base", action="store_true", help='train the heads alone (the paper\'s "-H")')
-    heads.add_argument("--lr-base", type=_positive, help="LR_B, stem and first head (default: the paper's, by size)")
-    heads.add_argument("--lr-heads", type=_positive, help="LR_M, further heads (default: the paper's, by size)")
-    heads.add_argument(
-        "--lr-shared", type=_positive, help="LR_MB, from the heads into shared weights (default: LR_B / 10)"
-    )
+    _add_rates(heads)
     heads.set_defaults(run=_heads)
+
+    cp = commands.add_parser("cp", help="add a joint head over the next tokens to a base and train it (CP)")
+    cp.add_argument("base", help="folder or Hub id of the base model; other drafters beside a frozen one are kept")
+    _add_data(cp)
+    _add_recipe(cp, optimizer="adamw", length=2048, sequences=64)
+    cp.add_argument(
+        "--tokens",
+        type=_count,
+        default=4,
+        metavar="N",
+        help=f"tokens of the joint distribution, 2 to {MAX_HEADS} (default: %(default)s)",
+    )
+    cp.add_argument(
+        "--rank",
+        type=_count,
+        default=4,
+        metavar="R",
+        help=f"components of the mixture, 1 to {MAX_RANK}; 1: independent heads (default: %(default)s)",
+    )
+    cp.add_argument(
+        "--balance",
+        type=_not_negative,
+        default=0.01,
+        help="weight of the loss that keeps all components in use (default: %(default)s)",
+    )
+    _add_rates(cp)
+    cp.set_defaults(run=_cp)
+
+    lookahead = commands.add_parser("lookahead", help="train look-ahead embeddings for a frozen base (PaSS)")
+    lookahead.add_argument("base", help="folder or Hub id of the base model; other drafters beside it are kept")
+    _add_data(lookahead)
+    _add_recipe(lookahead, optimizer="adamw", length=2048, sequences=16)
+    lookahead.add_argument(
+        "--tokens",
+        type=_count,
+        default=4,
+        metavar="L",
+        help=f"look-ahead tokens, 1 to {MAX_LOOK_AHEAD} (default: %(default)s)",
+    )
+    lookahead.add_argument(
+        "--anchors",
+        type=_count,
+        default=64,
+        help="positions a sequence that are trained on (default: %(default)s)",
+    )
+    lookahead.add_argument("--lr", type=_positive, default=1e-2, help="learning rate (default: %(default)s)")
+    lookahead.set_defaults(run=_lookahead)
 
     counts = commands.add_parser("counts", help="count n-grams for the co-occurrence mask of a checkpoint")
     counts.add_argument("checkpoint", type=Path)
@@ -215,6 +299,13 @@ def _add_recipe(parser: argparse.ArgumentParser, *, optimizer: str, length: int,
     )
 
 
+def _add_rates(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--freeze-base", action="store_true", help='train what is new alone (the paper\'s "-H")')
+    parser.add_argument("--lr-base", type=_positive, help="LR_B, stem and first head (default: the paper's, by size)")
+    parser.add_argument("--lr-heads", type=_positive, help="LR_M, what is new (default: the paper's, by size)")
+    parser.add_argument("--lr-shared", type=_positive, help="LR_MB, from it into shared weights (default: LR_B / 10)")
+
+
 def _count(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -226,6 +317,13 @@ def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
     return value
 
 

@@ -1,0 +1,146 @@
+"""Outputs of a bundle beside what torch says: how far they differ, and whether they decide alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dynamo_runtime.session import Step
+
+from .errors import ExportError
+
+TOLERANCE = 1e-4
+
+# What is compared, by name of the output. Every array is [positions, parts, width]: the factors of a joint head are
+# n_tokens · rank parts, each with a tolerance of its own; any other output is one part.
+Values = dict[str, np.ndarray]
+
+# What one pass put out, and what torch says of the same positions.
+Passed = tuple[Step, Values]
+
+
+@dataclass
+class Row:
+    """One line of the table: one way of running one case, on one output.
+
+    Attributes:
+        case: Boundary.
+        length: Tokens of the sequence.
+        run: How it was run.
+        output: Name of the output.
+        difference: Largest |Δlogit|; of several parts, that of the part which comes closest to its limit.
+        limit: The largest allowed.
+        rows: Positions compared.
+        decided: Positions whose argmax torch decides by more than twice the difference.
+        argmax: Of those, how many agree.
+        topk: Whether the top-K outputs are the largest of the logits, where there are any.
+        passed: Whether all of that is as it should be.
+    """
+
+    case: str
+    length: int
+    run: str
+    output: str
+    difference: float
+    limit: float
+    rows: int
+    decided: int
+    argmax: int
+    topk: bool
+    passed: bool
+
+
+def compare(case: str, length: int, run: str, steps: list[Passed]) -> list[Row]:
+    """Compares one way of running a case.
+
+    Args:
+        case: Its name.
+        length: Tokens of its sequence.
+        run: How it was run.
+        steps: Its passes.
+
+    Returns:
+        One row an output.
+
+    Raises:
+        ExportError: An output has another shape.
+    """
+    rows = []
+    for name in steps[0][1]:
+        found = [_put_out(step, name) for step, _ in steps]
+        theirs = [expected[name] for _, expected in steps]
+        if [values.shape for values, *_ in found] != [values.shape for values in theirs]:
+            raise ExportError(f"{name} is {found[0][0].shape} where {theirs[0].shape} is expected")
+        parts = []
+        for part in range(theirs[0].shape[1]):  # one at a time: a joint head's factors are many vocabularies
+            ours, *top = (np.concatenate([values[:, part] for values in kind]) for kind in zip(*found, strict=True))
+            expected = np.concatenate([values[:, part] for values in theirs])
+            parts.append(_row(case, length, run, name, ours, expected, _is_top(ours, *top) if top else True))
+        worst = max(parts, key=lambda row: (not row.passed, row.difference / row.limit))
+        decided, argmax = sum(row.decided for row in parts), sum(row.argmax for row in parts)
+        rows.append(replace(worst, decided=decided, argmax=argmax, topk=all(row.topk for row in parts)))
+    return rows
+
+
+def _put_out(step: Step, name: str) -> tuple[np.ndarray, ...]:
+    """One output of a pass, and its top-K logits and ids if it has any, as [rows, parts, width] each."""
+    if name == "gate":
+        return (step.gate()[:, None],)
+    if name == "factor_logits":
+        arrays = (step.factors(), *step.factor_topk())
+        return tuple(array.reshape(len(array), -1, array.shape[-1]) for array in arrays)
+    head = int(name.partition("_")[2] or 1)
+    return tuple(array[:, None] for array in (step.logits(head), *step.topk(head)))
+
+
+def _is_top(logits: np.ndarray, values: np.ndarray, ids: np.ndarray) -> bool:
+    """Whether `values` [rows, K] are the largest logits in descending order, and `ids` where they are."""
+    if not ((ids >= 0) & (ids < logits.shape[1])).all():
+        return False
+    largest = -np.sort(-logits, axis=1)[:, : values.shape[1]]
+    return bool(np.array_equal(values, largest) and np.array_equal(np.take_along_axis(logits, ids, 1), values))
+
+
+def _row(case: str, length: int, run: str, name: str, ours: np.ndarray, theirs: np.ndarray, topk: bool) -> Row:
+    delta = np.abs(ours - theirs)
+    difference = float(delta.max())
+    limit = TOLERANCE * max(1.0, float(np.abs(theirs).max()))
+    if theirs.shape[1] > 1:
+        best = np.partition(theirs, -2, axis=1)
+        decided = best[:, -1] - best[:, -2] > 2 * delta.max(axis=1)
+    else:  # the gate of a single component
+        decided = np.ones(len(theirs), bool)
+    agree = (ours.argmax(1) == theirs.argmax(1)) & decided
+    finite = bool(np.isfinite(ours).all())
+    return Row(
+        case=case,
+        length=length,
+        run=run,
+        output=name,
+        difference=difference,
+        limit=limit,
+        rows=len(ours),
+        decided=int(decided.sum()),
+        argmax=int(agree.sum()),
+        topk=topk,
+        passed=finite and difference <= limit and bool((agree == decided).all()) and topk,
+    )
+
+
+def table(rows: list[Row], left_out: list[str]) -> str:
+    """The table as text: one line per case and run, the worst output in it."""
+    lines = [f"{'case':<24}{'tokens':>7}  {'run':<12}{'max |Δlogit|':>13}{'limit':>9}  {'argmax':>11}  top-K"]
+    groups: dict[tuple[str, int, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.case, row.length, row.run), []).append(row)
+    for (case, length, run), outputs in groups.items():
+        worst = max(outputs, key=lambda row: (not row.passed, row.difference / row.limit))
+        agreed = f"{sum(r.argmax for r in outputs)}/{sum(r.decided for r in outputs)}"
+        mark = "" if all(r.passed for r in outputs) else f"  FAILED on {worst.output}"
+        lines.append(
+            f"{case:<24}{length:>7}  {run:<12}{worst.difference:>13.1e}{worst.limit:>9.1e}  {agreed:>11}  "
+            f"{'ok' if all(r.topk for r in outputs) else 'no':>5}{mark}"
+        )
+    lines += [f"{name:<24}{'':>7}  not run: longer than --parity-length allows" for name in left_out]
+    return "\n".join(lines)

@@ -1,0 +1,68 @@
+"""Speculative verification (Leviathan et al. 2023, Chen et al. 2023): drafts are let through by the target alone."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .sampling import Candidates, draw
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A guess at one token.
+
+    Attributes:
+        token: The guess.
+        drawn_from: q, the distribution it was really drawn from; None if it was certain, i.e. q(token) = 1.
+    """
+
+    token: int
+    drawn_from: Candidates | None = None
+
+
+def verify(
+    drafts: Sequence[Draft], target: Callable[[int], Candidates], uniform: Callable[[], float]
+) -> tuple[int, int]:
+    """How many drafts stand, and the token that follows them; together distributed as the target says.
+
+    A draft d is accepted with min(1, p(d) / q(d)); the first rejected one is replaced by a draw from
+    norm(max(0, p - q)), and if all stand one more token is drawn from p. A certain draft (q(d) = 1) stands with p(d)
+    and otherwise leaves p without d: that is a plain draw from p, and the draft stands if it is what was drawn. So
+    certain drafts take one uniform number a token, just as plain decoding does, and give the same text from
+    the same seed.
+
+    Args:
+        drafts: In order.
+        target: i -> p of the token behind the first i drafts.
+        uniform: Gives numbers in [0, 1).
+
+    Returns:
+        Number of drafts accepted, and the next token.
+    """
+    for i, draft in enumerate(drafts):
+        p = target(i)
+        if draft.drawn_from is None:
+            token = int(p.ids[draw(p.probabilities, uniform())])
+            if token != draft.token:
+                return i, token
+            continue
+        q = draft.drawn_from
+        if uniform() * probability(q, draft.token) >= probability(p, draft.token):
+            return i, int(p.ids[draw(residual(p, q), uniform())])
+    p = target(len(drafts))
+    return len(drafts), int(p.ids[draw(p.probabilities, uniform())])
+
+
+def probability(candidates: Candidates, token: int) -> float:
+    """Probability of a token, 0 outside the candidates."""
+    return float(candidates.probabilities[candidates.ids == token].sum())
+
+
+def residual(p: Candidates, q: Candidates) -> np.ndarray:
+    """max(0, p - q) over p's candidates [k], not normalised; p itself where rounding left nothing of it."""
+    order = np.argsort(q.ids)
+    place = np.minimum(np.searchsorted(q.ids, p.ids, sorter=order), len(order) - 1)
+    found = order[place]
+    rest = np.maximum(p.probabilities - np.where(q.ids[found] == p.ids, q.probabilities[found], 0.0), 0.0)
+    return rest if rest.sum() > 0 else p.probabilities
