@@ -45,9 +45,10 @@ def demo(environment: Environment) -> None:
     """Export the embedded default, write text with it, compare its strategies."""
     environment.install("cpu,export,bench")
     multi, plain = ROOT / "demo/python-t3/model.onnx", ROOT / "demo/python-t3-plain/model.onnx"
-    environment.run("dynamo-export", multi, "--overwrite")
+    environment.run("dynamo-export", multi, "--heads", "3", "--overwrite")
     environment.run("dynamo-export", plain, "--heads", "0", "--overwrite")
     environment.run("dynamo-run", multi, PROMPT, "--compare", "--seed", "1")
+    environment.run("dynamo-run", multi, PROMPT, "--compare", "--seed", "1", "--strategy", "speculative")
     environment.run("python", "benchmarks/first_light.py", multi, plain)
 
 

@@ -18,7 +18,7 @@ SMALL = ["--sequences", "4", "--length", "32", "--micro-batch", "4"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything the pipeline makes: corpus, base, t3, bundle, bundle-plain."""
+    """Everything the pipeline makes: corpus, base, t3, cp, all drafters in one, and their bundles."""
     root = tmp_path_factory.mktemp("pipeline")
     (root / "corpus").mkdir()
     for i in range(60):
@@ -30,6 +30,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     heads = ["heads", str(root / "base"), *data, "--out", str(root / "t3"), "--steps", "40", *SMALL]
     assert train([*heads, "--freeze-base", "--lr-heads", "0.01"]) == 0
     assert train(["counts", str(root / "t3"), *data]) == 0
+    joint = ["cp", str(root / "t3"), *data, "--out", str(root / "cp"), "--steps", "20", "--rank", "2", *SMALL]
+    assert train([*joint, "--tokens", "3", "--freeze-base", "--lr-heads", "0.01"]) == 0
+    ahead = ["lookahead", str(root / "cp"), *data, "--out", str(root / "all"), "--steps", "20", "--tokens", "2", *SMALL]
+    assert train([*ahead, "--anchors", "8"]) == 0
+    for drafter in ("cp", "lookahead"):
+        bundle = root / f"bundle-{drafter}" / "model.onnx"
+        assert export(["-m", str(root / "all"), str(bundle), "--drafter", drafter]) == 0
     assert export(["-m", str(root / "t3"), str(root / "bundle" / "model.onnx")]) == 0
     assert export(["-m", str(root / "t3"), str(root / "bundle-plain" / "model.onnx"), "--heads", "0"]) == 0
     return root
@@ -72,3 +79,18 @@ def test_dynamo_writes_several_tokens_a_pass(folder: Path, capsys: pytest.Captur
     result = Engine(bundle, threads=1).generate("def add_1(value):\n", seed=1, max_new_tokens=48, backoff_threshold=0.3)
     assert result.text == captured.out
     assert result.statistics.tokens_per_pass > 1.2
+
+
+@pytest.mark.parametrize("bundle", ["bundle", "bundle-cp", "bundle-lookahead"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_verified_text_is_plain_text(folder: Path, bundle: str, temperature: float) -> None:
+    """Trained drafters, real tokenizer, real counts: the plain bundle's text from the same seed, in fewer rounds."""
+    plain, drafting = Engine(folder / "bundle-plain"), Engine(folder / bundle)
+    options = {"temperature": temperature, "max_new_tokens": 60, "ignore_eos": True, "seed": 5}
+    rounds = 0
+    for prompt in ("def add_1(value):\n    return", "# 7\ndef add", "value"):
+        expected = plain.generate(prompt, strategy="autoregressive", **options)
+        found = drafting.generate(prompt, strategy="speculative", **options)
+        assert found.tokens == expected.tokens
+        rounds += found.statistics.rounds
+    assert rounds < 3 * 60

@@ -163,7 +163,7 @@ def propose(
     Args:
         drafter: Turned to the pass.
         token: x_1.
-        parameters: draft_tokens, draft_choice, draft_confidence, cooccurrence_weight.
+        parameters: Those whose names begin with draft_.
         counts: For the mask, or None.
         rng: For sampled drafts.
     """
@@ -172,7 +172,7 @@ def propose(
     for depth in range(1, (parameters.draft_tokens or drafter.depth) + 1):
         found = drafter.candidates(depth, tokens[-1])
         if counts is not None:
-            found = masked(found, tokens, counts, parameters.cooccurrence_weight)
+            found = masked(found, tokens, counts, parameters.draft_cooccurrence_weight)
         if len(found.ids) == 0:
             break
         if parameters.draft_choice == "argmax":

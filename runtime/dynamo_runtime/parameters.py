@@ -28,7 +28,7 @@ class SamplingParameters:
         backoff_threshold: ε_b in [0, 1]. An n-gram must reach ε_b^(n-1), else n - 1 is tried. 1 always gives
             one token, 0 gives n wherever a counted n-gram exists.
         cooccurrence_weight: α_c in [0, 1], exponent of the mask: 1 all of it, 0 none, with n-grams never seen
-            allowed. `speculative` masks its drafts with it.
+            allowed.
         adaptive_threshold: "blur" (Otsu's threshold of the blurred joint), "otsu" (of the joint itself) or
             "none".
         otsu_zeros: Whether the zeros of the joint belong to Otsu's population, as the dark pixels of an image
@@ -40,6 +40,7 @@ class SamplingParameters:
         draft_tokens: Most drafts a pass of `speculative`; 0 means as many as the bundle predicts.
         draft_choice: How `speculative` picks a draft: "argmax" of what the drafter thinks likely, which gives the
             very text of `autoregressive` under the same seed, or a "sample" of it.
+        draft_cooccurrence_weight: α_c of the mask on the drafts of `speculative`, where there are counts.
         draft_confidence: In [0, 1]. Drafting stops where the drafter's own probability that all drafts so far are
             right falls below it; 0 never stops.
     """
@@ -57,6 +58,7 @@ class SamplingParameters:
     premask_test: str = "sole"
     draft_tokens: int = 0
     draft_choice: str = "argmax"
+    draft_cooccurrence_weight: float = 0.5
     draft_confidence: float = 0.0
 
     def __post_init__(self) -> None:
@@ -68,6 +70,7 @@ class SamplingParameters:
         self._number("temperature", 0, math.inf)
         self._number("top_p", 0, 1, open_below=True)
         self._number("min_p", 0, 1)
+        self._number("draft_cooccurrence_weight", 0, 1)
         self._number("draft_confidence", 0, 1)
         self._number("repetition_penalty", 0.01, 100)
         self._number("backoff_threshold", 0, 1)

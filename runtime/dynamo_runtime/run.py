@@ -45,9 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repetition-penalty", type=float, metavar="R", help="1: none")
     dynamo = parser.add_argument_group("strategy dynamo (the paper's Algorithm 1)")
     dynamo.add_argument("--backoff-threshold", type=float, metavar="E", help="ε_b: 0 most tokens a pass, 1 always one")
-    dynamo.add_argument(
-        "--cooccurrence-weight", type=float, metavar="A", help="α_c: 1 full mask, 0 none; masks verified drafts too"
-    )
+    dynamo.add_argument("--cooccurrence-weight", type=float, metavar="A", help="α_c: 1 full mask, 0 none")
     dynamo.add_argument("--adaptive-threshold", choices=ADAPTIVE, help="Otsu's threshold of the (blurred) joint")
     dynamo.add_argument("--otsu-zeros", action=argparse.BooleanOptionalAction, help="zeros in Otsu's population")
     dynamo.add_argument(
@@ -58,6 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     drafts.add_argument("--draft-tokens", type=int, metavar="N", help="most drafts a pass (default: all there are)")
     drafts.add_argument(
         "--draft-choice", choices=DRAFT_CHOICES, help="argmax (same seed, same text as autoregressive) or sample"
+    )
+    drafts.add_argument(
+        "--draft-cooccurrence-weight", type=float, metavar="A", help="α_c of the mask on drafts: 1 full, 0 none"
     )
     drafts.add_argument("--draft-confidence", type=float, metavar="P", help="stop drafting below this; 0: never")
     parser.add_argument("--seed", type=int, help="for reproducible draws")

@@ -91,8 +91,8 @@ class Speculative:
         self._target = Target(parameters, processors)
         self._drafter = make_drafter(bundle, parameters)
         self.look_ahead = self._drafter.look_ahead
-        counted = parameters.cooccurrence_weight > 0 and bundle.has_cooccurrence
-        self._counts = bundle.cooccurrence if counted else None
+        masked = parameters.draft_cooccurrence_weight > 0 and bundle.has_cooccurrence
+        self._counts = bundle.cooccurrence if masked else None
         self._parameters = parameters
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:

@@ -64,7 +64,7 @@ PARAMETERS = [
     {"temperature": 1.0, "top_k": 0, "repetition_penalty": 1.0},
     {"temperature": 0.8, "top_k": 6, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2},
     {"temperature": 1.3, "top_k": 0, "top_p": 0.95, "repetition_penalty": 0.8, "draft_confidence": 0.05},
-    {"temperature": 0.7, "top_k": 0, "draft_tokens": 2, "cooccurrence_weight": 0.0},
+    {"temperature": 0.7, "top_k": 0, "draft_tokens": 2, "draft_cooccurrence_weight": 0.0},
 ]
 
 
@@ -284,7 +284,7 @@ def test_a_broken_acceptance_rule_fails_that_test(rule, sampling, monkeypatch: p
 def test_the_mask_changes_drafts_but_not_the_text(session: Session) -> None:
     texts, drafts = set(), set()
     for weight in (0.0, 1.0):
-        parameters = SamplingParameters(temperature=0.9, top_k=0, cooccurrence_weight=weight)
+        parameters = SamplingParameters(temperature=0.9, top_k=0, draft_cooccurrence_weight=weight)
         tokens, rounds = write(session, Speculative(session.bundle, parameters), [1, 2], 80, seed=4)
         texts.add(tuple(tokens))
         drafts.add(tuple(turn.accepted for turn in rounds))
@@ -375,7 +375,7 @@ def test_an_uncounted_context_leaves_the_candidates_as_they_are(counts: Cooccurr
 def test_drafting_stops_at_the_confidence_asked_for() -> None:
     model = TableModel("parallel")
     rng = np.random.default_rng(0)
-    sure = SamplingParameters(top_k=0, temperature=1.0, cooccurrence_weight=0.0)
+    sure = SamplingParameters(top_k=0, temperature=1.0, draft_cooccurrence_weight=0.0)
     drafter = ParallelHeads(model.bundle, sure)
     drafter.start(model.step([1, 2], 1, [-1]), 0, 0)
     heads = [drafter.candidates(depth, 0).probabilities[0] for depth in (1, 2)]
@@ -428,7 +428,12 @@ def oracle(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("limit", [1, 2, 4, 5, 7])
 def test_limits_are_exact_inside_accepted_runs(engine: Engine, oracle: list[int], limit: int) -> None:
     found = engine.generate(
-        PROMPT, strategy="speculative", temperature=0, max_new_tokens=limit, ignore_eos=True, cooccurrence_weight=0.0
+        PROMPT,
+        strategy="speculative",
+        temperature=0,
+        max_new_tokens=limit,
+        ignore_eos=True,
+        draft_cooccurrence_weight=0.0,
     )
     assert found.tokens == oracle[:limit]
     assert found.finish_reason == "length"
@@ -437,7 +442,7 @@ def test_limits_are_exact_inside_accepted_runs(engine: Engine, oracle: list[int]
 
 
 def test_stop_strings_cancelling_and_streaming_inside_accepted_runs(engine: Engine, oracle: list[int]) -> None:
-    options = {"strategy": "speculative", "temperature": 0, "cooccurrence_weight": 0.0, "ignore_eos": True}
+    options = {"strategy": "speculative", "temperature": 0, "draft_cooccurrence_weight": 0.0, "ignore_eos": True}
     whole = engine.generate(PROMPT, max_new_tokens=24, **options)
     assert whole.tokens == oracle[:24]
     assert whole.statistics.steps[4] == 5  # 1 + 5 · 4 + the rest
@@ -459,7 +464,7 @@ def test_end_of_sequence_ends_an_accepted_run(engine: Engine, oracle: list[int],
     first = oracle.index(end)
     object.__setattr__(engine.bundle, "eos_token_ids", (end,))
     try:
-        found = engine.generate(PROMPT, strategy="speculative", temperature=0, cooccurrence_weight=0.0)
+        found = engine.generate(PROMPT, strategy="speculative", temperature=0, draft_cooccurrence_weight=0.0)
     finally:
         object.__setattr__(engine.bundle, "eos_token_ids", (0,))
     assert found.finish_reason == "eos"
@@ -468,7 +473,7 @@ def test_end_of_sequence_ends_an_accepted_run(engine: Engine, oracle: list[int],
 
 def test_statistics_count_drafts_by_depth(engine: Engine, oracle: list[int]) -> None:
     s = engine.generate(
-        PROMPT, strategy="speculative", temperature=0, max_new_tokens=41, ignore_eos=True, cooccurrence_weight=0.0
+        PROMPT, strategy="speculative", temperature=0, max_new_tokens=41, ignore_eos=True, draft_cooccurrence_weight=0.0
     ).statistics
     assert (s.rounds, s.new_tokens) == (11, 41)
     assert s.proposed_at_depth == s.accepted_at_depth == [10, 10, 10]

@@ -1,0 +1,282 @@
+"""Drafters: what verified decoding gains with every drafter of a checkpoint, on held-out Python.
+
+    python benchmarks/drafters.py [--model CHECKPOINT] [--also "CP, rank 1=CHECKPOINT"] [--json FILE]
+
+Exports the checkpoint's plain model and all its drafters (those of --also as joint heads), then runs every setting on
+every prompt in turn, in an order that rotates from prompt to prompt, so that a drift of the machine's speed falls on
+all alike.  Prompts are cut from the modules of the standard library that training holds out.
+
+Columns: tokens per pass; acceptance by depth (a draft behind a rejected one counts as rejected); tokens/s over that of
+plain decoding with the same sampling; parameters and bytes that the bundle has beyond the plain one; texts that are
+not plain decoding's, and how many of them part from it at a near tie: where the two largest logits are closer than
+twice the largest difference that passes of several tokens make to a logit.  Brackets hold 95 % bootstrap intervals
+over the prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import platform
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from first_light import held_out_prompts, interval
+from machine import describe_machine
+from tqdm import tqdm
+
+from dynamo_export import export_bundle
+from dynamo_model import DEFAULT_CHECKPOINT, CPModel, LookAheadModel, MultiTokenModel, has_heads
+from dynamo_runtime import Engine
+from dynamo_runtime.bundle import load_bundle
+
+PLAIN = "plain"
+GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
+SAMPLED: dict[str, Any] = {"temperature": 0.7, "top_k": 50, "repetition_penalty": 1.0}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table: the bundle that runs it, the plain row it is compared with, and its options."""
+
+    name: str
+    bundle: str
+    reference: str
+    options: dict[str, Any]
+
+
+@dataclass
+class Outcome:
+    """What one setting did on every prompt: lists [prompts]."""
+
+    tokens: list[list[int]] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    proposed: list[list[int]] = field(default_factory=list)
+    accepted: list[list[int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A bundle, and the parameters its drafter adds to the base."""
+
+    folder: Path
+    extra_parameters: int
+
+
+def export_all(model: Path, also: dict[str, Path], folder: Path) -> dict[str, Exported]:
+    """Export the plain model and every drafter; parallel heads at every number there is."""
+    plan: list[tuple[str, Path, dict[str, Any], int]] = [(PLAIN, model, {"heads": 0}, 0)]
+    if has_heads(model, "parallel"):
+        heads = MultiTokenModel.load(model)
+        each = heads.head_parameters() // (heads.n_heads - 1)
+        for n in range(2, heads.n_heads + 1):
+            plan.append((f"T{n} heads", model, {"heads": n, "drafter": "parallel"}, each * (n - 1)))
+    for name, source in {"": model, **also}.items():
+        if has_heads(source, "cp"):
+            cp = CPModel.load(source)
+            plan.append((name or f"CP, rank {cp.rank}", source, {"drafter": "cp"}, cp.head_parameters()))
+    if has_heads(model, "lookahead"):
+        ahead = LookAheadModel.load(model)
+        plan.append((f"PaSS, L {ahead.n_look_ahead}", model, {"drafter": "lookahead"}, ahead.head_parameters()))
+    bundles = {}
+    logging.getLogger("dynamo_export").setLevel(logging.WARNING)
+    for i, (name, source, options, extra) in enumerate(tqdm(plan, desc="exporting")):
+        with contextlib.redirect_stdout(io.StringIO()):  # the gates' tables
+            export_bundle(folder / str(i) / "model.onnx", source, **options)
+        bundles[name] = Exported(folder / str(i), extra)
+    return bundles
+
+
+def settings(bundles: dict[str, Exported], confidence: float) -> list[Setting]:
+    """The rows: plain and every drafter, greedily and sampled, with and without the mask."""
+    rows = []
+    drafters = [name for name in bundles if name != PLAIN]
+    longest = max((name for name in drafters if name.startswith("T")), default=None)
+
+    def add(name: str, bundle: str, reference: str, options: dict[str, Any], strategy: str = "speculative") -> None:
+        rows.append(Setting(name, bundle, reference, options | {"strategy": strategy}))
+
+    add(PLAIN, PLAIN, PLAIN, GREEDY, "autoregressive")
+    if longest:
+        add(f"{longest}, autoregressive", longest, PLAIN, GREEDY, "autoregressive")
+    for name in drafters:
+        add(name, name, PLAIN, GREEDY | {"draft_cooccurrence_weight": 0.0})
+        if load_bundle(bundles[name].folder).has_cooccurrence:
+            add(f"{name}, mask", name, PLAIN, GREEDY)
+            add(f"{name}, mask, cut-off {confidence:g}", name, PLAIN, GREEDY | {"draft_confidence": confidence})
+    sampled = f"{PLAIN}, T 0.7"
+    add(sampled, PLAIN, sampled, SAMPLED, "autoregressive")
+    for name in [n for n in drafters if n == longest or not n.startswith("T")]:
+        add(f"{name}, T 0.7", name, sampled, SAMPLED)
+        add(f"{name}, T 0.7, sampled drafts", name, sampled, SAMPLED | {"draft_choice": "sample"})
+    return rows
+
+
+def run(engines: dict[str, Engine], rows: list[Setting], prompts: list[str], new_tokens: int) -> dict[str, Outcome]:
+    """Run every setting on every prompt, interleaved."""
+    outcomes = {row.name: Outcome() for row in rows}
+    for row in rows:  # warm-up, not counted
+        engines[row.bundle].generate(prompts[0], max_new_tokens=16, seed=0, **row.options)
+    for index, prompt in enumerate(tqdm(prompts, desc="prompts")):
+        shift = index % len(rows)
+        for row in rows[shift:] + rows[:shift]:
+            engine = engines[row.bundle]
+            engine.reset()
+            engine.generate(prompt, max_new_tokens=1, seed=0, **row.options)  # decoding is timed, not prefill
+            result = engine.generate(prompt, max_new_tokens=new_tokens, seed=index, ignore_eos=True, **row.options)
+            outcome, statistics = outcomes[row.name], result.statistics
+            outcome.tokens.append(result.tokens)
+            outcome.rounds.append(statistics.rounds)
+            outcome.seconds.append(statistics.total_s)
+            outcome.proposed.append(statistics.proposed_at_depth)
+            outcome.accepted.append(statistics.accepted_at_depth)
+    return outcomes
+
+
+def pass_difference(engine: Engine, prompts: list[str], width: int) -> float:
+    """Largest |Δlogit| of the first head between one pass over `width` tokens and as many passes over one."""
+    worst = 0.0
+    for prompt in prompts:
+        tokens = engine.encode(prompt)
+        engine.reset()
+        engine.session.step(tokens[:-width])
+        at_once = engine.session.step(tokens[-width:], rows=width).logits()
+        engine.session.cache.rollback(len(tokens) - width)
+        one_by_one = np.concatenate([engine.session.step([token]).logits() for token in tokens[-width:]])
+        worst = max(worst, float(np.abs(at_once - one_by_one).max()))
+    return worst
+
+
+def differences(
+    plain: Engine, prompts: list[str], expected: list[list[int]], found: list[list[int]], tie: float
+) -> tuple[int, int, list[float]]:
+    """Greedy texts that are not plain decoding's, how many of them part at a near tie, and the gaps there."""
+    gaps = []
+    for prompt, ours, theirs in zip(prompts, found, expected, strict=True):
+        if ours == theirs:
+            continue
+        common = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+        plain.reset()
+        logits = plain.session.step([*plain.encode(prompt), *theirs[:common]]).logits()[-1]
+        second, first = np.partition(logits, -2)[-2:]
+        gaps.append(float(first - second))
+    return len(gaps), sum(gap < tie for gap in gaps), gaps
+
+
+def by_depth(counts: list[list[int]]) -> np.ndarray:
+    """Sum of ragged lists of counts."""
+    total = np.zeros(max((len(row) for row in counts), default=0), np.int64)
+    for row in counts:
+        total[: len(row)] += np.asarray(row, np.int64)
+    return total
+
+
+def summarize(
+    rows: list[Setting],
+    outcomes: dict[str, Outcome],
+    engines: dict[str, Engine],
+    bundles: dict[str, Exported],
+    prompts: list[str],
+) -> dict[str, dict[str, Any]]:
+    """The table's figures."""
+
+    def size(name: str) -> int:
+        return sum(file["bytes"] for file in engines[name].bundle.files.values())
+
+    def ratio(top: Any, bottom: Any, axis: int) -> Any:
+        return top.sum(axis=axis) / bottom.sum(axis=axis)
+
+    def speed_ratio(tokens: Any, seconds: Any, plain_tokens: Any, plain_seconds: Any, axis: int) -> Any:
+        return ratio(tokens, seconds, axis) / ratio(plain_tokens, plain_seconds, axis)
+
+    noise = {name: pass_difference(engine, prompts[:20], 6) for name, engine in engines.items()}
+    summary = {}
+    for row in rows:
+        o, plain = outcomes[row.name], outcomes[row.reference]
+        counts, plain_counts = [[len(tokens) for tokens in outcome.tokens] for outcome in (o, plain)]
+        proposed, accepted = by_depth(o.proposed), by_depth(o.accepted)
+        tie = 2 * max(noise[row.bundle], noise[PLAIN])
+        figures: dict[str, Any] = {
+            "tokens_per_pass": interval(ratio, counts, o.rounds),
+            "speed_ratio": interval(speed_ratio, counts, o.seconds, plain_counts, plain.seconds),
+            "draft_tokens_proposed": int(proposed.sum()),
+            "draft_tokens_accepted": int(accepted.sum()),
+            "acceptance_rate_at_depth": (accepted / np.maximum(proposed, 1)).tolist(),
+            "extra_parameters": bundles[row.bundle].extra_parameters,
+            "extra_bytes": size(row.bundle) - size(PLAIN),
+        }
+        if row.options["temperature"] == 0:
+            texts, ties, gaps = differences(engines[PLAIN], prompts, plain.tokens, o.tokens, tie)
+            figures |= {"different_texts": texts, "near_ties": ties, "near_tie_below": tie, "gaps": gaps}
+        elif row.options.get("draft_choice", "argmax") == "argmax":  # the same draws, so the same text
+            figures["different_texts"] = sum(a != b for a, b in zip(o.tokens, plain.tokens, strict=True))
+        summary[row.name] = figures
+    return summary
+
+
+def table(summary: dict[str, dict[str, Any]]) -> str:
+    """The summary as a Markdown table."""
+    lines = [
+        "| drafter | tokens/pass | accepted at depth 1, 2, … | tokens/s ÷ plain | extra parameters | extra MB "
+        "| texts not plain's (at near ties) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, f in summary.items():
+        rates = " ".join(f"{rate:.2f}" for rate in f["acceptance_rate_at_depth"]) or "–"
+        value, low, high = f["speed_ratio"]
+        texts = str(f["different_texts"]) if "different_texts" in f else "another draw"
+        texts += f" ({f['near_ties']})" if f.get("different_texts") and "near_ties" in f else ""
+        lines.append(
+            f"| {name} | {f['tokens_per_pass'][0]:.2f} | {rates} | {value:.2f} [{low:.2f}, {high:.2f}] "
+            f"| {f['extra_parameters']:,} | {f['extra_bytes'] / 1e6:.1f} | {texts} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run the benchmark and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEFAULT_CHECKPOINT, help="checkpoint (default: the package's)")
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="NAME=CHECKPOINT", help="one more joint head on the same base"
+    )
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--prompt-tokens", type=int, default=96)
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--confidence", type=float, default=0.3, help="of the rows with a cut-off (default: 0.3)")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    arguments = parser.parse_args()
+    also = {name: Path(path) for name, _, path in (text.partition("=") for text in arguments.also)}
+    with tempfile.TemporaryDirectory() as folder:
+        bundles = export_all(arguments.model, also, Path(folder))
+        engines = {name: Engine(bundle.folder, threads=arguments.threads) for name, bundle in bundles.items()}
+        rows = settings(bundles, arguments.confidence)
+        prompts = held_out_prompts(engines[PLAIN], arguments.prompts, arguments.prompt_tokens)
+        outcomes = run(engines, rows, prompts, arguments.new_tokens)
+        summary = summarize(rows, outcomes, engines, bundles, prompts)
+    machine = f"{describe_machine()}; onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}"
+    print(table(summary))
+    print(f"\n{len(prompts)} prompts × {arguments.new_tokens} new tokens a setting. {machine}.")
+    if arguments.json:
+        record = {
+            "machine": machine,
+            "arguments": sys.argv[1:],
+            "settings": [asdict(row) for row in rows],
+            "summary": summary,
+        }
+        arguments.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
