@@ -97,7 +97,7 @@ def export_all(model: Path, also: dict[str, Path], folder: Path) -> dict[str, Ex
 
 
 def settings(bundles: dict[str, Exported], confidence: float) -> list[Setting]:
-    """The rows: plain and every drafter, greedily and sampled, with and without the mask."""
+    """The rows: plain and every drafter, greedily and sampled, with the mask on drafts and without."""
     rows = []
     drafters = [name for name in bundles if name != PLAIN]
     longest = max((name for name in drafters if name.startswith("T")), default=None)
@@ -109,15 +109,19 @@ def settings(bundles: dict[str, Exported], confidence: float) -> list[Setting]:
     if longest:
         add(f"{longest}, autoregressive", longest, PLAIN, GREEDY, "autoregressive")
     for name in drafters:
-        add(name, name, PLAIN, GREEDY | {"draft_cooccurrence_weight": 0.0})
-        if load_bundle(bundles[name].folder).has_cooccurrence:
+        has_counts = load_bundle(bundles[name].folder).has_cooccurrence
+        if has_counts:
             add(f"{name}, mask", name, PLAIN, GREEDY)
+        if not has_counts or name == longest or not name.startswith("T"):
+            add(name, name, PLAIN, GREEDY | {"draft_cooccurrence_weight": 0.0})
+        if has_counts and name == longest:
+            add(f"{name}, full mask", name, PLAIN, GREEDY | {"draft_cooccurrence_weight": 1.0})
             add(f"{name}, mask, cut-off {confidence:g}", name, PLAIN, GREEDY | {"draft_confidence": confidence})
     sampled = f"{PLAIN}, T 0.7"
     add(sampled, PLAIN, sampled, SAMPLED, "autoregressive")
     for name in [n for n in drafters if n == longest or not n.startswith("T")]:
-        add(f"{name}, T 0.7", name, sampled, SAMPLED)
-        add(f"{name}, T 0.7, sampled drafts", name, sampled, SAMPLED | {"draft_choice": "sample"})
+        add(f"{name}, T 0.7, mask", name, sampled, SAMPLED)
+        add(f"{name}, T 0.7, mask, sampled drafts", name, sampled, SAMPLED | {"draft_choice": "sample"})
     return rows
 
 
@@ -251,7 +255,7 @@ def main() -> int:
     )
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--prompt-tokens", type=int, default=96)
-    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--confidence", type=float, default=0.3, help="of the rows with a cut-off (default: 0.3)")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, help="write all figures there")

@@ -1,6 +1,5 @@
 """The co-occurrence mask of DynaMo (Eq. 3, 6): n-gram counts in a trie, and the ratio computed from them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,17 +39,6 @@ class Cooccurrence:
         self._totals = totals
         self._levels = levels
         self._rank = np.full(self.vocab_size, -1, np.int32)  # scratch: token -> place among the candidates
-
-    def find(self, tokens: Sequence[int]) -> int | None:
-        """Node of one n-gram, or None if it was not counted."""
-        node = int(tokens[0])
-        for level, token in zip(self._levels, tokens[1:], strict=False):
-            start, end = level.offsets[node], level.offsets[node + 1]
-            place = int(start + np.searchsorted(level.ids[start:end], token))
-            if place == end or level.ids[place] != token:
-                return None
-            node = place
-        return node
 
     def extend(self, order: int, nodes: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All counted n-grams of `order` that continue one of `nodes` by one of `tokens`.

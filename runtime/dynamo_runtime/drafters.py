@@ -156,9 +156,8 @@ def propose(
 ) -> list[Draft]:
     """Draft what follows `token`, the newest final one, as far as the drafter is confident.
 
-    With counts, what the drafter says of a token is multiplied by the co-occurrence mask of the n-gram that it would
-    end (DynaMo, Eq. 3 and 6, here conditional on the tokens before, which are settled):
-    ``f(x_i) · (p̂(x_i | x_1 … x_{i-1}) / p̂(x_i))^α_c``, over as many of those as were counted.
+    With counts, what the drafter says of a token is multiplied by the co-occurrence mask of the pair that it would end
+    (DynaMo, Eq. 3 and 6, whose first token is settled here): ``f(x_i) · (p̂(x_{i-1}, x_i) / p̂(x_i))^α_c``.
 
     Args:
         drafter: Turned to the pass.
@@ -168,11 +167,11 @@ def propose(
         rng: For sampled drafts.
     """
     drafts: list[Draft] = []
-    tokens, certainty = [token], 1.0
+    certainty = 1.0
     for depth in range(1, (parameters.draft_tokens or drafter.depth) + 1):
-        found = drafter.candidates(depth, tokens[-1])
+        found = drafter.candidates(depth, token)
         if counts is not None:
-            found = masked(found, tokens, counts, parameters.draft_cooccurrence_weight)
+            found = masked(found, token, counts, parameters.draft_cooccurrence_weight)
         if len(found.ids) == 0:
             break
         if parameters.draft_choice == "argmax":
@@ -182,30 +181,25 @@ def propose(
         certainty *= float(found.probabilities[index])
         if certainty < parameters.draft_confidence:
             break
-        tokens.append(int(found.ids[index]))
-        drafts.append(Draft(tokens[-1], None if parameters.draft_choice == "argmax" else found))
+        token = int(found.ids[index])
+        drafts.append(Draft(token, None if parameters.draft_choice == "argmax" else found))
     return drafts
 
 
-def masked(candidates: Candidates, tokens: Sequence[int], counts: Cooccurrence, alpha: float) -> Candidates:
-    """Candidates for the token behind `tokens`, weighed by how often they were counted behind them.
+def masked(candidates: Candidates, before: int, counts: Cooccurrence, alpha: float) -> Candidates:
+    """Candidates weighed by how much more often than by chance they were counted behind the token `before`.
 
-    The longest end of `tokens` behind which one of the candidates was ever counted decides; if there is none, the
-    candidates stay as they are.
+    If none of them ever was, they stay as they are.
 
     Args:
         candidates: f.
-        tokens: x_1 … x_{i-1}.
+        before: x_(i-1).
         counts: n-grams.
         alpha: α_c.
     """
-    for used in range(min(len(tokens), counts.orders - 1), 0, -1):
-        node = counts.find(tokens[-used:])
-        if node is None:
-            continue
-        _, rank, nodes = counts.extend(used + 1, np.array([node]), candidates.ids)
-        lift = counts.frequency(used + 1, nodes) / counts.unigram[candidates.ids[rank]]
-        weights = candidates.probabilities[rank] * lift**alpha
-        if weights.any():
-            return Candidates(candidates.ids[rank], weights / weights.sum())
-    return candidates
+    _, rank, nodes = counts.extend(2, np.array([before]), candidates.ids)
+    lift = counts.frequency(2, nodes) / counts.unigram[candidates.ids[rank]]
+    weights = candidates.probabilities[rank] * lift**alpha
+    if not weights.any():
+        return candidates
+    return Candidates(candidates.ids[rank], weights / weights.sum())

@@ -192,6 +192,7 @@ class Session:
 
         Raises:
             PromptError: No tokens, a token outside the vocabulary, or more than the cache may hold.
+            BundleError: The graph does not run.
             ValueError: `rows` or `head_rows` are not among the m rows.
         """
         m = len(tokens)
@@ -216,7 +217,10 @@ class Session:
         for name in self._names:  # rebinding tells onnxruntime to allocate anew, so an earlier Step keeps its arrays
             self._binding.bind_output(name)
         started = time.perf_counter()
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # onnxruntime raises many classes that share no base
+            raise BundleError(f"{self.bundle.graph_path} fails at a pass over {m} tokens: {error}") from error
         self.ort_seconds += time.perf_counter() - started
         self.passes += 1
         self.cache.advance(tokens)

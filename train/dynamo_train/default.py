@@ -44,7 +44,7 @@ HEADS_RECIPE = replace(BASE_RECIPE, steps=750, base_lr=2e-3, shared_gradient_sca
 
 # Every drafter on the frozen base gets the same budget.
 DRAFTER_RECIPE = replace(
-    BASE_RECIPE, steps=250, sequences=4, base_lr=0.0, freeze_base=True, validate_every=0, early_stop=False, seed=2
+    BASE_RECIPE, steps=200, sequences=4, base_lr=0.0, freeze_base=True, validate_every=0, early_stop=False, seed=2
 )
 CP_TOKENS, CP_RANK, CP_BALANCE = 4, 4, 0.01
 N_LOOK_AHEAD, ANCHORS = 4, 128
