@@ -21,6 +21,7 @@ import io
 import json
 import logging
 import platform
+import re
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -257,6 +258,7 @@ def main() -> int:
     parser.add_argument("--prompt-tokens", type=int, default=96)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--confidence", type=float, default=0.3, help="of the rows with a cut-off (default: 0.3)")
+    parser.add_argument("--rows", default="", metavar="REGEX", help="run the plain rows and those that match alone")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, help="write all figures there")
     arguments = parser.parse_args()
@@ -264,7 +266,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         bundles = export_all(arguments.model, also, Path(folder))
         engines = {name: Engine(bundle.folder, threads=arguments.threads) for name, bundle in bundles.items()}
-        rows = settings(bundles, arguments.confidence)
+        wanted = re.compile(arguments.rows)
+        rows = [
+            row for row in settings(bundles, arguments.confidence) if row.bundle == PLAIN or wanted.search(row.name)
+        ]
         prompts = held_out_prompts(engines[PLAIN], arguments.prompts, arguments.prompt_tokens)
         outcomes = run(engines, rows, prompts, arguments.new_tokens)
         summary = summarize(rows, outcomes, engines, bundles, prompts)

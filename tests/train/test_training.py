@@ -278,3 +278,15 @@ def test_corpora_from_files(tmp_path: Path) -> None:
     (tmp_path / "a" / "one.py").unlink()
     with pytest.raises(TrainingError, match="no text"):
         list(read_corpus(str(tmp_path / "a")))
+
+
+def test_corpora_are_joined_and_packages_are_read() -> None:
+    joined = list(read_corpus("package:typer+package:tqdm"))
+    packages = [document for document in joined if document.group == "tqdm"]
+    assert {d.name for d in read_corpus("package:tqdm")} == {d.name for d in packages}
+    assert "tqdm.std" in {d.name for d in packages}
+    assert {d.group for d in packages} == {"tqdm"}  # a package is held out as a whole, or not at all
+    assert [d.name for d in joined if d.group != "tqdm"] == [d.name for d in read_corpus("package:typer")]
+    for bad in ("package:no_such_package", "package:tqdm+package:no_such_package", "package:struct", "no+such"):
+        with pytest.raises(TrainingError):
+            list(read_corpus(bad))
