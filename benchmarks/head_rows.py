@@ -6,7 +6,8 @@ Which row of a verified pass counts is known only after its first head has been 
 computed at all rows of the same graph ("one graph"), or the pass stops at the first head and the stem's output, and a
 second graph runs the further heads over the accepted rows ("two graphs", cut out of the same export; it reads the
 output embedding a second time).  "Known row" is the unreachable best: one graph, further heads at the right row only.
-PLAIN is the `--heads 0` export of MULTI's checkpoint.  Without arguments, random weights of Pythia-160M's shape.
+"One graph ÷ plain token" is how many tokens a pass must give to break even with plain decoding, apart from what Python
+adds.  PLAIN is the `--heads 0` export of MULTI's checkpoint.  Without arguments, random weights of Pythia-160M's shape.
 
 Medians of interleaved rounds, milliseconds inside onnxruntime for a pass over m tokens behind 256 others.  For
 two graphs 1 … m rows are accepted in turn.
@@ -132,12 +133,16 @@ class Bound:
         return [name for name in names if name.startswith("present.")] + self.free
 
 
-def measure(multi: Path, plain: Path, rounds: int, threads: int | None) -> list[tuple[int, float, float, float]]:
-    """Rows of the table: m, then milliseconds of known row, one graph and two graphs."""
+def measure(
+    multi: Path, plain: Path, rounds: int, threads: int | None
+) -> tuple[float, list[tuple[int, float, float, float]]]:
+    """Milliseconds of a plain token, and rows of the table: m, then those of known row, one graph and two graphs."""
     bundle = load_bundle(multi)
     whole = Session(bundle, provider="cpu", threads=threads)
+    alone = Session(load_bundle(plain), provider="cpu", threads=threads)
     rng = np.random.default_rng(0)
-    whole.step(rng.integers(0, bundle.vocab_size, PAST).tolist())
+    for session in (whole, alone):
+        session.step(rng.integers(0, bundle.vocab_size, PAST).tolist())
     with tempfile.TemporaryDirectory() as folder:
         proto, stem = first_graph(plain)
         first = Bound(proto, Path(folder) / "first", load_bundle(plain), threads)
@@ -146,6 +151,11 @@ def measure(multi: Path, plain: Path, rounds: int, threads: int | None) -> list[
         del proto
         times: dict[tuple[int, str], list[float]] = {}
         for turn in range(rounds + 2):
+            alone.cache.rollback(PAST)
+            before = alone.ort_seconds
+            alone.step([1])
+            if turn >= 2:
+                times.setdefault((0, "plain"), []).append((alone.ort_seconds - before) * 1e3)
             for m in range(1, MOST + 1):
                 tokens = rng.integers(0, bundle.vocab_size, m)
                 found: dict[str, float] = {}
@@ -169,7 +179,8 @@ def measure(multi: Path, plain: Path, rounds: int, threads: int | None) -> list[
                     for name, value in found.items():
                         times.setdefault((m, name), []).append(value * 1e3)
     medians = {key: statistics.median(values) for key, values in times.items()}
-    return [(m, medians[m, "known"], medians[m, "one"], medians[m, "two"]) for m in range(1, MOST + 1)]
+    rows = [(m, medians[m, "known"], medians[m, "one"], medians[m, "two"]) for m in range(1, MOST + 1)]
+    return medians[0, "plain"], rows
 
 
 def main() -> None:
@@ -189,12 +200,14 @@ def main() -> None:
             )
         elif plain is None:
             parser.error("name the plain bundle too")
-        rows = measure(multi, plain, arguments.rounds, arguments.threads)
+        token, rows = measure(multi, plain, arguments.rounds, arguments.threads)
         heads = load_bundle(multi).n_heads
-    print("| m | known row, ms | one graph ÷ known | two graphs ÷ known |\n|---|---|---|---|")
+    print("| m | known row, ms | one graph ÷ known | two graphs ÷ known | one graph ÷ plain token |")
+    print("|---|---|---|---|---|")
     for m, known, one, two in rows:
-        print(f"| {m} | {known:.2f} | {one / known:.2f} | {two / known:.2f} |")
-    print(f"\n{heads} heads; medians of {arguments.rounds} interleaved rounds. {describe_machine()}.")
+        print(f"| {m} | {known:.2f} | {one / known:.2f} | {two / known:.2f} | {one / token:.2f} |")
+    print(f"\nA plain token: {token:.2f} ms. {heads} heads; medians of {arguments.rounds} interleaved rounds.")
+    print(f"{describe_machine()}.")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "autoregressive": {"strategy": "autoregressive"},
     "dynamo, ε_b 0.5": {"strategy": "dynamo", "backoff_threshold": 0.5},
     "dynamo, ε_b 0": {"strategy": "dynamo", "backoff_threshold": 0.0},
+    "speculative, greedy": {"strategy": "speculative", "temperature": 0.0},
 }
 
 
@@ -47,7 +48,11 @@ def make_bundle(work: Path) -> Path:
         max_position_embeddings=2048,
     )
     checkpoint = work / "checkpoint"
-    MultiTokenModel(AutoModelForCausalLM.from_config(config), 3).save(checkpoint)
+    model = MultiTokenModel(AutoModelForCausalLM.from_config(config), 3)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # norms of equal weights would be merged
+            parameter.data += 0.02 * torch.randn(parameter.shape)
+    model.save(checkpoint)
     AutoTokenizer.from_pretrained(DEFAULT_CHECKPOINT).save_pretrained(checkpoint)
     tokens = np.random.default_rng(0).zipf(1.2, 3_000_000) % VOCAB
     counts = count_ngrams(tokens.astype(np.uint16), 3, vocab_size=VOCAB, end_id=None, min_counts=[1, 1, 1])
