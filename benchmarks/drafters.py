@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from first_light import held_out_prompts, interval
+from first_light import held_out_prompts, interval, ratio, speed_ratio
 from machine import describe_machine
 from tqdm import tqdm
 
@@ -196,12 +196,6 @@ def summarize(
 
     def size(name: str) -> int:
         return sum(file["bytes"] for file in engines[name].bundle.files.values())
-
-    def ratio(top: Any, bottom: Any, axis: int) -> Any:
-        return top.sum(axis=axis) / bottom.sum(axis=axis)
-
-    def speed_ratio(tokens: Any, seconds: Any, plain_tokens: Any, plain_seconds: Any, axis: int) -> Any:
-        return ratio(tokens, seconds, axis) / ratio(plain_tokens, plain_seconds, axis)
 
     noise = {name: pass_difference(engine, prompts[:20], 6) for name, engine in engines.items()}
     summary = {}

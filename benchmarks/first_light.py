@@ -196,23 +196,27 @@ def interval(statistic: Callable[..., NDArray[np.float64]], *samples: Sequence[f
     return float(statistic(*data, axis=-1)), float(low), float(high)
 
 
+def ratio(top: NDArray[np.float64], bottom: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    """Sum over sum."""
+    return top.sum(axis=axis) / bottom.sum(axis=axis)
+
+
+def speed_ratio(
+    tokens: NDArray[np.float64],
+    seconds: NDArray[np.float64],
+    plain_tokens: NDArray[np.float64],
+    plain_seconds: NDArray[np.float64],
+    axis: int,
+) -> NDArray[np.float64]:
+    """Tokens a second over plain's."""
+    return ratio(tokens, seconds, axis) / ratio(plain_tokens, plain_seconds, axis)
+
+
 def summarize(outcomes: dict[str, Outcome]) -> dict[str, dict[str, Interval]]:
     """The table's figures, each with its interval."""
 
     def mean(sample: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
         return np.nanmean(sample, axis=axis)
-
-    def ratio(top: NDArray[np.float64], bottom: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-        return top.sum(axis=axis) / bottom.sum(axis=axis)
-
-    def speed_ratio(
-        tokens: NDArray[np.float64],
-        seconds: NDArray[np.float64],
-        plain_tokens: NDArray[np.float64],
-        plain_seconds: NDArray[np.float64],
-        axis: int,
-    ) -> NDArray[np.float64]:
-        return ratio(tokens, seconds, axis) / ratio(plain_tokens, plain_seconds, axis)
 
     plain = outcomes[PLAIN]
     return {
