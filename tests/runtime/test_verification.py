@@ -1,0 +1,271 @@
+"""The acceptance rule and the drafters, on tables: against exact enumeration and dense arithmetic."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import handmade
+import numpy as np
+import pytest
+from scipy import stats
+
+from dynamo_runtime import strategies, verification
+from dynamo_runtime.bundle import Bundle
+from dynamo_runtime.cooccurrence import Cooccurrence, load_cooccurrence
+from dynamo_runtime.drafters import ParallelHeads, masked, propose
+from dynamo_runtime.engine import decode
+from dynamo_runtime.parameters import SamplingParameters
+from dynamo_runtime.sampling import Candidates, Context
+from dynamo_runtime.session import Step
+from dynamo_runtime.strategies import Speculative
+from dynamo_runtime.verification import residual, verify
+
+KINDS = ("parallel", "cp", "lookahead")
+RANK, CELLS = 3, 5  # CELLS: vocabulary of the tables
+
+
+class TableModel:
+    """A language model and its drafters as tables of the last two tokens; quacks like a session."""
+
+    def __init__(self, kind: str, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        n = 3
+        look_ahead = n - 1 if kind == "lookahead" else 0
+        ids = CELLS + look_ahead
+        self.base = rng.normal(size=(ids, ids, CELLS)) * 1.2
+        near = self.base[:, :, None] * 0.5
+        self.heads = near + rng.normal(size=(ids, ids, n, CELLS))  # somewhat like the base, so that drafts pass
+        self.factors = near[:, :, None] + rng.normal(size=(ids, ids, n, RANK, CELLS))
+        self.gate = np.log(rng.dirichlet(np.ones(RANK), size=(ids, ids)))
+        self.bundle = Bundle(
+            folder=Path(),
+            n_heads=n if kind == "parallel" else 1,
+            vocab_size=CELLS,
+            context_length=99,
+            kv_layers=1,
+            kv_heads=1,
+            head_size=1,
+            kind=kind,
+            n_tokens=n,
+            rank=RANK,
+            top_k_outputs=CELLS,
+        )
+        self.max_length = 99
+        self.held: list[int] = []
+        self.cache = SimpleNamespace(rollback=self.rollback)
+        self.rollback(0)
+
+    def rollback(self, length: int) -> None:
+        del self.held[length:]
+        self.cache.length = length
+
+    def step(self, tokens: list[int], rows: int, head_rows: Sequence[int] | None) -> Step:
+        self.held += tokens
+        self.cache.length = len(self.held)
+        begin = len(self.held) - len(tokens)
+        pairs = [(self.held[i - 1] if i else 0, self.held[i]) for i in range(begin, len(self.held))]
+        arrays = {"logits": np.array([self.base[pair] for pair in pairs[-rows:]])}
+        if head_rows is not None and self.bundle.kind == "parallel":
+            for head in (2, 3):
+                arrays[f"logits_{head}"] = np.array([self.heads[pairs[row]][head - 1] for row in head_rows])
+        if head_rows is not None and self.bundle.kind == "cp":
+            arrays["factor_logits"] = np.array([self.factors[pairs[row]] for row in head_rows])
+            arrays["gate"] = np.array([self.gate[pairs[row]] for row in head_rows])
+        for name, logits in list(arrays.items()):
+            if name != "gate":
+                order = np.argsort(-logits, axis=-1, kind="stable")
+                arrays[name.replace("logits", "topk_ids")] = order
+                arrays[name.replace("logits", "topk_logits")] = np.take_along_axis(logits, order, -1)
+        return Step(arrays)
+
+
+def exact_joint(model: TableModel, prompt: list[int], p: SamplingParameters) -> np.ndarray:
+    """Distribution of the next three tokens of plain sampling, [cells, cells, cells], written out densely."""
+
+    def target(context: list[int]) -> np.ndarray:
+        logits = model.base[context[-2], context[-1]].copy()
+        for token in set(context):
+            logits[token] = (
+                logits[token] / p.repetition_penalty if logits[token] > 0 else logits[token] * p.repetition_penalty
+            )
+        probabilities = np.exp(logits / p.temperature)
+        order = np.argsort(-probabilities)
+        if p.top_k:
+            probabilities[order[p.top_k :]] = 0
+        probabilities /= probabilities.sum()
+        reached = 0.0
+        kept = probabilities.copy()
+        for token in order:
+            if reached >= p.top_p:
+                kept[token] = 0
+            reached += probabilities[token]
+        kept /= kept.sum()
+        kept[kept < p.min_p * kept.max()] = 0
+        return kept / kept.sum()
+
+    joint = np.zeros((CELLS,) * 3)
+    for x1, x2, x3 in itertools.product(range(CELLS), repeat=3):
+        first, second, third = (target([*prompt, *before]) for before in ([], [x1], [x1, x2]))
+        joint[x1, x2, x3] = first[x1] * second[x2] * third[x3]
+    return joint
+
+
+def p_value(kind: str, changes: dict, counts: Cooccurrence | None, draws: int = 4000) -> tuple[float, int, int]:
+    """Chi-square of the next three tokens, drafted and verified, against the exact joint; and the draft counts."""
+    model = TableModel(kind)
+    parameters = SamplingParameters(**({"top_k": 0, "temperature": 1.0} | changes))
+    strategy = Speculative(model.bundle, parameters)
+    strategy._counts = counts
+    prompt, rng = [1, 3], np.random.default_rng(7)
+    seen = np.zeros((CELLS,) * 3)
+    proposed = accepted = 0
+    for _ in range(draws):
+        model.rollback(0)
+        tokens: list[int] = []
+        for turn in decode(model, strategy, Context(prompt, CELLS), rng):  # type: ignore[arg-type]
+            tokens += turn.tokens
+            proposed, accepted = proposed + turn.proposed, accepted + turn.accepted
+            if len(tokens) >= 3:
+                break
+        seen[tuple(tokens[:3])] += 1
+    expected = exact_joint(model, prompt, parameters) * draws
+    if seen[expected == 0].sum() > 0:
+        return 0.0, proposed, accepted  # an impossible text was written
+    order = np.argsort(expected, axis=None)[::-1]
+    large = order[expected.ravel()[order] >= 5]
+    observed, wanted = seen.ravel()[large], expected.ravel()[large]
+    rest = draws - wanted.sum()
+    if rest > 1e-9:  # cells too rare for the statistic count as one
+        observed, wanted = np.append(observed, draws - observed.sum()), np.append(wanted, rest)
+    return stats.chisquare(observed, wanted).pvalue, proposed, accepted
+
+
+@pytest.fixture(scope="module")
+def counts(tmp_path_factory: pytest.TempPathFactory) -> Cooccurrence:
+    path = tmp_path_factory.mktemp("counts") / "cooccurrence.npz"
+    handmade.random_counts(path, CELLS, 3, branching=5)
+    return load_cooccurrence(path)
+
+
+SAMPLING = {
+    "plain": {"repetition_penalty": 1.0},
+    "penalty and truncation": {"repetition_penalty": 1.4, "temperature": 0.8, "top_k": 4, "top_p": 0.93, "min_p": 0.05},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("choice", ["argmax", "sample"])
+@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
+@pytest.mark.parametrize("with_mask", [False, True], ids=["unmasked", "masked"])
+def test_the_next_three_tokens_follow_the_target(kind, choice, sampling, with_mask, counts) -> None:
+    p, proposed, accepted = p_value(kind, sampling | {"draft_choice": choice}, counts if with_mask else None)
+    assert p > 1e-3
+    assert proposed > accepted > 0
+
+
+@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
+@pytest.mark.parametrize("rule", ["always", "residual", "bonus"])
+def test_a_broken_acceptance_rule_fails_that_test(rule, sampling, monkeypatch: pytest.MonkeyPatch) -> None:
+    def always(drafts, target, uniform):
+        p = target(len(drafts))
+        return len(drafts), int(p.ids[verification.draw(p.probabilities, uniform())])
+
+    def bonus(drafts, target, uniform):  # the rejected draft may come back
+        accepted, token = verify(drafts, target, uniform)
+        return (accepted, drafts[accepted].token) if accepted < len(drafts) else (accepted, token)
+
+    if rule == "residual":
+        monkeypatch.setattr(verification, "residual", lambda p, q: p.probabilities)
+    else:
+        monkeypatch.setattr(strategies, "verify", locals()[rule])
+    assert p_value("parallel", sampling | {"draft_choice": "sample"}, None)[0] < 1e-6
+
+
+def dense(candidates: Candidates) -> np.ndarray:
+    return np.bincount(candidates.ids, candidates.probabilities, CELLS)
+
+
+def test_residual_is_the_dense_one() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        p, q = (
+            Candidates(rng.permutation(CELLS)[:size], rng.dirichlet(np.ones(size))) for size in rng.integers(1, 6, 2)
+        )
+        expected = np.maximum(dense(p) - dense(q), 0)
+        if expected.sum() > 0:
+            assert np.allclose(np.bincount(p.ids, residual(p, q), CELLS), expected)
+        else:
+            assert np.array_equal(residual(p, q), p.probabilities)
+
+
+def joint_of_drafts(model: TableModel, last: int) -> np.ndarray:
+    """What the CP drafter says of (x2, x3) for every x1, by its candidates: [x1, x2, x3]."""
+    drafter = Speculative(model.bundle, SamplingParameters(top_k=0, temperature=1.0))._drafter
+    joint = np.zeros((CELLS,) * 3)
+    for x1, x2 in itertools.product(range(CELLS), repeat=2):
+        model.rollback(0)
+        assert drafter.start(model.step([1, last], 1, [-1]), 0, 0)
+        second = dense(drafter.candidates(1, x1))
+        joint[x1, x2] = second[x2] * dense(drafter.candidates(2, x2))
+    return joint
+
+
+def test_the_joint_head_is_sampled_exactly() -> None:
+    """Sequential re-weighting gives the conditional of the dense mixture Σ_α w_α Π_s p_α^(s)."""
+    model = TableModel("cp")
+    w = np.exp(model.gate[1, 2])
+    p = np.exp(model.factors[1, 2])
+    p /= p.sum(-1, keepdims=True)
+    tensor = np.einsum("a,ax,ay,az->xyz", w, p[0], p[1], p[2])
+    assert np.isclose(tensor.sum(), 1)
+    conditional = tensor / tensor.sum((1, 2), keepdims=True)
+    assert np.allclose(joint_of_drafts(model, 2), conditional)
+
+
+def test_rank_one_is_independent_heads() -> None:
+    cp, parallel = TableModel("cp"), TableModel("parallel")
+    cp.gate = np.zeros((CELLS, CELLS, 1))
+    cp.factors = parallel.heads[:, :, :, None]
+    step = parallel.step([1, 2], 1, [-1])
+    heads = ParallelHeads(parallel.bundle, SamplingParameters(top_k=0, temperature=1.0))
+    heads.start(step, 0, 0)
+    expected = dense(heads.candidates(1, 0))[:, None] * dense(heads.candidates(2, 0))
+    assert np.allclose(joint_of_drafts(cp, 2), expected[None])
+
+
+def test_the_mask_is_the_ratio_of_the_counts(tmp_path: Path) -> None:
+    """Against Eq. 6 written out from the file's own arrays: f(x_2) · (p̂(x_1, x_2) / (p̂(x_1) p̂(x_2)))^α."""
+    handmade.random_counts(tmp_path / "cooccurrence.npz", CELLS, 2, branching=5)
+    counts = load_cooccurrence(tmp_path / "cooccurrence.npz")
+    file = np.load(tmp_path / "cooccurrence.npz")
+    unigram = file["counts_1"] / file["totals"][0]
+    rng = np.random.default_rng(2)
+    f = Candidates(rng.permutation(CELLS), rng.dirichlet(np.ones(CELLS)))
+    for before, alpha in itertools.product(range(CELLS), (0.5, 1.0)):
+        mask = np.zeros(CELLS)
+        for child in range(file["offsets_2"][before], file["offsets_2"][before + 1]):
+            after = file["ids_2"][child]
+            mask[after] = file["counts_2"][child] / file["totals"][1] / (unigram[before] * unigram[after])
+        weights = dense(f) * mask**alpha
+        expected = weights / weights.sum() if weights.any() else dense(f)
+        assert np.allclose(dense(masked(f, before, counts, alpha)), expected)
+
+
+def test_a_token_never_counted_leaves_the_candidates_as_they_are(counts: Cooccurrence) -> None:
+    f = Candidates(np.arange(1), np.ones(1))
+    lonely = [t for t in range(CELLS) if counts.extend(2, np.array([t]), np.arange(1))[0].size == 0]
+    assert lonely
+    assert masked(f, lonely[0], counts, 1.0) is f
+
+
+def test_drafting_stops_at_the_confidence_asked_for() -> None:
+    model = TableModel("parallel")
+    rng = np.random.default_rng(0)
+    sure = SamplingParameters(top_k=0, temperature=1.0, draft_cooccurrence_weight=0.0)
+    drafter = ParallelHeads(model.bundle, sure)
+    drafter.start(model.step([1, 2], 1, [-1]), 0, 0)
+    heads = [drafter.candidates(depth, 0).probabilities[0] for depth in (1, 2)]
+    for limit, expected in ((0.0, 2), (heads[0] * heads[1] * 1.01, 1), (heads[0] * 1.01, 0)):
+        parameters = SamplingParameters(top_k=0, temperature=1.0, draft_confidence=float(limit))
+        assert len(propose(drafter, 0, parameters, None, rng)) == expected
