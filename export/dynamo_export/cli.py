@@ -6,8 +6,23 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dynamo_quantize.errors import WriteError
+from dynamo_quantize.schemes import ALGORITHMS, BLOCK_SIZES, KV_CACHES, PRECISIONS, SCHEMES, Options, Part
+from dynamo_runtime.bundle import MANIFEST
 
 DESCRIPTION = "Export a multi-token model as a bundle: an ONNX graph and everything a device needs to run it."
+
+
+PART_NAMES = {
+    Part.STEM: "layers before the base's last",
+    Part.FIRST_HEAD: "base's last layer",
+    Part.HEADS: "further heads, or the joint head",
+    Part.OUTPUT: "output embedding",
+    Part.INPUT: "input embedding",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-m",
         "--model",
         metavar="FOLDER_OR_HUB_ID",
-        help="multi-token checkpoint (default: the model of Python source code that ships with the package)",
+        help="multi-token checkpoint, or with --quantize a bundle in fp32, for which no torch is needed (default: the "
+        "model of Python source code that ships with the package)",
     )
     parser.add_argument(
         "--drafter",
@@ -38,9 +54,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parity-length",
         type=int,
-        default=16_384,
         metavar="TOKENS",
-        help="longest sequence that is compared with the torch model (default: %(default)s)",
+        help="longest sequence that is compared with the torch model (default: 16384)",
+    )
+    group = parser.add_argument_group("quantization (defaults are the scheme's: docs/quantization.md)")
+    group.add_argument(
+        "--quantize", choices=["none", *SCHEMES], default="none", help="int8 is best on most CPUs (default: none)"
+    )
+    for part in Part:
+        group.add_argument(
+            f"--{part.replace('_', '-')}-precision", choices=PRECISIONS, help=f"of the {PART_NAMES[part]}"
+        )
+    group.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="weights that share a scale")
+    group.add_argument("--algorithm", choices=ALGORITHMS, help="of 4-bit weights; gptq reads the calibration text")
+    group.add_argument(
+        "--symmetric", action=argparse.BooleanOptionalAction, help="4-bit blocks without zero points, or with them"
+    )
+    group.add_argument("--kv-cache", choices=KV_CACHES, help="int8: a scale per channel, from the calibration text")
+    group.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        help="a folder of text files, a text file or a .jsonl file (default: Python's standard library)",
+    )
+    group.add_argument(
+        "--gate-text",
+        metavar="TEXT",
+        help="what the gates run on (default: the part of the standard library that training holds out)",
+    )
+    group.add_argument("--max-perplexity-loss", type=float, metavar="PERCENT", help="over fp32, of the quality gate")
+    group.add_argument("--max-acceptance-loss", type=float, metavar="PERCENT", help="of the tokens per pass")
+    group.add_argument(
+        "--allow-degraded", action="store_true", help="write the bundle even if a gate fails, and mark it"
     )
 
 
@@ -51,28 +95,78 @@ def run(arguments: argparse.Namespace, name: str = "dynamo-export") -> int:
         The exit status.
     """
     logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("dynamo_export").setLevel(logging.INFO)
-    from .errors import ExportError
-    from .export import export_bundle
-
+    for package in ("dynamo_export", "dynamo_quantize"):
+        logging.getLogger(package).setLevel(logging.INFO)
     try:
-        export_bundle(
-            arguments.output,
-            arguments.model,
-            heads=arguments.heads,
-            drafter=arguments.drafter,
-            overwrite=arguments.overwrite,
-            external_data=arguments.external_data,
-            context_length=arguments.context_length,
-            parity_length=arguments.parity_length,
-        )
-    except ExportError as error:
+        _run(arguments)
+    except WriteError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted, nothing was written", file=sys.stderr)
         return 130
     return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    quantization = _quantization(arguments)
+    writing = {"overwrite": arguments.overwrite, "external_data": arguments.external_data}
+    if _is_bundle(arguments.model):
+        given = [
+            f for f in ("drafter", "heads", "context_length", "parity_length") if getattr(arguments, f) is not None
+        ]
+        if given:
+            raise WriteError(f"--{given[0].replace('_', '-')} is settled in a bundle: export the checkpoint again")
+        if not quantization:
+            raise WriteError(f"{arguments.model} is a bundle already: choose a scheme with --quantize")
+        from dynamo_quantize import quantize_bundle
+
+        quantize_bundle(arguments.model, arguments.output, quantization.pop("quantize"), **writing, **quantization)
+        return
+    from .export import export_bundle
+
+    if arguments.parity_length is not None:
+        writing["parity_length"] = arguments.parity_length
+    export_bundle(
+        arguments.output,
+        arguments.model,
+        heads=arguments.heads,
+        drafter=arguments.drafter,
+        context_length=arguments.context_length,
+        **writing,
+        **quantization,
+    )
+
+
+def _is_bundle(model: str | None) -> bool:
+    if model is None:
+        return False
+    path = Path(model)
+    return path.suffix == ".onnx" or (path / MANIFEST).is_file()
+
+
+def _quantization(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `quantize_bundle` takes; empty without --quantize.
+
+    Raises:
+        WriteError: Something of it was given without --quantize.
+    """
+    parts = {part: getattr(arguments, f"{part}_precision") for part in Part}
+    options = Options(
+        parts={str(part): precision for part, precision in parts.items() if precision is not None},
+        block_size=arguments.block_size,
+        symmetric=arguments.symmetric,
+        algorithm=arguments.algorithm,
+        kv_cache=arguments.kv_cache,
+        perplexity_limit=arguments.max_perplexity_loss,
+        tokens_per_pass_limit=arguments.max_acceptance_loss,
+    )
+    texts = {"calibration": arguments.calibration, "gate_text": arguments.gate_text}
+    if arguments.quantize == "none":
+        if options != Options() or any(texts.values()) or arguments.allow_degraded:
+            raise WriteError("what is to be quantized how means nothing without --quantize")
+        return {}
+    return {"quantize": arguments.quantize, "options": options, "allow_degraded": arguments.allow_degraded, **texts}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,7 @@
 """The one exception of the export stage."""
 
+from dynamo_quantize.errors import WriteError
 
-class ExportError(Exception):
+
+class ExportError(WriteError):
     """A model, an argument or a target that cannot be exported; its message is one clear line for the user."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-import json
 import logging
 import shutil
 import time
@@ -17,7 +16,11 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from dynamo_model import CPModel, LookAheadModel
-from dynamo_runtime.bundle import FORMAT_VERSION, load_bundle, sha256
+from dynamo_quantize import check_request, quantize_bundle
+from dynamo_quantize.files import listed_files, read_json, write_json
+from dynamo_quantize.target import Target, discard
+from dynamo_quantize.write import write_model
+from dynamo_runtime.bundle import FORMAT_VERSION, MANIFEST, load_bundle
 from dynamo_runtime.errors import DynamoError
 from dynamo_runtime.parameters import SamplingParameters
 
@@ -28,11 +31,9 @@ from .genai import genai_config
 from .graph import Subject, inspect, simplify, trace
 from .qkv import pack_qkv
 from .reshapes import simplify_reshapes
-from .source import Drafter, find_checkpoint, load_model, read_json
+from .source import Drafter, find_checkpoint, load_model
 from .tail import TOP_K, JointHead, finish
-from .target import MANIFEST, Target, discard
 from .weights import WeightStore, shorten_names, transpose_weights
-from .write import write_model
 
 OLDER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")  # transformers can convert these
 log = logging.getLogger("dynamo_export")
@@ -48,6 +49,8 @@ def export_bundle(
     external_data: bool = False,
     context_length: int | None = None,
     parity_length: int = parity.DEFAULT_LENGTH,
+    quantize: str | None = None,
+    **quantization: Any,
 ) -> Path:
     """Exports a checkpoint as a bundle, which exists only once it agrees with the torch model.
 
@@ -61,15 +64,20 @@ def export_bundle(
         external_data: Weights in a file of their own even where one file would do.
         context_length: Positions to cover; None for all the model was built for.
         parity_length: Longest sequence the parity gate runs.
+        quantize: A scheme of `dynamo_quantize`: the bundle, once it agrees, is made smaller and has to pass those gates
+            too.
+        **quantization: What else `dynamo_quantize.quantize_bundle` takes.
 
     Returns:
         The `.onnx` file in its place.
 
     Raises:
-        ExportError: The checkpoint, the arguments or the target do not allow it, or the graph fails the gate; nothing
-            is left behind.
+        WriteError: The checkpoint, the arguments or the target do not allow it, or the graph fails a gate; nothing is
+            left behind.
     """
     target = Target(Path(output), overwrite)
+    if quantize is not None:
+        check_request(quantize, **quantization)
     folder = find_checkpoint(model)
     clock = _Clock()
     subject = _load(folder, heads, drafter, context_length)
@@ -89,11 +97,15 @@ def export_bundle(
         del graph, subject  # the session's weights come instead of torch's
         gc.collect()
         manifest["files"] = listed_files(staged)
-        _write_json(staged / MANIFEST, manifest)
+        write_json(staged / MANIFEST, manifest)
         rows = _gate(staged, cases, left_out)
         clock.lap("passed the parity gate")
         manifest["parity"] = parity.as_json(rows, cases, left_out)
-        _write_json(staged / MANIFEST, manifest)
+        write_json(staged / MANIFEST, manifest)
+        if quantize is not None:
+            return quantize_bundle(
+                staged, output, quantize, overwrite=overwrite, external_data=external_data, **quantization
+            )
         target.move_in(staged)
     except OSError as error:
         raise ExportError(f"cannot write the bundle: {error.strerror or error}") from error
@@ -234,7 +246,7 @@ def write_rest(folder: Path, staged: Path, graph: str, subject: Subject) -> dict
         manifest["bos_token_id"] = manifest["bos_token_id"][0]
     pad = _special(generation, config, "pad_token_id", vocab_size)
     interop = genai_config(manifest, int(config.hidden_size), first.heads, pad[0] if pad else None)
-    _write_json(staged / "genai_config.json", interop)
+    write_json(staged / "genai_config.json", interop)
     return manifest
 
 
@@ -269,7 +281,7 @@ def write_tokenizer(folder: Path, staged: Path, vocab_size: int) -> int:
             f"{vocab_size - 1}"
         )
     if not (staged / "tokenizer_config.json").is_file():
-        _write_json(staged / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+        write_json(staged / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     return tokenizer.get_vocab_size()
 
 
@@ -289,19 +301,6 @@ def _special(generation: dict[str, Any], config: Any, name: str, vocab_size: int
         found = getattr(config, name, None)
     ids = found if isinstance(found, list) else [] if found is None else [found]
     return [int(i) for i in ids if isinstance(i, int) and 0 <= i < vocab_size]
-
-
-def listed_files(staged: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file but the manifest."""
-    return {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(staged.iterdir())
-        if path.name != MANIFEST
-    }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _version(distribution: str) -> str:

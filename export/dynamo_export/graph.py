@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dynamo_model import CPModel, LookAheadModel, MultiTokenModel
+from dynamo_quantize.weights import BIG_BYTES
 
 from .attention import Emitter, LayerAttention, PassThroughCache, emitting, probe_attention
 from .errors import ExportError
 from .norm import rms_norms_fused
 from .rotary import Rotary, read_rotary, rotary_replaced
 from .source import Drafter
-from .weights import BIG_BYTES, WeightStore
+from .weights import WeightStore
 
 OPSET = 20
 

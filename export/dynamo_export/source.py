@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -116,20 +114,3 @@ def _choose(folder: Path, heads: int | None, wanted: str | None) -> str:
             f"{folder} has no {kind} drafter, {others}: train it first with `dynamo-train {COMMANDS[kind]}`"
         )
     return kind
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object, {} if there is no such file.
-
-    Raises:
-        ExportError: If it is not one.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} is not readable: {error}") from error
-    if not isinstance(content, dict):
-        raise ExportError(f"{path} is not a JSON object")
-    return content

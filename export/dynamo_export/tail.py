@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from dynamo_quantize.weights import drop_unused, lazily, sizes
+
 from .errors import ExportError
 from .rows import select_rows
-from .weights import WeightStore, drop_unused, lazily, sizes
+from .weights import WeightStore
 
 TOP_K = 128
 INT64_MAX = np.iinfo(np.int64).max

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import onnx_ir as ir
 
-BIG_BYTES = 4096  # constants above this are weights: never folded or copied by an optimizer
+from dynamo_quantize.weights import BIG_BYTES, drop_unused, is_weight, lazily, sizes
 
 
 class WeightStore(dict[str, np.ndarray]):
@@ -31,38 +29,6 @@ class WeightStore(dict[str, np.ndarray]):
         )
 
 
-def lazily(name: str, sources: list[ir.Value], compute: Callable[..., np.ndarray], shape: tuple[int, ...]) -> ir.Value:
-    """Makes an initializer that is computed from others when the file is written, and not before.
-
-    Args:
-        name: Its name.
-        sources: Initializers whose arrays `compute` takes.
-        compute: From the arrays of `sources` to the new array.
-        shape: Shape of the result.
-    """
-    tensors = [source.const_value for source in sources]
-    assert all(tensor is not None for tensor in tensors)
-    dtype = tensors[0].dtype  # type: ignore[union-attr]
-
-    def evaluate() -> ir.Tensor:
-        array = compute(*(tensor.numpy() for tensor in tensors))  # type: ignore[union-attr]
-        return ir.Tensor(np.ascontiguousarray(array), name=name)
-
-    tensor = ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name)
-    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape), const_value=tensor)
-
-
-def sizes(value: ir.Value) -> tuple[int, ...]:
-    """Shape of an initializer."""
-    assert value.shape is not None
-    return tuple(int(dim) for dim in value.shape.numpy())
-
-
-def is_weight(value: ir.Value | None) -> bool:
-    """Whether a value is an initializer with a known array (and not one that a caller may override)."""
-    return value is not None and value.is_initializer() and not value.is_graph_input()
-
-
 def transpose_weights(model: ir.Model) -> None:
     """Replaces every Transpose of a weight by the transposed weight.
 
@@ -84,18 +50,6 @@ def transpose_weights(model: ir.Model) -> None:
         node.outputs[0].replace_all_uses_with(turned)
         graph.remove(node, safe=True)
     drop_unused(model)
-
-
-def drop_unused(model: ir.Model) -> None:
-    """Removes nodes nobody reads and initializers nobody uses."""
-    graph = model.graph
-    outputs = set(graph.outputs)
-    for node in reversed(list(graph)):
-        if not any(value.uses() or value in outputs for value in node.outputs):
-            graph.remove(node, safe=True)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and not value.is_graph_input():
-            del graph.initializers[name]
 
 
 def shorten_names(model: ir.Model) -> None:

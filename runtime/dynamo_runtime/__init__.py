@@ -1,6 +1,6 @@
 """Run multi-token language models on the device: a bundle and a prompt in, text out."""
 
-from .bundle import Bundle, load_bundle
+from .bundle import DEFAULT_BUNDLE, Bundle, load_bundle
 from .engine import Engine, Generation, TextStream
 from .errors import BundleError, DynamoError, ParameterError, PromptError, ProviderError
 from .parameters import SamplingParameters
@@ -8,6 +8,7 @@ from .session import Session, Step
 from .statistics import Statistics
 
 __all__ = [
+    "DEFAULT_BUNDLE",
     "Bundle",
     "BundleError",
     "DynamoError",

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 MANIFEST = "dynamo_config.json"
 FORMAT_VERSION = 1
 COUNTS = "cooccurrence.npz"
+DEFAULT_BUNDLE = Path(__file__).parent / "default"
+"""The bundle that ships with the package: a small model of Python source code, in int8."""
 KINDS = ("plain", "parallel", "cp", "lookahead")
 _CHUNK_BYTES = 1 << 20
 
@@ -76,6 +78,16 @@ class Bundle:
     def look_ahead(self) -> range:
         """Ids of the look-ahead tokens, which follow the vocabulary's; empty for other kinds."""
         return range(self.vocab_size, self.vocab_size + (self.n_tokens - 1 if self.kind == "lookahead" else 0))
+
+    @property
+    def lossless(self) -> bool:
+        """Whether passes over several tokens say what passes over one say, as verified decoding relies on."""
+        return bool(self.manifest.get("quantization", {}).get("lossless", True))
+
+    @property
+    def degraded(self) -> bool:
+        """Whether the bundle was written although it failed a gate."""
+        return bool(self.manifest.get("quantization", {}).get("degraded", False))
 
     @property
     def has_head_rows(self) -> bool:

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .bundle import load_bundle
+from .bundle import DEFAULT_BUNDLE, MANIFEST, Bundle, load_bundle
 from .engine import Engine, TextStream
 from .errors import DynamoError, PromptError
 from .parameters import ADAPTIVE, DRAFT_CHOICES, PREMASK_TESTS, SamplingParameters, resolve_parameters
-from .strategies import Autoregressive
+from .strategies import Autoregressive, Speculative
 
 PROG = "dynamo-run"
+SAMPLE_PROMPT = "class Stack:\n    def __init__(self):\n"
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # as a shell reports the signals
 
 
@@ -30,8 +31,13 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The command line; sampling flags that are not given come from the bundle."""
     parser = _Parser(prog=PROG, description="Continue a prompt; only the continuation goes to stdout.")
-    parser.add_argument("bundle", help="ONNX file of a bundle, or its folder")
-    parser.add_argument("prompt", help="text to continue; - reads it from stdin")
+    parser.add_argument(
+        "bundle",
+        nargs="?",
+        help="ONNX file of a bundle, or its folder (default: the model of Python source code "
+        "that ships with the package)",
+    )
+    parser.add_argument("prompt", nargs="?", help="text to continue; - reads it from stdin")
     parser.add_argument(
         "--strategy",
         help="autoregressive; dynamo (parallel heads, not verified); speculative (any drafter, the text of "
@@ -107,13 +113,17 @@ def _fail(message: str) -> int:
 def _run(args: argparse.Namespace) -> int:
     if args.repeats < 1:
         raise PromptError(f"repeats must be at least 1, not {args.repeats}")
-    prompt = _read_stdin() if args.prompt == "-" else args.prompt
+    path, prompt = _bundle_and_prompt(args.bundle, args.prompt)
+    prompt = _read_stdin() if prompt == "-" else prompt
     names = [field.name for field in dataclasses.fields(SamplingParameters)]
     sampling = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     loading = {"provider": args.provider, "threads": args.threads, "max_length": args.max_length}
-    engine = Engine(args.bundle, verify=args.verify, **loading)
+    engine = Engine(path, verify=args.verify, **loading)
     options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "stop": args.stop}
     stream = engine.stream(prompt, strategy=args.strategy, **options, **sampling)
+    if path is DEFAULT_BUNDLE and not args.prompt and args.bundle is None:
+        sys.stdout.write(prompt)
+    _warn(engine.bundle, stream.statistics.strategy)
     plain = _plain_engine(args, engine, loading) if args.compare else None
     interrupted = _write(stream)
     if sys.stdout.isatty():
@@ -130,6 +140,29 @@ def _run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _bundle_and_prompt(bundle: str | None, prompt: str | None) -> tuple[str | Path, str]:
+    """What to run and what to continue: whichever is not given is ours, and a single argument is the prompt."""
+    if bundle is None:
+        return DEFAULT_BUNDLE, SAMPLE_PROMPT
+    if prompt is not None:
+        return bundle, prompt
+    if bundle.endswith(".onnx") or (Path(bundle) / MANIFEST).is_file():
+        raise PromptError(f"there is no prompt behind the bundle {bundle}")
+    return DEFAULT_BUNDLE, bundle
+
+
+def _warn(bundle: Bundle, strategy: str) -> None:
+    """Say on stderr what the user would not expect of this bundle."""
+    if bundle.degraded:
+        print(f"{PROG}: note: this bundle failed its quality gates when it was quantized", file=sys.stderr)
+    if strategy == Speculative.name and not bundle.lossless:
+        print(
+            f"{PROG}: note: {bundle.precision} makes a pass depend on how many tokens it carries, so this is "
+            "not exactly the text of autoregressive",
+            file=sys.stderr,
+        )
 
 
 def _write(stream: TextStream) -> bool:

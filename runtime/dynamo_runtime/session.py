@@ -24,7 +24,7 @@ _DISTRIBUTIONS = (
     "onnxruntime-migraphx",
     "onnxruntime-training",
 )
-_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 CP_OUTPUTS = ["gate", "factor_logits", "factor_topk_logits", "factor_topk_ids"]
 _ERRORS_ONLY = 3  # below that onnxruntime warns at every load that initializers can be overridden
 
@@ -158,7 +158,7 @@ class Session:
             bundle.kv_heads,
             bundle.head_size,
             length,
-            dtype=_FLOATS[inputs["past_key_values.0.key"].type],
+            dtype=_CACHE_TYPES[inputs["past_key_values.0.key"].type],
             growth=growth,
         )
         self._ones = np.ones(length, np.int64)
@@ -275,7 +275,7 @@ class Session:
         unknown = [i.name for i in self._session.get_inputs() if i.name not in needed_inputs]
         if unknown:
             raise BundleError(f"{path} has an input {unknown[0]} that its manifest does not account for")
-        if inputs["past_key_values.0.key"].type not in _FLOATS:
+        if inputs["past_key_values.0.key"].type not in _CACHE_TYPES:
             raise BundleError(
                 f"{path} keeps its cache as {inputs['past_key_values.0.key'].type}, which is not supported"
             )

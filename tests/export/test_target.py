@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from dynamo_export import ExportError, cli, export_bundle, source
+from dynamo_export import cli, export_bundle, source
 from dynamo_export import export as pipeline
+from dynamo_quantize.errors import WriteError
 from dynamo_runtime.bundle import load_bundle
 
 FolderOf = Callable[[str], Path]
@@ -38,9 +39,9 @@ def test_overwrite_rules(checkpoint: FolderOf, tmp_path: Path) -> None:
     assert (out / "model.onnx.data").is_file() and (out / "notes.txt").read_text() == "mine"
     load_bundle(out, verify=True)
     before = contents(out)
-    with pytest.raises(ExportError, match="already exists: pass --overwrite"):
+    with pytest.raises(WriteError, match="already exists: pass --overwrite"):
         export_bundle(out / "model.onnx", model)
-    with pytest.raises(ExportError, match=r"already holds the bundle model\.onnx"):
+    with pytest.raises(WriteError, match=r"already holds the bundle model\.onnx"):
         export_bundle(out / "other.onnx", model, overwrite=True)
     assert contents(out) == before
     export_bundle(out / "model.onnx", model, overwrite=True)
@@ -54,7 +55,7 @@ def test_overwrite_rules(checkpoint: FolderOf, tmp_path: Path) -> None:
 def test_foreign_files_are_not_touched(name: str, overwrite: bool, checkpoint: FolderOf, tmp_path: Path) -> None:
     """A file that no earlier export wrote is in the way, with --overwrite too."""
     (tmp_path / name).write_text("mine")
-    with pytest.raises(ExportError, match=f"{name} (already exists|was not written by an earlier export)"):
+    with pytest.raises(WriteError, match=f"{name} (already exists|was not written by an earlier export)"):
         export_bundle(tmp_path / "model.onnx", checkpoint("neox"), overwrite=overwrite)
     assert contents(tmp_path) == {name: b"mine"}
 
@@ -70,7 +71,7 @@ def test_a_file_that_appears_meanwhile_is_not_touched(
         return gate(*arguments)
 
     monkeypatch.setattr(pipeline, "_gate", gate_and_write)
-    with pytest.raises(ExportError, match=r"config\.json already exists"):
+    with pytest.raises(WriteError, match=r"config\.json already exists"):
         export_bundle(tmp_path / "model.onnx", checkpoint("neox"))
     assert contents(tmp_path) == {"config.json": b"mine"}
 
@@ -85,7 +86,7 @@ def test_a_move_that_fails_is_taken_back(checkpoint: FolderOf, tmp_path: Path, m
         replace(a, b)
 
     monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(ExportError, match="No space left on device"):
+    with pytest.raises(WriteError, match="No space left on device"):
         export_bundle(tmp_path / "model.onnx", checkpoint("neox"))
     assert contents(tmp_path) == {}
 
@@ -183,7 +184,7 @@ def test_hub_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ExportError, match="is not a folder here, and the Hugging Face Hub cannot be reached"):
+    with pytest.raises(WriteError, match="is not a folder here, and the Hugging Face Hub cannot be reached"):
         export_bundle(tmp_path / "out" / "model.onnx", "nobody/no-such-model")
 
 
@@ -209,10 +210,10 @@ def test_bad_arguments(
 
 def test_output_must_be_an_onnx_file(tmp_path: Path) -> None:
     """A folder as the output is a likely slip."""
-    with pytest.raises(ExportError, match=r"the output must be an \.onnx file"):
+    with pytest.raises(WriteError, match=r"the output must be an \.onnx file"):
         export_bundle(tmp_path / "out")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ExportError, match="is a file, not a folder"):
+    with pytest.raises(WriteError, match="is a file, not a folder"):
         export_bundle(tmp_path / "file" / "model.onnx")
 
 
@@ -220,7 +221,7 @@ def test_output_must_be_an_onnx_file(tmp_path: Path) -> None:
 def test_unwritable_output(tmp_path: Path) -> None:
     """Said before the work begins."""
     (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(ExportError, match="cannot write to"):
+    with pytest.raises(WriteError, match="cannot write to"):
         export_bundle(tmp_path / "locked" / "model.onnx")
 
 

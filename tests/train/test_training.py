@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dynamo_model import MultiTokenModel
+from dynamo_runtime.corpus import Document, is_held_out
 from dynamo_train import TrainingError, loop
 from dynamo_train.card import greedy_agreement
-from dynamo_train.corpus import Document, is_held_out, read_corpus
+from dynamo_train.corpus import read_corpus
 from dynamo_train.loop import Recipe
 from dynamo_train.objective import ModifiedCLM
 from dynamo_train.optimizers import cosine_schedule, make_optimizers

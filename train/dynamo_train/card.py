@@ -11,8 +11,9 @@ from tokenizers import Tokenizer
 
 from dynamo_model import MultiTokenModel, has_heads
 from dynamo_model.checkpoint import FILES
+from dynamo_runtime.corpus import STANDARD_LIBRARY
 
-from .corpus import PACKAGE, STANDARD_LIBRARY, held_out_documents
+from .corpus import PACKAGE, held_out_documents
 from .objective import ModifiedCLM
 from .pipeline import RECORD_FILE
 from .tokens import validation_batches

@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import importlib.util
-import sysconfig
-import tokenize
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from dynamo_runtime.corpus import (
+    HELD_OUT_PERCENT,
+    STANDARD_LIBRARY,
+    TEXT_SUFFIXES,
+    Document,
+    is_held_out,
+    python_modules,
+    standard_library,
+    text_files,
+)
 
 from .errors import TrainingError
 
-STANDARD_LIBRARY = "stdlib"
-"""Name of the corpus every user has: the Python standard library of the running interpreter."""
-
 PACKAGE = "package:"
 """Prefix that names an installed package as a corpus: ``package:numpy``."""
-
-HELD_OUT_PERCENT = 6.0
-TEXT_SUFFIXES = (".py", ".txt", ".md", ".rst", ".c", ".h", ".cpp", ".js", ".ts", ".rs", ".go", ".java")
-# Tests repeat the modules they test; encodings and pydoc_data are generated tables, not programs.
-_NOT_PROGRAMS = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text of the corpus.
-
-    Attributes:
-        group: what is held out as one: the top-level package or module, folder or row the text belongs to.
-        name: the text's own name, unique in the corpus.
-        text: its content.
-    """
-
-    group: str
-    name: str
-    text: str
 
 
 def read_corpus(source: str) -> Iterator[Document]:
@@ -57,11 +39,11 @@ def read_corpus(source: str) -> Iterator[Document]:
     if "+" in source and not path.exists():
         documents = (document for part in source.split("+") for document in read_corpus(part))
     elif source == STANDARD_LIBRARY:
-        documents = _modules(Path(sysconfig.get_paths()["stdlib"]))
+        documents = standard_library()
     elif source.startswith(PACKAGE):
         documents = _package(source.removeprefix(PACKAGE))
     elif path.is_dir():
-        documents = _folder(path)
+        documents = text_files(path)
     elif path.is_file():
         documents = _rows(path)
     else:
@@ -78,12 +60,6 @@ def read_corpus(source: str) -> Iterator[Document]:
         raise TrainingError(f"'{source}' holds no text (files ending in {', '.join(TEXT_SUFFIXES)} count)")
 
 
-def is_held_out(document: Document, percent: float = HELD_OUT_PERCENT) -> bool:
-    """Whether a document belongs to validation: the SHA-256 of its group's name decides, nothing else."""
-    digest = hashlib.sha256(document.group.encode()).digest()
-    return int.from_bytes(digest[:4], "big") < percent / 100 * 2**32
-
-
 def held_out_documents(source: str = STANDARD_LIBRARY, percent: float = HELD_OUT_PERCENT) -> list[Document]:
     """The documents of a corpus that training never sees."""
     return [document for document in read_corpus(source) if is_held_out(document, percent)]
@@ -97,32 +73,7 @@ def _package(name: str) -> Iterator[Document]:
     if spec is None or not spec.submodule_search_locations:
         raise TrainingError(f"there is no installed package '{name}' to train on")
     root = Path(spec.submodule_search_locations[0])
-    yield from _modules(root, root.parent)
-
-
-def _modules(folder: Path, root: Path | None = None) -> Iterator[Document]:
-    """The Python modules below ``folder``, named and grouped by their path from ``root``."""
-    for path in sorted(folder.rglob("*.py")):
-        parts = path.relative_to(root or folder).with_suffix("").parts
-        if _NOT_PROGRAMS & set(parts[:-1]):
-            continue
-        try:
-            with tokenize.open(path) as file:  # honours the coding cookie
-                text = file.read()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a library's doubtful escapes are not ours to report
-                ast.parse(text)
-        except (SyntaxError, ValueError, OSError):
-            continue  # Python 2 samples of lib2to3 and the like
-        yield Document(parts[0], ".".join(parts), text)
-
-
-def _folder(root: Path) -> Iterator[Document]:
-    for path in sorted(root.rglob("*")):
-        if path.suffix in TEXT_SUFFIXES and path.is_file():
-            parts = path.relative_to(root).with_suffix("").parts
-            text = path.read_text(encoding="utf-8", errors="replace")
-            yield Document(parts[0], path.relative_to(root).as_posix(), text)
+    yield from python_modules(root, root.parent)
 
 
 def _rows(path: Path) -> Iterator[Document]:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
+from dynamo_runtime.corpus import HELD_OUT_PERCENT, STANDARD_LIBRARY
+
 from . import pipeline
 from .card import write_card
-from .corpus import HELD_OUT_PERCENT, PACKAGE, STANDARD_LIBRARY
+from .corpus import PACKAGE
 from .loop import Recipe
 from .pipeline import BaseShape
 

@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, Pre
 
 from dynamo_model import CPModel, LookAheadModel, MultiTokenModel, has_heads
 from dynamo_model.checkpoint import FILES, load_base, read_drafter, save_drafter
+from dynamo_runtime.corpus import is_held_out
 
 from . import cooccurrence
-from .corpus import is_held_out, read_corpus
+from .corpus import read_corpus
 from .errors import TrainingError
 from .joint import JointCLM
 from .lookahead import LookAheadCLM

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from .corpus import Document, is_held_out, read_corpus
+from dynamo_runtime.corpus import Document, is_held_out
+
+from .corpus import read_corpus
 from .errors import TrainingError
 
 END_OF_TEXT = "<|endoftext|>"

@@ -10,8 +10,8 @@ from pathlib import Path
 from dynamo_model import MAX_HEADS, CheckpointError
 from dynamo_model.cp import MAX_RANK
 from dynamo_model.lookahead import MAX_LOOK_AHEAD
+from dynamo_runtime.corpus import HELD_OUT_PERCENT
 
-from .corpus import HELD_OUT_PERCENT
 from .errors import TrainingError
 
 _DATA_HELP = (

@@ -7,10 +7,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from .errors import ExportError
-from .source import read_json
+from dynamo_runtime.bundle import MANIFEST
 
-MANIFEST = "dynamo_config.json"
+from .errors import WriteError
+from .files import read_json
+
 TEXT_FILES = (
     "config.json",
     "generation_config.json",
@@ -36,10 +37,10 @@ class Target:
             overwrite: Whether an earlier export of the same name may be replaced.
 
         Raises:
-            ExportError: The name is not that of an ONNX file, or the folder is none or cannot be written to.
+            WriteError: The name is not that of an ONNX file, or the folder is none or cannot be written to.
         """
         if graph.suffix != ".onnx":
-            raise ExportError(f"the output must be an .onnx file in the bundle's folder, not {graph}")
+            raise WriteError(f"the output must be an .onnx file in the bundle's folder, not {graph}")
         self.graph = graph.name
         self.folder = graph.expanduser().absolute().parent
         self.overwrite = overwrite
@@ -47,9 +48,9 @@ class Target:
         while not existing.exists():
             existing = existing.parent
         if not existing.is_dir():
-            raise ExportError(f"{existing} is a file, not a folder")
+            raise WriteError(f"{existing} is a file, not a folder")
         if not os.access(existing, os.W_OK | os.X_OK):
-            raise ExportError(f"cannot write to {existing}")
+            raise WriteError(f"cannot write to {existing}")
         self.nearest = existing
         self.check([self.graph, f"{self.graph}.data", "cooccurrence.npz", MANIFEST, *TEXT_FILES])
 
@@ -71,39 +72,39 @@ class Target:
             names: Files that will be written, or that would be taken for part of the bundle.
 
         Raises:
-            ExportError: One of them is in the way.
+            WriteError: One of them is in the way.
         """
         present = [name for name in names if (self.folder / name).exists()]
         if not present:
             return
         graph, own = self.earlier()
         if graph is not None and graph != self.graph:
-            raise ExportError(f"{self.folder} already holds the bundle {graph}; a folder holds one: choose another")
+            raise WriteError(f"{self.folder} already holds the bundle {graph}; a folder holds one: choose another")
         if not self.overwrite:
-            raise ExportError(
+            raise WriteError(
                 f"{self.folder / present[0]} already exists"
                 + (": pass --overwrite to replace that export" if graph is not None else ": choose another folder")
             )
         foreign = [name for name in present if name not in own]
         if foreign:
-            raise ExportError(f"{self.folder / foreign[0]} was not written by an earlier export: choose another folder")
+            raise WriteError(f"{self.folder / foreign[0]} was not written by an earlier export: choose another folder")
 
     def stage(self) -> Path:
         """A new, empty folder on the same file system.
 
         Raises:
-            ExportError: It cannot be made.
+            WriteError: It cannot be made.
         """
         try:
             return Path(tempfile.mkdtemp(prefix=".dynamo-export-", dir=self.nearest))
         except OSError as error:
-            raise ExportError(f"cannot write to {self.nearest}: {error.strerror}") from error
+            raise WriteError(f"cannot write to {self.nearest}: {error.strerror}") from error
 
     def move_in(self, staged: Path) -> None:
         """Moves a finished bundle into place, the manifest last.
 
         Raises:
-            ExportError: Something is in the way by now, or a file cannot be moved; what was moved is taken back.
+            WriteError: Something is in the way by now, or a file cannot be moved; what was moved is taken back.
         """
         names = sorted(path.name for path in staged.iterdir())
         self.check(names)
@@ -117,7 +118,7 @@ class Target:
                 return
             self._move_files(staged, names)
         except OSError as error:
-            raise ExportError(f"cannot move the bundle to {self.folder}: {error.strerror}") from error
+            raise WriteError(f"cannot move the bundle to {self.folder}: {error.strerror}") from error
 
     def _move_files(self, staged: Path, names: list[str]) -> None:
         _, own = self.earlier()

@@ -1,0 +1,20 @@
+"""From a bundle to a smaller bundle, and what that costs. Needs no torch."""
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import QuantizeError, WriteError
+from .schemes import SCHEMES, Options
+
+if TYPE_CHECKING:
+    from .quantize import check_request, quantize_bundle
+
+__all__ = ["SCHEMES", "Options", "QuantizeError", "WriteError", "check_request", "quantize_bundle"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports onnx only when it is needed: Optimum reads the arguments of dynamo-export at every start."""
+    if name in ("check_request", "quantize_bundle"):
+        from . import quantize
+
+        return getattr(quantize, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,107 @@
+"""What the model's activations look like on real text: Hessians for GPTQ, ranges of keys and values for the cache."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from tqdm import tqdm
+
+from dynamo_runtime.bundle import Bundle
+from dynamo_runtime.session import Session, import_onnxruntime
+
+from .parts import Product
+from .write import write_model
+
+CHUNK_TOKENS = 256  # a pass: bounds the memory for activations
+
+
+def hessians(bundle: Bundle, model: ir.Model, products: Sequence[Product], texts: Sequence[Sequence[int]]) -> Hessians:
+    """Runs the texts through the graph and sums what every product's inputs look like.
+
+    Args:
+        bundle: The bundle in full precision.
+        model: Its graph; some outputs are added while this runs, and taken away again.
+        products: Those wanted.
+        texts: Token ids; each is cut to the bundle's context.
+    """
+    found = Hessians()
+    inputs = {_input_name(product): product for product in products}
+    outputs = list(model.graph.outputs)
+    with tempfile.TemporaryDirectory(prefix="dynamo-quantize-") as folder:
+        try:
+            present = {value.name for value in outputs}
+            model.graph.outputs.extend(
+                value for name, product in inputs.items() if name not in present and (value := product.node.inputs[0])
+            )
+            write_model(model, Path(folder) / bundle.graph)
+        finally:
+            del model.graph.outputs[len(outputs) :]
+        ort = import_onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        session = ort.InferenceSession(str(Path(folder) / bundle.graph), options, providers=["CPUExecutionProvider"])
+        chunk = min(CHUNK_TOKENS, bundle.context_length)
+        pieces = [list(text[at : at + chunk]) for text in texts for at in range(0, len(text), chunk)]
+        for piece in tqdm(pieces, desc="calibration", unit="pass", leave=False, disable=None):
+            for name, activations in zip(inputs, session.run(list(inputs), _feed(bundle, piece)), strict=True):
+                found.add(name, activations.reshape(-1, activations.shape[-1]))
+    return found
+
+
+class Hessians:
+    """Σ x xᵀ over the inputs x of every product, by name of the activation that it reads."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, np.ndarray] = {}
+
+    def add(self, name: str, activations: np.ndarray) -> None:
+        """Adds activations [rows, K]."""
+        product = activations.T @ activations
+        self._sums[name] = product if name not in self._sums else self._sums[name] + product
+
+    def of(self, product: Product) -> np.ndarray:
+        """The sum for one product, [K, K]."""
+        return self._sums[_input_name(product)]
+
+
+def _input_name(product: Product) -> str:
+    value = product.node.inputs[0]
+    assert value is not None and value.name is not None
+    return value.name
+
+
+def _feed(bundle: Bundle, tokens: Sequence[int]) -> dict[str, np.ndarray]:
+    """Inputs for a pass from an empty cache, with all rows of all heads."""
+    length = len(tokens)
+    cache = np.zeros((1, bundle.kv_heads, length, bundle.head_size), np.float32)
+    feed: dict[str, np.ndarray] = {
+        "input_ids": np.array([tokens], np.int64),
+        "attention_mask": np.ones((1, length), np.int64),
+    }
+    feed |= {f"past_key_values.{i}.{part}": cache for i in range(bundle.kv_layers) for part in ("key", "value")}
+    return feed | ({"head_rows": np.arange(length)} if bundle.has_head_rows else {})
+
+
+def cache_ranges(bundle: Bundle, texts: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Largest magnitude of every channel of the keys and of the values of every layer, [kv_heads, head_size] each.
+
+    Args:
+        bundle: The bundle in full precision.
+        texts: Token ids; each is cut to the bundle's context.
+    """
+    session = Session(bundle, provider="cpu")
+    shape = (bundle.kv_heads, bundle.head_size)
+    ranges = [(np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in range(bundle.kv_layers)]
+    for text in tqdm(texts, desc="cache ranges", unit="text", leave=False, disable=None):
+        session.cache.reset()
+        tokens = list(text[: session.max_length])
+        for at in range(0, len(tokens), CHUNK_TOKENS):
+            session.step(tokens[at : at + CHUNK_TOKENS])
+        for largest, buffers in zip(ranges, session.cache.buffers, strict=True):
+            for found, buffer in zip(largest, buffers, strict=True):
+                np.maximum(found, np.abs(buffer[0, :, : len(tokens)]).max(axis=1), out=found)
+    return ranges

@@ -1,0 +1,284 @@
+"""What a smaller bundle costs: it is run beside the bundle it came from, and has to stay within limits.
+
+Width: a pass over several tokens must say what as many passes over one token say, or verified decoding is not lossless.
+Quality: perplexities and first choices on real text. Acceptance: tokens per pass of the strategies. Size: bytes on
+disk, bytes a pass reads, memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from tqdm import tqdm
+
+from dynamo_runtime import Engine
+from dynamo_runtime.bundle import Bundle
+from dynamo_runtime.scoring import Scores, score_texts
+from dynamo_runtime.session import Session
+
+from .memory import peak_memory
+from .schemes import Limits
+
+RESAMPLES = 2000
+GREEDY: dict[str, Any] = {"strategy": "speculative", "temperature": 0.0, "repetition_penalty": 1.0}
+STRATEGIES: dict[str, dict[str, Any]] = {"speculative": GREEDY, "dynamo": {"strategy": "dynamo"}}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Real text for the gates, as tokens.
+
+    Attributes:
+        texts: For quality.
+        widths: For width: shorter, as they are run many times.
+        prompts: For acceptance.
+        new_tokens: Written behind each prompt.
+    """
+
+    texts: Sequence[Sequence[int]]
+    widths: Sequence[Sequence[int]]
+    prompts: Sequence[Sequence[int]]
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything that is measured of one bundle.
+
+    Attributes:
+        scores: Of the texts.
+        gaps: Largest minus second largest logit where passes over one token stand, one array [positions] a text and
+            head.
+        flips: Positions by pass width whose first choice is not that of a pass over one token, where the gap of the
+            bundle in full precision exceeds the difference; of how many.
+        difference: Largest |Δlogit| between passes of different widths.
+        tokens_per_pass: By strategy, (new tokens, passes) of every prompt.
+        graph_bytes: Graph and weights on disk.
+        bundle_bytes: All files.
+        pass_bytes: Weights that a pass over one token reads.
+        peak_bytes: See `peak_memory`.
+    """
+
+    scores: Scores
+    gaps: list[np.ndarray]
+    flips: dict[int, int]
+    compared: int
+    difference: float
+    tokens_per_pass: dict[str, list[tuple[int, int]]]
+    graph_bytes: int
+    bundle_bytes: int
+    pass_bytes: int
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        gate: "width", "quality", "acceptance" or "size".
+        figure: What was measured.
+        reference: Of the bundle in full precision; NaN where it has none.
+        value: Of the quantized bundle.
+        limit: The largest (of tokens per pass: smallest) value allowed, or None where there is no limit.
+        passed: Whether it is kept.
+    """
+
+    gate: str
+    figure: str
+    reference: float
+    value: float
+    limit: float | None = None
+    passed: bool = True
+
+
+def measure(bundle: Bundle, samples: Samples, reference: Measured | None = None) -> Measured:
+    """Runs a bundle in every way that is judged.
+
+    Args:
+        bundle: The bundle.
+        samples: What to run it on.
+        reference: The bundle in full precision; None if this is it.
+
+    Raises:
+        DynamoError: The bundle does not load or run.
+    """
+    engine = Engine(bundle, provider="cpu")
+    session = engine.session
+    scores = Scores.join([score_texts(session, [text]) for text in _bar(samples.texts, "quality")])
+    gaps, flips, compared, difference = _widths(session, samples.widths, reference)
+    tokens = {
+        name: [
+            _generate(engine, prompt, samples.new_tokens, seed, options)
+            for seed, prompt in enumerate(_bar(samples.prompts, f"acceptance, {name}"))
+        ]
+        for name, options in STRATEGIES.items()
+        if bundle.n_tokens > 1 and (name != "dynamo" or bundle.kind == "parallel")
+    }
+    del engine, session
+    graph_bytes = sum(entry["bytes"] for name, entry in bundle.files.items() if name.startswith(bundle.graph))
+    return Measured(
+        scores,
+        gaps,
+        flips,
+        compared,
+        difference,
+        tokens,
+        graph_bytes,
+        sum(entry["bytes"] for entry in bundle.files.values()),
+        bytes_per_pass(ir.load(bundle.graph_path)),
+        peak_memory(bundle.folder),
+    )
+
+
+def _bar(items: Sequence[Any], what: str) -> Any:
+    return tqdm(items, desc=what, leave=False, disable=None)
+
+
+def _generate(
+    engine: Engine, prompt: Sequence[int], new_tokens: int, seed: int, options: dict[str, Any]
+) -> tuple[int, int]:
+    engine.reset()
+    statistics = engine.generate(prompt, max_new_tokens=new_tokens, seed=seed, ignore_eos=True, **options).statistics
+    return statistics.new_tokens, statistics.rounds
+
+
+def _widths(
+    session: Session, texts: Sequence[Sequence[int]], reference: Measured | None
+) -> tuple[list[np.ndarray], dict[int, int], int, float]:
+    """Gaps, flips by width, positions compared and largest difference; see `Measured`."""
+    heads = range(1, session.bundle.n_heads + 1)
+    widths = range(2, session.bundle.n_tokens + 2)
+    flips, compared, worst, gaps = dict.fromkeys(widths, 0), 0, 0.0, []
+    for text in _bar(texts, "width"):
+        narrow = _in_passes(session, text, 1, heads)
+        for head in heads:
+            two = np.partition(narrow[head], -2, axis=-1)[:, -2:]
+            gaps.append(two[:, 1] - two[:, 0])
+        decided = (reference.gaps if reference else gaps)[len(gaps) - len(heads) : len(gaps)]
+        for width in widths:
+            wide = _in_passes(session, text, width, heads)
+            for head, gap in zip(heads, decided, strict=True):
+                difference = np.abs(wide[head] - narrow[head]).max(-1)
+                changed = wide[head].argmax(-1) != narrow[head].argmax(-1)
+                flips[width] += int((changed & (gap > difference)).sum())
+                compared += len(gap)
+                worst = max(worst, float(difference.max()))
+    return gaps, flips, compared, worst
+
+
+def _in_passes(session: Session, text: Sequence[int], width: int, heads: range) -> dict[int, np.ndarray]:
+    """Logits [positions, vocab] of every head, from passes over `width` tokens, the cache being theirs too."""
+    session.cache.reset()
+    found: dict[int, list[np.ndarray]] = {head: [] for head in heads}
+    for at in range(0, len(text), width):
+        part = text[at : at + width]
+        step = session.step(part, rows=0, head_rows=range(len(part)))
+        for head in heads:
+            found[head].append(step.logits(head).copy())
+    return {head: np.concatenate(rows) for head, rows in found.items()}
+
+
+def bytes_per_pass(model: ir.Model) -> int:
+    """Bytes of all weights, but for those that are only looked up, of which a pass reads a few rows."""
+    lookups = {"Gather", "GatherBlockQuantized"}
+    total = 0
+    for value in model.graph.initializers.values():
+        read = [use.node for use in value.uses() if use.node.op_type not in lookups]
+        if value.const_value is not None and (read or not value.uses()):
+            total += value.const_value.nbytes
+    return total
+
+
+def judge(full: Measured, small: Measured, limits: Limits, lossless: bool) -> list[Row]:
+    """Compares a bundle with the one it came from.
+
+    Args:
+        full: The bundle in full precision.
+        small: The quantized one.
+        limits: What it may lose.
+        lossless: Whether its width must hold.
+    """
+    rows = [Row("width", "max |Δlogit| of passes over 2, 3, … tokens", full.difference, small.difference)]
+    for width, count in small.flips.items():
+        limit = 0.0 if lossless else None
+        kept = limit is None or count <= limit
+        rows.append(Row("width", f"first choices changed by width {width}", full.flips[width], count, limit, kept))
+    rows += _quality(full.scores, small.scores, limits.perplexity)
+    rows += _acceptance(full.tokens_per_pass, small.tokens_per_pass, limits.tokens_per_pass)
+    for figure, of_full, of_small in (
+        ("graph and weights, MB", full.graph_bytes, small.graph_bytes),
+        ("all files, MB", full.bundle_bytes, small.bundle_bytes),
+        ("weights read a pass, MB", full.pass_bytes, small.pass_bytes),
+        ("peak memory, MB", full.peak_bytes, small.peak_bytes),
+    ):
+        if of_full is not None and of_small is not None:
+            rows.append(Row("size", figure, of_full / 1e6, of_small / 1e6))
+    return rows
+
+
+def _quality(full: Scores, small: Scores, percent: float) -> list[Row]:
+    before, after = full.perplexities(), small.perplexities()
+    rows = []
+    for name, value in after.items():
+        limit = before[name] * (1 + percent / 100)
+        rows.append(Row("quality", name.replace("ppl", "PPL"), before[name], value, limit, value <= limit))
+    for i, (ours, theirs) in enumerate(zip(small.choices, full.choices, strict=True), 1):
+        rows.append(Row("quality", f"same first choice, head {i}", 1.0, float((ours == theirs).mean())))
+    return rows
+
+
+def _acceptance(
+    full: dict[str, list[tuple[int, int]]], small: dict[str, list[tuple[int, int]]], percent: float
+) -> list[Row]:
+    rows = []
+    for name, pairs in small.items():
+        ours, theirs = np.array(pairs, float), np.array(full[name], float)
+        value, reference = _rate(ours), _rate(theirs)
+        limit = reference * (1 - percent / 100)
+        draws = np.random.default_rng(0).integers(0, len(ours), (RESAMPLES, len(ours)))
+        ratios = [_rate(ours[draw]) / _rate(theirs[draw]) for draw in draws]
+        certainly_worse = float(np.quantile(ratios, 0.975)) < 1 - percent / 100
+        rows.append(Row("acceptance", f"tokens per pass, {name}", reference, value, limit, not certainly_worse))
+    return rows
+
+
+def _rate(pairs: np.ndarray) -> float:
+    return float(pairs[:, 0].sum() / pairs[:, 1].sum())
+
+
+def table(rows: list[Row]) -> str:
+    """The table as text."""
+    lines = [f"{'gate':<12}{'figure':<46}{'fp32':>10}{'quantized':>12}{'change':>9}{'limit':>10}"]
+    for row in rows:
+        change = row.value / row.reference - 1 if row.reference and not math.isnan(row.reference) else math.nan
+        shown = "" if math.isnan(change) or row.gate == "width" else f"{change:+.2%}"
+        limit = "" if row.limit is None else _number(row.limit)
+        mark = "" if row.passed else "  FAILED"
+        lines.append(
+            f"{row.gate:<12}{row.figure:<46}{_number(row.reference):>10}{_number(row.value):>12}{shown:>9}{limit:>10}{mark}"
+        )
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    if value == int(value):
+        return str(int(value))
+    return f"{value:.1e}" if abs(value) < 1e-2 else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def as_json(rows: list[Row], samples: Samples) -> dict[str, Any]:
+    """The table for the manifest."""
+    return {
+        "passed": all(row.passed for row in rows),
+        "scored_tokens": sum(len(text) for text in samples.texts),
+        "width_tokens": sum(len(text) for text in samples.widths),
+        "prompts": len(samples.prompts),
+        "new_tokens": samples.new_tokens,
+        "rows": [asdict(row) for row in rows],
+    }

@@ -1,0 +1,148 @@
+"""Which part of the model a weight of the graph belongs to, told by what its product reaches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from .errors import QuantizeError
+from .schemes import Part
+from .weights import is_weight, sizes
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of activations with a weight, or the look-up of the input embedding.
+
+    Attributes:
+        node: MatMul, FusedMatMul or Gather.
+        weight: The initializer.
+        part: Whose it is.
+        transposed: Whether the weight is [out, in] (for the look-up: [ids, hidden]) rather than [in, out].
+    """
+
+    node: ir.Node
+    weight: ir.Value
+    part: Part
+    transposed: bool
+
+    @property
+    def name(self) -> str:
+        """Name of the weight."""
+        assert self.weight.name is not None
+        return self.weight.name
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether rows are looked up instead of multiplied."""
+        return self.node.op_type == "Gather"
+
+
+def find_products(model: ir.Model, kv_layers: int) -> list[Product]:
+    """Every weight matrix that is multiplied with or looked up, in the order of the graph.
+
+    The output embedding is the last product before `logits`. What feeds it is one state per head; a state's own layer
+    is what lies behind the last attention that the state has seen, with that attention's own projections. The state
+    seen by `logits` is the first head's, everything else that it sees is the stem, and what only others see are the
+    further heads.
+
+    Args:
+        model: A graph that keeps the bundle's contract.
+        kv_layers: Attention layers.
+
+    Raises:
+        QuantizeError: The graph is not built like that.
+    """
+    graph = model.graph
+    products = {node: found for node in graph if (found := _weight_of(node)) is not None}
+    outputs = {value.name: value for value in graph.outputs}
+    attentions = {_layer(node): node for node in graph if node.op_type == "GroupQueryAttention"}
+    if sorted(attentions) != list(range(kv_layers)):
+        raise QuantizeError(f"the graph has attention layers {sorted(attentions)} where {kv_layers} are expected")
+    output = next((node for node in _upstream(outputs["logits"]) if node in products), None)
+    if output is None or output.op_type == "Gather":
+        raise QuantizeError("there is no product with an output embedding before the graph's logits")
+    first_state = output.inputs[0]
+    assert first_state is not None
+    stacked = first_state.producer()
+    if stacked is not None and stacked.op_type == "Concat":
+        first_state = stacked.inputs[0]
+        assert first_state is not None
+    seen = _upstream(first_state)
+    # With parallel heads the base's last layer is the first of the heads' attentions, else the last one it has.
+    last = max(layer for layer, node in attentions.items() if node in seen)
+    before = set(_upstream(*attentions[last].inputs)) - _projections(attentions[last], products)
+    parts = []
+    for node, (weight, transposed) in products.items():
+        if node is output:
+            part = Part.OUTPUT
+        elif node.op_type == "Gather":
+            part = Part.INPUT
+        elif node not in seen:
+            part = Part.HEADS
+        else:
+            part = Part.STEM if node in before else Part.FIRST_HEAD
+        parts.append(Product(node, weight, part, transposed))
+    return parts
+
+
+def _weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
+    """The weight matrix of a product and whether it is transposed, or None if the node is none."""
+    if node.op_type in ("MatMul", "FusedMatMul"):
+        weight, transposed = node.inputs[1], False
+        if node.op_type == "FusedMatMul":
+            given = {name: attribute.value for name, attribute in node.attributes.items()}
+            transposed = bool(given.pop("transB", 0))
+            if given.pop("alpha", 1.0) != 1.0 or any(given.values()):
+                return None
+    elif node.op_type == "Gather" and node.inputs[1] is not None and node.inputs[1].name == "input_ids":
+        weight, transposed = node.inputs[0], True
+    else:
+        return None
+    if not is_weight(weight) or weight is None or weight.dtype != ir.DataType.FLOAT or len(sizes(weight)) != 2:
+        return None
+    return weight, transposed
+
+
+def _layer(attention: ir.Node) -> int:
+    """Number of the KV cache that an attention reads: `past_key_values.N.key`."""
+    past = attention.inputs[3]
+    try:
+        assert past is not None and past.name is not None
+        return int(past.name.split(".")[1])
+    except (AssertionError, IndexError, ValueError) as error:
+        raise QuantizeError(f"{attention.name} does not read past_key_values.N.key") from error
+
+
+def _upstream(*values: ir.Value | None) -> dict[ir.Node, None]:
+    """Every node that the values depend on, the nearest first."""
+    found: dict[ir.Node, None] = {}
+    todo = [value for value in values if value is not None]
+    while todo:
+        following = []
+        for value in todo:
+            node = value.producer()
+            if node is not None and node not in found:
+                found[node] = None
+                following += [read for read in node.inputs if read is not None]
+        todo = following
+    return found
+
+
+def _projections(attention: ir.Node, products: dict[ir.Node, tuple[ir.Value, bool]]) -> set[ir.Node]:
+    """The products an attention reads without another product in between: its query, key and value."""
+    found: set[ir.Node] = set()
+    todo = [value for value in attention.inputs if value is not None]
+    seen: set[ir.Value] = set()
+    while todo:
+        value = todo.pop()
+        node = value.producer()
+        if value in seen or node is None:
+            continue
+        seen.add(value)
+        if node in products:
+            found.add(node)
+        else:
+            todo += [read for read in node.inputs if read is not None]
+    return found

@@ -1,0 +1,207 @@
+"""From a bundle to a smaller bundle: the stages in order."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from dynamo_runtime.bundle import MANIFEST, Bundle, load_bundle
+from dynamo_runtime.corpus import read_documents
+from dynamo_runtime.errors import DynamoError
+
+from . import gates
+from .errors import QuantizeError
+from .files import listed_files, write_json
+from .graph import write_graph
+from .schemes import Options, Scheme, resolve
+from .target import Target, discard
+from .texts import OWN, pieces
+
+CALIBRATION_PIECES, CALIBRATION_TOKENS = 128, 256
+TEXTS, TEXT_TOKENS = 24, 384
+WIDTHS, WIDTH_TOKENS = 8, 64
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 32, 64, 48
+
+log = logging.getLogger("dynamo_quantize")
+
+
+def quantize_bundle(
+    source: str | Path,
+    output: str | Path,
+    scheme: str,
+    options: Options | None = None,
+    *,
+    calibration: str | Path | None = None,
+    gate_text: str | Path | None = None,
+    allow_degraded: bool = False,
+    overwrite: bool = False,
+    external_data: bool = False,
+) -> Path:
+    """Writes a smaller bundle beside a bundle in full precision; it exists only once it has passed its gates.
+
+    Needs no torch. The source is only read.
+
+    Args:
+        source: The bundle, or its `.onnx` file.
+        output: The `.onnx` file of the new bundle.
+        scheme: One of `SCHEMES`.
+        options: What departs from the scheme's defaults.
+        calibration: Text for GPTQ and for the ranges of an 8-bit cache: a folder, a text file or a .jsonl file; None
+            for Python's standard library.
+        gate_text: Text for the gates; None for the modules of the standard library that are held out from training.
+        allow_degraded: Write the bundle even if a gate fails, and say so in its manifest.
+        overwrite: Replace an earlier bundle of the same name.
+        external_data: Weights in a file of their own even where one file would do.
+
+    Returns:
+        The `.onnx` file in its place.
+
+    Raises:
+        WriteError: The bundle, the arguments or the target do not allow it, or a gate failed; nothing is left behind.
+    """
+    wanted = resolve(scheme, options or Options())
+    target = Target(Path(output), overwrite)
+    try:
+        bundle = load_bundle(source, verify=True)
+    except DynamoError as error:
+        raise QuantizeError(str(error)) from error
+    if bundle.precision != "fp32":
+        raise QuantizeError(
+            f"{bundle.folder} is {bundle.precision} already: quantize the bundle in fp32 that it came from"
+        )
+    if bundle.folder.resolve() == target.folder.resolve():
+        raise QuantizeError(f"{target.folder} holds the bundle that is to be quantized: choose another folder")
+    staged = target.stage()
+    try:
+        samples = _samples(bundle, gate_text)  # before the work begins, as the text may not do
+        small = write_bundle(bundle, wanted, staged, target.graph, calibration, external_data)
+        _pass_gates(bundle, small, wanted, samples, allow_degraded)
+        target.move_in(staged)
+    except DynamoError as error:
+        raise QuantizeError(str(error)) from error
+    except OSError as error:
+        raise QuantizeError(f"cannot write the bundle: {error.strerror or error}") from error
+    finally:
+        discard(staged)
+    log.info("the %s bundle is in %s", scheme, target.folder)
+    return target.folder / target.graph
+
+
+def check_request(
+    scheme: str,
+    options: Options | None = None,
+    calibration: str | Path | None = None,
+    gate_text: str | Path | None = None,
+    allow_degraded: bool = False,
+) -> None:
+    """Checks what can be checked before there is a bundle; arguments as of `quantize_bundle`.
+
+    Raises:
+        QuantizeError: The scheme or its options mean nothing, or there is no such text.
+    """
+    resolve(scheme, options or Options())
+    try:
+        for source in (calibration, gate_text):
+            if source is not None:
+                next(read_documents(source))
+    except DynamoError as error:
+        raise QuantizeError(str(error)) from error
+
+
+def write_bundle(
+    bundle: Bundle,
+    scheme: Scheme,
+    folder: Path,
+    graph: str = "model.onnx",
+    calibration: str | Path | None = None,
+    external: bool = False,
+) -> Bundle:
+    """Writes a smaller bundle that has not passed any gate.
+
+    Args:
+        bundle: The bundle in full precision.
+        scheme: From `resolve`.
+        folder: An empty folder.
+        graph: File name of the graph in it.
+        calibration: See `quantize_bundle`.
+        external: Weights in a file of their own even where one file would do.
+
+    Raises:
+        QuantizeError: The graph or the calibration text does not allow it.
+        DynamoError: The bundle does not run.
+    """
+    length = min(CALIBRATION_TOKENS, bundle.context_length)
+    texts = pieces(bundle, calibration, CALIBRATION_PIECES, length, held_out=False) if scheme.calibrated else []
+    parts = write_graph(bundle, scheme, folder / graph, texts, external)
+    _copy_rest(bundle, folder, graph)
+    used = {"text": OWN if calibration is None else Path(calibration).name, "tokens": sum(map(len, texts))}
+    manifest = dict(bundle.manifest) | {
+        "graph": graph,
+        "precision": scheme.name,
+        "quantization": {
+            "scheme": scheme.name,
+            "parts": {str(part): names for part, names in parts.items()},
+            "kv_cache": scheme.kv_cache if scheme.kv_cache != "fp32" else scheme.activations,
+            "calibration": used if texts else None,
+            "lossless": not scheme.dynamic,
+            "versions": {name: importlib.metadata.version(name) for name in ("dynamo-edge", "onnx", "onnxruntime")},
+        },
+        "files": listed_files(folder),
+    }
+    write_json(folder / MANIFEST, manifest)
+    return load_bundle(folder)
+
+
+def _pass_gates(full: Bundle, small: Bundle, scheme: Scheme, samples: gates.Samples, allow_degraded: bool) -> None:
+    """Runs both bundles, prints the table, and puts it into the manifest of the smaller one.
+
+    Raises:
+        QuantizeError: A limit is not kept, and that is not allowed.
+    """
+    reference = gates.measure(full, samples)
+    log.info("measured the bundle in full precision")
+    found = gates.measure(small, samples, reference)
+    rows = gates.judge(reference, found, scheme.limits, lossless=not scheme.dynamic)
+    print(gates.table(rows))
+    failed = [row for row in rows if not row.passed]
+    if failed and not allow_degraded:
+        raise QuantizeError(
+            f"{len(failed)} of the {sum(row.limit is not None for row in rows)} limits are not kept (first: "
+            f"{failed[0].figure}, {failed[0].value:.4g} where {failed[0].limit:.4g} is allowed): nothing was written "
+            "(--allow-degraded writes it all the same)"
+        )
+    manifest = dict(small.manifest)
+    manifest["quantization"] |= {
+        "lossless": not scheme.dynamic and not any(row.gate == "width" for row in failed),
+        "degraded": bool(failed),
+        "gates": {"limits_percent": asdict(scheme.limits)} | gates.as_json(rows, samples),
+    }
+    write_json(small.folder / MANIFEST, manifest)
+
+
+def _samples(bundle: Bundle, source: str | Path | None) -> gates.Samples:
+    """Text for the gates, no longer than the bundle's context allows."""
+    room = bundle.context_length
+    new_tokens = min(NEW_TOKENS, room // 2)
+
+    def cut(count: int, length: int) -> list[list[int]]:
+        return pieces(bundle, source, count, min(length, room), held_out=True)
+
+    prompts = [piece[: room - new_tokens] for piece in cut(PROMPTS, PROMPT_TOKENS)]
+    return gates.Samples(cut(TEXTS, TEXT_TOKENS), cut(WIDTHS, WIDTH_TOKENS), prompts, new_tokens)
+
+
+def _copy_rest(bundle: Bundle, staged: Path, graph: str) -> None:
+    """Copies everything but graph, weights and manifest."""
+    for name in bundle.files:
+        if not name.startswith(bundle.graph):
+            shutil.copyfile(bundle.folder / name, staged / name)
+    interop = staged / "genai_config.json"
+    if interop.is_file():
+        config = json.loads(interop.read_text(encoding="utf-8"))
+        config["model"]["decoder"]["filename"] = graph
+        write_json(interop, config)

@@ -1,0 +1,114 @@
+"""Text that every user has, or gives: to train on, to calibrate with, to measure on."""
+
+import ast
+import hashlib
+import json
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import PromptError
+
+STANDARD_LIBRARY = "stdlib"
+"""Name of the corpus every user has: the Python standard library of the running interpreter."""
+
+HELD_OUT_PERCENT = 6.0
+TEXT_SUFFIXES = (".py", ".txt", ".md", ".rst", ".c", ".h", ".cpp", ".js", ".ts", ".rs", ".go", ".java")
+# Tests repeat the modules they test; encodings and pydoc_data are generated tables, not programs.
+_NOT_PROGRAMS = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of the corpus.
+
+    Attributes:
+        group: what is held out as one: the top-level package or module, folder or row the text belongs to.
+        name: the text's own name, unique in the corpus.
+        text: its content.
+    """
+
+    group: str
+    name: str
+    text: str
+
+
+def is_held_out(document: Document, percent: float = HELD_OUT_PERCENT) -> bool:
+    """Whether a document belongs to validation: the SHA-256 of its group's name decides, nothing else."""
+    digest = hashlib.sha256(document.group.encode()).digest()
+    return int.from_bytes(digest[:4], "big") < percent / 100 * 2**32
+
+
+def standard_library(held_out: bool | None = None) -> Iterator[Document]:
+    """The modules of the running interpreter's standard library: those held out, those not, or (None) all."""
+    return python_modules(Path(sysconfig.get_paths()["stdlib"]), held_out=held_out)
+
+
+def python_modules(folder: Path, root: Path | None = None, held_out: bool | None = None) -> Iterator[Document]:
+    """The Python modules below ``folder``, named and grouped by their path from ``root``."""
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(root or folder).with_suffix("").parts
+        if _NOT_PROGRAMS & set(parts[:-1]):
+            continue
+        if held_out not in (None, is_held_out(Document(parts[0], "", ""))):
+            continue
+        try:
+            with tokenize.open(path) as file:  # honours the coding cookie
+                text = file.read()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a library's doubtful escapes are not ours to report
+                ast.parse(text)
+        except (SyntaxError, ValueError, OSError):
+            continue  # Python 2 samples of lib2to3 and the like
+        yield Document(parts[0], ".".join(parts), text)
+
+
+def text_files(root: Path) -> Iterator[Document]:
+    """The text files below a folder."""
+    for path in sorted(root.rglob("*")):
+        if path.suffix in TEXT_SUFFIXES and path.is_file():
+            parts = path.relative_to(root).with_suffix("").parts
+            text = path.read_text(encoding="utf-8", errors="replace")
+            yield Document(parts[0], path.relative_to(root).as_posix(), text)
+
+
+def read_documents(source: str | Path) -> Iterator[Document]:
+    """Texts from a folder of text files, a text file, or a ``.jsonl`` file whose rows have a field ``text``.
+
+    Raises:
+        PromptError: There is no such thing, or no text in it.
+    """
+    path = Path(source)
+    if path.is_dir():
+        documents = text_files(path)
+    elif path.suffix == ".jsonl" and path.is_file():
+        documents = _json_rows(path)
+    elif path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise PromptError(f"{path} is not text in UTF-8") from None
+        documents = iter([Document(path.name, path.name, text)])
+    else:
+        raise PromptError(f"no text at '{source}': give a folder, a text file or a .jsonl file")
+    empty = True
+    for document in documents:
+        if document.text.strip():
+            empty = False
+            yield document
+    if empty:
+        raise PromptError(f"'{source}' holds no text (files ending in {', '.join(TEXT_SUFFIXES)} count)")
+
+
+def _json_rows(path: Path) -> Iterator[Document]:
+    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise PromptError(f"row {i} of '{path}' has no text in a field named 'text'")
+        yield Document(f"{path.name}:{i}", f"{path.name}:{i}", row["text"])

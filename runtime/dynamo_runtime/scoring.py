@@ -1,0 +1,122 @@
+"""How likely a bundle finds a text: perplexities of every token ahead (DynaMo, section "Evaluation")."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .session import Session, Step
+
+_BYTES_AT_ONCE = 64 << 20  # logits of one pass
+LOOK_AHEAD_STRIDE = 4  # look-ahead tokens are tried behind every so many tokens: each trial is a pass of its own
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a bundle says of the tokens of a text.
+
+    Attributes:
+        nll: -log p(x_{t+i} | x_{1:t}) in nats, [n_tokens, positions]; i = 1 is the first head.
+        joint: -log p(x_{t+1:t+n} | x_{1:t}), [positions]: the sum of `nll`, or what a joint head says.
+        choices: The most likely token i places on, [n_tokens, positions].
+    """
+
+    nll: np.ndarray
+    joint: np.ndarray
+    choices: np.ndarray
+
+    def perplexities(self) -> dict[str, float]:
+        """``ppl_i`` = exp of the mean of nll_i, and ``ppl_1:n`` = exp of the mean of joint / n."""
+        n = len(self.nll)
+        found = {f"ppl_{i}": float(np.exp(nll.mean())) for i, nll in enumerate(self.nll, 1)}
+        return found | ({f"ppl_1:{n}": float(np.exp(self.joint.mean() / n))} if n > 1 else {})
+
+    @staticmethod
+    def join(scores: Sequence["Scores"]) -> "Scores":
+        """The scores of several texts as one."""
+        return Scores(
+            np.concatenate([each.nll for each in scores], axis=1),
+            np.concatenate([each.joint for each in scores]),
+            np.concatenate([each.choices for each in scores], axis=1),
+        )
+
+
+def score_texts(session: Session, texts: Iterable[Sequence[int]]) -> Scores:
+    """Score texts one after the other, each from an empty cache.
+
+    Args:
+        session: Of the bundle; its cache is used.
+        texts: Token ids, each longer than `n_tokens` and no longer than the cache; predictions that reach beyond the
+            end of a text are left out.
+
+    Raises:
+        DynamoError: A text has tokens outside the vocabulary or too many of them.
+        ValueError: A text is too short.
+    """
+    return Scores.join([_score(session, list(text)) for text in texts])
+
+
+def _score(session: Session, tokens: list[int]) -> Scores:
+    n = session.bundle.n_tokens
+    if len(tokens) <= n:
+        raise ValueError(f"a text of {len(tokens)} tokens cannot be scored {n} tokens ahead")
+    session.cache.reset()
+    if session.bundle.kind == "lookahead":
+        return _score_look_ahead(session, tokens)
+    parts = session.bundle.n_heads + session.bundle.rank * n
+    rows = max(1, _BYTES_AT_ONCE // (4 * session.bundle.vocab_size * parts))
+    positions = len(tokens) - n
+    found = []
+    for at in range(0, positions, rows):
+        end = min(at + rows, positions)
+        step = session.step(tokens[at:end], rows=0, head_rows=range(end - at))
+        targets = np.array([tokens[at + i : end + i] for i in range(1, n + 1)])
+        found.append(_score_joint(step, targets) if session.bundle.kind == "cp" else _score_heads(step, targets))
+    return Scores.join(found)
+
+
+def _score_heads(step: Step, targets: np.ndarray) -> Scores:
+    """The scores of one pass with parallel heads, or with one head; targets [n_heads, rows]."""
+    logits = [step.logits(head) for head in range(1, len(targets) + 1)]
+    nll = np.array([_nll(each, row) for each, row in zip(logits, targets, strict=True)])
+    return Scores(nll, nll.sum(0), np.array([each.argmax(-1) for each in logits]))
+
+
+def _score_joint(step: Step, targets: np.ndarray) -> Scores:
+    """The scores of one pass with a joint head, whose tokens after the first are told by their marginals."""
+    log_w = step.gate().astype(np.float64)  # [rows, rank]
+    log_p = np.array([_log_softmax(step.factors()[:, i]) for i in range(len(targets))])  # [n, rows, rank, vocab]
+    found = np.take_along_axis(log_p, targets[:, :, None, None], -1)[..., 0]  # [n, rows, rank]
+    nll, choices = -_log_sum(log_w + found), (np.exp(log_p) * np.exp(log_w)[:, :, None]).sum(2).argmax(-1)
+    nll[0], choices[0] = _nll(step.logits(), targets[0]), step.logits().argmax(-1)
+    return Scores(nll, -_log_sum(log_w + found.sum(0)), choices)
+
+
+def _score_look_ahead(session: Session, tokens: list[int]) -> Scores:
+    """Feeds the text in strides, each with the look-ahead tokens behind it, which are then dropped."""
+    n, found = session.bundle.n_tokens, []
+    for end in range(LOOK_AHEAD_STRIDE, len(tokens) - n + 1, LOOK_AHEAD_STRIDE):
+        logits = session.step([*tokens[session.cache.length : end], *session.bundle.look_ahead], rows=n).logits()
+        session.cache.rollback(end)
+        nll = _nll(logits, np.array(tokens[end : end + n]))[:, None]
+        found.append(Scores(nll, nll.sum(0), logits.argmax(-1)[:, None]))
+    return Scores.join(found)
+
+
+def _log_sum(values: np.ndarray) -> np.ndarray:
+    """Log of the sum of exponentials along the last axis."""
+    largest = values.max(-1)
+    total: np.ndarray = largest + np.log(np.exp(values - largest[..., None]).sum(-1))
+    return total
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    exact = logits.astype(np.float64)
+    return exact - _log_sum(exact)[..., None]
+
+
+def _nll(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """-log p of one target a row; logits [rows, vocab], targets [rows]."""
+    exact = logits.astype(np.float64)
+    nll: np.ndarray = _log_sum(exact) - exact[np.arange(len(targets)), targets]
+    return nll
