@@ -24,22 +24,21 @@ def hessians(bundle: Bundle, model: ir.Model, products: Sequence[Product], texts
 
     Args:
         bundle: The bundle in full precision.
-        model: Its graph; some outputs are added while this runs, and taken away again.
+        model: Its graph; it has other outputs while this runs.
         products: Those wanted.
         texts: Token ids; each is cut to the bundle's context.
     """
     found = Hessians()
-    inputs = {_input_name(product): product for product in products}
+    inputs = {_input_name(product): product.node.inputs[0] for product in products}
+    if not inputs:
+        return found
     outputs = list(model.graph.outputs)
     with tempfile.TemporaryDirectory(prefix="dynamo-quantize-") as folder:
-        try:
-            present = {value.name for value in outputs}
-            model.graph.outputs.extend(
-                value for name, product in inputs.items() if name not in present and (value := product.node.inputs[0])
-            )
+        try:  # onnxruntime computes whatever leads to an output
+            model.graph.outputs[:] = [value for value in inputs.values() if value is not None]
             write_model(model, Path(folder) / bundle.graph)
         finally:
-            del model.graph.outputs[len(outputs) :]
+            model.graph.outputs[:] = outputs
         ort = import_onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3

@@ -21,7 +21,7 @@ from .schemes import Options, Scheme, resolve
 from .target import Target, discard
 from .texts import OWN, pieces
 
-CALIBRATION_PIECES, CALIBRATION_TOKENS = 128, 256
+CALIBRATION_PIECES, CALIBRATION_TOKENS = 64, 256
 TEXTS, TEXT_TOKENS = 24, 384
 WIDTHS, WIDTH_TOKENS = 8, 64
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 32, 64, 48
