@@ -75,7 +75,6 @@ def schemes() -> list[Setting]:
         Setting("int4, output too", "int4", Options(parts={"output": "int4"})),
         Setting("int4, heads in int8", "int4", Options(parts={"heads": "int8"})),
         Setting("int4, rtn", "int4", Options(algorithm="rtn")),
-        Setting("int4, k-quant", "int4", Options(algorithm="k-quant")),
         Setting("int4, cache in fp32", "int4", Options(kv_cache="fp32")),
         Setting("fp16", "fp16"),
     ]

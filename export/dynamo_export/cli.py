@@ -66,7 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{part.replace('_', '-')}-precision", choices=PRECISIONS, help=f"of the {PART_NAMES[part]}"
         )
     group.add_argument("--block-size", type=int, choices=BLOCK_SIZES, help="weights that share a scale")
-    group.add_argument("--algorithm", choices=ALGORITHMS, help="of 4-bit weights; gptq reads the calibration text")
+    group.add_argument(
+        "--algorithm",
+        choices=ALGORITHMS,
+        help="of 4-bit weights: rounded to nearest, or by what they meet in the calibration text",
+    )
     group.add_argument(
         "--symmetric", action=argparse.BooleanOptionalAction, help="4-bit blocks without zero points, or with them"
     )

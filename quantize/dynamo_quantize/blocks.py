@@ -84,33 +84,6 @@ def round_to_nearest(weight: np.ndarray, form: Format) -> Blocks:
     return _in_slices(weight, quantize)
 
 
-def k_quant(weight: np.ndarray, form: Format) -> Blocks:
-    """Scales and minima that minimise the error weighted by size, as llama.cpp's k-quants; onnxruntime's function.
-
-    Args:
-        weight: float32 [K, N].
-        form: How to store it; not symmetric.
-    """
-    from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
-
-    def quantize(part: np.ndarray) -> Blocks:
-        rows = in_blocks(part.T, form.block_size)
-        with np.errstate(divide="ignore", invalid="ignore"):  # blocks of equal weights, which keep their first guess
-            q, scales, zero_points = quant_tensor_k_quant_cpu(rows, form.bits, form.block_size)
-        shape = rows.shape[:2]
-        return Blocks.pack(q.reshape(rows.shape), scales.reshape(shape), zero_points.reshape(shape), form)
-
-    return _in_slices(weight, quantize)
-
-
-def in_blocks(weight: np.ndarray, block_size: int) -> np.ndarray:
-    """A weight [N, K] as [N, ceil(K / block), block], padded with zeros."""
-    padding = -weight.shape[1] % block_size
-    if padding:
-        weight = np.pad(weight, ((0, 0), (0, padding)))
-    return np.ascontiguousarray(weight).reshape(len(weight), -1, block_size)
-
-
 def _in_slices(weight: np.ndarray, quantize: Callable[[np.ndarray], Blocks]) -> Blocks:
     """Quantizes some outputs at a time."""
     step = max(1, SLICE_ELEMENTS // weight.shape[0])

@@ -22,6 +22,7 @@ from dynamo_runtime.scoring import Scores, score_texts
 from dynamo_runtime.session import Session
 
 from .memory import peak_memory
+from .read import read_model
 from .schemes import Limits
 
 RESAMPLES = 2000
@@ -131,7 +132,7 @@ def measure(bundle: Bundle, samples: Samples, reference: Measured | None = None)
         tokens,
         graph_bytes,
         sum(entry["bytes"] for entry in bundle.files.values()),
-        bytes_per_pass(ir.load(bundle.graph_path)),
+        bytes_per_pass(read_model(bundle.graph_path)),
         peak_memory(bundle.folder),
     )
 

@@ -13,7 +13,7 @@ from .blocks import Blocks, Format
 
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal (section 4.2)
 CLIPS = np.linspace(1.0, 0.7, 13)  # shares of a block's range that are tried for its scale
-OUTPUTS_AT_ONCE = 4096
+OUTPUTS_AT_ONCE = 2048
 
 
 def gptq(weight: np.ndarray, hessian: np.ndarray, form: Format) -> Blocks:

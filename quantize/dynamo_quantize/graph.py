@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +11,21 @@ from tqdm import tqdm
 
 from dynamo_runtime.bundle import Bundle
 
-from .blocks import Blocks, Format, k_quant, round_to_nearest
-from .calibration import Hessians, cache_ranges, hessians
-from .dynamic import quantize_dynamically, untie
+from .blocks import Blocks, Format, round_to_nearest
+from .calibration import cache_ranges, hessians
+from .dynamic import put_dynamic
 from .errors import QuantizeError
 from .gptq import gptq
 from .half import to_half
 from .kv_cache import quantize_cache
 from .nbits import CONTRIB, put_blocks
 from .parts import Product, find_products
+from .read import read_model
 from .schemes import Part, Scheme
 from .weights import drop_unused, sizes
-from .write import EMBED_LIMIT_BYTES, weight_bytes, write_model
+from .write import weight_bytes, write_model
 
+HESSIAN_SHARE, HESSIAN_BYTES = 0.4, 256 << 20  # held at once: of the weights' bytes, but at least so many
 LEAST_OUTPUTS = 64  # a narrower product, as the gate of a joint head, is not worth its error
 LEAST_BLOCK = 16
 
@@ -44,28 +45,24 @@ def write_graph(
     Returns:
         What the weights of every part are stored as.
     """
-    model = ir.load(bundle.graph_path)
+    ranges = cache_ranges(bundle, texts) if scheme.kv_cache == "int8" else None
+    model = read_model(bundle.graph_path)
     model.opset_imports.setdefault(CONTRIB, 1)
     products = find_products(model, bundle.kv_layers)
     formats = _formats(products, scheme)
-    ranges = cache_ranges(bundle, texts) if scheme.kv_cache == "int8" else None
-    sums = None
-    if scheme.algorithm == "gptq":
-        four = [p for p, form in zip(products, formats, strict=True) if form and form.bits == 4 and not p.is_lookup]
-        sums = hessians(bundle, model, four, texts)
-    if scheme.dynamic:
-        products = untie(model, products)
-    _put_weights(model, products, formats, scheme, sums)
+    jobs = [(product, form) for product, form in zip(products, formats, strict=True) if form is not None]
+    blocks = _all_blocks(bundle, model, [job for job in jobs if job[0].is_lookup or not scheme.dynamic], scheme, texts)
+    for product, chosen in jobs:
+        if (product.name, chosen) in blocks:
+            put_blocks(model, product, blocks[product.name, chosen])
+        else:
+            put_dynamic(model, product)
     drop_unused(model)
     if ranges is not None:
         quantize_cache(model, ranges)
     if scheme.activations == "fp16":
         to_half(model, products)
-    if scheme.dynamic:
-        chosen = [p.node for p, form in zip(products, formats, strict=True) if form and not p.is_lookup]
-        _write_dynamic(model, path, [node.name for node in chosen if node.name], external)
-    else:
-        write_model(model, path, external)
+    write_model(model, path, external)
     stored: dict[Part, set[str]] = {product.part: set() for product in products}
     for product, form in zip(products, formats, strict=True):
         stored[product.part].add(_described(form, scheme, product))
@@ -86,14 +83,12 @@ def _formats(products: list[Product], scheme: Scheme) -> list[Format | None]:
             if product.part in scheme.given and form != scheme.formats[Part.OUTPUT]:
                 raise QuantizeError("input and output embedding are one weight here and have the output's precision")
             form = scheme.formats[Part.OUTPUT]
-        rows, columns = sizes(product.weight)
-        if (rows if product.transposed else columns) < LEAST_OUTPUTS:
+        inputs, outputs = _matrix_shape(product)
+        if outputs < LEAST_OUTPUTS:
             form = None
         elif form is not None and product.transposed:  # the look-up has no room for padding
-            form = next(
-                (Format(form.bits, size, form.symmetric) for size in _halves(form.block_size) if columns % size == 0),
-                None,
-            )
+            fitting = [size for size in _halves(form.block_size) if inputs % size == 0]
+            form = replace(form, block_size=fitting[0]) if fitting else None
         found.append(form)
     return found
 
@@ -102,43 +97,51 @@ def _halves(block_size: int) -> list[int]:
     return [block_size >> i for i in range(block_size.bit_length()) if block_size >> i >= LEAST_BLOCK]
 
 
-def _put_weights(
-    model: ir.Model, products: list[Product], formats: list[Format | None], scheme: Scheme, sums: Hessians | None
-) -> None:
-    """Replaces every product that has a format, but those which onnxruntime's dynamic quantizer will replace."""
-    jobs = [
-        (p, form) for p, form in zip(products, formats, strict=True) if form and (p.is_lookup or not scheme.dynamic)
-    ]
-    jobs.sort(key=lambda job: job[0].is_lookup)  # a tied weight is rounded for its product
-    done: dict[tuple[str, Format], Blocks] = {}
-    for product, form in tqdm(jobs, desc="quantizing", unit="weight", leave=False, disable=None):
-        key = product.name, form
-        if key not in done:
-            assert product.weight.const_value is not None
-            weight = product.weight.const_value.numpy()
-            done[key] = _quantizer(product, form, scheme, sums)(weight.T if product.transposed else weight, form=form)
-        put_blocks(model, product, done[key])
+def _all_blocks(
+    bundle: Bundle, model: ir.Model, jobs: list[tuple[Product, Format]], scheme: Scheme, texts: list[list[int]]
+) -> dict[tuple[str, Format], Blocks]:
+    """The blocks of every weight in every format that it is wanted in."""
+    made: dict[tuple[str, Format], Blocks] = {}
+    calibrated = [job for job in jobs if scheme.algorithm == "gptq" and job[1].bits == 4 and not job[0].is_lookup]
+    with tqdm(total=len(jobs), desc="quantizing", unit="weight", leave=False, disable=None) as bar:
+        for group in _groups(calibrated, weight_bytes(model)):
+            sums = hessians(bundle, model, [product for product, _ in group], texts)
+            for product, form in group:
+                made[product.name, form] = gptq(_matrix(product), sums.of(product), form)
+                bar.update()
+        for product, form in jobs:  # a tied weight is rounded for its product
+            if (product.name, form) not in made:
+                made[product.name, form] = round_to_nearest(_matrix(product), form)
+                bar.update()
+    return made
 
 
-def _quantizer(product: Product, form: Format, scheme: Scheme, sums: Hessians | None) -> Callable[..., Blocks]:
-    """What finds the numbers of one weight."""
-    if form.bits == 8 or scheme.algorithm == "rtn":
-        return round_to_nearest
-    if scheme.algorithm == "k-quant":
-        return k_quant
-    if sums is None or product.is_lookup:  # every input of a look-up counts alike
-        return partial(gptq, hessian=np.eye(sizes(product.weight)[1]))
-    return partial(gptq, hessian=sums.of(product))
+def _groups(jobs: list[tuple[Product, Format]], weights: int) -> list[list[tuple[Product, Format]]]:
+    """Cuts jobs into runs whose Hessians fit into memory together; every run reads the calibration text once."""
+    limit = max(HESSIAN_BYTES, int(HESSIAN_SHARE * weights))
+    groups: list[list[tuple[Product, Format]]] = []
+    held = 0
+    for job in jobs:
+        inputs = _matrix_shape(job[0])[0]
+        held += 4 * inputs**2
+        if not groups or held > limit:
+            groups.append([])
+            held = 4 * inputs**2
+        groups[-1].append(job)
+    return groups
 
 
-def _write_dynamic(model: ir.Model, path: Path, names: list[str], external: bool) -> None:
-    """Writes a graph of which some products are quantized dynamically."""
-    full = path.with_name("fp32.onnx")
-    external = external or weight_bytes(model) / 4 > EMBED_LIMIT_BYTES
-    files = write_model(model, full, external)
-    quantize_dynamically(full, path, names, external)
-    for file in files:
-        file.unlink()
+def _matrix_shape(product: Product) -> tuple[int, int]:
+    """Inputs K and outputs N."""
+    rows, columns = sizes(product.weight)
+    return (columns, rows) if product.transposed else (rows, columns)
+
+
+def _matrix(product: Product) -> np.ndarray:
+    """The weight [K, N]."""
+    assert product.weight.const_value is not None
+    weight = product.weight.const_value.numpy()
+    return weight.T if product.transposed else weight
 
 
 def _described(form: Format | None, scheme: Scheme, product: Product) -> str:
@@ -149,4 +152,6 @@ def _described(form: Format | None, scheme: Scheme, product: Product) -> str:
         return "int8, by output"
     if form.bits == 8:
         return f"int8, blocks of {form.block_size}"
-    return f"int4, blocks of {form.block_size}, {'symmetric' if form.symmetric else 'asymmetric'}, {scheme.algorithm}"
+    algorithm = "rtn" if product.is_lookup else scheme.algorithm
+    zero_points = "symmetric" if form.symmetric else "asymmetric"
+    return f"int4, blocks of {form.block_size}, {zero_points}, {algorithm}"

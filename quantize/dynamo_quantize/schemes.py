@@ -13,7 +13,7 @@ from .blocks import Format
 from .errors import QuantizeError
 
 PRECISIONS = ("fp32", "int8", "int4")  # of a part
-ALGORITHMS = ("rtn", "k-quant", "gptq")  # of 4-bit parts; 8-bit parts are always rounded to nearest
+ALGORITHMS = ("rtn", "gptq")  # of 4-bit parts; 8-bit parts are always rounded to nearest
 KV_CACHES = ("fp32", "int8")
 BLOCK_SIZES = (16, 32, 64, 128)
 
@@ -143,9 +143,7 @@ def resolve(name: str, options: Options) -> Scheme:
     algorithm = options.algorithm or ("gptq" if has_4_bits else "rtn")
     if not has_4_bits and (options.algorithm or options.symmetric is not None):
         raise QuantizeError(f"{name} has no 4-bit parts, so an algorithm or zero points for them mean nothing")
-    symmetric = algorithm != "k-quant" if options.symmetric is None else options.symmetric
-    if symmetric and algorithm == "k-quant":
-        raise QuantizeError("k-quant finds a minimum for every block, so it cannot be symmetric")
+    symmetric = options.symmetric is not False
     for part, form in formats.items():
         if form is not None:
             form = Format(form.bits, options.block_size or form.block_size, symmetric or form.bits == 8)

@@ -7,6 +7,7 @@ of the graph is serialised first and the initializers are appended one at a time
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -27,6 +28,22 @@ MODEL_GRAPH, GRAPH_INITIALIZER, TENSOR_RAW_DATA = 7, 5, 9
 
 def _tag(field: int) -> bytes:
     return _varint(field << 3 | 2)
+
+
+def field(number: int, content: bytes) -> bytes:
+    """A field of a message, with its tag and length."""
+    return _tag(number) + _varint(len(content)) + content
+
+
+def varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+    """The number that begins there, and where it ends."""
+    number = shift = 0
+    while True:
+        byte = data[at]
+        number |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return number, at
 
 
 def _varint(number: int) -> bytes:

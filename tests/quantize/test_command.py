@@ -1,0 +1,144 @@
+"""`dynamo-export --quantize`: what it says, and its exit status."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from naive import outputs, relative
+
+from dynamo_export import cli
+from dynamo_quantize import gates
+from dynamo_quantize.gates import Row
+from dynamo_quantize.schemes import Options
+from dynamo_runtime.bundle import load_bundle
+
+ExportOf = Callable[[str], Any]
+TOKENS = np.random.default_rng(0).integers(1, 320, 24).tolist()
+
+
+def complaint(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr that says what is wrong."""
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dynamo-export: error:")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+def test_from_checkpoint_to_small_bundle(export: ExportOf) -> None:
+    """Both stages in one command: the bundle in fp32 is gone, the small one is whole and close to it."""
+    exported = export("plain")  # made by the command
+    place = exported.folder.parent / "command"
+    assert [path.name for path in place.iterdir()] == ["out"]
+    bundle = load_bundle(place / "out" / "small.onnx", verify=True)
+    assert (bundle.precision, bundle.kind) == ("int8", "plain")
+    assert bundle.manifest["parity"]["passed"] and bundle.manifest["quantization"]["gates"]["passed"]
+    found = relative(outputs(bundle, TOKENS)["logits"], outputs(exported.bundle, TOKENS)["logits"])
+    assert 0 < found < 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "is a bundle already: choose a scheme with --quantize"),
+        (["--quantize", "none"], "is a bundle already: choose a scheme with --quantize"),
+        (["--heads", "2"], "--heads is settled in a bundle: export the checkpoint again"),
+        (["--quantize", "int8", "--heads", "0"], "--heads is settled in a bundle: export the checkpoint again"),
+        (["--quantize", "int8", "--drafter", "cp"], "--drafter is settled in a bundle: export the checkpoint again"),
+        (["--quantize", "int8", "--context-length", "9"], "--context-length is settled in a bundle"),
+        (["--quantize", "int8", "--parity-length", "9"], "--parity-length is settled in a bundle"),
+        (["--quantize", "fp16", "--block-size", "32"], "fp16 has one precision for all parts"),
+        (["--quantize", "int8", "--gate-text", "/nowhere"], "no text at '/nowhere'"),
+        (["--block-size", "32"], "what is to be quantized how means nothing without --quantize"),
+        (["--stem-precision", "int8"], "what is to be quantized how means nothing without --quantize"),
+        (["--no-symmetric"], "what is to be quantized how means nothing without --quantize"),
+        (["--algorithm", "rtn"], "what is to be quantized how means nothing without --quantize"),
+        (["--kv-cache", "int8"], "what is to be quantized how means nothing without --quantize"),
+        (["--calibration", "."], "what is to be quantized how means nothing without --quantize"),
+        (["--gate-text", "."], "what is to be quantized how means nothing without --quantize"),
+        (["--max-perplexity-loss", "0"], "what is to be quantized how means nothing without --quantize"),
+        (["--max-acceptance-loss", "0"], "what is to be quantized how means nothing without --quantize"),
+        (["--allow-degraded"], "what is to be quantized how means nothing without --quantize"),
+    ],
+)
+def test_refusals(
+    arguments: list[str], expected: str, export: ExportOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line on stderr, exit status 1, no file."""
+    bundle = export("cp").folder
+    capsys.readouterr()
+    assert cli.main([str(tmp_path / "out" / "m.onnx"), "-m", str(bundle), *arguments]) == 1
+    assert expected in complaint(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_request_costs_no_export(export: ExportOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a checkpoint, what is wrong with the second stage is said before the first, whatever else is wrong."""
+    out = str(tmp_path / "m.onnx")
+    for arguments, expected in (
+        (["--quantize", "int8", "--algorithm", "gptq"], "int8 has no 4-bit parts"),
+        (["--quantize", "int8", "--calibration", "/nowhere"], "no text at '/nowhere'"),
+        (["--block-size", "64"], "means nothing without --quantize"),
+    ):
+        assert cli.main([out, "-m", str(tmp_path / "no such checkpoint"), *arguments]) == 1
+        assert expected in complaint(capsys)
+
+
+def test_a_failed_gate(
+    export: ExportOf, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table on stdout, one line on stderr, exit status 1, nothing written; or written, if that is wanted."""
+    rows = [Row("quality", "PPL_1", 4.0, 4.5, 4.1, False)]
+    monkeypatch.setattr(gates, "measure", lambda *arguments: None)
+    monkeypatch.setattr(gates, "judge", lambda *arguments, **options: rows)
+    bundle = export("cp").folder
+    arguments = [str(tmp_path / "out" / "m.onnx"), "-m", str(bundle), "--quantize", "fp16", "--gate-text", str(text)]
+    capsys.readouterr()
+    assert cli.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert "PPL_1" in captured.out and "FAILED" in captured.out
+    last = captured.err.strip().splitlines()[-1]
+    assert last.startswith("dynamo-export: error: 1 of the 1 limits are not kept (first: PPL_1, 4.5 where 4.1")
+    assert list(tmp_path.iterdir()) == []
+    assert cli.main([*arguments, "--allow-degraded"]) == 0
+    assert load_bundle(tmp_path / "out").degraded
+
+
+def test_every_option_reaches_the_package(export: ExportOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each argument of the command becomes the one it stands for."""
+    import dynamo_quantize
+
+    given: dict[str, Any] = {}
+
+    def quantize_bundle(source: str, output: str, scheme: str, **options: Any) -> None:
+        given.update(options, source=source, output=output, scheme=scheme)
+
+    monkeypatch.setattr(dynamo_quantize, "quantize_bundle", quantize_bundle, raising=False)
+    graph = export("cp").folder / "model.onnx"
+    line = (
+        f"out.onnx -m {graph} --quantize int4 --stem-precision int8 --first-head-precision fp32 --heads-precision int4"
+    )
+    line += " --output-precision int4 --input-precision fp32 --block-size 64 --algorithm rtn --no-symmetric"
+    line += " --kv-cache fp32 --calibration a --gate-text b --max-perplexity-loss 3 --max-acceptance-loss 5"
+    assert cli.main([*line.split(), "--allow-degraded", "--overwrite", "--external-data"]) == 0
+    assert given == {
+        "source": str(graph),
+        "output": "out.onnx",
+        "scheme": "int4",
+        "options": Options(
+            parts={"stem": "int8", "first_head": "fp32", "heads": "int4", "output": "int4", "input": "fp32"},
+            block_size=64,
+            symmetric=False,
+            algorithm="rtn",
+            kv_cache="fp32",
+            perplexity_limit=3.0,
+            tokens_per_pass_limit=5.0,
+        ),
+        "calibration": "a",
+        "gate_text": "b",
+        "allow_degraded": True,
+        "overwrite": True,
+        "external_data": True,
+    }

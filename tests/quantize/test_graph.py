@@ -1,0 +1,284 @@
+"""Quantized graphs against torch models that have the dequantized weights, and what holds bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from naive import (
+    attributes,
+    in_passes,
+    initializers,
+    outputs,
+    relative,
+    stored_weights,
+    torch_outputs,
+    with_weights,
+)
+
+from dynamo_quantize import Options, QuantizeError, quantize
+from dynamo_quantize.schemes import resolve
+from dynamo_runtime import Engine
+from dynamo_runtime.bundle import Bundle
+from dynamo_runtime.session import Session
+
+ExportOf = Callable[[str], Any]
+SmallerOf = Callable[..., Bundle]
+NAMES = ["plain", "parallel", "cp", "lookahead"]
+TOKENS = np.random.default_rng(0).integers(1, 320, 40).tolist()
+FP32_CACHE = {"kv_cache": "fp32"}
+WEIGHT_ONLY: list[tuple[str, dict[str, Any]]] = [
+    ("int8", FP32_CACHE),
+    ("int4", FP32_CACHE),
+    ("int4", FP32_CACHE | {"algorithm": "rtn", "symmetric": False, "block_size": 16, "parts": {"heads": "fp32"}}),
+]
+
+
+def exact(bundle: Bundle, folder: Path) -> Path:
+    """A copy of the graph whose products keep their activations in fp32."""
+    model = onnx.load(bundle.graph_path)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1
+    folder.mkdir()
+    onnx.save(model, folder / bundle.graph)
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("scheme", "options"), WEIGHT_ONLY, ids=["int8", "gptq", "rtn"])
+def test_weights_of_torch(
+    scheme: str, options: dict[str, Any], name: str, export: ExportOf, smaller: SmallerOf, tmp_path: Path
+) -> None:
+    """The graph is the torch model with the stored weights; with activations in int8 it is so within a few percent."""
+    exported, bundle = export(name), smaller(name, scheme, **options)
+    model = exported.model()
+    full = torch_outputs(model, TOKENS)
+    small = stored_weights(bundle.graph_path)
+    assert with_weights(model, initializers(exported.bundle.graph_path), small) > 60_000
+    expected = torch_outputs(model, TOKENS)
+    as_fp32 = Bundle(**(vars(bundle) | {"folder": exact(bundle, tmp_path / "exact")}))
+    for output, theirs in outputs(as_fp32, TOKENS).items():
+        np.testing.assert_allclose(theirs, expected[output], atol=2e-4)
+        # The weights' own error is what the comparison above must not be blind to.
+        assert relative(full[output], expected[output]) > 1e-3
+    for output, ours in outputs(bundle, TOKENS).items():
+        assert relative(ours, expected[output]) < 0.04
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_cache_in_int8(name: str, scheme: str, export: ExportOf, smaller: SmallerOf, text: Path) -> None:
+    """Keys and values in int8 change the logits by a few percent; all caches have that type, and scales by channel."""
+    bundle, exported = smaller(name, scheme), export(name)
+    tokens = bundle.tokenizer.encode(text.read_text()[3000:]).ids[:40]  # like the calibration text
+    model = exported.model()
+    with_weights(model, initializers(exported.bundle.graph_path), stored_weights(bundle.graph_path))
+    expected = torch_outputs(model, tokens)
+    session = Session(bundle, provider="cpu", threads=1)
+    for output, ours in in_passes(session, tokens).items():
+        assert relative(ours, expected[output]) < 0.05
+    assert {buffer.dtype for pair in session.cache.buffers for buffer in pair} == {np.dtype(np.int8)}
+    for pair in session.cache.buffers:
+        for buffer in pair:
+            largest = np.abs(buffer[0, :, : len(tokens)].astype(int)).max((1,))
+            assert largest.shape == (bundle.kv_heads, bundle.head_size)
+            assert (largest > 30).all(), "every channel uses the range"
+    caches = [node for node in onnx.load(bundle.graph_path).graph.node if node.op_type == "GroupQueryAttention"]
+    assert [attributes(node)["k_quant_type"] for node in caches] == [b"PER_CHANNEL"] * bundle.kv_layers
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_passes_of_every_width_agree_bit_by_bit(name: str, scheme: str, smaller: SmallerOf) -> None:
+    """With blocks of 32 and the cache in int8: one token at a time, several, or all; and behind rolled-back ones."""
+    bundle = smaller(name, scheme, block_size=32)
+    narrow = outputs(bundle, TOKENS, 1)
+    for width in (2, 3, 5, 16, None):
+        for output, wide in outputs(bundle, TOKENS, width).items():
+            np.testing.assert_array_equal(wide, narrow[output])
+    session = Session(bundle, provider="cpu", threads=1)
+    session.step(TOKENS[:11])
+    session.step([5, 6, 7, 8, 9])
+    session.cache.rollback(11)
+    for output, again in in_passes(session, TOKENS[11:], 4).items():
+        np.testing.assert_array_equal(again, narrow[output][11:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_passes_of_int4_differ_by_the_last_bit(name: str, smaller: SmallerOf) -> None:
+    """The output embedding's blocks of 128 add up in another order, which nothing behind them makes larger."""
+    narrow = outputs(smaller(name, "int4"), TOKENS, 1)
+    for width in (2, 3, 5):
+        for output, wide in outputs(smaller(name, "int4"), TOKENS, width).items():
+            np.testing.assert_allclose(wide, narrow[output], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_verified_text_is_the_text(name: str, scheme: str, smaller: SmallerOf) -> None:
+    """Greedy speculative decoding writes what autoregressive decoding writes, token by token."""
+    engine = Engine(smaller(name, scheme), provider="cpu", threads=1)
+    greedy = {"temperature": 0.0, "repetition_penalty": 1.0, "max_new_tokens": 24, "ignore_eos": True}
+    drafted = 0
+    for prompt in ([3], TOKENS[:7], TOKENS[7:31]):
+        texts = []
+        for strategy in ("autoregressive", "speculative"):
+            engine.reset()
+            found = engine.generate(prompt, strategy=strategy, **greedy)
+            texts.append(found.tokens)
+        drafted += sum(found.statistics.proposed_at_depth)
+        assert texts[0] == texts[1] and len(texts[0]) == 24
+    assert drafted > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half(name: str, export: ExportOf, smaller: SmallerOf) -> None:
+    """Weights, activations and cache in 16 bits give torch's logits within their precision, in 32 bits."""
+    exported, bundle = export(name), smaller(name, "fp16")
+    expected = torch_outputs(exported.model(), TOKENS)
+    session = Session(bundle, provider="cpu", threads=1)
+    for output, ours in in_passes(session, TOKENS, 8).items():
+        assert ours.dtype == np.float32
+        assert relative(ours, expected[output]) < 4e-3
+    assert {buffer.dtype for pair in session.cache.buffers for buffer in pair} == {np.dtype(np.float16)}
+    full, half = initializers(exported.bundle.graph_path), initializers(bundle.graph_path)
+    matrices = {n for n, array in full.items() if array.ndim == 2 and n != "cp.gate.weight" and "cache" not in n}
+    for matrix in matrices:
+        np.testing.assert_array_equal(half[matrix], full[matrix].astype(np.float16))
+
+
+def test_too_large_for_half(export: ExportOf, tmp_path: Path) -> None:
+    """A weight beyond the range of 16 bits is named, not turned into infinity."""
+    source = export("plain").bundle
+    model = onnx.load(source.graph_path)
+    tensor = next(i for i in model.graph.initializer if i.name == "gpt_neox.layers.1.mlp.dense_4h_to_h.weight")
+    array = onnx.numpy_helper.to_array(tensor).copy()
+    array[3, 3] = -7e4
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    (tmp_path / "source").mkdir()
+    onnx.save(model, tmp_path / "source" / source.graph)
+    bundle = Bundle(**(vars(source) | {"folder": tmp_path / "source"}))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(QuantizeError, match=r"dense_4h_to_h\.weight holds 7e\+04, which is too large for fp16"):
+        quantize.write_bundle(bundle, resolve("fp16", Options()), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dynamic(name: str, export: ExportOf, smaller: SmallerOf) -> None:
+    """Weights of torch in int8 by output, products in integers, logits within what rounding activations costs."""
+    exported, bundle = export(name), smaller(name, "int8-dynamic")
+    assert not bundle.lossless and bundle.precision == "int8-dynamic"
+    small = stored_weights(bundle.graph_path)
+    model = exported.model()
+    full = initializers(exported.bundle.graph_path)
+    turned = {weight.removesuffix(".transposed"): array for weight, array in small.items()}
+    lookups = {weight: array for weight, array in small.items() if weight in turned and "embed" in weight}
+    for weight, array in (turned | lookups).items():
+        theirs = full[weight] if full[weight].shape == array.shape and "embed" in weight else full[weight].T
+        assert relative(array, theirs) < 0.02
+    with_weights(model, full, turned)
+    expected = torch_outputs(model, TOKENS)
+    for output, ours in outputs(bundle, TOKENS).items():
+        assert relative(ours, expected[output]) < 0.05
+    types = [node.op_type for node in onnx.load(bundle.graph_path).graph.node]
+    assert not {"MatMul", "FusedMatMul"} & set(types) - ({"MatMul"} if name == "cp" else set())
+
+
+@pytest.mark.parametrize("name", ["parallel", "lookahead"])
+def test_tied_embeddings_are_stored_once(name: str, export: ExportOf, smaller: SmallerOf) -> None:
+    """Look-up and product share one weight of 8 bits, so that all weights take little more than a byte a number."""
+    full, small = (initializers(b.graph_path) for b in (export(name).bundle, smaller(name, "int8")))
+    matrices = {n: array for n, array in full.items() if array.ndim == 2 and "cache" not in n}
+    stored = {n: array for n, array in small.items() if array.dtype == np.uint8}
+    assert sum(array.nbytes for array in stored.values()) == sum(array.size for array in matrices.values())
+    assert [n.rsplit(".q", 1)[0] for n in stored if "embed" in n] == ["model.embed_tokens.weight"]
+    assert {n for n, array in small.items() if array.dtype == np.float32 and array.ndim == 2} <= {
+        *(f"{n}.scales" for n in stored),
+        *("cos_cache", "sin_cache"),
+    }
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int8-dynamic", "fp16"])
+def test_the_gate_of_a_joint_head_stays(scheme: str, export: ExportOf, smaller: SmallerOf) -> None:
+    """Too narrow to be worth it: its weight and its product are what they were (fp16: its weight in 16 bits)."""
+    full, small = (initializers(b.graph_path) for b in (export("cp").bundle, smaller("cp", scheme)))
+    expected = full["cp.gate.weight"].astype(np.float16 if scheme == "fp16" else np.float32)
+    np.testing.assert_array_equal(small["cp.gate.weight"], expected)
+    assert small["cp.gate.weight"].dtype == expected.dtype
+
+
+def formats(bundle: Bundle) -> dict[str, str]:
+    """What every quantized weight is stored as, from its name."""
+    names = [name for name, array in initializers(bundle.graph_path).items() if array.dtype == np.uint8]
+    return {name.rsplit(".", 1)[0]: name.rsplit(".", 1)[1] for name in names if not name.endswith(".zero_points")}
+
+
+def test_formats_of_the_parts(smaller: SmallerOf) -> None:
+    """The output embedding of int4 has 8 bits, every other weight 4; single parts can be given a precision."""
+    default = formats(smaller("cp", "int4"))
+    assert default.pop("lm_head.weight") == "q8b128"
+    assert set(default.values()) == {"q4b32"} and len(default) == 14
+    parts = {"stem": "int8", "heads": "fp32", "output": "int4"}
+    changed = smaller("cp", "int4", parts=parts, algorithm="rtn")
+    found = formats(changed)
+    assert not [name for name in found if name.startswith(("heads.", "cp."))]
+    assert {found[name] for name in found if ".layers.0." in name} == {"q8b128"}
+    assert {found[name] for name in found if ".layers.1." in name} == {"q4b32"} == {found["lm_head.weight"]}
+    assert changed.manifest["quantization"]["parts"] == {
+        "stem": ["int8, blocks of 128"],
+        "first_head": ["int4, blocks of 32, symmetric, rtn"],
+        "heads": ["fp32"],
+        "output": ["int4, blocks of 32, symmetric, rtn"],
+        "input": ["int4, blocks of 32, symmetric, rtn"],
+    }
+
+
+def test_look_up_without_padding(smaller: SmallerOf) -> None:
+    """A look-up has no room for padding, so its blocks are halved until they fit: 128 does not divide 64."""
+    found = formats(smaller("cp", "int8", block_size=128))
+    assert found.pop("gpt_neox.embed_in.weight") == "q8b64"
+    assert set(found.values()) == {"q8b128"}
+    assert formats(smaller("parallel", "int4"))["model.embed_tokens.weight"] == "q8b64"
+
+
+def test_tied_embeddings_have_one_precision(export: ExportOf, tmp_path: Path) -> None:
+    """Another precision asked for the input embedding alone cannot be had."""
+    wanted = resolve("int8", Options(parts={"input": "fp32"}, kv_cache="fp32"))
+    with pytest.raises(QuantizeError, match="input and output embedding are one weight here"):
+        quantize.write_bundle(export("parallel").bundle, wanted, tmp_path)
+    same = resolve("int8", Options(parts={"input": "int8"}, kv_cache="fp32"))
+    quantize.write_bundle(export("parallel").bundle, same, tmp_path)
+
+
+def test_hessians_are_those_of_the_inputs(export: ExportOf, smaller: SmallerOf, text: Path) -> None:
+    """On the calibration text the outputs of gptq are closer to fp32 than those of rounding to nearest."""
+    exported = export("cp")
+    tokens = exported.bundle.tokenizer.encode(text.read_text()).ids[:96]
+    full = outputs(exported.bundle, tokens)
+    found = {}
+    for algorithm in ("gptq", "rtn"):
+        small = smaller("cp", "int4", algorithm=algorithm, **FP32_CACHE)
+        found[algorithm] = {name: relative(x, full[name]) for name, x in outputs(small, tokens).items()}
+    assert set(found["gptq"]) == {"logits", "gate", "factor_logits"}
+    for name, error in found["gptq"].items():
+        assert error < 0.8 * found["rtn"][name]
+
+
+def test_a_tied_weight_is_rounded_for_its_product(export: ExportOf, smaller: SmallerOf) -> None:
+    """With GPTQ the shared embedding is rounded for the states it meets, at the cost of its own numbers' error."""
+    parts = dict.fromkeys(("stem", "first_head", "heads"), "fp32") | {"output": "int4", "input": "int4"}
+    full = initializers(export("parallel").bundle.graph_path)["model.embed_tokens.weight"]
+    error = {}
+    for algorithm in ("gptq", "rtn"):
+        bundle = smaller("parallel", "int4", parts=parts, algorithm=algorithm, **FP32_CACHE)
+        weights = stored_weights(bundle.graph_path)
+        assert set(weights) == {"model.embed_tokens.weight"}
+        error[algorithm] = relative(weights["model.embed_tokens.weight"], full)
+    # Rounded for look-ups alone, every number by itself, its error would be the smaller one.
+    assert error["rtn"] * 1.05 < error["gptq"] < 3 * error["rtn"]
