@@ -5,13 +5,14 @@
 
 Exports the checkpoint with its parallel heads and plain, quantizes both in every way, and runs all of them in turn, in
 an order that rotates, so that a drift of the machine's speed falls on all alike.  With --random the model is one of
-Pythia-160M's shape with two further heads and random weights: sizes and times then mean something, texts do not.
+Pythia-160M's shape with two further heads and random weights: sizes and times then mean something, texts do not, and
+4-bit weights are rounded to nearest.
 
 Columns: graph and weights on disk and weights read a pass, as shares of fp32's; peak memory of load, a prompt of 256
-tokens and 32 new ones; milliseconds of a pass over one token behind 512 others, and of m tokens as a multiple of that,
-with the first head and the further heads at all rows (as verification runs); rise of PPL_1 and PPL_1:n over fp32; fall
-of the tokens per pass of greedy verified decoding and of DynaMo sampling; tokens/s of plain, verified and DynaMo
-decoding over plain fp32's; positions at which passes of 2 … n+1 tokens choose differently from passes over one.
+tokens and 32 new ones; milliseconds of the plain bundle's pass over one token behind 512 others, and what a pass over m
+tokens takes as a multiple of that, with all heads at all rows (as verification runs); rise of PPL_1 and PPL_1:n over
+fp32; fall of the tokens per pass of greedy verified decoding and of DynaMo sampling; tokens/s of plain, verified and
+DynaMo decoding over plain fp32's; positions at which passes of 2 … n+1 tokens choose differently from passes over one.
 Brackets hold 95 % bootstrap intervals over texts or prompts.
 """
 
@@ -114,21 +115,23 @@ def write_all(full: dict[str, Bundle], rows: list[Setting], folder: Path) -> dic
     return bundles
 
 
-def time_passes(engines: dict[str, Engine], rounds: int, outcomes: dict[str, Outcome]) -> None:
-    """Time passes over 1 … WIDEST tokens of every engine behind the same text, interleaved."""
+def time_passes(engines: dict[str, dict[str, Engine]], rounds: int, outcomes: dict[str, Outcome]) -> None:
+    """Time passes over 1 … WIDEST tokens (of plain bundles: over 1, as width 0) behind the same text, interleaved."""
     names = list(engines)
     rng = np.random.default_rng(0)
-    for name, engine in engines.items():
-        outcomes[name].pass_seconds = {m: [] for m in range(1, WIDEST + 1)}
-        engine.reset()
-        engine.session.step(rng.integers(1, engine.bundle.vocab_size, PAST).tolist())
+    text = rng.integers(1, engines[FP32]["multi"].bundle.vocab_size, PAST + WIDEST).tolist()
+    for name in names:
+        outcomes[name].pass_seconds = {m: [] for m in range(WIDEST + 1)}
+        for engine in engines[name].values():
+            engine.reset()
+            engine.session.step(text[:PAST])
     for turn in tqdm(range(rounds + 2), desc="passes"):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            session = engines[name].session
-            for m in range(1, WIDEST + 1):
-                tokens = rng.integers(1, session.bundle.vocab_size, m).tolist()
+            for m in range(WIDEST + 1):
+                session = engines[name]["multi" if m else "plain"].session
+                width = max(m, 1)
                 started = time.perf_counter()
-                session.step(tokens, rows=m, head_rows=range(m))
+                session.step(text[PAST : PAST + width], rows=width, head_rows=range(width))
                 if turn > 1:  # the first warm up
                     outcomes[name].pass_seconds[m].append(time.perf_counter() - started)
                 session.cache.rollback(PAST)
@@ -210,16 +213,16 @@ def summarize(
 def size_table(summary: dict[str, dict[str, Any]], names: list[str]) -> str:
     """Sizes, times of passes and flips as a Markdown table."""
     lines = [
-        "| scheme | graph MB (of fp32) | read a pass | peak MB | ms, m = 1 | "
-        + " | ".join(f"m = {m}" for m in range(2, WIDEST + 1))
+        "| scheme | graph MB (of fp32) | read a pass | peak MB | plain ms | "
+        + " | ".join(f"m = {m}" for m in range(1, WIDEST + 1))
         + " | max \\|Δlogit\\| by width | flips |",
-        "|---" * (WIDEST + 6) + "|",
+        "|---" * (WIDEST + 7) + "|",
     ]
     for name in names:
         f = summary[name]
-        first = f["pass_ms"][1]
+        first = f["pass_ms"][0]
         peak = f"{f['peak_bytes'] / 1e6:.0f}" if f["peak_bytes"] else "–"
-        widths = " | ".join(f"{f['pass_ms'][m] / first:.2f}" for m in range(2, WIDEST + 1))
+        widths = " | ".join(f"{f['pass_ms'][m] / first:.2f}" for m in range(1, WIDEST + 1))
         lines.append(
             f"| {name} | {f['graph_bytes'] / 1e6:.1f} ({f['graph_share']:.1%}) | {f['pass_share']:.1%} | {peak} "
             f"| {first:.2f} | {widths} | {f['width_difference']:.1e} | {f['width_flips']} of {f['width_positions']:,} |"
@@ -323,11 +326,14 @@ def main() -> int:
     meaningful = not arguments.random
     compared, parts = schemes(), single_parts() if meaningful else []
     if arguments.random:
-        compared = [row for row in compared if row.name in ("int8", "int8-dynamic", "int4", "int4, output too", "fp16")]
+        compared = [row for row in compared if row.name in ("int8", "int8-dynamic", "int4, rtn", "fp16")]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if arguments.random:
-            full = {"multi": load_bundle(make_bundle(folder / "random"))}
+            multi = make_bundle(folder / "random")
+            checkpoint = folder / "random" / "checkpoint"
+            plain = export_bundle(folder / "plain" / "model.onnx", checkpoint, heads=0, parity_length=64)
+            full = {"multi": load_bundle(multi), "plain": load_bundle(plain)}
         else:
             full = {
                 kind: load_bundle(export_bundle(folder / kind / "model.onnx", arguments.model, heads=heads))
@@ -340,7 +346,7 @@ def main() -> int:
             name: {kind: Engine(bundle, threads=arguments.threads) for kind, bundle in bundles[name].items()}
             for name in bundles
         }
-        time_passes({name: engines[name]["multi"] for name in timed}, arguments.rounds, outcomes)
+        time_passes({name: engines[name] for name in timed}, arguments.rounds, outcomes)
         if meaningful:
             prompts = held_out_prompts(engines[FP32]["plain"], arguments.prompts, 96)
             generate(engines, prompts, arguments.new_tokens, outcomes)

@@ -14,6 +14,7 @@ from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.session import Session, import_onnxruntime
 
 from .parts import Product
+from .weights import sizes
 from .write import write_model
 
 CHUNK_TOKENS = 256  # a pass: bounds the memory for activations
@@ -85,14 +86,21 @@ def _feed(bundle: Bundle, tokens: Sequence[int]) -> dict[str, np.ndarray]:
     return feed | ({"head_rows": np.arange(length)} if bundle.has_head_rows else {})
 
 
-def cache_ranges(bundle: Bundle, texts: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+def cache_ranges(
+    bundle: Bundle, model: ir.Model, texts: Sequence[Sequence[int]]
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Largest magnitude of every channel of the keys and of the values of every layer, [kv_heads, head_size] each.
+
+    Two channels of a key that are rotated into each other both get the largest length of the pair: what the same key
+    would reach at any position, those behind the end of the texts among them.
 
     Args:
         bundle: The bundle in full precision.
+        model: Its graph.
         texts: Token ids; each is cut to the bundle's context.
     """
     session = Session(bundle, provider="cpu")
+    pairs = _rotated(model)
     shape = (bundle.kv_heads, bundle.head_size)
     ranges = [(np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in range(bundle.kv_layers)]
     for text in tqdm(texts, desc="cache ranges", unit="text", leave=False, disable=None):
@@ -100,7 +108,25 @@ def cache_ranges(bundle: Bundle, texts: Sequence[Sequence[int]]) -> list[tuple[n
         tokens = list(text[: session.max_length])
         for at in range(0, len(tokens), CHUNK_TOKENS):
             session.step(tokens[at : at + CHUNK_TOKENS])
-        for largest, buffers in zip(ranges, session.cache.buffers, strict=True):
-            for found, buffer in zip(largest, buffers, strict=True):
-                np.maximum(found, np.abs(buffer[0, :, : len(tokens)]).max(axis=1), out=found)
+        for layer, (of_keys, of_values) in enumerate(ranges):
+            keys, values = (np.abs(buffer[0, :, : len(tokens)]) for buffer in session.cache.buffers[layer])
+            for one, other in pairs.get(layer, ()):
+                keys[..., one] = keys[..., other] = np.hypot(keys[..., one], keys[..., other])
+            np.maximum(of_keys, keys.max(axis=1), out=of_keys)
+            np.maximum(of_values, values.max(axis=1), out=of_values)
     return ranges
+
+
+def _rotated(model: ir.Model) -> dict[int, list[tuple[int, int]]]:
+    """Pairs of channels that attention rotates into each other, by layer; none where it does not rotate."""
+    found = {}
+    for node in model.graph:
+        given = {name: attribute.value for name, attribute in node.attributes.items()}
+        if node.op_type != "GroupQueryAttention" or not given.get("do_rotary"):
+            continue
+        past, cosines = node.inputs[3], node.inputs[7]
+        assert past is not None and past.name is not None and cosines is not None
+        half, interleaved = sizes(cosines)[1], given.get("rotary_interleaved")
+        pairs = [(2 * i, 2 * i + 1) if interleaved else (i, i + half) for i in range(half)]
+        found[int(past.name.split(".")[1])] = pairs
+    return found

@@ -45,8 +45,8 @@ def write_graph(
     Returns:
         What the weights of every part are stored as.
     """
-    ranges = cache_ranges(bundle, texts) if scheme.kv_cache == "int8" else None
     model = read_model(bundle.graph_path)
+    ranges = cache_ranges(bundle, model, texts) if scheme.kv_cache == "int8" else None
     model.opset_imports.setdefault(CONTRIB, 1)
     products = find_products(model, bundle.kv_layers)
     formats = _formats(products, scheme)

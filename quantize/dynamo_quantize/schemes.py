@@ -78,7 +78,8 @@ _NOTHING: dict[Part, Format | None] = dict.fromkeys(Part)
 _LITTLE = Limits(perplexity=2.0, tokens_per_pass=4.0)
 _MORE = Limits(perplexity=8.0, tokens_per_pass=8.0)
 _INT8 = Format(8, 32)
-# Within int4, where every bit counts: at 8 bits, blocks of 128 lose nothing that could be measured.
+# Within int4, where every bit counts. Blocks of 128 are not computed alike in passes of different width, by a last bit;
+# behind the output embedding, and only there, nothing is rounded any more that this could change.
 _INT8_SMALL = Format(8, 128)
 
 SCHEMES: dict[str, Scheme] = {
@@ -136,9 +137,9 @@ def resolve(name: str, options: Options) -> Scheme:
     if scheme.dynamic and ("int4" in options.parts.values() or options.block_size):
         raise QuantizeError(f"{name} has no blocks: its parts are int8 or fp32")
     formats = dict(scheme.formats)
-    eight = _INT8_SMALL if name == "int4" else _INT8
     for part, precision in options.parts.items():
-        formats[Part(part)] = {"fp32": None, "int8": eight, "int4": Format(4, 32)}[precision]
+        own = _INT8_SMALL if name == "int4" and part == Part.OUTPUT else _INT8
+        formats[Part(part)] = {"fp32": None, "int8": own, "int4": Format(4, 32)}[precision]
     has_4_bits = any(form is not None and form.bits == 4 for form in formats.values())
     algorithm = options.algorithm or ("gptq" if has_4_bits else "rtn")
     if not has_4_bits and (options.algorithm or options.symmetric is not None):

@@ -228,10 +228,10 @@ def test_formats_of_the_parts(smaller: SmallerOf) -> None:
     changed = smaller("cp", "int4", parts=parts, algorithm="rtn")
     found = formats(changed)
     assert not [name for name in found if name.startswith(("heads.", "cp."))]
-    assert {found[name] for name in found if ".layers.0." in name} == {"q8b128"}
+    assert {found[name] for name in found if ".layers.0." in name} == {"q8b32"}
     assert {found[name] for name in found if ".layers.1." in name} == {"q4b32"} == {found["lm_head.weight"]}
     assert changed.manifest["quantization"]["parts"] == {
-        "stem": ["int8, blocks of 128"],
+        "stem": ["int8, blocks of 32"],
         "first_head": ["int4, blocks of 32, symmetric, rtn"],
         "heads": ["fp32"],
         "output": ["int4, blocks of 32, symmetric, rtn"],

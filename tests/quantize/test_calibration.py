@@ -1,0 +1,56 @@
+"""What the calibration text tells: ranges of keys and values, and Hessians."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dynamo_quantize import graph
+from dynamo_quantize.blocks import Format
+from dynamo_quantize.calibration import cache_ranges, hessians
+from dynamo_quantize.parts import find_products
+from dynamo_quantize.read import read_model
+from dynamo_quantize.schemes import Part
+from dynamo_runtime.session import Session
+
+RNG = np.random.default_rng(3)
+TEXT, OTHER = RNG.integers(1, 320, 12).tolist(), RNG.integers(1, 320, 60).tolist()
+
+
+@pytest.mark.parametrize("name", ["plain", "parallel"])
+def test_ranges_hold_at_every_position(name: str, export: Callable[[str], Any]) -> None:
+    """Keys of the first layer are tokens, rotated by where they stand: elsewhere they stay within their range."""
+    bundle = export(name).bundle
+    keys, values = cache_ranges(bundle, read_model(bundle.graph_path), [TEXT])[0]
+    session = Session(bundle, provider="cpu")
+    beyond = 0.0
+    for before in range(0, 60, 5):
+        session.cache.reset()
+        session.step([*OTHER[:before], *TEXT])
+        here = [np.abs(buffer[0, :, before : before + len(TEXT)]).max(axis=1) for buffer in session.cache.buffers[0]]
+        assert (here[0] <= keys * 1.0001).all()
+        np.testing.assert_allclose(here[1], values, rtol=1e-4)
+        if before == 0:
+            first = here[0]
+        beyond = max(beyond, float((here[0] / first).max()))
+    assert beyond > 1.2, "at other positions some channels reach further than in the text itself"
+
+
+def test_hessians_in_groups(export: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups hold no more than they may, lose nothing, and give the sums that one run over all gives."""
+    bundle = export("parallel").bundle
+    model = read_model(bundle.graph_path)
+    products = [p for p in find_products(model, bundle.kv_layers) if not p.is_lookup and p.part is not Part.OUTPUT]
+    whole = hessians(bundle, model, products, [TEXT, OTHER])
+    monkeypatch.setattr(graph, "HESSIAN_BYTES", 4 * 96**2 + 1)
+    monkeypatch.setattr(graph, "HESSIAN_SHARE", 0.0)
+    groups = graph._groups([(product, Format(4)) for product in products], 0)
+    assert len(groups) > 2
+    assert [product for group in groups for product, _ in group] == products
+    for group in groups[:3]:
+        found = hessians(bundle, model, [product for product, _ in group], [TEXT, OTHER])
+        for product, _ in group:
+            np.testing.assert_allclose(found.of(product), whole.of(product), rtol=1e-5, atol=1e-4)
