@@ -30,14 +30,14 @@ NUMPY: dict[int, Any] = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.
 
 
 def make_session(
-    node: onnx.NodeProto, inputs: list[Any], outputs: list[str], weights: dict[str, np.ndarray], dtype: int
+    node: onnx.NodeProto, inputs: list[Any], outputs: dict[str, int], weights: dict[str, np.ndarray]
 ) -> onnxruntime.InferenceSession:
     """A session of one node."""
     graph = helper.make_graph(
         [node],
         "kernel",
         inputs,
-        [helper.make_tensor_value_info(name, dtype, None) for name in outputs],
+        [helper.make_tensor_value_info(name, dtype, None) for name, dtype in outputs.items()],
         [numpy_helper.from_array(array, name) for name, array in weights.items()],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -61,7 +61,7 @@ def product(form: Format, accuracy_level: int, k: int = 768, n: int = 2304) -> t
     }
     node = helper.make_node("MatMulNBits", ["x", *weights], ["y"], domain="com.microsoft", **attributes)
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "rows", k])]
-    session = make_session(node, inputs, ["y"], weights, TensorProto.FLOAT)
+    session = make_session(node, inputs, {"y": TensorProto.FLOAT}, weights)
     x = rng.normal(size=(1, ROWS, k)).astype(np.float32)
 
     def run(width: int) -> np.ndarray:
@@ -90,7 +90,7 @@ def attention(cache: int, activations: int) -> tuple[float, float]:
         weights = dict.fromkeys(("k_scale", "v_scale"), np.full((1, HEADS, 1, HEAD_SIZE), 4 / 127, np.float32))
         names += ["", "", "", "", "", *weights]
     node = helper.make_node("GroupQueryAttention", names, ["y", "key", "value"], domain="com.microsoft", **attributes)
-    session = make_session(node, inputs, ["y"], weights, activations)
+    session = make_session(node, inputs, {"y": activations, "key": cache, "value": cache}, weights)
     kind, held = NUMPY[activations], NUMPY[cache]
     x = rng.normal(size=(1, PAST + ROWS, 3 * HEADS * HEAD_SIZE)).astype(kind)
 
