@@ -239,7 +239,7 @@ def damaged_copy(folder: Path, to: Path, damage: Damage) -> Bundle:
     onnx.save(model, copy / "model.onnx")
     manifest = checkpoints.read_manifest(copy)
     manifest["files"]["model.onnx"]["bytes"] = (copy / "model.onnx").stat().st_size
-    pipeline._write_json(copy / "dynamo_config.json", manifest)
+    pipeline.write_json(copy / "dynamo_config.json", manifest)
     return load_bundle(copy)
 
 
