@@ -55,7 +55,8 @@ def demo(environment: Environment) -> None:
 def test(environment: Environment) -> None:
     """Run the whole test suite."""
     environment.install("cpu,export,train,bench,dev")
-    environment.run("python", "-m", "pytest")
+    os.environ["OMP_NUM_THREADS"] = "1"  # every core runs tests of its own
+    environment.run("python", "-m", "pytest", "--numprocesses", "auto")
 
 
 def main() -> None:
