@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dynamo_quantize.errors import WriteError
 from dynamo_quantize.schemes import ALGORITHMS, BLOCK_SIZES, KV_CACHES, PRECISIONS, SCHEMES, Options, Part
@@ -101,6 +103,7 @@ def run(arguments: argparse.Namespace, name: str = "dynamo-export") -> int:
     logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
     for package in ("dynamo_export", "dynamo_quantize"):
         logging.getLogger(package).setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         _run(arguments)
     except WriteError as error:
@@ -123,11 +126,13 @@ def _run(arguments: argparse.Namespace) -> None:
             raise WriteError(f"--{given[0].replace('_', '-')} is settled in a bundle: export the checkpoint again")
         if not quantization:
             raise WriteError(f"{arguments.model} is a bundle already: choose a scheme with --quantize")
-        from dynamo_quantize import quantize_bundle
+        with _needing("quantize", "quantizing"):
+            from dynamo_quantize import quantize_bundle
 
         quantize_bundle(arguments.model, arguments.output, quantization.pop("quantize"), **writing, **quantization)
         return
-    from .export import export_bundle
+    with _needing("export", "exporting a checkpoint (a bundle has a dynamo_config.json)"):
+        from .export import export_bundle
 
     if arguments.parity_length is not None:
         writing["parity_length"] = arguments.parity_length
@@ -140,6 +145,24 @@ def _run(arguments: argparse.Namespace) -> None:
         **writing,
         **quantization,
     )
+
+
+@contextmanager
+def _needing(extra: str, what: str) -> Iterator[None]:
+    """Says which extra is missing where an import fails.
+
+    Raises:
+        WriteError: The import failed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise WriteError(f"{what} needs {error.name}: pip install 'dynamo-edge[cpu,{extra}]'") from error
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    """Ends the process as a signal would, but not before what was staged is removed."""
+    raise SystemExit(128 + number)
 
 
 def _is_bundle(model: str | None) -> bool:
@@ -168,7 +191,7 @@ def _quantization(arguments: argparse.Namespace) -> dict[str, Any]:
     texts = {"calibration": arguments.calibration, "gate_text": arguments.gate_text}
     if arguments.quantize == "none":
         if options != Options() or any(texts.values()) or arguments.allow_degraded:
-            raise WriteError("what is to be quantized how means nothing without --quantize")
+            raise WriteError("options of quantization need a scheme: --quantize " + "|".join(SCHEMES))
         return {}
     return {"quantize": arguments.quantize, "options": options, "allow_degraded": arguments.allow_degraded, **texts}
 

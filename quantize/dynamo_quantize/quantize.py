@@ -64,6 +64,8 @@ def quantize_bundle(
         WriteError: The bundle, the arguments or the target do not allow it, or a gate failed; nothing is left behind.
     """
     wanted = resolve(scheme, options or Options())
+    if Path(output).absolute().parent.resolve() == _folder(source):
+        raise QuantizeError(f"{source} is the bundle that is to be quantized: choose another folder for the new one")
     target = Target(Path(output), overwrite)
     try:
         bundle = load_bundle(source, verify=True)
@@ -73,12 +75,14 @@ def quantize_bundle(
         raise QuantizeError(
             f"{bundle.folder} is {bundle.precision} already: quantize the bundle in fp32 that it came from"
         )
-    if bundle.folder.resolve() == target.folder.resolve():
-        raise QuantizeError(f"{target.folder} holds the bundle that is to be quantized: choose another folder")
     staged = target.stage()
     try:
         samples = _samples(bundle, gate_text)  # before the work begins, as the text may not do
+        log.info(
+            "quantizing to %s%s", scheme, ": reading the calibration text takes a while" if wanted.calibrated else ""
+        )
         small = write_bundle(bundle, wanted, staged, target.graph, calibration, external_data)
+        log.info("wrote it; running both bundles through the gates")
         _pass_gates(bundle, small, wanted, samples, allow_degraded)
         target.move_in(staged)
     except DynamoError as error:
@@ -89,6 +93,11 @@ def quantize_bundle(
         discard(staged)
     log.info("the %s bundle is in %s", scheme, target.folder)
     return target.folder / target.graph
+
+
+def _folder(bundle: str | Path) -> Path:
+    path = Path(bundle).absolute()
+    return (path.parent if path.suffix == ".onnx" else path).resolve()
 
 
 def check_request(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,16 +53,16 @@ def test_from_checkpoint_to_small_bundle(export: ExportOf) -> None:
         (["--quantize", "int8", "--parity-length", "9"], "--parity-length is settled in a bundle"),
         (["--quantize", "fp16", "--block-size", "32"], "fp16 has one precision for all parts"),
         (["--quantize", "int8", "--gate-text", "/nowhere"], "no text at '/nowhere'"),
-        (["--block-size", "32"], "what is to be quantized how means nothing without --quantize"),
-        (["--stem-precision", "int8"], "what is to be quantized how means nothing without --quantize"),
-        (["--no-symmetric"], "what is to be quantized how means nothing without --quantize"),
-        (["--algorithm", "rtn"], "what is to be quantized how means nothing without --quantize"),
-        (["--kv-cache", "int8"], "what is to be quantized how means nothing without --quantize"),
-        (["--calibration", "."], "what is to be quantized how means nothing without --quantize"),
-        (["--gate-text", "."], "what is to be quantized how means nothing without --quantize"),
-        (["--max-perplexity-loss", "0"], "what is to be quantized how means nothing without --quantize"),
-        (["--max-acceptance-loss", "0"], "what is to be quantized how means nothing without --quantize"),
-        (["--allow-degraded"], "what is to be quantized how means nothing without --quantize"),
+        (["--block-size", "32"], "options of quantization need a scheme: --quantize int8"),
+        (["--stem-precision", "int8"], "options of quantization need a scheme: --quantize int8"),
+        (["--no-symmetric"], "options of quantization need a scheme: --quantize int8"),
+        (["--algorithm", "rtn"], "options of quantization need a scheme: --quantize int8"),
+        (["--kv-cache", "int8"], "options of quantization need a scheme: --quantize int8"),
+        (["--calibration", "."], "options of quantization need a scheme: --quantize int8"),
+        (["--gate-text", "."], "options of quantization need a scheme: --quantize int8"),
+        (["--max-perplexity-loss", "0"], "options of quantization need a scheme: --quantize int8"),
+        (["--max-acceptance-loss", "0"], "options of quantization need a scheme: --quantize int8"),
+        (["--allow-degraded"], "options of quantization need a scheme: --quantize int8"),
     ],
 )
 def test_refusals(
@@ -80,7 +82,7 @@ def test_a_bad_request_costs_no_export(export: ExportOf, tmp_path: Path, capsys:
     for arguments, expected in (
         (["--quantize", "int8", "--algorithm", "gptq"], "int8 has no 4-bit parts"),
         (["--quantize", "int8", "--calibration", "/nowhere"], "no text at '/nowhere'"),
-        (["--block-size", "64"], "means nothing without --quantize"),
+        (["--block-size", "64"], "options of quantization need a scheme"),
     ):
         assert cli.main([out, "-m", str(tmp_path / "no such checkpoint"), *arguments]) == 1
         assert expected in complaint(capsys)
@@ -142,3 +144,20 @@ def test_every_option_reaches_the_package(export: ExportOf, tmp_path: Path, monk
         "overwrite": True,
         "external_data": True,
     }
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+from dynamo_export.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_what_is_not_installed_is_named(tmp_path: Path) -> None:
+    """Without torch, what is no bundle needs the extra that has it: one line, and nothing written."""
+    arguments = [str(tmp_path / "o" / "m.onnx"), "-m", str(tmp_path / "missing"), "--quantize", "int8"]
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "pip install 'dynamo-edge[cpu,export]'" in done.stderr
+    assert not (tmp_path / "o").exists()
