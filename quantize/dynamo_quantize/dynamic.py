@@ -15,7 +15,7 @@ def put_dynamic(model: ir.Model, product: Product) -> None:
     """Replaces a product by one of integers.
 
     The same nodes as onnxruntime's `quantize_dynamic` makes, which onnxruntime fuses into one when it loads the graph;
-    but that function holds the model in memory four times.
+    but that function holds the model in memory several times over.
 
     Args:
         model: The graph.
