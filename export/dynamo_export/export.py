@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from dynamo_model import CPModel, LookAheadModel
 from dynamo_quantize import check_request, quantize_bundle
 from dynamo_quantize.files import listed_files, read_json, write_json
+from dynamo_quantize.heads import fold_heads, take_skipped_states
 from dynamo_quantize.target import Target, discard
 from dynamo_quantize.write import write_model
 from dynamo_runtime.bundle import FORMAT_VERSION, MANIFEST, load_bundle
@@ -161,6 +162,8 @@ def build_graph(subject: Subject) -> tuple[ir.Model, WeightStore]:
     shorten_names(model)
     for node in model.graph:
         node.metadata_props.clear()
+    if subject.n_states > 1 and take_skipped_states(model):
+        fold_heads(model)
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
     model.producer_name, model.producer_version = "dynamo-edge", _version("dynamo-edge")

@@ -253,6 +253,10 @@ def _runs(session: Session, case: Case, bundle: Bundle) -> Iterator[tuple[str, l
     for size in sorted({1, 2, most}):
         session.cache.rollback(fork)
         yield f"rollback {size}", list(_steps(session, case.other, case.expected_other, fork, start, size))
+    if session.skips_heads:
+        for size in (1, most):
+            session.cache.rollback(begin)
+            yield f"skip {size}", list(_skipping(session, case, begin, size))
     if bundle.look_ahead:
         yield "look-ahead", list(_look_ahead(session, case, min(fork + len(bundle.look_ahead), length)))
     session.cache.reset()
@@ -283,6 +287,21 @@ def _steps(
         else:
             step = session.step(part, rows=len(part), head_rows=list(range(len(part))))
             yield step, _rows(expected, first, last)
+
+
+def _skipping(session: Session, case: Case, begin: int, size: int) -> Iterator[Passed]:
+    """Leaves the further heads out of most passes, rolling back among them, and has them catch up in the others."""
+    tokens, expected, start = case.tokens, case.expected, case.start
+    at, turn = begin, 0
+    while at < len(tokens):
+        part = tokens[at : at + size].tolist()
+        if turn % 4 == 3 or at + size >= len(tokens):
+            step = session.step(part, rows=len(part), head_rows=list(range(len(part))))
+            yield step, _rows(expected, at - start, at + len(part) - start)
+        else:
+            session.step(part, head_rows=())
+            session.cache.rollback(at + (len(part) + 1) // 2)
+        at, turn = session.cache.length, turn + 1
 
 
 def _look_ahead(session: Session, case: Case, upto: int) -> Iterator[Passed]:

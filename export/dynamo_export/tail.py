@@ -15,7 +15,6 @@ from .weights import WeightStore
 
 TOP_K = 128
 INT64_MAX = np.iinfo(np.int64).max
-OUTPUTS = ("logits", "topk_logits", "topk_ids")  # of every head
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,8 @@ class Tail:
         self.graph.inputs.append(value)
         return value
 
-    def chosen_states(self) -> tuple[list[ir.Value], list[ir.Value]]:
-        """The rows of every state that something is wanted of, and how many rows that is, [1] each."""
+    def chosen_states(self) -> list[ir.Value]:
+        """The rows of every state that something is wanted of."""
         one, last, axis = (
             self.constant(f"out_{name}", np.array([number], np.int64))
             for name, number in (("one", 1), ("end", INT64_MAX), ("axis", 1))
@@ -105,22 +104,15 @@ class Tail:
             return self.make("Slice", [value, start.outputs[0], last, axis], [f"{value.name}_rows"])
 
         chosen = [select_rows(self.model, self.states[0], last_rows, {}, "rows")]
-        counts = [self.count(chosen[0], 1)]
-        if len(self.states) > 1:
-            rows = self.option("head_rows", np.array([-1], np.int64), ["head_rows"])
+        if len(self.states) > 1:  # none of them by default: who does not know of further heads does not pay for them
+            rows = self.option("head_rows", np.zeros(0, np.int64), ["head_rows"])
 
             def gathered(value: ir.Value) -> ir.Node:
                 return self.make("Gather", [value, rows], [f"{value.name}_head_rows"], axis=1)
 
             cuts: dict[ir.Value, ir.Value] = {}
             chosen += [select_rows(self.model, state, gathered, cuts, "head_rows") for state in self.states[1:]]
-            counts += [self.count(rows, 0)] * (len(self.states) - 1)
-        return chosen, counts
-
-    def count(self, value: ir.Value, axis: int) -> ir.Value:
-        """Size of one axis, [1]."""
-        name = f"out_count_{value.name}"
-        return self.add("Shape", [value], [name], start=axis, end=axis + 1).outputs[0]
+        return chosen
 
     def build(self, embedding: ir.Value, tied: bool, bias: ir.Value | None, joint: JointHead | None) -> None:
         """Adds everything.
@@ -132,52 +124,33 @@ class Tail:
             bias: Initializer [vocab], or None.
             joint: What makes a joint head of the second state, or None where every state is a token head's.
         """
-        del self.graph.outputs[:]
-        chosen, counts = self.chosen_states()
-        names = [[f"{kind}{f'_{i}' if i > 1 else ''}" for kind in OUTPUTS] for i in range(1, len(chosen) + 1)]
-        gate = None
+        self.graph.outputs.clear()
+        chosen = self.chosen_states()
         if joint is not None:
             gate = self.gate(chosen[1], joint)
             chosen[1] = self.factor_states(chosen[1], joint)
-            counts[1] = self.count(chosen[1], 1)
-            names[1] = [f"out_factor_{kind}" for kind in OUTPUTS]
-        results = self.results(chosen, counts, names, embedding, tied, bias)
-        for i, values in enumerate(results):
-            axes: list[str | int] = ["batch", "head_rows" if i else "rows"]
-            if joint is not None and gate is not None and i == 1:
-                self.put_out(gate, [*axes, joint.rank])
-                axes += [joint.n_tokens, joint.rank]
-                values = [self.unfolded(value, joint) for value in values]
-            for value, width in zip(values, (self.vocab_size, self.top_k, self.top_k), strict=True):
-                self.put_out(value, [*axes, width], ids=value is values[2])
+        logits = self.logits(chosen, embedding, tied, bias)
+        k = self.constant("out_k", np.array([self.top_k], np.int64))
+        top = self.add("TopK", [logits, k], ["topk_logits", "topk_ids"], axis=-1, largest=1, sorted=1)
+        for value, width in zip((logits, *top.outputs), (self.vocab_size, self.top_k, self.top_k), strict=True):
+            self.put_out(value, ["batch", "rows_of_all_heads" if len(chosen) > 1 else "rows", width])
+        if joint is not None:
+            self.put_out(gate, ["batch", "head_rows", joint.rank])
+        top.outputs[1].type = ir.TensorType(ir.DataType.INT64)
         self.graph.outputs.extend(self.presents)
         self.graph.sort()
         drop_unused(self.model)
 
-    def results(
-        self,
-        chosen: list[ir.Value],
-        counts: list[ir.Value],
-        names: list[list[str]],
-        embedding: ir.Value,
-        tied: bool,
-        bias: ir.Value | None,
-    ) -> list[list[ir.Value]]:
-        """Logits and top-K of every head's rows, by one product of all rows with the output embedding.
+    def logits(self, chosen: list[ir.Value], embedding: ir.Value, tied: bool, bias: ir.Value | None) -> ir.Value:
+        """Logits of the rows of all heads [batch, all their rows, vocab], the first head's first, by one product.
 
         Args:
             chosen: A head's states [batch, its rows, hidden].
-            counts: How many rows each has, [1].
-            names: What its three results are called.
             embedding: As for `build`.
             tied: As for `build`.
             bias: As for `build`.
-
-        Returns:
-            For every head logits [batch, its rows, vocab], and top-K logits and ids [batch, its rows, K].
         """
         several = len(chosen) > 1
-        whole = [f"{kind}_all" for kind in OUTPUTS] if several else names[0]
         stacked = self.add("Concat", chosen, ["out_states"], axis=1).outputs[0] if several else chosen[0]
         product = self.add("MatMul", [stacked, embedding], ["out_product"])
         if tied:  # the layout of the look-up: one weight, and measured as fast as a transposed copy
@@ -194,18 +167,8 @@ class Tail:
             )
         if bias is not None:
             last = self.add("Add", [last.outputs[0], bias], ["out_biased"])
-        last.outputs[0].name = whole[0]
-        k = self.constant("out_k", np.array([self.top_k], np.int64))
-        top = self.add("TopK", [last.outputs[0], k], whole[1:], axis=-1, largest=1, sorted=1)
-        found = [last.outputs[0], *top.outputs]
-        if not several:
-            return [found]
-        rows = self.add("Concat", counts, ["out_counts"], axis=0).outputs[0]
-        parts = [
-            self.add("Split", [value, rows], list(called), axis=1).outputs
-            for value, called in zip(found, zip(*names, strict=True), strict=True)
-        ]
-        return [list(of_head) for of_head in zip(*parts, strict=True)]
+        last.outputs[0].name = "logits"
+        return last.outputs[0]
 
     def gate(self, context: ir.Value, joint: JointHead) -> ir.Value:
         """Log w_α [batch, head_rows, rank] of the context embedding [batch, head_rows, hidden]."""
@@ -220,18 +183,10 @@ class Tail:
         mapped = self.add("MatMul", [context, weight], ["out_mapped"]).outputs[0]
         return self.add("Reshape", [mapped, shape], ["out_factors"]).outputs[0]
 
-    def unfolded(self, value: ir.Value, joint: JointHead) -> ir.Value:
-        """Of [batch, head_rows · n_tokens · rank, width] the output [batch, head_rows, n_tokens, rank, width]."""
-        assert value.name is not None
-        name = value.name.removeprefix("out_")
-        width = self.vocab_size if name == "factor_logits" else self.top_k
-        shape = self.constant(f"out_{name}_shape", np.array([0, -1, joint.n_tokens, joint.rank, width], np.int64))
-        return self.add("Reshape", [value, shape], [name]).outputs[0]
-
-    def put_out(self, value: ir.Value, shape: list[str | int], ids: bool = False) -> None:
-        """Makes a value an output."""
+    def put_out(self, value: ir.Value, shape: list[str | int]) -> None:
+        """Makes a value of 32-bit floats an output."""
         value.shape = ir.Shape(shape)
-        value.type = ir.TensorType(ir.DataType.INT64 if ids else ir.DataType.FLOAT)
+        value.type = ir.TensorType(ir.DataType.FLOAT)
         self.graph.outputs.append(value)
 
 

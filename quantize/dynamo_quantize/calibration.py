@@ -11,7 +11,8 @@ import onnx_ir as ir
 from tqdm import tqdm
 
 from dynamo_runtime.bundle import Bundle
-from dynamo_runtime.session import Session, import_onnxruntime
+from dynamo_runtime.providers import import_onnxruntime
+from dynamo_runtime.session import Session
 
 from .parts import Product
 from .weights import sizes

@@ -17,6 +17,7 @@ from .dynamic import put_dynamic
 from .errors import QuantizeError
 from .gptq import gptq
 from .half import to_half
+from .heads import fold_heads
 from .kv_cache import quantize_cache
 from .nbits import CONTRIB, put_blocks
 from .parts import Product, find_products
@@ -62,6 +63,7 @@ def write_graph(
         quantize_cache(model, ranges)
     if scheme.activations == "fp16":
         to_half(model, products)
+    fold_heads(model)
     write_model(model, path, external)
     stored: dict[Part, set[str]] = {product.part: set() for product in products}
     for product, form in zip(products, formats, strict=True):

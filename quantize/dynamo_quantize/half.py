@@ -9,7 +9,7 @@ from .errors import QuantizeError
 from .kv_cache import is_cache
 from .parts import Product
 from .schemes import Part
-from .weights import is_weight, lazily, sizes
+from .weights import is_weight, lazily
 
 HALF = ir.DataType.FLOAT16
 
@@ -64,7 +64,8 @@ def _converted(value: ir.Value) -> ir.TensorProtocol:
     largest = float(np.abs(value.const_value.numpy()).max(initial=0))
     if largest > float(np.finfo(np.float16).max):
         raise QuantizeError(f"{value.name} holds {largest:.3g}, which is too large for fp16")
-    made = lazily(value.name, [value], lambda array: array.astype(np.float16), sizes(value), HALF)
+    shape = tuple(int(size) for size in value.const_value.shape.numpy())  # a default's, not that of any input
+    made = lazily(value.name, [value], lambda array: array.astype(np.float16), shape, HALF)
     assert made.const_value is not None
     return made.const_value
 

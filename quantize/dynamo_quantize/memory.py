@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from dynamo_runtime import Engine
-from dynamo_runtime.session import import_onnxruntime
+from dynamo_runtime.providers import import_onnxruntime
 
 PROMPT_TOKENS, NEW_TOKENS = 256, 32
 

@@ -6,22 +6,21 @@ The counterpart of `write`: what is skipped there to keep weights out of one big
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from .errors import QuantizeError
-from .weights import BIG_BYTES
-from .write import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, field, varint
+from dynamo_runtime.wire import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, field, fields
 
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types of protobuf
+from .errors import QuantizeError
+from .heads import unfold_heads
+from .weights import BIG_BYTES
 
 
 def read_model(path: Path) -> ir.Model:
-    """Reads a graph; the arrays of its big weights are read anew each time they are used, and never kept.
+    """Reads a graph, its heads unfolded; arrays of big weights are read anew each time they are used, and never kept.
 
     Args:
         path: The `.onnx` file, which must stay where it is.
@@ -33,7 +32,7 @@ def read_model(path: Path) -> ir.Model:
         try:
             skeleton = b"".join(
                 data[start:end] if number != MODEL_GRAPH else field(MODEL_GRAPH, _graph(data, begin, end, path.name))
-                for number, start, begin, end in _fields(data, 0, len(data))
+                for number, start, begin, end in fields(data, 0, len(data))
             )
             model = ir.from_proto(onnx.ModelProto.FromString(skeleton))
         except Exception as error:  # protobuf and onnx_ir raise whatever they stumble over
@@ -41,13 +40,14 @@ def read_model(path: Path) -> ir.Model:
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = _lazy(value.const_value, path.parent)
+    unfold_heads(model)
     return model
 
 
 def _graph(data: mmap.mmap, start: int, end: int, name: str) -> bytes:
     """A graph whose big weights say where in the file they lie."""
     parts = []
-    for number, at, begin, stop in _fields(data, start, end):
+    for number, at, begin, stop in fields(data, start, end):
         if number == GRAPH_INITIALIZER and stop - begin > BIG_BYTES:
             parts.append(field(GRAPH_INITIALIZER, _tensor(data, begin, stop, name)))
         else:
@@ -58,7 +58,7 @@ def _graph(data: mmap.mmap, start: int, end: int, name: str) -> bytes:
 def _tensor(data: mmap.mmap, start: int, end: int, name: str) -> bytes:
     """A weight whose raw bytes are replaced by their place."""
     rest, place = [], None
-    for number, at, begin, stop in _fields(data, start, end):
+    for number, at, begin, stop in fields(data, start, end):
         if number == TENSOR_RAW_DATA:
             place = begin, stop - begin
         else:
@@ -69,27 +69,6 @@ def _tensor(data: mmap.mmap, start: int, end: int, name: str) -> bytes:
         for key, value in (("location", name), ("offset", place[0]), ("length", place[1])):
             tensor.external_data.add(key=key, value=str(value))
     return tensor.SerializeToString()
-
-
-def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Every field of a message: its number, where it starts, where its content begins and where that ends."""
-    at = start
-    while at < end:
-        tag, begin = varint(data, at)
-        kind = tag & 7
-        if kind == VARINT:
-            stop = varint(data, begin)[1]
-        elif kind == BYTES:
-            length, begin = varint(data, begin)
-            stop = begin + length
-        elif kind in (FIXED32, FIXED64):
-            stop = begin + (4 if kind == FIXED32 else 8)
-        else:
-            raise ValueError(f"wire type {kind} at byte {at}")
-        if stop > end:
-            raise ValueError(f"the field at byte {at} ends behind its message")
-        yield tag >> 3, at, begin, stop
-        at = stop
 
 
 def _lazy(tensor: ir.ExternalTensor, folder: Path) -> ir.TensorProtocol:

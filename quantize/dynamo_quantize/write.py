@@ -7,7 +7,6 @@ of the graph is serialised first and the initializers are appended one at a time
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -17,42 +16,12 @@ import onnx
 import onnx_ir as ir
 from tqdm import tqdm
 
+from dynamo_runtime.wire import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, tag, varint
+
 from .weights import BIG_BYTES
 
 EMBED_LIMIT_BYTES = 1_500_000_000  # a protobuf file ends at 2 GiB
 ALIGNMENT_BYTES = 4096  # of external weights, so that they can be mapped into memory
-
-# Field numbers of the ONNX schema; all three are length-delimited (wire type 2).
-MODEL_GRAPH, GRAPH_INITIALIZER, TENSOR_RAW_DATA = 7, 5, 9
-
-
-def _tag(field: int) -> bytes:
-    return _varint(field << 3 | 2)
-
-
-def field(number: int, content: bytes) -> bytes:
-    """A field of a message, with its tag and length."""
-    return _tag(number) + _varint(len(content)) + content
-
-
-def varint(data: mmap.mmap, at: int) -> tuple[int, int]:
-    """The number that begins there, and where it ends."""
-    number = shift = 0
-    while True:
-        byte = data[at]
-        number |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return number, at
-
-
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
 
 
 def weight_bytes(model: ir.Model) -> int:
@@ -127,7 +96,7 @@ def _write_embedded(proto: onnx.ModelProto, weights: Iterable[tuple[str, ir.Tens
         len(prefix) + tensor.nbytes for prefix, (_, tensor) in zip(prefixes, pieces, strict=True)
     )
     with path.open("xb") as file:
-        file.write(proto.SerializeToString() + _tag(MODEL_GRAPH) + _varint(size) + small_graph)
+        file.write(proto.SerializeToString() + tag(MODEL_GRAPH) + varint(size) + small_graph)
         for prefix, (name, tensor) in zip(prefixes, weights, strict=True):
             array = _array(tensor)
             assert array.nbytes == tensor.nbytes, name
@@ -137,8 +106,8 @@ def _write_embedded(proto: onnx.ModelProto, weights: Iterable[tuple[str, ir.Tens
 
 def _initializer_prefix(name: str, tensor: ir.TensorProtocol) -> bytes:
     """Everything of one initializer up to its raw bytes."""
-    header = _header(name, tensor).SerializeToString() + _tag(TENSOR_RAW_DATA) + _varint(tensor.nbytes)
-    return _tag(GRAPH_INITIALIZER) + _varint(len(header) + tensor.nbytes) + header
+    header = _header(name, tensor).SerializeToString() + tag(TENSOR_RAW_DATA) + varint(tensor.nbytes)
+    return tag(GRAPH_INITIALIZER) + varint(len(header) + tensor.nbytes) + header
 
 
 def _write_array(file: BinaryIO, array: np.ndarray) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .cooccurrence import Cooccurrence
 
 MANIFEST = "dynamo_config.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 COUNTS = "cooccurrence.npz"
 DEFAULT_BUNDLE = Path(__file__).parent / "default"
 """The bundle that ships with the package: a small model of Python source code, in int8."""
@@ -32,7 +32,7 @@ class Bundle:
     Attributes:
         folder: Where the files lie.
         n_heads: Token heads of the graph; 1 where further tokens do not come from heads of their own.
-        vocab_size: V, the last axis of every `logits` output.
+        vocab_size: V, the last axis of `logits`.
         context_length: Positions the model was built for, an upper bound of every cache.
         kv_layers: KV caches of the graph: stem, first head, further heads, numbered in that order.
         kv_heads: Key/value heads per layer.
@@ -185,7 +185,9 @@ def _from_manifest(folder: Path) -> Bundle:
     read = _Fields(path, manifest)
     version = read.integer("format_version", 1)
     if version != FORMAT_VERSION:
-        raise BundleError(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}")
+        raise BundleError(
+            f"{path} has format version {version}; this program reads version {FORMAT_VERSION}: export the bundle again"
+        )
     n_heads = read.integer("n_heads", 1)
     kind = read.get("kind", str)
     if kind not in KINDS:

@@ -51,21 +51,19 @@ class Engine:
         self,
         bundle: Bundle | str | Path,
         *,
-        provider: str = "auto",
-        threads: int | None = None,
         max_length: int | None = None,
         verify: bool = False,
         prefill_chunk: int = PREFILL_CHUNK,
+        **backend: Any,
     ):
         """Load a bundle.
 
         Args:
             bundle: A bundle, its folder, or the ONNX file inside it.
-            provider: "auto", "cpu" or "cuda".
-            threads: Threads within an operator; None leaves it to onnxruntime.
             max_length: Most positions of prompt and continuation; None means the model's context length.
             verify: Compare the files' sha256 when loading from a path.
             prefill_chunk: Most prompt tokens per forward pass: bounds the memory of long prompts.
+            **backend: Fields of `Backend`: provider, threads, ….
 
         Raises:
             DynamoError: See `load_bundle` and `Session`.
@@ -73,7 +71,7 @@ class Engine:
         if prefill_chunk < 1:
             raise ParameterError(f"prefill_chunk must be at least 1, not {prefill_chunk}")
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle, verify=verify)
-        self.session = Session(self.bundle, provider=provider, threads=threads, max_length=max_length)
+        self.session = Session(self.bundle, max_length=max_length, **backend)
         self._prefill_chunk = prefill_chunk
 
     def reset(self) -> None:
@@ -256,8 +254,9 @@ class TextStream(Iterator[str]):
         self._started, self._session.user = True, self
         self._ort_before = self._session.ort_seconds
         context = Context(self._prompt, self._session.bundle.vocab_size)
-        self.statistics.reused_tokens = reuse_prefix(self._session, self._prompt)
-        for _ in prefill(self._session, self._prompt, self._prefill_chunk):
+        drafts = self._strategy.reads_heads
+        self.statistics.reused_tokens = reuse_prefix(self._session, self._prompt, drafts)
+        for _ in prefill(self._session, self._prompt, self._prefill_chunk, drafts):
             if self._cancelled:
                 self.finish_reason = "cancelled"
                 return
@@ -294,10 +293,11 @@ class TextStream(Iterator[str]):
         return piece
 
 
-def reuse_prefix(session: Session, prompt: Sequence[int]) -> int:
+def reuse_prefix(session: Session, prompt: Sequence[int], heads: bool) -> int:
     """Roll the cache back to what it has in common with the prompt; returns how many positions that are.
 
-    The last token is always left to be computed, as the first pass must have a row to read.
+    The last token is always left to be computed, as the first pass must have a row to read. What the further heads
+    have not seen is of no use where they are to be `heads` and it is more than they should see in one pass.
     """
     common = 0
     for held, wanted in zip(session.cache.tokens, prompt[:-1], strict=False):
@@ -305,15 +305,25 @@ def reuse_prefix(session: Session, prompt: Sequence[int]) -> int:
             break
         common += 1
     session.cache.rollback(common)
+    if heads and session.cache.skipped_length > PREFILL_CHUNK:
+        common -= session.cache.skipped_length
+        session.cache.rollback(common)
     return common
 
 
-def prefill(session: Session, prompt: Sequence[int], chunk: int) -> Iterator[None]:
-    """Feed the prompt in chunks until at most one chunk is left, which the first decode step feeds."""
+def prefill(session: Session, prompt: Sequence[int], chunk: int, heads: bool) -> Iterator[None]:
+    """Feed the prompt in chunks until at most one chunk is left, which the first decode step feeds.
+
+    Args:
+        session: Rolled back to a prefix of the prompt.
+        prompt: Its tokens.
+        chunk: Most tokens a pass.
+        heads: Whether the further heads will be read later.
+    """
     while len(prompt) - session.cache.length > chunk:
         yield
         held = session.cache.length
-        session.step(prompt[held : held + chunk])
+        session.step(prompt[held : held + chunk], head_rows=None if heads else ())
     yield
 
 
@@ -332,7 +342,7 @@ def decode(session: Session, strategy: Strategy, context: Context, rng: np.rando
         fed = pending + [draft.token for draft in drafts] + look_ahead
         judged = 1 + len(drafts)  # rows: the last final token's, and every draft's
         last = len(fed) - len(look_ahead)
-        head_rows = range(last - judged, last) if session.bundle.has_head_rows else None
+        head_rows = range(last - judged, last) if strategy.reads_heads else ()
         step = session.step(fed, rows=judged + len(look_ahead), head_rows=head_rows)
         turn = strategy.advance(step, context, drafts, rng)
         session.cache.rollback(len(context.tokens) + turn.accepted)

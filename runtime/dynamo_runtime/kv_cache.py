@@ -1,12 +1,16 @@
 """The KV cache: one buffer per layer that is past and present at once, so that nothing is copied per step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from .errors import PromptError
 
 GROWTH_SLOTS = 256
+
+Allocate = Callable[[tuple[int, ...], np.dtype], Any]
+"""Makes a zeroed buffer of a shape and type somewhere; what it returns has a `shape`."""
 
 
 class KVCache:
@@ -15,9 +19,13 @@ class KVCache:
     The graph writes new keys and values in place, behind the `length` first positions; what lies beyond
     `length` is stale and never read, so that rolling back is setting a length.
 
+    Passes may leave out the further heads. The layers of those then have no keys and values for the pass's
+    positions, and the states that they would have been made of are kept until a pass takes them along.
+
     Attributes:
-        buffers: Per layer (keys, values), each [1, kv_heads, capacity, head_size].
+        buffers: Per layer (keys, values), each of `shape` [1, kv_heads, capacity, head_size] and `dtype`.
         tokens: The tokens whose keys and values are held, in order.
+        skipped: States of the last positions, which the further heads have not seen, [positions, hidden] each.
     """
 
     def __init__(
@@ -29,13 +37,27 @@ class KVCache:
         *,
         dtype: np.dtype | type = np.float32,
         growth: int = GROWTH_SLOTS,
+        allocate: Allocate = np.zeros,
     ):
-        self._shape = (1, kv_heads, 0, head_size)
-        self._dtype = np.dtype(dtype)
+        """Allocate the first buffers.
+
+        Args:
+            layers: Attention layers.
+            kv_heads: Key/value heads of each.
+            head_size: Width of one.
+            max_length: Most positions it may hold.
+            dtype: Of keys and values.
+            growth: Positions per growth step.
+            allocate: For buffers that are not numpy arrays; those cannot grow, so `growth` must be `max_length`.
+        """
+        self.shape = (1, kv_heads, 0, head_size)
+        self.dtype = np.dtype(dtype)
         self._growth = growth
+        self._new = allocate
         self.max_length = max_length
         self.tokens: list[int] = []
-        self.buffers: list[tuple[np.ndarray, np.ndarray]] = []
+        self.skipped: list[np.ndarray] = []
+        self.buffers: list[tuple[Any, Any]] = []
         self._layers = layers
         self._allocate(min(growth, max_length))
 
@@ -45,9 +67,19 @@ class KVCache:
         return len(self.tokens)
 
     @property
+    def skipped_length(self) -> int:
+        """Positions at the end that the further heads have not seen."""
+        return sum(len(states) for states in self.skipped)
+
+    @property
     def capacity(self) -> int:
         """Positions there is room for without growing."""
-        return int(self.buffers[0][0].shape[2])
+        return self.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return 2 * self._layers * int(np.prod(self.shape)) * self.dtype.itemsize
 
     def reserve(self, length: int) -> bool:
         """Make room for `length` positions by doubling; returns whether the buffers moved.
@@ -63,26 +95,43 @@ class KVCache:
         self._allocate(min(steps * self._growth, self.max_length))
         return True
 
-    def advance(self, tokens: Sequence[int]) -> None:
-        """Count `tokens`, whose keys and values the graph has just written, as held."""
+    def advance(self, tokens: Sequence[int], skipped: np.ndarray | None = None) -> None:
+        """Count `tokens`, whose keys and values the graph has just written, as held.
+
+        Args:
+            tokens: Of the pass.
+            skipped: Their states [tokens, hidden] if the further heads were left out; None if they took part, and with
+                them all that had been skipped before.
+        """
         self.tokens.extend(tokens)
+        if skipped is None:
+            self.skipped.clear()
+        else:
+            self.skipped.append(skipped)
 
     def rollback(self, length: int) -> None:
         """Forget everything behind the first `length` positions."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot roll back to {length} of {self.length} positions")
+        surplus = self.length - length
+        while surplus and self.skipped:
+            states = self.skipped.pop()
+            if len(states) > surplus:
+                self.skipped.append(states[:-surplus])
+            surplus = max(surplus - len(states), 0)
         del self.tokens[length:]
 
     def reset(self) -> None:
         """Forget everything."""
         self.tokens.clear()
+        self.skipped.clear()
 
     def _allocate(self, capacity: int) -> None:
-        shape = (*self._shape[:2], capacity, self._shape[3])
+        self.shape = (*self.shape[:2], capacity, self.shape[3])
         held = self.length
         old, self.buffers = self.buffers, []
         for layer in range(self._layers):
-            pair = (np.zeros(shape, self._dtype), np.zeros(shape, self._dtype))
+            pair = (self._new(self.shape, self.dtype), self._new(self.shape, self.dtype))
             if old:
                 for new, buffer in zip(pair, old[layer], strict=True):
                     new[:, :, :held] = buffer[:, :, :held]

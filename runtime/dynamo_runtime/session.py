@@ -1,94 +1,113 @@
 """A bundle's graph in onnxruntime: bound buffers, and one forward pass at a time."""
 
-import importlib.metadata
 import time
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from .bundle import Bundle
-from .errors import BundleError, ParameterError, PromptError, ProviderError
+from .errors import BundleError, ParameterError, PromptError
 from .kv_cache import GROWTH_SLOTS, KVCache
+from .providers import Backend, import_onnxruntime
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# Distributions that install the module `onnxruntime`: two of them overwrite each other's files.
-_DISTRIBUTIONS = (
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnxruntime-directml",
-    "onnxruntime-openvino",
-    "onnxruntime-qnn",
-    "onnxruntime-rocm",
-    "onnxruntime-migraphx",
-    "onnxruntime-training",
-)
-_CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
-CP_OUTPUTS = ["gate", "factor_logits", "factor_topk_logits", "factor_topk_ids"]
-_ERRORS_ONLY = 3  # below that onnxruntime warns at every load that initializers can be overridden
-
-
-def import_onnxruntime() -> ModuleType:
-    """Import onnxruntime, if exactly one distribution of it is installed.
-
-    Raises:
-        ProviderError: There is none, there are several, or it does not load.
-    """
-    installed = [name for name in _DISTRIBUTIONS if _is_installed(name)]
-    if len(installed) > 1:
-        raise ProviderError(
-            f"{' and '.join(installed)} are both installed and overwrite each other: "
-            "uninstall them all, then install exactly one"
-        )
-    try:
-        import onnxruntime
-    except ImportError as error:
-        if installed:
-            raise ProviderError(f"{installed[0]} is installed but does not load: {error}") from error
-        raise ProviderError(
-            "onnxruntime is not installed: install dynamo-edge[cpu], or dynamo-edge[gpu] for an NVIDIA GPU"
-        ) from error
-    return onnxruntime
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+OUTPUTS = ["logits", "topk_logits", "topk_ids"]
+SKIPPED, PENULTIMATE = "skipped_states", "penultimate_states"
+TWIN_BYTES = 64 << 20  # a graph up to this size is loaded a second time for passes without heads
+_MOVABLE = "cuda"  # the provider whose memory is bound; any other reads and writes the computer's own
 
 
 class Step:
-    """What one forward pass says: per head, logits of the rows that were asked for.
+    """What one forward pass says: logits of the rows that were asked for, of every head.
 
-    The arrays stay what they are whatever is run later. Full rows are views of onnxruntime's own
-    memory, so that a sampler which is content with the top-k outputs does not pay for a vocabulary.
+    The arrays stay what they are whatever is run later. They become arrays when they are read: full rows stay in
+    onnxruntime's own memory, so that a sampler which is content with the top-k outputs does not pay for a vocabulary.
     """
 
-    def __init__(self, arrays: dict[str, np.ndarray]):
-        self._arrays = arrays
+    def __init__(self, values: dict[str, Any], bundle: Bundle, head_rows: int):
+        """Take a pass's outputs.
+
+        Args:
+            values: Arrays, or what onnxruntime holds, by name and with the batch axis: "logits", "topk_logits" and
+                "topk_ids" [1, rows of all heads, …], the first head's first; of a joint head "gate" too.
+            bundle: Whose they are.
+            head_rows: Rows of every further head.
+        """
+        self._values = values
+        self._bundle = bundle
+        self._head_rows = head_rows
+        factors = bundle.n_tokens * bundle.rank if bundle.kind == "cp" else 0
+        self._further = head_rows * (factors or bundle.n_heads - 1)
 
     def logits(self, head: int = 1) -> np.ndarray:
         """The full rows of one head, [rows, vocab]."""
-        return self._arrays[_head_name("logits", head)]
+        return self._of_head("logits", head)
 
     def topk(self, head: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """The largest logits of one head and their token ids, both [rows, K], in descending order."""
-        return self._arrays[_head_name("topk_logits", head)], self._arrays[_head_name("topk_ids", head)]
+        return self._of_head("topk_logits", head), self._of_head("topk_ids", head)
 
     def gate(self) -> np.ndarray:
         """Of a joint head: log w_α of its components, [rows, rank]."""
-        return self._arrays["gate"]
+        return self._read("gate")
 
     def factors(self) -> np.ndarray:
         """Of a joint head: logits of every factor p_α^(s), [rows, n_tokens, rank, vocab]."""
-        return self._arrays["factor_logits"]
+        return self._of_factors("logits")
 
     def factor_topk(self) -> tuple[np.ndarray, np.ndarray]:
         """Of a joint head: every factor's largest logits and their ids, both [rows, n_tokens, rank, K], descending."""
-        return self._arrays["factor_topk_logits"], self._arrays["factor_topk_ids"]
+        return self._of_factors("topk_logits"), self._of_factors("topk_ids")
+
+    def _of_head(self, name: str, head: int) -> np.ndarray:
+        rows = self._read(name)
+        first = len(rows) - self._further
+        if head == 1:
+            return rows[:first]
+        begin = first + (head - 2) * self._head_rows
+        return rows[begin : begin + self._head_rows]
+
+    def _of_factors(self, name: str) -> np.ndarray:
+        rows = self._read(name)
+        shape = (self._head_rows, self._bundle.n_tokens, self._bundle.rank, rows.shape[1])
+        return rows[len(rows) - self._further :].reshape(shape)
+
+    def _read(self, name: str) -> np.ndarray:
+        value = self._values[name]
+        if not isinstance(value, np.ndarray):
+            value = self._values[name] = value.numpy()  # over the same memory, unless that is a device's
+        array: np.ndarray = value[0]
+        return array
+
+
+class _Binding:
+    """A loaded graph, its inputs, and the outputs that are fetched together; inputs that have not moved stay bound."""
+
+    def __init__(self, session: Any, names: list[str], device: str):
+        self.session = session
+        self.binding = session.io_binding()
+        # Full rows stay where they were computed until somebody reads them.
+        self._places = [(name, device if name == "logits" else "cpu") for name in names]
+        self._inputs: dict[str, tuple[int, tuple[int, ...]]] = {}
+        self.renew()  # first, so that their places in the output vector are those in `names`
+
+    def input(self, name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+        """Bind the memory of an array, which the caller keeps alive; contents are read when the graph runs."""
+        place = array.ctypes.data, shape
+        if self._inputs.get(name) != place:
+            self._inputs[name] = place
+            self.binding.bind_input(name, "cpu", 0, array.dtype.type, shape, place[0])
+
+    def renew(self) -> None:
+        """Have onnxruntime allocate anew, so that an earlier `Step` keeps what it has."""
+        for name, device in self._places:
+            self.binding.bind_output(name, device)
+
+    def read(self) -> dict[str, Any]:
+        """What a pass has put out, by name, as onnxruntime holds it."""
+        vector = self.binding.get_outputs_as_ortvaluevector()
+        return {name: vector[i] for i, (name, _) in enumerate(self._places)}
 
 
 class Session:
@@ -96,7 +115,9 @@ class Session:
 
     Attributes:
         bundle: What is running.
+        provider: Short name of the execution provider that runs it.
         cache: The KV cache; `cache.rollback(length)` before a step drops positions.
+        skips_heads: Whether a pass that wants no rows of further heads does not compute them.
         ort_seconds: Time spent inside onnxruntime so far.
         passes: Forward passes so far.
         user: Whoever relies on what the cache holds.
@@ -106,28 +127,24 @@ class Session:
         self,
         bundle: Bundle,
         *,
-        provider: str = "auto",
-        threads: int | None = None,
         max_length: int | None = None,
         growth: int = GROWTH_SLOTS,
+        **backend: Any,
     ):
         """Load the graph and check that it keeps the contract of the manifest.
 
         Args:
             bundle: From `load_bundle`, or built in memory.
-            provider: "cpu", "cuda", or "auto" (cuda where it is available and the bundle is half precision).
-            threads: Threads within an operator; None leaves it to onnxruntime.
             max_length: Largest number of positions the cache may hold; None means the bundle's context
                 length.
-            growth: Cache slots per growth step.
+            growth: Cache slots per growth step, where the cache is in the computer's memory.
+            **backend: Fields of `Backend`: provider, threads, ….
 
         Raises:
             ProviderError: No usable onnxruntime or execution provider.
-            ParameterError: `threads` or `max_length` out of range.
+            ParameterError: `max_length` or a field of `Backend` is out of range.
             BundleError: The graph does not load or is not what the manifest says.
         """
-        if threads is not None and threads < 1:
-            raise ParameterError(f"threads must be at least 1, not {threads}")
         length = bundle.context_length if max_length is None else max_length
         if not 1 <= length <= bundle.context_length:
             raise ParameterError(
@@ -137,44 +154,31 @@ class Session:
         self.ort_seconds = 0.0
         self.passes = 0
         self.user: object = None
-        self._ort = import_onnxruntime()
-        self._device, providers = _choose_provider(self._ort, provider, bundle.precision)
-        options = self._ort.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # else idle threads burn CPU after a run
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        if not bundle.graph_path.is_file():
-            raise BundleError(f"{bundle.graph_path} is missing")
-        try:
-            self._session = self._ort.InferenceSession(str(bundle.graph_path), options, providers=providers)
-        except Exception as error:  # onnxruntime raises many classes that share no base
-            raise BundleError(f"{bundle.graph_path} does not load: {error}") from error
-        if self._session.get_providers()[0] != providers[0]:
-            raise ProviderError(f"execution provider {provider} is installed but could not be started on this machine")
+        self._backend = Backend(**backend)
+        self._session, self.provider = self._backend.start(bundle.graph_path, bundle.precision)
+        self._device = "cuda" if self.provider == _MOVABLE else "cpu"
         inputs = self._check_contract()
+        self.skips_heads = SKIPPED in inputs
         self.cache = KVCache(
             bundle.kv_layers,
             bundle.kv_heads,
             bundle.head_size,
             length,
-            dtype=_CACHE_TYPES[inputs["past_key_values.0.key"].type],
-            growth=growth,
+            dtype=_TYPES[inputs["past_key_values.0.key"].type],
+            growth=growth if self._device == "cpu" else length,
+            allocate=np.zeros if self._device == "cpu" else self._allocate,
         )
         self._ones = np.ones(length, np.int64)
         self._rows = np.zeros((), np.int64)
-        self._last_row = np.array([-1], np.int64)
-        self._names = [
-            _head_name(name, head)
-            for head in range(1, bundle.n_heads + 1)
-            for name in ("logits", "topk_logits", "topk_ids")
-        ]
-        if bundle.kind == "cp":
-            self._names += CP_OUTPUTS
-        # Copying K numbers is faster than making a view of them; copying a vocabulary is not.
-        self._read = {name: _view if name.startswith(("logits", "factor_logits")) else _copy for name in self._names}
-        self._binding = self._session.io_binding()
-        self._bind_all()
+        self._ids = np.empty(length, np.int64)
+        self._head_rows = np.empty(length, np.int64)
+        with_heads = [*OUTPUTS, "gate"] if bundle.kind == "cp" else OUTPUTS
+        self._with_heads = _Binding(self._session, with_heads, self._device)
+        self._without_heads: _Binding | None = None
+        if self.skips_heads:
+            states = inputs[SKIPPED]
+            self._none_skipped = np.empty((1, 0, states.shape[-1]), _TYPES[states.type])
+        self._bind_cache(self._with_heads)
 
     @property
     def max_length(self) -> int:
@@ -188,7 +192,8 @@ class Session:
             tokens: m >= 1 ids of tokens, or of look-ahead tokens.
             rows: Last rows of the first head to return; 0 means all m.
             head_rows: Rows of this pass (0 … m-1, or negative from the end) to return of every further head;
-                None means the last.
+                None means the last. If there are none, the heads are left out where the graph can do without
+                them (`skips_heads`); the next pass that wants rows of them makes up for it.
 
         Raises:
             PromptError: No tokens, a token outside the vocabulary, or more than the cache may hold.
@@ -206,44 +211,77 @@ class Session:
             raise ValueError(f"head_rows {list(head_rows)} of a pass over {m} tokens")
         total = self.cache.length + m
         if self.cache.reserve(total):
-            self._bind_cache()
-        ids = np.array(tokens, np.int64)
-        further = self._last_row if head_rows is None else np.array(head_rows, np.int64)
+            self._bind_cache(self._with_heads)
+            if self._without_heads is not None:
+                self._bind_cache(self._without_heads)
+        skipping = self.skips_heads and head_rows is not None and len(head_rows) == 0
+        if skipping and self._without_heads is None:
+            self._without_heads = self._bind_without_heads()
+        bound = self._without_heads if skipping and self._without_heads is not None else self._with_heads
         self._rows[()] = rows
-        self._bind_input("input_ids", ids, (1, m))
-        self._bind_input("attention_mask", self._ones, (1, total))
-        if self.bundle.has_head_rows:
-            self._bind_input("head_rows", further, further.shape)
-        for name in self._names:  # rebinding tells onnxruntime to allocate anew, so an earlier Step keeps its arrays
-            self._binding.bind_output(name)
+        self._ids[:m] = tokens
+        bound.input("input_ids", self._ids, (1, m))
+        bound.input("attention_mask", self._ones, (1, total))
+        wanted = 0
+        if self.bundle.has_head_rows and not skipping:
+            # From the end, where the heads see states of earlier passes in front.
+            further = [-1] if head_rows is None else [row if row < 0 else row - m for row in head_rows]
+            wanted = len(further)
+            self._head_rows[:wanted] = further
+            bound.input("head_rows", self._head_rows, (wanted,))
+            if self.skips_heads:
+                skipped = self.cache.skipped
+                owed = np.concatenate(skipped)[None] if skipped else self._none_skipped
+                bound.input(SKIPPED, owed, owed.shape)
+        bound.renew()
         started = time.perf_counter()
         try:
-            self._session.run_with_iobinding(self._binding)
+            bound.session.run_with_iobinding(bound.binding)
         except Exception as error:  # onnxruntime raises many classes that share no base
             raise BundleError(f"{self.bundle.graph_path} fails at a pass over {m} tokens: {error}") from error
         self.ort_seconds += time.perf_counter() - started
         self.passes += 1
-        self.cache.advance(tokens)
-        outputs = self._binding.get_outputs_as_ortvaluevector()
-        return Step({name: self._read[name](outputs[index])[0] for index, name in enumerate(self._names)})
+        values = bound.read()
+        self.cache.advance(tokens, values.pop(PENULTIMATE).numpy()[0] if skipping else None)
+        return Step(values, self.bundle, wanted)
 
-    def _bind_all(self) -> None:
-        for name in self._names:  # first, so that their places in the output vector are those in `_names`
-            self._binding.bind_output(name)
-        self._bind_input("num_logits_to_keep", self._rows, ())
-        self._bind_cache()
+    def end_profiling(self) -> str:
+        """End onnxruntime's own profile, which `Backend.profile_prefix` began; returns the name of its file."""
+        name: str = self._session.end_profiling()
+        return name
 
-    def _bind_cache(self) -> None:
+    def _allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        """A buffer in the provider's memory; stale contents are never read, so it is not cleared."""
+        return import_onnxruntime().OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, self._device, 0)
+
+    def _bind_without_heads(self) -> _Binding:
+        """A binding for passes that leave the further heads out.
+
+        A small model's pass is so short that choosing a branch of the graph takes a few per cent of it, so a small
+        graph is loaded a second time, with the heads cut off for good.
+        """
+        session, names = self._session, [*OUTPUTS, PENULTIMATE]
+        path = self.bundle.graph_path
+        files = [path, path.with_name(f"{path.name}.data")]
+        if sum(file.stat().st_size for file in files if file.is_file()) <= TWIN_BYTES:
+            session, _ = self._backend.start(path, self.bundle.precision, without=("head_rows", SKIPPED))
+            bound = _Binding(session, names, self._device)
+        else:
+            bound = _Binding(session, names, self._device)
+            bound.input("head_rows", self._head_rows, (0,))
+        self._bind_cache(bound)
+        return bound
+
+    def _bind_cache(self, bound: _Binding) -> None:
+        """Bind what does not change from pass to pass."""
+        bound.input("num_logits_to_keep", self._rows, ())
+        dtype = self.cache.dtype.type
         for layer, pair in enumerate(self.cache.buffers):
             for part, buffer in zip(("key", "value"), pair, strict=True):
-                self._bind_input(f"past_key_values.{layer}.{part}", buffer, buffer.shape)
-                self._binding.bind_output(
-                    f"present.{layer}.{part}", "cpu", 0, buffer.dtype.type, buffer.shape, buffer.ctypes.data
-                )
-
-    def _bind_input(self, name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
-        # Binds memory, not an array: the caller keeps `array` alive until the run is over.
-        self._binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
+                address = buffer.ctypes.data if self._device == "cpu" else buffer.data_ptr()
+                place = (self._device, 0, dtype, self.cache.shape, address)
+                bound.binding.bind_input(f"past_key_values.{layer}.{part}", *place)
+                bound.binding.bind_output(f"present.{layer}.{part}", *place)
 
     def _check_contract(self) -> dict[str, Any]:
         """Compare names, types and sizes with the manifest; returns the graph's inputs by name."""
@@ -252,7 +290,6 @@ class Session:
         inputs = {argument.name: argument for argument in arguments}
         outputs = {argument.name: argument for argument in self._session.get_outputs()}
         cache = [f"{layer}.{part}" for layer in range(bundle.kv_layers) for part in ("key", "value")]
-        heads = range(1, bundle.n_heads + 1)
         needed_inputs = [
             "input_ids",
             "attention_mask",
@@ -261,13 +298,11 @@ class Session:
         ]
         if bundle.has_head_rows:
             needed_inputs.append("head_rows")
-        for head in heads:
-            name = _head_name("logits", head)
-            if name not in outputs:
-                raise BundleError(f"{path} has no output {name}: head {head} of {bundle.n_heads} is missing")
-        needed_outputs = [_head_name(name, head) for head in heads for name in ("topk_logits", "topk_ids")]
-        needed_outputs += CP_OUTPUTS if bundle.kind == "cp" else []
-        needed_outputs += [f"present.{name}" for name in cache]
+        needed_outputs = [*OUTPUTS, *(f"present.{name}" for name in cache)]
+        if bundle.kind == "cp":
+            needed_outputs.append("gate")
+        if SKIPPED in inputs:
+            needed_outputs.append(PENULTIMATE)
         for kind, needed, present in (("input", needed_inputs, inputs), ("output", needed_outputs, outputs)):
             for name in needed:
                 if name not in present:
@@ -275,17 +310,16 @@ class Session:
         unknown = [i.name for i in self._session.get_inputs() if i.name not in needed_inputs]
         if unknown:
             raise BundleError(f"{path} has an input {unknown[0]} that its manifest does not account for")
-        if inputs["past_key_values.0.key"].type not in _CACHE_TYPES:
+        if inputs["past_key_values.0.key"].type not in _TYPES:
             raise BundleError(
                 f"{path} keeps its cache as {inputs['past_key_values.0.key'].type}, which is not supported"
             )
-        sizes = [(_head_name("logits", head), -1, bundle.vocab_size, "vocabulary") for head in heads]
-        sizes += [(_head_name("topk_ids", head), -1, bundle.top_k_outputs, "top_k_outputs") for head in heads]
+        sizes = [
+            ("logits", -1, bundle.vocab_size, "vocabulary"),
+            ("topk_ids", -1, bundle.top_k_outputs, "top_k_outputs"),
+        ]
         if bundle.kind == "cp":
-            sizes += [(name, -2, bundle.rank, "rank") for name in CP_OUTPUTS[1:]] + [("gate", -1, bundle.rank, "rank")]
-            sizes += [(name, -3, bundle.n_tokens, "n_tokens") for name in CP_OUTPUTS[1:]]
-            sizes += [("factor_logits", -1, bundle.vocab_size, "vocabulary")]
-            sizes += [("factor_topk_ids", -1, bundle.top_k_outputs, "top_k_outputs")]
+            sizes.append(("gate", -1, bundle.rank, "rank"))
         sizes += [(f"present.{name}", 1, bundle.kv_heads, "kv_heads") for name in cache]
         sizes += [(f"present.{name}", 3, bundle.head_size, "head_size") for name in cache]
         for name, axis, size, what in sizes:
@@ -294,37 +328,3 @@ class Session:
             if isinstance(found, int) and found != size:  # a named axis says nothing
                 raise BundleError(f"{path}: output {name} has a {what} of {found} where the manifest says {size}")
         return inputs
-
-
-def _copy(value: Any) -> np.ndarray:
-    array: np.ndarray = value.numpy()
-    return array
-
-
-def _view(value: Any) -> np.ndarray:
-    """An array over the memory of an OrtValue, which lives as long as the array."""
-    array: np.ndarray = np.from_dlpack(value) if hasattr(value, "__dlpack__") else _copy(value)
-    return array
-
-
-def _head_name(name: str, head: int) -> str:
-    """Output name of one head: the first has none of the suffixes `_2`, `_3`, …."""
-    return name if head == 1 else f"{name}_{head}"
-
-
-def _choose_provider(ort: ModuleType, provider: str, precision: str) -> tuple[str, list[str]]:
-    """Device name and provider list for onnxruntime."""
-    if provider not in ("auto", *PROVIDERS):
-        raise ProviderError(f"unknown execution provider {provider!r}: choose auto, {', '.join(PROVIDERS)}")
-    available = ort.get_available_providers()
-    if provider == "auto":
-        # CUDA's attention kernels are half precision only: an fp32 graph would go back and forth at every
-        # layer.
-        half = precision in ("fp16", "bf16")
-        provider = "cuda" if half and PROVIDERS["cuda"] in available else "cpu"
-    if PROVIDERS[provider] not in available:
-        raise ProviderError(
-            f"execution provider {provider} is not in the installed onnxruntime, which has "
-            f"{', '.join(name.removesuffix('ExecutionProvider').lower() for name in available)}"
-        )
-    return provider, list(dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]]))

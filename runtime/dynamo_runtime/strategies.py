@@ -53,10 +53,12 @@ class Strategy(Protocol):
     Attributes:
         name: What the user calls it.
         look_ahead: Ids fed behind the text for the drafter's sake, and never kept.
+        reads_heads: Whether the next step is read for more than the first head; else further heads are left out of it.
     """
 
     name: str
     look_ahead: Sequence[int]
+    reads_heads: bool
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
         """Judge the drafts by this pass and go on from the last accepted one.
@@ -70,6 +72,7 @@ class Autoregressive:
 
     name = "autoregressive"
     look_ahead: Sequence[int] = ()
+    reads_heads = False
 
     def __init__(self, bundle: Bundle, parameters: SamplingParameters, processors: Sequence[LogitsProcessor] = ()):
         self._target = Target(parameters, processors)
@@ -91,6 +94,7 @@ class Speculative:
         self._target = Target(parameters, processors)
         self._drafter = make_drafter(bundle, parameters)
         self.look_ahead = self._drafter.look_ahead
+        self.reads_heads = bundle.has_head_rows
         masked = parameters.draft_cooccurrence_weight > 0 and bundle.has_cooccurrence
         self._counts = bundle.cooccurrence if masked else None
         self._parameters = parameters
@@ -116,6 +120,7 @@ class Dynamo:
 
     name = "dynamo"
     look_ahead: Sequence[int] = ()
+    reads_heads = True
 
     def __init__(self, bundle: Bundle, parameters: SamplingParameters, processors: Sequence[LogitsProcessor] = ()):
         if bundle.n_heads < 2:

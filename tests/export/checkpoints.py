@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -197,3 +198,10 @@ def save_counts(folder: Path) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a bundle."""
     return json.loads((folder / "dynamo_config.json").read_text())
+
+
+def all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Every node of a graph, those of the further heads' branch included."""
+    found = list(graph.node)
+    branches = [attribute.g for node in found for attribute in node.attribute if attribute.name == "then_branch"]
+    return [*found, *(node for branch in branches for node in branch.node)]

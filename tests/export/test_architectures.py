@@ -54,11 +54,12 @@ def test_architecture(name: str, bundle: FolderOf, checkpoint: FolderOf) -> None
 
 def _check_graph(name: str, folder: Path) -> None:
     graph = onnx.load(folder / "model.onnx").graph
-    attention = [attributes(node) for node in graph.node if node.op_type == "GroupQueryAttention"]
+    nodes = [node for node in checkpoints.all_nodes(graph) if node.op_type == "GroupQueryAttention"]
+    attention = [attributes(node) for node in nodes]
     assert len(attention) == 1 + checkpoints.heads_of(name)  # two layers of the base, and one a further head
     assert [a.get("local_window_size", -1) for a in attention] == WINDOWS.get(name, [-1] * len(attention))
     assert {a["do_rotary"] for a in attention} == {0 if name in ROTARY_OUTSIDE else 1}
-    packed = [not node.input[1] for node in graph.node if node.op_type == "GroupQueryAttention"]
+    packed = [not node.input[1] for node in nodes]
     assert all(packed) if name in PACKED else not any(packed)
     vocabularies = [i.name for i in graph.initializer if sorted(i.dims) == [64, checkpoints.VOCAB]]
     if checkpoints.CONFIGS[name].hidden_size == 64:
@@ -108,11 +109,9 @@ def test_fewer_heads(heads: int, layers: int, checkpoint: FolderOf, tmp_path: Pa
     assert manifest["kv_layers"] == layers
     session = onnxruntime.InferenceSession(graph)
     outputs = {output.name for output in session.get_outputs()}
-    assert {name for name in outputs if name.startswith("logits")} == (
-        {"logits"} if heads == 0 else {"logits", "logits_2"}
-    )
+    assert ("penultimate_states" in outputs) == (heads > 0)
     optional = {value.name for value in session.get_overridable_initializers()}
-    assert optional == ({"num_logits_to_keep"} if heads == 0 else {"num_logits_to_keep", "head_rows"})
+    assert optional == ({"num_logits_to_keep", *(["head_rows", "skipped_states"] if heads else [])})
 
 
 def test_plain_export_of_a_plain_base(tmp_path: Path) -> None:
@@ -123,7 +122,7 @@ def test_plain_export_of_a_plain_base(tmp_path: Path) -> None:
 
 
 def test_optional_inputs_have_defaults(bundle: FolderOf) -> None:
-    """A caller that knows nothing of them gets all rows of the first head and the last row of the others."""
+    """A caller that knows nothing of them gets all rows of the first head, and the others are not computed."""
     folder = bundle("llama-grouped")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -133,17 +132,12 @@ def test_optional_inputs_have_defaults(bundle: FolderOf) -> None:
     for layer in range(4):
         for part in ("key", "value"):
             feed[f"past_key_values.{layer}.{part}"] = np.zeros((1, 2, 16, 16), np.float32)
-    first, second, ids_2 = session.run(["logits", "logits_2", "topk_ids_2"], feed)
-    assert (
-        first.shape == (1, 7, checkpoints.VOCAB)
-        and second.shape == (1, 1, checkpoints.VOCAB)
-        and ids_2.shape == (1, 1, 128)
-    )
-    rows = session.run(
-        ["logits", "logits_3"], feed | {"num_logits_to_keep": np.array(2), "head_rows": np.array([-1, 0])}
-    )
-    np.testing.assert_allclose(rows[0], first[:, -2:], atol=1e-6)
-    assert rows[1].shape == (1, 2, checkpoints.VOCAB)
+    first, ids = session.run(["logits", "topk_ids"], feed)
+    assert first.shape == (1, 7, checkpoints.VOCAB) and ids.shape == (1, 7, 128)
+    chosen = {"num_logits_to_keep": np.array(2), "head_rows": np.array([-1, 0])}
+    rows = session.run(["logits"], feed | chosen)[0]
+    assert rows.shape == (1, 2 + 2 * 2, checkpoints.VOCAB)
+    np.testing.assert_allclose(rows[:, :2], first[:, -2:], atol=1e-6)
 
 
 @pytest.mark.parametrize(

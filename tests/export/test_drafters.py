@@ -70,8 +70,9 @@ def test_joint_head(name: str, bundle: FolderOf, checkpoint: FolderOf) -> None:
 def test_joint_graph(bundle: FolderOf) -> None:
     """Rows are chosen before the context layer's projection, and all of them share one product with the vocabulary."""
     graph = onnx.load(bundle("cp-llama-tied") / "model.onnx").graph
-    made_by = {name: node for node in graph.node for name in node.output}
-    projection = next(n for n in graph.node if any("heads.0.self_attn.o_proj" in name for name in n.input))
+    nodes = checkpoints.all_nodes(graph)
+    made_by = {name: node for node in nodes for name in node.output}
+    projection = next(n for n in nodes if any("heads.0.self_attn.o_proj" in name for name in n.input))
     assert list(made_by[projection.input[0]].input)[1] == "head_rows"
     assert [n.op_type for n in graph.node if "out_states" in n.input] == ["FusedMatMul"]
     assert weights_like_embeddings(bundle("cp-llama-tied")) == [[64, VOCAB]]

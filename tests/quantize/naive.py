@@ -48,6 +48,13 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
 
 
+def all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Every node of a graph, those of the further heads' branch included."""
+    found = list(graph.node)
+    branches = [attribute.g for node in found for attribute in node.attribute if attribute.name == "then_branch"]
+    return [*found, *(node for branch in branches for node in branch.node)]
+
+
 def initializers(path: Path) -> dict[str, np.ndarray]:
     """Every initializer of a graph."""
     return {i.name: onnx.numpy_helper.to_array(i, str(path.parent)) for i in onnx.load(path).graph.initializer}
@@ -56,9 +63,9 @@ def initializers(path: Path) -> dict[str, np.ndarray]:
 def stored_weights(path: Path) -> dict[str, np.ndarray]:
     """Every quantized weight [outputs, inputs] (of a look-up [ids, hidden]) by its name in the fp32 graph."""
     graph, arrays = onnx.load(path).graph, initializers(path)
-    made_by = {name: node for node in graph.node for name in node.output}
+    made_by = {name: node for node in all_nodes(graph) for name in node.output}
     found = {}
-    for node in graph.node:
+    for node in all_nodes(graph):
         given = attributes(node)
         if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
             is_product = node.op_type == "MatMulNBits"

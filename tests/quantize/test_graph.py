@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from naive import (
+    all_nodes,
     attributes,
     in_passes,
     initializers,
@@ -41,7 +42,7 @@ WEIGHT_ONLY: list[tuple[str, dict[str, Any]]] = [
 def exact(bundle: Bundle, folder: Path) -> Path:
     """A copy of the graph whose products keep their activations in fp32."""
     model = onnx.load(bundle.graph_path)
-    for node in model.graph.node:
+    for node in all_nodes(model.graph):
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = 1
@@ -89,7 +90,7 @@ def test_cache_in_int8(name: str, scheme: str, export: ExportOf, smaller: Smalle
             largest = np.abs(buffer[0, :, : len(tokens)].astype(int)).max((1,))
             assert largest.shape == (bundle.kv_heads, bundle.head_size)
             assert (largest > 30).all(), "every channel uses the range"
-    caches = [node for node in onnx.load(bundle.graph_path).graph.node if node.op_type == "GroupQueryAttention"]
+    caches = [node for node in all_nodes(onnx.load(bundle.graph_path).graph) if node.op_type == "GroupQueryAttention"]
     assert [attributes(node)["k_quant_type"] for node in caches] == [b"PER_CHANNEL"] * bundle.kv_layers
 
 
@@ -186,7 +187,7 @@ def test_dynamic(name: str, export: ExportOf, smaller: SmallerOf) -> None:
     expected = torch_outputs(model, TOKENS)
     for output, ours in outputs(bundle, TOKENS).items():
         assert relative(ours, expected[output]) < 0.05
-    types = [node.op_type for node in onnx.load(bundle.graph_path).graph.node]
+    types = [node.op_type for node in all_nodes(onnx.load(bundle.graph_path).graph)]
     assert not {"MatMul", "FusedMatMul"} & set(types) - ({"MatMul"} if name == "cp" else set())
 
 

@@ -17,7 +17,7 @@ SCRIPT = """
 import json, sys
 from dynamo_quantize import blocks, quantize, quantize_bundle
 from dynamo_quantize.memory import peak_bytes
-from dynamo_runtime.session import import_onnxruntime
+from dynamo_runtime.providers import import_onnxruntime
 import_onnxruntime()
 blocks._nbits()
 for name, size in {"CALIBRATION_PIECES": 2, "CALIBRATION_TOKENS": 64, "TEXTS": 1, "TEXT_TOKENS": 32, "WIDTHS": 1,

@@ -13,6 +13,7 @@ from naive import initializers
 
 from dynamo_quantize import QuantizeError
 from dynamo_quantize.parts import Product, find_products
+from dynamo_quantize.read import read_model
 from dynamo_quantize.schemes import Part
 
 
@@ -43,7 +44,7 @@ EXPECTED = {
 def test_parts_of_every_kind(name: str, export: Callable[[str], Any]) -> None:
     """No weight is missed or taken for another part's, with serial and parallel residuals and of every kind."""
     bundle = export(name).bundle
-    model = ir.load(bundle.graph_path)
+    model = read_model(bundle.graph_path)
     products = find_products(model, bundle.kv_layers)
     assert {product.name: product.part for product in products} == {p.name: by_name(p) for p in products}
     assert [product.part for product in products] == [by_name(product) for product in products]
@@ -58,13 +59,13 @@ def test_other_attentions_than_expected(export: Callable[[str], Any]) -> None:
     """A graph with another number of attention layers than the manifest says is refused."""
     bundle = export("parallel").bundle
     with pytest.raises(QuantizeError, match=r"has attention layers \[0, 1, 2\] where 4 are expected"):
-        find_products(ir.load(bundle.graph_path), 4)
+        find_products(read_model(bundle.graph_path), 4)
 
 
 def test_no_product_before_the_logits(export: Callable[[str], Any]) -> None:
     """Without an output embedding there is nothing to tell the parts from."""
     bundle = export("parallel").bundle
-    model = ir.load(bundle.graph_path)
+    model = read_model(bundle.graph_path)
     for value in model.graph.initializers.values():
         value.type = ir.TensorType(ir.DataType.FLOAT16)
     with pytest.raises(QuantizeError, match="no product with an output embedding before the graph's logits"):

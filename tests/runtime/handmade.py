@@ -103,7 +103,7 @@ def build_graph(
     angles = np.arange(CONTEXT_LENGTH)[:, None] / 100.0 ** (np.arange(HEAD_SIZE // 2) / (HEAD_SIZE // 2))
     g.constant("cos", np.cos(angles).astype(np.float32))
     g.constant("sin", np.sin(angles).astype(np.float32))
-    zero, one, end = int64("zero", 0), int64("one", 1), int64("end", np.iinfo(np.int64).max)
+    one, end = int64("one", 1), int64("end", np.iinfo(np.int64).max)
     g.constant("num_logits_to_keep", np.array(0, np.int64))
 
     g.node("ReduceSum", ["attention_mask", one], ["lengths64"], keepdims=0)
@@ -125,57 +125,36 @@ def build_graph(
     g.node("Neg", ["num_logits_to_keep"], ["minus_rows"])
     g.node("Reshape", ["minus_rows", one], ["first_row"])
     g.node("Slice", [first, "first_row", end, one], ["rows_1"])
+    value = helper.make_tensor_value_info
+    outputs = []
+    further = {"parallel": n_heads - 1, "cp": 1}.get(kind, 0)
+    if further:
+        g.constant("head_rows", np.zeros(0, np.int64))
+        g.constant("skipped_states", np.zeros((1, 0, HIDDEN), np.float32))
+        g.node("Identity", [stem], ["penultimate_states"])
+        outputs.append(value("penultimate_states", TensorProto.FLOAT, ["batch", "seq", HIDDEN]))
+        g.node("Concat", ["skipped_states", stem], ["head_states"], axis=1)
     states = ["rows_1"]
-    if n_heads > 1:
-        int64("head_rows", -1)
-    for head in range(2, n_heads + 1):
-        out = g.layer(head, stem)
-        g.node("Gather", [out, "head_rows"], [f"rows_{head}"], axis=1)
-        states.append(f"rows_{head}")
+    for layer in range(2, 2 + further):
+        g.node("Gather", [g.layer(layer, "head_states"), "head_rows"], [f"rows_{layer}"], axis=1)
+        states.append(f"rows_{layer}")
+    if kind == "cp":
+        g.node("MatMul", ["rows_2", g.weight("gate.weight", HIDDEN, rank)], ["gate_scores"])
+        g.node("LogSoftmax", ["gate_scores"], ["gate"], axis=-1)
+        outputs.append(value("gate", TensorProto.FLOAT, ["batch", "head_rows_count", rank]))
+        g.node("MatMul", ["rows_2", g.weight("factors", HIDDEN, n_tokens * rank * HIDDEN)], ["factor_states"])
+        g.node("Reshape", ["factor_states", int64("factor_shape", 0, -1, HIDDEN)], ["factor_rows"])
+        states[1] = "factor_rows"
     g.node("Concat", states, ["states"], axis=1)
     g.node("LpNormalization", ["states"], ["unit"], axis=2, p=2)
     g.node("MatMul", ["unit", output], ["unscaled"])
     scale = g.constant("sharpness", np.array(sharpness * np.sqrt(HIDDEN), np.float32))
-    g.node("Mul", ["unscaled", scale], ["all_logits"])
-
-    g.node("Shape", ["rows_1"], ["count_1"], start=1, end=2)
-    stop = "count_1"
-    top = int64("K", top_k)
-    rows = "rows"
-    value = helper.make_tensor_value_info
-    outputs = []
-    start = zero
-    for head in range(1, n_heads + 1):
-        suffix = "" if head == 1 else f"_{head}"
-        if head > 1:
-            g.node("Shape", ["head_rows"], [f"count_{head}"])
-            g.node("Add", [start, f"count_{head}"], [f"stop_{head}"])
-            stop = f"stop_{head}"
-        g.node("Slice", ["all_logits", start, stop, one], [f"logits{suffix}"])
-        g.node("TopK", [f"logits{suffix}", top], [f"topk_logits{suffix}", f"topk_ids{suffix}"], axis=-1)
-        outputs += [
-            value(f"logits{suffix}", TensorProto.FLOAT, ["batch", rows, vocab]),
-            value(f"topk_logits{suffix}", TensorProto.FLOAT, ["batch", rows, top_k]),
-            value(f"topk_ids{suffix}", TensorProto.INT64, ["batch", rows, top_k]),
-        ]
-        start, rows = stop, "head_rows_count"
-    layers = n_heads + 1
-    if kind == "cp":
-        layers += 1
-        int64("head_rows", -1)
-        g.node("Gather", [g.layer(2, stem), "head_rows"], ["context"], axis=1)
-        g.node("MatMul", ["context", g.weight("gate.weight", HIDDEN, rank)], ["gate_scores"])
-        g.node("LogSoftmax", ["gate_scores"], ["gate"], axis=-1)
-        g.node("MatMul", ["context", g.weight("factors", HIDDEN, n_tokens * rank * HIDDEN)], ["factor_states"])
-        g.node("Reshape", ["factor_states", int64("split", 0, 0, n_tokens, rank, HIDDEN)], ["factor_rows"])
-        g.node("LpNormalization", ["factor_rows"], ["factor_unit"], axis=4, p=2)
-        g.node("MatMul", ["factor_unit", output], ["factor_unscaled"])
-        g.node("Mul", ["factor_unscaled", scale], ["factor_logits"])
-        g.node("TopK", ["factor_logits", top], ["factor_topk_logits", "factor_topk_ids"], axis=-1)
-        outputs.append(value("gate", TensorProto.FLOAT, ["batch", "head_rows_count", rank]))
-        for name, width in (("logits", vocab), ("topk_logits", top_k), ("topk_ids", top_k)):
-            numbers = TensorProto.INT64 if name == "topk_ids" else TensorProto.FLOAT
-            outputs.append(value(f"factor_{name}", numbers, ["batch", "head_rows_count", n_tokens, rank, width]))
+    g.node("Mul", ["unscaled", scale], ["logits"])
+    g.node("TopK", ["logits", int64("K", top_k)], ["topk_logits", "topk_ids"], axis=-1)
+    for name, width in (("logits", vocab), ("topk_logits", top_k), ("topk_ids", top_k)):
+        numbers = TensorProto.INT64 if name == "topk_ids" else TensorProto.FLOAT
+        outputs.append(value(name, numbers, ["batch", "rows_of_all_heads", width]))
+    layers = 2 + further
     inputs = [
         value("input_ids", TensorProto.INT64, ["batch", "seq"]),
         value("attention_mask", TensorProto.INT64, ["batch", "total"]),
@@ -186,8 +165,9 @@ def build_graph(
             inputs.append(value(f"past_key_values.{layer}.{part}", TensorProto.FLOAT, shape))
             outputs.append(value(f"present.{layer}.{part}", TensorProto.FLOAT, shape))
     inputs.append(value("num_logits_to_keep", TensorProto.INT64, []))
-    if n_heads > 1 or kind == "cp":
+    if further:
         inputs.append(value("head_rows", TensorProto.INT64, ["head_rows_count"]))
+        inputs.append(value("skipped_states", TensorProto.FLOAT, ["batch", "skipped", HIDDEN]))
     graph = helper.make_graph(g.nodes, "handmade", inputs, outputs, initializer=g.initializers)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
@@ -246,7 +226,7 @@ def write_manifest(folder: Path, **changes: Any) -> None:
     }
     n_heads = changes.get("n_heads", 1)
     manifest = {
-        "format_version": 1,
+        "format_version": 2,
         "kind": "plain" if n_heads == 1 else "parallel",
         "model_type": "handmade",
         "context_length": CONTEXT_LENGTH,

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from dynamo_runtime import session
+from dynamo_runtime import providers
 from dynamo_runtime.run import main
 
 
@@ -58,7 +58,7 @@ DAMAGES: dict[str, tuple[Callable, str]] = {
         lambda c: (c.folder / "dynamo_config.json").write_text("[1]"),
         "not a JSON object",
     ),
-    "later format": (lambda c: c.edit(format_version=2), "format version 2"),
+    "later format": (lambda c: c.edit(format_version=3), "format version 3"),
     "unknown kind": (lambda c: c.edit(kind="psychic"), "kind 'psychic'"),
     "kind against heads": (lambda c: c.edit(kind="plain"), "a plain bundle cannot have 3 heads"),
     "field missing": (lambda c: c.edit(kv_heads=None), "field 'kv_heads' is missing"),
@@ -84,9 +84,9 @@ DAMAGES: dict[str, tuple[Callable, str]] = {
         lambda c: ((c.folder / "tokenizer.json").unlink(), c.relist()),
         "tokenizer.json is missing",
     ),
-    "heads missing": (lambda c: replace_graph(c, n_heads=2), "no output logits_3: head 3 of 3 is missing"),
+    "heads missing": (lambda c: replace_graph(c, n_heads=2), "no input past_key_values.3.key"),
     "heads left over": (lambda c: replace_graph(c, n_heads=4), "past_key_values.4.key"),
-    "top-k missing": (lambda c: drop_output(c, "topk_ids_2"), "no output topk_ids_2"),
+    "top-k missing": (lambda c: drop_output(c, "topk_ids"), "no output topk_ids"),
     "other vocabulary in the graph": (lambda c: replace_graph(c, n_heads=3, vocab=300), "vocabulary of 300"),
     "other top-k in the graph": (lambda c: replace_graph(c, n_heads=3, top_k=64), "top_k_outputs of 64"),
     "other head size": (lambda c: c.edit(head_size=8), "head_size of 16 where the manifest says 8"),
@@ -187,7 +187,7 @@ def test_mask_without_counts(copied, capsys) -> None:
     ],
 )
 def test_no_or_two_onnxruntimes(multi: Path, capsys, monkeypatch, installed: list[str], message: str) -> None:
-    monkeypatch.setattr(session, "_is_installed", installed.__contains__)
+    monkeypatch.setattr(providers, "_is_installed", installed.__contains__)
     if len(installed) < 2:
         monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)  # importing it fails
     assert_refused(capsys, [str(multi), "x"], message)

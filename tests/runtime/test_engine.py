@@ -6,7 +6,7 @@ import dense_dynamo as dense
 import numpy as np
 import pytest
 
-from dynamo_runtime import Engine, ParameterError, PromptError
+from dynamo_runtime import Engine, ParameterError, PromptError, Session
 
 PROMPT = "def fib(n):\n    if n < 2:\n        return n\n"
 
@@ -175,9 +175,7 @@ def test_growing_cache_equals_one_that_need_not_grow(multi: Path, engine: Engine
     options = {"seed": 4, "max_new_tokens": 400, "ignore_eos": True}
     grown = engine.generate(PROMPT, **options)
     small = Engine(multi, threads=1)
-    small.session.cache._growth = 8
-    small.session.cache._allocate(8)
-    small.session._bind_cache()
+    small.session = Session(small.bundle, threads=1, growth=8)
     assert small.generate(PROMPT, **options).tokens == grown.tokens
     assert small.session.cache.capacity != engine.session.cache.capacity
 

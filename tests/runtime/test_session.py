@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import handmade
 import numpy as np
 import pytest
 
-from dynamo_runtime import Bundle, ParameterError, PromptError, ProviderError, Session, load_bundle
+from dynamo_runtime import Bundle, ParameterError, PromptError, ProviderError, Session, Step, load_bundle
+from dynamo_runtime import session as session_module
 from dynamo_runtime.kv_cache import KVCache
 
 TOKENS = np.random.default_rng(0).integers(1, 300, 90).tolist()
@@ -137,3 +139,57 @@ def test_time_inside_onnxruntime_is_counted(multi: Path) -> None:
     session.step([1])
     assert 0 < once < session.ort_seconds
     assert session.passes == 2
+
+
+@pytest.mark.parametrize("kind", ["parallel", "cp"])
+@pytest.mark.parametrize("twin_bytes", [0, 1 << 30])
+def test_heads_catch_up_with_passes_that_left_them_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, twin_bytes: int
+) -> None:
+    """Whichever passes skip the heads, and whatever is rolled back, the heads then say what they always say."""
+    monkeypatch.setattr(session_module, "TWIN_BYTES", twin_bytes)
+    bundle = handmade.small_bundle(tmp_path / kind, kind, 3, vocab=40, rank=2)
+    tokens = [token % 40 for token in TOKENS]
+
+    def said(step: Step) -> list[np.ndarray]:
+        return [step.logits(2), step.logits(3)] if kind == "parallel" else [step.gate(), step.factors()]
+
+    always, sometimes = Session(bundle, threads=1, growth=8), Session(bundle, threads=1, growth=8)
+    assert sometimes.skips_heads
+    rng = np.random.default_rng(3)
+    at = 0
+    while at < len(tokens):
+        m = int(rng.integers(1, 6))
+        part = tokens[at : at + m]
+        expected = always.step(part, rows=0, head_rows=range(len(part)))
+        if rng.random() < 0.6:
+            step = sometimes.step(part, rows=0, head_rows=())
+            assert sometimes.cache.skipped_length > 0
+        else:
+            step = sometimes.step(part, rows=0, head_rows=range(len(part)))
+            assert sometimes.cache.skipped_length == 0
+            for ours, theirs in zip(said(step), said(expected), strict=True):
+                assert np.allclose(ours, theirs, **CLOSE)
+        assert np.allclose(step.logits(), expected.logits(), **CLOSE)
+        back = at + int(rng.integers(1, len(part) + 1))
+        always.cache.rollback(back)
+        sometimes.cache.rollback(back)
+        at = back
+
+
+def test_cache_remembers_what_the_heads_have_not_seen() -> None:
+    cache = KVCache(1, 1, 2, 100)
+    states = np.arange(40.0).reshape(20, 2)
+    cache.advance(range(5))
+    cache.advance(range(3), states[:3])
+    cache.advance(range(4), states[3:7])
+    assert (cache.length, cache.skipped_length) == (12, 7)
+    cache.rollback(9)
+    assert np.array_equal(np.concatenate(cache.skipped), states[:4])
+    cache.rollback(8)
+    assert np.array_equal(np.concatenate(cache.skipped), states[:3])
+    cache.rollback(4)
+    assert (cache.length, cache.skipped_length, cache.skipped) == (4, 0, [])
+    cache.advance([1], states[:1])
+    cache.advance([2])
+    assert cache.skipped_length == 0

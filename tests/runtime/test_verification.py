@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,19 +66,20 @@ class TableModel:
         self.cache.length = len(self.held)
         begin = len(self.held) - len(tokens)
         pairs = [(self.held[i - 1] if i else 0, self.held[i]) for i in range(begin, len(self.held))]
-        arrays = {"logits": np.array([self.base[pair] for pair in pairs[-rows:]])}
-        if head_rows is not None and self.bundle.kind == "parallel":
-            for head in (2, 3):
-                arrays[f"logits_{head}"] = np.array([self.heads[pairs[row]][head - 1] for row in head_rows])
-        if head_rows is not None and self.bundle.kind == "cp":
-            arrays["factor_logits"] = np.array([self.factors[pairs[row]] for row in head_rows])
-            arrays["gate"] = np.array([self.gate[pairs[row]] for row in head_rows])
-        for name, logits in list(arrays.items()):
-            if name != "gate":
-                order = np.argsort(-logits, axis=-1, kind="stable")
-                arrays[name.replace("logits", "topk_ids")] = order
-                arrays[name.replace("logits", "topk_logits")] = np.take_along_axis(logits, order, -1)
-        return Step(arrays)
+        rows_of_all = [np.array([self.base[pair] for pair in pairs[-rows:]])]
+        wanted = [] if head_rows is None else [pairs[row] for row in head_rows]
+        values = {}
+        if wanted and self.bundle.kind == "parallel":
+            rows_of_all += [np.array([self.heads[pair][head] for pair in wanted]) for head in (1, 2)]
+        if wanted and self.bundle.kind == "cp":
+            factors = np.array([self.factors[pair] for pair in wanted])
+            rows_of_all.append(factors.reshape(-1, factors.shape[-1]))
+            values["gate"] = np.array([self.gate[pair] for pair in wanted])[None]
+        logits = np.concatenate(rows_of_all)
+        order = np.argsort(-logits, axis=-1, kind="stable")
+        topk_logits = np.take_along_axis(logits, order, -1)
+        values |= {"logits": logits[None], "topk_logits": topk_logits[None], "topk_ids": order[None]}
+        return Step(values, self.bundle, len(wanted))
 
 
 def exact_joint(model: TableModel, prompt: list[int], p: SamplingParameters) -> np.ndarray:
@@ -225,6 +227,7 @@ def test_the_joint_head_is_sampled_exactly() -> None:
 
 def test_rank_one_is_independent_heads() -> None:
     cp, parallel = TableModel("cp"), TableModel("parallel")
+    cp.bundle = replace(cp.bundle, rank=1)
     cp.gate = np.zeros((CELLS, CELLS, 1))
     cp.factors = parallel.heads[:, :, :, None]
     step = parallel.step([1, 2], 1, [-1])

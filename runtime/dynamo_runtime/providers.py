@@ -1,0 +1,180 @@
+"""Where a graph runs: onnxruntime itself, its execution providers, and the options of a session."""
+
+import importlib.metadata
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .errors import BundleError, ParameterError, ProviderError
+from .wire import without_inputs
+
+# Distributions that install the module `onnxruntime`: two of them overwrite each other's files.
+_DISTRIBUTIONS = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-directml",
+    "onnxruntime-openvino",
+    "onnxruntime-qnn",
+    "onnxruntime-rocm",
+    "onnxruntime-migraphx",
+    "onnxruntime-training",
+)
+_SUFFIX = "ExecutionProvider"
+OPTIMIZATIONS = {"all": "ORT_ENABLE_ALL", "extended": "ORT_ENABLE_EXTENDED", "basic": "ORT_ENABLE_BASIC"}
+OPTIMIZATIONS |= {"none": "ORT_DISABLE_ALL"}
+HALF_PRECISIONS = ("fp16", "bf16")
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph that is not loaded by name
+_ERRORS_ONLY = 3  # below that onnxruntime warns at every load that initializers can be overridden
+
+log = logging.getLogger("dynamo_runtime")
+
+
+def import_onnxruntime() -> ModuleType:
+    """Import onnxruntime, if exactly one distribution of it is installed.
+
+    Raises:
+        ProviderError: There is none, there are several, or it does not load.
+    """
+    installed = [name for name in _DISTRIBUTIONS if _is_installed(name)]
+    if len(installed) > 1:
+        raise ProviderError(
+            f"{' and '.join(installed)} are both installed and overwrite each other: "
+            "uninstall them all, then install exactly one"
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        if installed:
+            raise ProviderError(f"{installed[0]} is installed but does not load: {error}") from error
+        raise ProviderError(
+            "onnxruntime is not installed: install dynamo-edge[cpu], or dynamo-edge[gpu] for an NVIDIA GPU"
+        ) from error
+    return onnxruntime
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How a graph is to be run.
+
+    Attributes:
+        provider: Execution provider by its short name ("cpu", "cuda", …), or "auto": cuda where it works and the
+            bundle is in half precision, else cpu.
+        provider_options: Options of that provider, as onnxruntime names them.
+        threads: Threads within an operator; None leaves it to onnxruntime.
+        spinning: Whether idle threads go on spinning after a pass: a few per cent faster, and cores are busy all the
+            time.
+        optimization: Graph optimizations: "all", "extended", "basic" or "none".
+        profile_prefix: Where onnxruntime writes the times of its operators; None for nowhere.
+    """
+
+    provider: str = "auto"
+    provider_options: Mapping[str, str] = field(default_factory=dict)
+    threads: int | None = None
+    spinning: bool = False
+    optimization: str = "all"
+    profile_prefix: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without onnxruntime.
+
+        Raises:
+            ParameterError: `threads` or `optimization` is out of range, or options are given for no provider.
+        """
+        if self.threads is not None and self.threads < 1:
+            raise ParameterError(f"threads must be at least 1, not {self.threads}")
+        if self.optimization not in OPTIMIZATIONS:
+            raise ParameterError(f"optimization must be one of {', '.join(OPTIMIZATIONS)}, not {self.optimization!r}")
+        if self.provider_options and self.provider == "auto":
+            raise ParameterError("provider options need a provider: auto may choose one that does not know them")
+
+    def start(self, graph: Path, precision: str, without: Sequence[str] = ()) -> tuple[Any, str]:
+        """Load a graph.
+
+        Args:
+            graph: The ONNX file.
+            precision: The bundle's.
+            without: Inputs that are left at their defaults for good, so that onnxruntime drops what these do not need.
+
+        Returns:
+            The `InferenceSession`, and the short name of the provider that runs it.
+
+        Raises:
+            ProviderError: There is no usable onnxruntime, or not that provider, or it cannot run such a bundle.
+            BundleError: The graph does not load.
+        """
+        ort = import_onnxruntime()
+        name = self._choose(ort, precision, graph.parent)
+        if not graph.is_file():
+            raise BundleError(f"{graph} is missing")
+        session = self._load(ort, graph, name, without)
+        if _short(session.get_providers()[0]) != name:
+            if self.provider != "auto":
+                raise ProviderError(
+                    f"execution provider {name} is in the installed onnxruntime but does not start on this machine"
+                )
+            log.warning("execution provider %s could not be started on this machine: going on with cpu", name)
+            name = "cpu"
+            session = self._load(ort, graph, name, without)
+        return session, name
+
+    def _load(self, ort: ModuleType, graph: Path, name: str, without: Sequence[str]) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, OPTIMIZATIONS[self.optimization])
+        if not self.spinning:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
+        if self.profile_prefix is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = self.profile_prefix
+        wanted = next(full for full in ort.get_available_providers() if _short(full) == name)
+        providers: list[Any] = [(wanted, dict(self.provider_options))] if name != "cpu" else []
+        try:
+            model: str | bytes = str(graph)
+            if without:
+                options.add_session_config_entry(_WEIGHTS_FOLDER, str(graph.parent))
+                model = without_inputs(graph.read_bytes(), without)
+            return ort.InferenceSession(model, options, providers=[*providers, f"CPU{_SUFFIX}"])
+        except Exception as error:  # onnxruntime raises many classes that share no base
+            if name != "cpu" and "EP_FAIL" in str(error):
+                raise ProviderError(f"execution provider {name} could not be started: {error}") from error
+            raise BundleError(f"{graph} does not load: {error}") from error
+
+    def _choose(self, ort: ModuleType, precision: str, folder: Path) -> str:
+        available = [_short(name) for name in ort.get_available_providers()]
+        half = precision in HALF_PRECISIONS
+        if self.provider == "auto":
+            return "cuda" if half and "cuda" in available else "cpu"
+        known = {"cpu", "cuda", *map(_short, ort.get_all_providers())}
+        if self.provider not in known:
+            raise ProviderError(
+                f"unknown execution provider {self.provider!r}: choose auto or one of {', '.join(sorted(known))}"
+            )
+        if self.provider not in available:
+            raise ProviderError(
+                f"execution provider {self.provider} is not in the installed onnxruntime, which has "
+                f"{', '.join(available)}"
+            )
+        # CUDA's attention kernels compute in half precision only.
+        if self.provider == "cuda" and not half:
+            raise ProviderError(
+                f"{folder} is {precision}, and on provider cuda attention runs in fp16 only: make a bundle for it from "
+                "the fp32 one with `dynamo-export -m FP32-BUNDLE GPU/model.onnx --quantize fp16`"
+            )
+        return self.provider
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(_SUFFIX).lower()

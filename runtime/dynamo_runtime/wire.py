@@ -1,0 +1,95 @@
+"""Protobuf's wire format, as far as ONNX files need it: they can be cut and joined without being parsed whole."""
+
+import mmap
+from collections.abc import Iterable, Iterator
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
+
+# Field numbers of the ONNX schema; all of these are length-delimited.
+MODEL_GRAPH, GRAPH_INITIALIZER, GRAPH_INPUT, VALUE_NAME, TENSOR_RAW_DATA = 7, 5, 11, 1, 9
+
+Data = bytes | mmap.mmap
+
+
+def varint(number: int) -> bytes:
+    """A number as the format writes it."""
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+def tag(number: int) -> bytes:
+    """What stands in front of a length-delimited field."""
+    return varint(number << 3 | BYTES)
+
+
+def field(number: int, content: bytes) -> bytes:
+    """A length-delimited field of a message."""
+    return tag(number) + varint(len(content)) + content
+
+
+def fields(data: Data, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Every field of a message: its number, where it starts, where its content begins and where that ends.
+
+    Raises:
+        ValueError: It is not a message.
+    """
+    at = start
+    while at < end:
+        number, begin = _read_varint(data, at)
+        kind = number & 7
+        if kind == VARINT:
+            stop = _read_varint(data, begin)[1]
+        elif kind == BYTES:
+            length, begin = _read_varint(data, begin)
+            stop = begin + length
+        elif kind in (FIXED32, FIXED64):
+            stop = begin + (4 if kind == FIXED32 else 8)
+        else:
+            raise ValueError(f"wire type {kind} at byte {at}")
+        if stop > end:
+            raise ValueError(f"the field at byte {at} ends behind its message")
+        yield number >> 3, at, begin, stop
+        at = stop
+
+
+def _read_varint(data: Data, at: int) -> tuple[int, int]:
+    """The number that begins there, and where it ends."""
+    number = shift = 0
+    while True:
+        byte = data[at]
+        number |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return number, at
+
+
+def without_inputs(model: bytes, names: Iterable[str]) -> bytes:
+    """An ONNX model in which some inputs that have defaults are none any more, and so are constants.
+
+    Args:
+        model: The file's content.
+        names: Of the inputs.
+    """
+    dropped = {name.encode() for name in names}
+    parts = []
+    for number, at, begin, stop in fields(model, 0, len(model)):
+        if number != MODEL_GRAPH:
+            parts.append(model[at:stop])
+            continue
+        graph = [
+            model[start:end]
+            for kind, start, content, end in fields(model, begin, stop)
+            if kind != GRAPH_INPUT or _name(model, content, end) not in dropped
+        ]
+        parts.append(field(MODEL_GRAPH, b"".join(graph)))
+    return b"".join(parts)
+
+
+def _name(model: bytes, start: int, end: int) -> bytes:
+    return next(
+        (model[begin:stop] for number, _, begin, stop in fields(model, start, end) if number == VALUE_NAME), b""
+    )
