@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 from dynamo_model import CPModel, LookAheadModel
 from dynamo_quantize import check_request, quantize_bundle
 from dynamo_quantize.files import listed_files, read_json, write_json
-from dynamo_quantize.heads import fold_heads, take_skipped_states
+from dynamo_quantize.heads import fold_heads, pass_bytes, take_skipped_states
+from dynamo_quantize.read import read_model
 from dynamo_quantize.target import Target, discard
 from dynamo_quantize.write import write_model
 from dynamo_runtime.bundle import FORMAT_VERSION, MANIFEST, load_bundle
@@ -98,6 +99,7 @@ def export_bundle(
         del graph, subject  # the session's weights come instead of torch's
         gc.collect()
         manifest["files"] = listed_files(staged)
+        manifest["pass_bytes"] = pass_bytes(read_model(staged / target.graph))
         write_json(staged / MANIFEST, manifest)
         rows = _gate(staged, cases, left_out)
         clock.lap("passed the parity gate")

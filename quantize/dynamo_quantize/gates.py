@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 from tqdm import tqdm
 
 from dynamo_runtime import Engine
@@ -21,6 +20,7 @@ from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.scoring import Scores, score_texts
 from dynamo_runtime.session import Session
 
+from .heads import pass_bytes
 from .memory import peak_memory
 from .read import read_model
 from .schemes import Limits
@@ -132,7 +132,7 @@ def measure(bundle: Bundle, samples: Samples, reference: Measured | None = None)
         tokens,
         graph_bytes,
         sum(entry["bytes"] for entry in bundle.files.values()),
-        bytes_per_pass(read_model(bundle.graph_path)),
+        sum(pass_bytes(read_model(bundle.graph_path)).values()),
         peak_memory(bundle.folder),
     )
 
@@ -183,17 +183,6 @@ def _in_passes(session: Session, text: Sequence[int], width: int, heads: range) 
         for head in heads:
             found[head].append(step.logits(head).copy())
     return {head: np.concatenate(rows) for head, rows in found.items()}
-
-
-def bytes_per_pass(model: ir.Model) -> int:
-    """Bytes of all weights, but for those that are only looked up, of which a pass reads a few rows."""
-    lookups = {"Gather", "GatherBlockQuantized"}
-    total = 0
-    for value in model.graph.initializers.values():
-        read = [use.node for use in value.uses() if use.node.op_type not in lookups]
-        if value.const_value is not None and (read or not value.uses()):
-            total += value.const_value.nbytes
-    return total
 
 
 def judge(full: Measured, small: Measured, limits: Limits, lossless: bool) -> list[Row]:

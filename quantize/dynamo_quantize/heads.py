@@ -21,6 +21,7 @@ from .weights import drop_unused, initializer, is_weight
 STACKED = "/out/out_states"  # joins the rows of all heads for their one product with the output embedding
 SKIPPED, PENULTIMATE = "skipped_states", "penultimate_states"
 _BRANCH = "/heads/if"
+_LOOKUPS = {"Gather", "GatherBlockQuantized"}
 _SEVERAL = "skipped_and_seq"
 INT64_MAX = np.iinfo(np.int64).max
 
@@ -134,6 +135,24 @@ def unfold_heads(model: ir.Model) -> None:
         value.name, value.type, value.shape = name, out.type, out.shape
     graph.remove(branch, safe=True)
     drop_unused(model)  # what chose the branch
+
+
+def pass_bytes(model: ir.Model) -> dict[str, int]:
+    """Bytes of weights that a pass reads: "plain" without the further heads, "heads" for them besides.
+
+    Weights that are only looked up do not count, as a pass reads a few of their rows.
+
+    Args:
+        model: A graph whose heads are not folded.
+    """
+    region = _region(model) if any(node.name == STACKED for node in model.graph) else set()
+    sizes = {"plain": 0, "heads": 0}
+    for value in model.graph.initializers.values():
+        readers = [use.node for use in value.uses() if use.node.op_type not in _LOOKUPS]
+        if value.const_value is not None and readers:
+            kind = "heads" if all(node in region for node in readers) else "plain"
+            sizes[kind] += value.const_value.nbytes
+    return sizes
 
 
 def _node(op: str, inputs: list[ir.Value], name: str, **attributes: int) -> ir.Node:

@@ -17,6 +17,8 @@ from . import gates
 from .errors import QuantizeError
 from .files import listed_files, write_json
 from .graph import write_graph
+from .heads import pass_bytes
+from .read import read_model
 from .schemes import Options, Scheme, resolve
 from .target import Target, discard
 from .texts import OWN, pieces
@@ -159,6 +161,7 @@ def write_bundle(
             "lossless": not scheme.dynamic,
             "versions": {name: importlib.metadata.version(name) for name in ("dynamo-edge", "onnx", "onnxruntime")},
         },
+        "pass_bytes": pass_bytes(read_model(folder / graph)),
         "files": listed_files(folder),
     }
     write_json(folder / MANIFEST, manifest)

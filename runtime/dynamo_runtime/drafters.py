@@ -3,7 +3,7 @@
 They may guess in any way, as long as a `Draft` tells what it was drawn from: the first head verifies.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -153,8 +153,12 @@ def propose(
     parameters: SamplingParameters,
     counts: Cooccurrence | None,
     rng: np.random.Generator,
+    worth: Callable[[Sequence[float]], bool],
 ) -> list[Draft]:
-    """Draft what follows `token`, the newest final one, as far as the drafter is confident.
+    """Draft what follows `token`, the newest final one, as far as it is worth while.
+
+    That is settled before a draft is drawn. If it depended on what was drawn, drafts that are judged would not be
+    distributed as the drafter says, and verification would not be exact.
 
     With counts, what the drafter says of a token is multiplied by the co-occurrence mask of the pair that it would end
     (DynaMo, Eq. 3 and 6, whose first token is settled here): ``f(x_i) · (p̂(x_{i-1}, x_i) / p̂(x_i))^α_c``.
@@ -165,24 +169,26 @@ def propose(
         parameters: Those whose names begin with draft_.
         counts: For the mask, or None.
         rng: For sampled drafts.
+        worth: From the confidences of all drafts up to the next to whether that is to be drawn.
     """
     drafts: list[Draft] = []
-    certainty = 1.0
+    confidences: list[float] = []
     for depth in range(1, (parameters.draft_tokens or drafter.depth) + 1):
         found = drafter.candidates(depth, token)
         if counts is not None:
             found = masked(found, token, counts, parameters.draft_cooccurrence_weight)
         if len(found.ids) == 0:
             break
-        if parameters.draft_choice == "argmax":
-            index = int(np.argmax(found.probabilities))
-        else:
-            index = draw(found.probabilities, rng.random())
-        certainty *= float(found.probabilities[index])
-        if certainty < parameters.draft_confidence:
+        certain = parameters.draft_choice == "argmax"
+        best = int(np.argmax(found.probabilities))
+        # Of a draft still to be drawn: how likely two draws are the same.
+        agreement = found.probabilities[best] if certain else (found.probabilities**2).sum()
+        confidences.append(float(agreement))
+        if not worth(confidences):
             break
+        index = best if certain else draw(found.probabilities, rng.random())
         token = int(found.ids[index])
-        drafts.append(Draft(token, None if parameters.draft_choice == "argmax" else found))
+        drafts.append(Draft(token, None if certain else found, confidences[-1]))
     return drafts
 
 

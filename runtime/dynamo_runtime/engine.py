@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 
 from .bundle import Bundle, load_bundle
-from .errors import ParameterError, PromptError
+from .errors import ParameterError, ProfileError, PromptError
 from .parameters import resolve_parameters
+from .plan import threshold_for
+from .profiling.device import device_key
+from .profiling.profile import Profile, cached_path
+from .providers import log
 from .sampling import Context, LogitsProcessor
 from .session import Session
 from .statistics import Statistics
-from .strategies import Strategy, default_strategy, make_strategy
+from .strategies import Auto, Strategy, make_strategy
 from .text import Detokenizer, StopStrings
 from .verification import Draft
 
@@ -45,6 +49,11 @@ class Engine:
     What the cache holds of one prompt is not computed again for the next: only what follows the common prefix
     is. (A pass over fewer rows rounds differently in the last bits; call `reset` where runs must agree bit by
     bit.)
+
+    Attributes:
+        bundle: What is running.
+        session: Its graph and cache.
+        profile: What strategy "auto" plans with, or None.
     """
 
     def __init__(
@@ -54,6 +63,7 @@ class Engine:
         max_length: int | None = None,
         verify: bool = False,
         prefill_chunk: int = PREFILL_CHUNK,
+        profile: Profile | None = None,
         **backend: Any,
     ):
         """Load a bundle.
@@ -63,6 +73,8 @@ class Engine:
             max_length: Most positions of prompt and continuation; None means the model's context length.
             verify: Compare the files' sha256 when loading from a path.
             prefill_chunk: Most prompt tokens per forward pass: bounds the memory of long prompts.
+            profile: What strategy "auto" plans with; None for what `dynamo-profile` has kept of this device and bundle,
+                if anything.
             **backend: Fields of `Backend`: provider, threads, ….
 
         Raises:
@@ -73,6 +85,17 @@ class Engine:
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle, verify=verify)
         self.session = Session(self.bundle, max_length=max_length, **backend)
         self._prefill_chunk = prefill_chunk
+        self.profile = profile or self._kept_profile(backend.get("threads"))
+
+    def _kept_profile(self, threads: int | None) -> Profile | None:
+        path = cached_path(device_key(self.session.provider), self.bundle, threads)
+        if not path.is_file():
+            return None
+        try:
+            return Profile.load(path)
+        except ProfileError as error:
+            log.warning("%s", error)
+            return None
 
     def reset(self) -> None:
         """Forget the cached prompt."""
@@ -108,25 +131,28 @@ class Engine:
         self,
         prompt: str | Sequence[int],
         *,
-        strategy: str | None = None,
+        strategy: str | Strategy = Auto.name,
         max_new_tokens: int | None = 128,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         logits_processors: Sequence[LogitsProcessor] = (),
         ignore_eos: bool = False,
+        target_speedup: float | None = None,
         **sampling: Any,
     ) -> "TextStream":
         """Continue a prompt piece by piece.
 
         Args:
             prompt: Text, or token ids.
-            strategy: "autoregressive", "dynamo" or "speculative"; None means dynamo for parallel heads, speculative
-                for other drafters.
+            strategy: "auto", "autoregressive", "dynamo" or "speculative"; or one of your own, which then has its own
+                parameters.
             max_new_tokens: Exact upper limit; None means until the context is full.
             seed: For reproducible draws; None draws afresh.
             stop: Strings that end the text in front of them.
             logits_processors: Functions (context tokens, logits [V]) -> logits [V], applied to every head.
             ignore_eos: Go on behind end-of-sequence tokens, for measurements of a fixed length.
+            target_speedup: Times the speed of plain decoding that `dynamo` is to reach: the profile says with which
+                back-off threshold.
             **sampling: Fields of `SamplingParameters`; what is None or absent comes from the bundle.
 
         Returns:
@@ -145,9 +171,12 @@ class Engine:
         if "" in stops:
             raise ParameterError("a stop string must not be empty")
         tokens = self.encode(prompt)
+        if target_speedup is not None:
+            sampling["backoff_threshold"] = threshold_for(self.profile, target_speedup)
         parameters = resolve_parameters(self.bundle.sampling, sampling, has_counts=self.bundle.has_cooccurrence)
-        name = strategy or default_strategy(self.bundle)
-        chosen = make_strategy(name, self.bundle, parameters, logits_processors)
+        chosen = strategy
+        if isinstance(chosen, str):
+            chosen = make_strategy(chosen, self.bundle, parameters, logits_processors, self.profile)
         # The last token need not be fed, so it may stand one behind the last position.
         room = self.session.max_length - len(tokens) + 1
         limit, reason = room, "context"

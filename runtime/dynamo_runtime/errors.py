@@ -23,3 +23,7 @@ class ParameterError(DynamoError):
 
 class PromptError(DynamoError):
     """The prompt is empty, too long, or not text."""
+
+
+class ProfileError(DynamoError):
+    """A profile is missing, unreadable, or cannot be made."""

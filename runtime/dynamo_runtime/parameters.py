@@ -41,8 +41,8 @@ class SamplingParameters:
         draft_choice: How `speculative` picks a draft: "argmax" of what the drafter thinks likely, which gives the
             very text of `autoregressive` under the same seed, or a "sample" of it.
         draft_cooccurrence_weight: α_c of the mask on the drafts of `speculative`, where there are counts.
-        draft_confidence: In [0, 1]. Drafting stops where the drafter's own probability that all drafts so far are
-            right falls below it; 0 never stops.
+        draft_confidence: In [0, 1]. Drafting stops where the drafter's own probability that all drafts so far and the
+            next are right falls below it; 0 never stops.
     """
 
     temperature: float = 0.7

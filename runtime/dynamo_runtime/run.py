@@ -8,29 +8,27 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from .bundle import DEFAULT_BUNDLE, MANIFEST, Bundle, load_bundle
+from .arguments import Parser, add_backend, backend
+from .bundle import DEFAULT_BUNDLE, MANIFEST, load_bundle
 from .engine import Engine, TextStream
-from .errors import DynamoError, PromptError
+from .errors import DynamoError, ParameterError, PromptError
 from .parameters import ADAPTIVE, DRAFT_CHOICES, PREMASK_TESTS, SamplingParameters, resolve_parameters
-from .strategies import Autoregressive, Speculative
+from .plan import threshold_for
+from .strategies import Auto, Autoregressive, Dynamo, Speculative
 
 PROG = "dynamo-run"
+# Parameters that mean something to strategy dynamo alone: whoever gives one wants it.
+DYNAMO_ONLY = {"backoff_threshold", "cooccurrence_weight", "adaptive_threshold"}
+DYNAMO_ONLY |= {"otsu_zeros", "normalize_joint", "premask_test"}
 SAMPLE_PROMPT = "class Stack:\n    def __init__(self):\n"
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # as a shell reports the signals
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that complains in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line; sampling flags that are not given come from the bundle."""
-    parser = _Parser(prog=PROG, description="Continue a prompt; only the continuation goes to stdout.")
+    parser = Parser(prog=PROG, description="Continue a prompt; only the continuation goes to stdout.")
     parser.add_argument(
         "bundle",
         nargs="?",
@@ -40,8 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("prompt", nargs="?", help="text to continue; - reads it from stdin")
     parser.add_argument(
         "--strategy",
-        help="autoregressive; dynamo (parallel heads, not verified); speculative (any drafter, the text of "
-        "autoregressive) (default: dynamo with parallel heads, speculative with other drafters)",
+        help="auto (as many verified drafts as pay on this device); autoregressive; dynamo (parallel heads, not "
+        "verified); speculative (verified drafts in every pass) (default: auto, or dynamo with a flag of it)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="exact limit (default: 128)")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
@@ -51,6 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repetition-penalty", type=float, metavar="R", help="1: none")
     dynamo = parser.add_argument_group("strategy dynamo (the paper's Algorithm 1)")
     dynamo.add_argument("--backoff-threshold", type=float, metavar="E", help="ε_b: 0 most tokens a pass, 1 always one")
+    dynamo.add_argument(
+        "--target-speedup",
+        type=float,
+        metavar="S",
+        help="instead of a threshold: times the speed of plain decoding, by the profile of dynamo-profile",
+    )
     dynamo.add_argument("--cooccurrence-weight", type=float, metavar="A", help="α_c: 1 full mask, 0 none")
     dynamo.add_argument("--adaptive-threshold", choices=ADAPTIVE, help="Otsu's threshold of the (blurred) joint")
     dynamo.add_argument("--otsu-zeros", action=argparse.BooleanOptionalAction, help="zeros in Otsu's population")
@@ -58,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--normalize-joint", action=argparse.BooleanOptionalAction, help="joint sums to 1 after the mask"
     )
     dynamo.add_argument("--premask-test", choices=PREMASK_TESTS, help="which n-grams must reach ε before the mask too")
-    drafts = parser.add_argument_group("strategy speculative (drafts that the first head verifies)")
+    drafts = parser.add_argument_group("strategies auto and speculative (drafts that the first head verifies)")
     drafts.add_argument("--draft-tokens", type=int, metavar="N", help="most drafts a pass (default: all there are)")
     drafts.add_argument(
         "--draft-choice", choices=DRAFT_CHOICES, help="argmax (same seed, same text as autoregressive) or sample"
@@ -69,8 +73,6 @@ def build_parser() -> argparse.ArgumentParser:
     drafts.add_argument("--draft-confidence", type=float, metavar="P", help="stop drafting below this; 0: never")
     parser.add_argument("--seed", type=int, help="for reproducible draws")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end in front of TEXT; repeatable")
-    parser.add_argument("--provider", default="auto", help="execution provider: auto, cpu or cuda (default: auto)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads within an operator")
     parser.add_argument("--max-length", type=int, metavar="N", help="most tokens of prompt and text (default: context)")
     parser.add_argument("--verify", action="store_true", help="compare the sha256 of every file first")
     parser.add_argument(
@@ -84,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--compare-with", metavar="PLAIN", help="plain bundle (exported with --heads 0); with --compare"
     )
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs a side for --compare (default: 3)")
+    add_backend(parser)
     return parser
 
 
@@ -117,14 +120,20 @@ def _run(args: argparse.Namespace) -> int:
     prompt = _read_stdin() if prompt == "-" else prompt
     names = [field.name for field in dataclasses.fields(SamplingParameters)]
     sampling = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    loading = {"provider": args.provider, "threads": args.threads, "max_length": args.max_length}
+    loading = backend(args) | {"max_length": args.max_length}
     engine = Engine(path, verify=args.verify, **loading)
     options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "stop": args.stop}
-    stream = engine.stream(prompt, strategy=args.strategy, **options, **sampling)
+    strategy = args.strategy or (Dynamo.name if DYNAMO_ONLY & set(sampling) else Auto.name)
+    if args.target_speedup is not None:
+        if args.strategy not in (None, Dynamo.name) or args.backoff_threshold is not None:
+            raise ParameterError("--target-speedup chooses the threshold of strategy dynamo, so neither may be given")
+        strategy = Dynamo.name
+        sampling["backoff_threshold"] = threshold_for(engine.profile, args.target_speedup)
+    stream = engine.stream(prompt, strategy=strategy, **options, **sampling)
+    plain = _plain_engine(args, engine, loading) if args.compare else None
     if path is DEFAULT_BUNDLE and not args.prompt and args.bundle is None:
         sys.stdout.write(prompt)
-    _warn(engine.bundle, stream.statistics.strategy)
-    plain = _plain_engine(args, engine, loading) if args.compare else None
+    _warn(engine, strategy)
     interrupted = _write(stream)
     if sys.stdout.isatty():
         print(file=sys.stderr)
@@ -136,7 +145,7 @@ def _run(args: argparse.Namespace) -> int:
         resolved = resolve_parameters(engine.bundle.sampling, sampling, has_counts=engine.bundle.has_cooccurrence)
         options |= dataclasses.asdict(resolved)
         print(
-            _compare(engine, stream.statistics.strategy, plain, prompt, args.repeats, options),
+            _compare(engine, strategy, plain, prompt, args.repeats, options),
             file=sys.stderr,
         )
     return 0
@@ -153,8 +162,15 @@ def _bundle_and_prompt(bundle: str | None, prompt: str | None) -> tuple[str | Pa
     return DEFAULT_BUNDLE, bundle
 
 
-def _warn(bundle: Bundle, strategy: str) -> None:
+def _warn(engine: Engine, strategy: str) -> None:
     """Say on stderr what the user would not expect of this bundle."""
+    bundle = engine.bundle
+    if strategy == Auto.name and engine.profile is None and bundle.kind != "plain" and bundle.lossless:
+        print(
+            f"{PROG}: note: this device has not been profiled for this bundle, so drafting is planned by rules of "
+            "thumb; dynamo-profile measures it, once",
+            file=sys.stderr,
+        )
     if bundle.degraded:
         print(f"{PROG}: note: this bundle failed its quality gates when it was quantized", file=sys.stderr)
     if strategy == Speculative.name and not bundle.lossless:

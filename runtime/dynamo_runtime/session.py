@@ -118,7 +118,8 @@ class Session:
         provider: Short name of the execution provider that runs it.
         cache: The KV cache; `cache.rollback(length)` before a step drops positions.
         skips_heads: Whether a pass that wants no rows of further heads does not compute them.
-        ort_seconds: Time spent inside onnxruntime so far.
+        step_seconds: Time spent in steps so far.
+        ort_seconds: The part of it inside onnxruntime.
         passes: Forward passes so far.
         user: Whoever relies on what the cache holds.
     """
@@ -151,7 +152,7 @@ class Session:
                 f"max_length must be from 1 to the context length {bundle.context_length}, not {length}"
             )
         self.bundle = bundle
-        self.ort_seconds = 0.0
+        self.step_seconds = self.ort_seconds = 0.0
         self.passes = 0
         self.user: object = None
         self._backend = Backend(**backend)
@@ -200,6 +201,7 @@ class Session:
             BundleError: The graph does not run.
             ValueError: `rows` or `head_rows` are not among the m rows.
         """
+        entered = time.perf_counter()
         m = len(tokens)
         if m == 0:
             raise PromptError("there are no tokens to process")
@@ -243,6 +245,7 @@ class Session:
         self.passes += 1
         values = bound.read()
         self.cache.advance(tokens, values.pop(PENULTIMATE).numpy()[0] if skipping else None)
+        self.step_seconds += time.perf_counter() - entered
         return Step(values, self.bundle, wanted)
 
     def end_profiling(self) -> str:

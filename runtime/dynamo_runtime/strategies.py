@@ -1,6 +1,7 @@
 """Decoding strategies: what to ask of a forward pass, and which tokens it lets through."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,6 +12,8 @@ from .drafters import make_drafter, propose
 from .dynamo import check_dynamo, sample_ngram
 from .errors import ParameterError
 from .parameters import SamplingParameters
+from .plan import Acceptances, Costs, Curve, Planner, Prior, known_acceptances
+from .profiling.profile import Profile
 from .sampling import (
     Candidates,
     Context,
@@ -101,6 +104,14 @@ class Speculative:
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
         """Verify the drafts, add the token that follows them, and draft on from there."""
+        accepted, token = self._verify(step, context, drafts, rng)
+        return Turn([token], accepted, self._propose(step, len(drafts), accepted, token, rng))
+
+    def _verify(
+        self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator
+    ) -> tuple[int, int]:
+        if not drafts:
+            return 0, self._target.sample(step, context, rng.random(), 0)
         trial = context.fork()
 
         def target(accepted: int) -> Candidates:
@@ -108,11 +119,70 @@ class Speculative:
                 trial.extend([drafts[accepted - 1].token])
             return self._target.distribution(step, trial, accepted)
 
-        accepted, token = verify(drafts, target, rng.random)
-        following: list[Draft] = []
-        if self._drafter.start(step, len(drafts), accepted):
-            following = propose(self._drafter, token, self._parameters, self._counts, rng)
+        return verify(drafts, target, rng.random)
+
+    def _propose(self, step: Step, judged: int, accepted: int, token: int, rng: np.random.Generator) -> list[Draft]:
+        if not self._drafter.start(step, judged, accepted):
+            return []
+        return propose(self._drafter, token, self._parameters, self._counts, rng, self._worth)
+
+    def _worth(self, confidences: Sequence[float]) -> bool:
+        return math.prod(confidences) >= self._parameters.draft_confidence
+
+
+class Auto(Speculative):
+    """`speculative` with as many drafts as are expected to pay on this device and in this text, none if none does."""
+
+    name = "auto"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        parameters: SamplingParameters,
+        processors: Sequence[LogitsProcessor] = (),
+        costs: Costs | None = None,
+        known: Mapping[tuple[int, int], tuple[int, int]] | None = None,
+    ):
+        """Plan with what the device has been measured to cost, or else with what such devices usually do.
+
+        Args:
+            bundle: With a drafter.
+            parameters: Those whose names begin with draft_, and the target's.
+            processors: Of the target's logits.
+            costs: Of the device.
+            known: Drafts seen and accepted when the device was profiled, by depth and bin of confidence.
+        """
+        super().__init__(bundle, parameters, processors)
+        depth = min(parameters.draft_tokens or self._drafter.depth, self._drafter.depth)
+        self._ahead = self.look_ahead
+        acceptances = Acceptances(depth, dict(known or {}))
+        self._planner = Planner(costs or Prior.of(bundle), acceptances, len(self._ahead))
+        self._has_heads = bundle.has_head_rows
+        self._follow()
+
+    def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
+        """Verify what drafts there are, draft on if the pass was asked for drafts, and plan the next."""
+        planner, past = self._planner, len(context.tokens) + len(drafts)
+        accepted, token = self._verify(step, context, drafts, rng)
+        if drafts:
+            planner.acceptances.add([draft.confidence for draft in drafts], accepted)
+        if not planner.drafting:
+            planner.plan(None, past)
+            self._follow()
+            return Turn([token], accepted)
+        following = self._propose(step, len(drafts), accepted, token, rng)
+        planner.plan([draft.confidence for draft in following], past)
+        self._follow()
         return Turn([token], accepted, following)
+
+    def _worth(self, confidences: Sequence[float]) -> bool:
+        return super()._worth(confidences) and self._planner.worth(confidences)
+
+    def _follow(self) -> None:
+        """Have the next pass computed as planned."""
+        drafting = self._planner.drafting
+        self.reads_heads = drafting and self._has_heads
+        self.look_ahead = self._ahead if drafting else ()
 
 
 class Dynamo:
@@ -150,28 +220,36 @@ class Dynamo:
         return truncate(logits, ids, self._parameters)
 
 
-STRATEGIES: dict[str, Callable[[Bundle, SamplingParameters, Sequence[LogitsProcessor]], Strategy]] = {
-    Autoregressive.name: Autoregressive,
-    Dynamo.name: Dynamo,
-    Speculative.name: Speculative,
+STRATEGIES: dict[str, type[Autoregressive] | type[Dynamo] | type[Speculative]] = {
+    strategy.name: strategy for strategy in (Auto, Autoregressive, Dynamo, Speculative)
 }
 
 
 def make_strategy(
-    name: str, bundle: Bundle, parameters: SamplingParameters, processors: Sequence[LogitsProcessor] = ()
+    name: str,
+    bundle: Bundle,
+    parameters: SamplingParameters,
+    processors: Sequence[LogitsProcessor] = (),
+    profile: Profile | None = None,
 ) -> Strategy:
     """A strategy by name.
+
+    Args:
+        name: One of `STRATEGIES`. "auto" is "autoregressive" where nothing can be drafted, or not without changing the
+            text.
+        bundle: What it runs on.
+        parameters: Of all strategies.
+        processors: Of the logits.
+        profile: Of the device, for "auto".
 
     Raises:
         ParameterError: There is none of that name, or it does not fit the bundle or the parameters.
     """
     if name not in STRATEGIES:
         raise ParameterError(f"unknown strategy {name!r}: choose {' or '.join(STRATEGIES)}")
+    if name == Auto.name:
+        if bundle.kind == "plain" or not bundle.lossless:
+            return Autoregressive(bundle, parameters, processors)
+        if profile is not None:
+            return Auto(bundle, parameters, processors, Curve.of(profile), known_acceptances(profile))
     return STRATEGIES[name](bundle, parameters, processors)
-
-
-def default_strategy(bundle: Bundle) -> str:
-    """`dynamo` for parallel heads, `speculative` for other drafters, `autoregressive` for a plain bundle."""
-    if bundle.kind == "plain":
-        return Autoregressive.name
-    return Dynamo.name if bundle.kind == "parallel" else Speculative.name

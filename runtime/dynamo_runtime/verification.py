@@ -15,10 +15,12 @@ class Draft:
     Attributes:
         token: The guess.
         drawn_from: q, the distribution it was really drawn from; None if it was certain, i.e. q(token) = 1.
+        confidence: What its drafter expected of it before it was drawn, in [0, 1].
     """
 
     token: int
     drawn_from: Candidates | None = None
+    confidence: float = 0.0
 
 
 def verify(

@@ -14,6 +14,7 @@ from naive import in_passes, initializers, outputs
 
 from dynamo_quantize import gates
 from dynamo_quantize.gates import Measured, Samples, judge, measure
+from dynamo_quantize.heads import pass_bytes
 from dynamo_quantize.read import read_model
 from dynamo_quantize.schemes import Limits
 from dynamo_runtime import Engine
@@ -197,7 +198,7 @@ def test_measured_of_a_bundle(export: Callable[[str], Any]) -> None:
     np.testing.assert_allclose(found.gaps[3], top[:, -1] - top[:, -2], atol=1e-5)
     sizes = {path.name: path.stat().st_size for path in bundle.folder.iterdir() if path.name != "dynamo_config.json"}
     assert (found.graph_bytes, found.bundle_bytes) == (sizes["model.onnx"], sum(sizes.values()))
-    assert found.pass_bytes == gates.bytes_per_pass(read_model(bundle.graph_path))
+    assert found.pass_bytes == sum(pass_bytes(read_model(bundle.graph_path)).values())
     assert set(found.tokens_per_pass) == {"speculative", "dynamo"}
     engine = Engine(bundle, provider="cpu")
     for text, (new_tokens, passes) in zip(TEXTS, found.tokens_per_pass["speculative"], strict=True):
@@ -221,13 +222,13 @@ def test_bytes_of_a_pass(export: Callable[[str], Any], smaller: Callable[..., Bu
     """A weight that is only looked up does not count; one that is multiplied with as well does, in whole."""
     for bundle in (export("parallel").bundle, smaller("parallel", "int8")):
         weights = initializers(bundle.graph_path)
-        found = gates.bytes_per_pass(read_model(bundle.graph_path))
+        found = sum(pass_bytes(read_model(bundle.graph_path)).values())
         assert found == pytest.approx(
             sum(array.nbytes for array in weights.values()), abs=64
         )  # but for small constants
     for bundle in (export("cp").bundle, smaller("cp", "int4", symmetric=False, algorithm="rtn")):
         weights = initializers(bundle.graph_path)
-        found = gates.bytes_per_pass(read_model(bundle.graph_path))
+        found = sum(pass_bytes(read_model(bundle.graph_path)).values())
         expected = sum(array.nbytes for name, array in weights.items() if "embed_in" not in name)
         assert found == pytest.approx(expected, abs=64)
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,15 @@ from dynamo_runtime import Engine
 sys.path.append(str(Path(__file__).parent))  # pytest's importlib mode does not
 
 import handmade
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Whatever profiles are kept on this machine are out of sight."""
+    folder = tmp_path_factory.mktemp("profiles")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DYNAMO_PROFILES", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

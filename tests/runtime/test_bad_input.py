@@ -141,7 +141,7 @@ def test_verify_finds_a_changed_byte(copied, capsys, name: str) -> None:
         (["--temperature", "nan"], "temperature must be a finite number"),
         (["--temperature", "-1"], "temperature"),
         (["--top-k", "-1"], "top_k"),
-        (["--top-k", "0"], "top_k of at least 1"),
+        (["--strategy", "dynamo", "--top-k", "0"], "top_k of at least 1"),
         (["--top-p", "0"], "top_p"),
         (["--repetition-penalty", "inf"], "repetition_penalty"),
         (["--backoff-threshold", "1.5"], "backoff_threshold"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,9 +21,9 @@ def default(multi: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return multi.parent
 
 
-def text_of(bundle: Path, prompt: str) -> str:
+def text_of(bundle: Path, prompt: str, **options: Any) -> str:
     """What the engine writes behind a prompt."""
-    return Engine(bundle, threads=1).generate(prompt, seed=3, max_new_tokens=12).text
+    return Engine(bundle, threads=1).generate(prompt, seed=3, max_new_tokens=12, **options).text
 
 
 def test_neither(default: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,7 +51,7 @@ def test_both(default: Path, plain: Path, capsys: pytest.CaptureFixture[str]) ->
     """The bundle given continues the prompt given."""
     assert run.main([str(plain), "def fib(n):", *FLAGS]) == 0
     written = capsys.readouterr().out
-    assert written == text_of(plain, "def fib(n):") != text_of(default, "def fib(n):")
+    assert written == text_of(plain, "def fib(n):") != text_of(default, "def fib(n):", strategy="dynamo")
     assert run.main([str(plain), "", *FLAGS]) == 1
     assert capsys.readouterr().err == "dynamo-run: error: the prompt is empty\n"
 

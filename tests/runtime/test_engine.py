@@ -78,10 +78,12 @@ def test_seeds_reproduce_and_differ(engine: Engine, strategy: str) -> None:
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 5, 7])
 def test_max_new_tokens_is_exact_inside_a_step(engine: Engine, limit: int) -> None:
-    full = engine.generate(PROMPT, seed=3, backoff_threshold=0.0, max_new_tokens=12, ignore_eos=True)
+    full = engine.generate(PROMPT, seed=3, strategy="dynamo", backoff_threshold=0.0, max_new_tokens=12, ignore_eos=True)
     assert set(full.statistics.steps) == {3}
     engine.reset()
-    cut = engine.generate(PROMPT, seed=3, backoff_threshold=0.0, max_new_tokens=limit, ignore_eos=True)
+    cut = engine.generate(
+        PROMPT, seed=3, strategy="dynamo", backoff_threshold=0.0, max_new_tokens=limit, ignore_eos=True
+    )
     assert cut.tokens == full.tokens[:limit]
     assert cut.finish_reason == "length"
     assert cut.statistics.new_tokens == limit == sum(size * n for size, n in cut.statistics.steps.items())
@@ -89,19 +91,19 @@ def test_max_new_tokens_is_exact_inside_a_step(engine: Engine, limit: int) -> No
 
 def test_end_of_sequence_cuts_inside_a_step(copied) -> None:
     base = Engine(copied.folder, threads=1).generate(
-        PROMPT, seed=3, backoff_threshold=0.0, max_new_tokens=12, ignore_eos=True
+        PROMPT, seed=3, strategy="dynamo", backoff_threshold=0.0, max_new_tokens=12, ignore_eos=True
     )
     token = base.tokens[4]  # the middle of the second step of three
     assert token not in base.tokens[:4]
     copied.edit(eos_token_ids=[token])
     engine = Engine(copied.folder, threads=1)
-    cut = engine.generate(PROMPT, seed=3, backoff_threshold=0.0, max_new_tokens=12)
+    cut = engine.generate(PROMPT, seed=3, strategy="dynamo", backoff_threshold=0.0, max_new_tokens=12)
     assert cut.tokens == base.tokens[:5]
     assert cut.finish_reason == "eos"
     assert (
         cut.text
         == Engine(copied.folder, threads=1)
-        .generate(PROMPT, seed=3, backoff_threshold=0.0, max_new_tokens=4, ignore_eos=True)
+        .generate(PROMPT, seed=3, strategy="dynamo", backoff_threshold=0.0, max_new_tokens=4, ignore_eos=True)
         .text
     )
     assert cut.statistics.steps == {3: 1, 2: 1}
@@ -183,7 +185,9 @@ def test_growing_cache_equals_one_that_need_not_grow(multi: Path, engine: Engine
 def test_the_context_is_filled_to_its_last_position(multi: Path) -> None:
     engine = Engine(multi, threads=1, max_length=30)
     prompt = list(range(20, 40))
-    full = engine.generate(prompt, seed=1, max_new_tokens=None, ignore_eos=True, backoff_threshold=0.0)
+    full = engine.generate(
+        prompt, seed=1, max_new_tokens=None, ignore_eos=True, strategy="dynamo", backoff_threshold=0.0
+    )
     assert full.finish_reason == "context"
     assert len(full.tokens) == 11  # the last token is never fed
     assert len(engine.generate([1] * 30, max_new_tokens=5, ignore_eos=True).tokens) == 1
@@ -287,7 +291,7 @@ def test_wrong_arguments_are_refused_before_anything_runs(engine: Engine) -> Non
         {"stop": ["x", ""]},
         {"strategy": "psychic"},
         {"temperature": float("nan")},
-        {"top_k": 0},
+        {"top_k": 0, "strategy": "dynamo"},
         {"warmth": 1},
     ):
         with pytest.raises(ParameterError):

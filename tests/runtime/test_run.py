@@ -19,8 +19,8 @@ def run(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[byte
 
 
 def test_stdout_has_the_text_and_nothing_else(multi: Path) -> None:
-    expected = Engine(multi, threads=1).generate("def fib(n):", seed=3, max_new_tokens=20).text
-    done = run(str(multi), "def fib(n):", *FLAGS)
+    expected = Engine(multi, threads=1).generate("def fib(n):", strategy="dynamo", seed=3, max_new_tokens=20).text
+    done = run(str(multi), "def fib(n):", "--strategy", "dynamo", *FLAGS)
     assert done.returncode == 0
     assert done.stdout.decode() == expected
     assert re.fullmatch(
@@ -51,7 +51,8 @@ def test_flags_reach_the_engine(multi: Path) -> None:
 
 
 def test_compare_prints_a_ratio(multi: Path, plain: Path) -> None:
-    done = run(str(multi), "x", "--compare", "--compare-with", str(plain), "--repeats", "1", *FLAGS)
+    dynamo = ["--strategy", "dynamo"]
+    done = run(str(multi), "x", "--compare", "--compare-with", str(plain), "--repeats", "1", *dynamo, *FLAGS)
     statistics, comparison = done.stderr.decode().splitlines()
     assert statistics.startswith("dynamo: ")
     pattern = r"compare: dynamo ([\d.]+) tokens/s, plain \((.*)\) ([\d.]+) tokens/s, ratio ([\d.]+) .*"
@@ -76,7 +77,7 @@ def test_compare_finds_the_plain_sibling(multi: Path, plain: Path, tmp_path: Pat
 
 def test_a_closed_pipe_is_no_error(multi: Path) -> None:
     process = subprocess.Popen(
-        [*RUN, str(multi), "x", "--max-new-tokens", "600", "--seed", "1"],
+        [*RUN, str(multi), "x", "--strategy", "dynamo", "--max-new-tokens", "600", "--seed", "1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -98,7 +99,18 @@ def test_an_interrupt_ends_the_text_and_still_reports(multi: Path) -> None:
         "engine.TextStream._accept = once\n"
         "sys.exit(run.main(sys.argv[1:]))\n"
     )
-    arguments = [str(multi), "x", "--max-new-tokens", "600", "--seed", "1", "--temperature", "3"]
+    arguments = [
+        str(multi),
+        "x",
+        "--strategy",
+        "dynamo",
+        "--max-new-tokens",
+        "600",
+        "--seed",
+        "1",
+        "--temperature",
+        "3",
+    ]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, timeout=60, check=False)
     assert done.returncode == 128 + signal.SIGINT
     assert done.stdout

@@ -271,4 +271,5 @@ def test_drafting_stops_at_the_confidence_asked_for() -> None:
     heads = [drafter.candidates(depth, 0).probabilities[0] for depth in (1, 2)]
     for limit, expected in ((0.0, 2), (heads[0] * heads[1] * 1.01, 1), (heads[0] * 1.01, 0)):
         parameters = SamplingParameters(top_k=0, temperature=1.0, draft_confidence=float(limit))
-        assert len(propose(drafter, 0, parameters, None, rng)) == expected
+        worth = Speculative(model.bundle, parameters)._worth
+        assert len(propose(drafter, 0, parameters, None, rng, worth)) == expected

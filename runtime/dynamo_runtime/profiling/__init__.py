@@ -1,0 +1,1 @@
+"""What a device makes of a bundle: measured once, kept, and decided with."""

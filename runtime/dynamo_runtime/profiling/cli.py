@@ -1,0 +1,159 @@
+"""`dynamo-profile`: measure a bundle on this machine, keep the profile for planning, and show it."""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..arguments import Parser, add_backend, backend
+from ..bundle import DEFAULT_BUNDLE, load_bundle
+from ..errors import DynamoError, ProfileError
+from .device import device_key, optional
+from .measure import Progress, measure
+from .profile import Profile, cached_path, write_whole
+from .report import compare, summary, to_csv
+
+PROG = "dynamo-profile"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = Parser(
+        prog=PROG,
+        description="Measure what a bundle costs on this machine, and keep it: dynamo-run plans its drafts with it.",
+    )
+    parser.add_argument(
+        "bundle",
+        nargs="?",
+        help="ONNX file of a bundle, or its folder (default: the model that ships with the package)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="under 30 seconds for a small model, with fewer repetitions"
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help='prompts to decode with every strategy: one a line, or .jsonl with "prompt" or "text" (default: built in)',
+    )
+    parser.add_argument(
+        "--plain",
+        metavar="BUNDLE",
+        help="the same model exported with --heads 0, to compare speeds with (default: this bundle without heads)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the profile")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write its figures, one a line")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write one page with plots (needs the extra [profile])"
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        type=Path,
+        metavar="JSON",
+        help="measure nothing: show profiles side by side, across devices, precisions or versions",
+    )
+    parser.add_argument("--no-keep", action="store_true", help="do not keep the profile for dynamo-run")
+    add_backend(parser)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    args = build_parser().parse_args(arguments)
+    try:
+        return _compare(args) if args.compare else _profile(args)
+    except DynamoError as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _compare(args: argparse.Namespace) -> int:
+    if args.bundle or args.json or args.csv:
+        raise ProfileError("--compare shows profiles that are there: give it JSON files, and --html for a page")
+    if len(args.compare) < 2:
+        raise ProfileError("--compare needs two profiles or more")
+    profiles, names = [Profile.load(path) for path in args.compare], [path.stem for path in args.compare]
+    if args.html:
+        _write_page(args.html, profiles, names)
+    print(compare(profiles, names))
+    return 0
+
+
+def _profile(args: argparse.Namespace) -> int:
+    options = backend(args)
+    prompts = None if args.prompts is None else _read_prompts(Path(args.prompts))
+    bundle = load_bundle(args.bundle or DEFAULT_BUNDLE)
+    plain = load_bundle(args.plain) if args.plain else None
+    if plain is not None and plain.kind != "plain":
+        raise ProfileError(f"{plain.folder} is not a plain bundle: export one with --heads 0")
+    if args.html:
+        _write_page(None, [], [])  # before the work begins: is what it needs there?
+    for path in (args.json, args.csv, args.html):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ProfileError(f"{path} cannot be written: there is no folder {path.absolute().parent}")
+    with _progress() as progress:
+        profile = measure(bundle, quick=args.quick, prompts=prompts, plain=plain, progress=progress, **options)
+    print(summary(profile))
+    if args.json:
+        profile.save(args.json)
+    if args.csv:
+        write_whole(args.csv, to_csv(profile))
+    if args.html:
+        _write_page(args.html, [profile], [profile.bundle.name])
+    if not args.no_keep:
+        path = cached_path(device_key(profile.device.provider), bundle, args.threads)
+        profile.save(path)
+        print(f"{PROG}: kept for dynamo-run in {path}", file=sys.stderr)
+    return 0
+
+
+def _write_page(path: Path | None, profiles: Sequence[Profile], names: Sequence[str]) -> None:
+    from .page import check_extra, page
+
+    if path is None:
+        check_extra()
+    else:
+        write_whole(path, page(profiles, names))
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """Prompts of a file.
+
+    Raises:
+        ProfileError: It cannot be read, or there are none in it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if path.suffix == ".jsonl":
+            records = [json.loads(line) for line in lines if line.strip()]
+            lines = [record.get("prompt") or record.get("text") or "" for record in records]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ProfileError(f"{path} is not a readable file of prompts: {error}") from error
+    found = [line for line in lines if line.strip()]
+    if not found:
+        raise ProfileError(f"{path} has no prompts: one a line is wanted, or JSON lines with a field prompt or text")
+    return found
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    """A progress bar on stderr where tqdm is there and stderr is a terminal, else nothing."""
+    tqdm = optional("tqdm")
+    if tqdm is None:
+        yield lambda stage, share: None
+        return
+    with tqdm.tqdm(total=100, disable=None, leave=False, bar_format="{desc:24}|{bar}| {percentage:3.0f} %") as bar:
+
+        def show(stage: str, share: float) -> None:
+            bar.set_description_str(stage, refresh=False)
+            bar.update(round(share * 100) - bar.n)
+
+        yield show
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,368 @@
+"""The profile of one bundle on one device: what is kept, as JSON, and where."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..bundle import Bundle
+from ..errors import ProfileError
+
+SCHEMA_VERSION = 1
+PROFILES = "DYNAMO_PROFILES"  # environment variable: the folder that profiles are kept in
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Times of one thing measured `count` times, in milliseconds."""
+
+    p50: float
+    p90: float
+    p99: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the graph runs on.
+
+    Attributes:
+        processor: Name of the CPU.
+        cores: Logical cores that this process may use.
+        instruction_sets: Those of interest to kernels, e.g. "AVX-512", "VNNI".
+        caches: Bytes by level: "L1d", "L2", "L3".
+        memory_bytes: Of the computer.
+        gpu: Name of the GPU that was used, or "".
+        gpu_memory_bytes: Its memory.
+        gpu_driver: Version of its driver.
+        system: Operating system and release.
+        python: Version.
+        onnxruntime: Version.
+        provider: Execution provider that ran the graph, by its short name.
+        providers: Those that the installed onnxruntime has.
+    """
+
+    processor: str
+    cores: int
+    provider: str
+    onnxruntime: str
+    instruction_sets: list[str] = field(default_factory=list)
+    caches: dict[str, int] = field(default_factory=dict)
+    memory_bytes: int = 0
+    gpu: str = ""
+    gpu_memory_bytes: int = 0
+    gpu_driver: str = ""
+    system: str = ""
+    python: str = ""
+    providers: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The bundle that was measured.
+
+    Attributes:
+        name: Its folder's name.
+        graph_sha256: Of its graph.
+        kind: "plain", "parallel", "cp" or "lookahead".
+        precision: Its scheme.
+        model_type: The base's architecture.
+        n_tokens: Tokens a pass predicts.
+        graph_bytes: Graph and weights on disk.
+    """
+
+    name: str
+    graph_sha256: str
+    kind: str
+    precision: str
+    model_type: str
+    n_tokens: int
+    graph_bytes: int
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How quiet it was.
+
+    Attributes:
+        idle: Whether the figures are worth keeping: little else ran, and nothing drifted.
+        busy: Share of all cores' time that other processes used meanwhile; None if it cannot be told here.
+        drift: Cost of the same pass at the end of the run, over that at its beginning.
+        frequency_mhz: Lowest and highest clock seen, empty if it cannot be told here.
+        temperature_c: Highest seen, or None.
+    """
+
+    idle: bool
+    busy: float | None
+    drift: float
+    frequency_mhz: list[float] = field(default_factory=list)
+    temperature_c: float | None = None
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A prompt of `tokens`, from an empty cache to its first new token."""
+
+    tokens: int
+    first_token: Quantiles
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass over `rows` tokens behind `past` others.
+
+    Attributes:
+        heads: Whether further heads were computed, at all rows. False for bundles that have none.
+        rows: Tokens fed, m.
+        past: Positions in the cache before.
+        time: The whole step in Python.
+        inside: Median of the part inside onnxruntime, in milliseconds.
+    """
+
+    heads: bool
+    rows: int
+    past: int
+    time: Quantiles
+    inside: float
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What a pass with heads costs more, in milliseconds, because `skipped` positions before it were without."""
+
+    skipped: int
+    extra: float
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The roofline of a pass over one token without heads.
+
+    Attributes:
+        past: Positions in the cache before.
+        bytes: What the pass has to read: weights and cache.
+        floor: That over the bandwidth, in milliseconds.
+        measured: Median of the pass inside onnxruntime, in milliseconds.
+    """
+
+    past: int
+    bytes: int
+    floor: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One kind of operator in onnxruntime's own profile of a pass over one token: milliseconds a pass, and nodes."""
+
+    name: str
+    time: float
+    nodes: int
+
+
+@dataclass(frozen=True)
+class StrategyRun:
+    """One strategy on all prompts, interleaved with the others.
+
+    Attributes:
+        name: Of the strategy, with its settings.
+        tokens_per_pass: Mean over the prompts.
+        tokens_per_s: The same.
+        ratio: Tokens/s over those of plain decoding.
+        acceptance: Share of drafts accepted, by depth.
+        between_tokens: Inter-token latency: time between one token and the next as they are given out.
+    """
+
+    name: str
+    tokens_per_pass: Interval
+    tokens_per_s: Interval
+    ratio: Interval
+    acceptance: list[float]
+    between_tokens: Quantiles
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """How often a draft of some confidence was right, given that those before it were.
+
+    Attributes:
+        depth: Place of the draft, from 1.
+        confidence: The drafter's own probability, at the middle of its bin.
+        seen: Drafts judged.
+        accepted: Those that were right.
+    """
+
+    depth: int
+    confidence: float
+    seen: int
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """What `dynamo` sampling gains at a back-off threshold ε_b."""
+
+    threshold: float
+    tokens_per_pass: float
+    speedup: Interval
+
+
+@dataclass(frozen=True)
+class Profile:
+    """All of it; times in milliseconds unless their names say otherwise.
+
+    Attributes:
+        created: Date and time, UTC, ISO 8601.
+        threads: Threads within an operator; 0 is onnxruntime's choice.
+        quick: Whether it was a quick run, of fewer repetitions.
+        bandwidth: Bytes a second that this many threads read from memory.
+        load_s: Seconds to load the bundle.
+        peak_bytes: Largest memory of the process.
+        steady_bytes: Its memory while decoding.
+        drafting: Spent outside a pass for every draft proposed and judged.
+        overhead: Spent outside a pass for every token of plain decoding: sampling it, turning it into text.
+    """
+
+    device: Device
+    bundle: Subject
+    conditions: Conditions
+    created: str
+    threads: int
+    quick: bool
+    bandwidth: float
+    load_s: float
+    peak_bytes: int
+    steady_bytes: int
+    drafting: float
+    passes: list[Pass]
+    prefill: list[Prefill] = field(default_factory=list)
+    resume: list[Resume] = field(default_factory=list)
+    roofline: list[Floor] = field(default_factory=list)
+    operators: list[Operator] = field(default_factory=list)
+    strategies: list[StrategyRun] = field(default_factory=list)
+    acceptance: list[Acceptance] = field(default_factory=list)
+    backoff: list[Backoff] = field(default_factory=list)
+    overhead: float = 0.0
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """The profile as it is written."""
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    @staticmethod
+    def load(path: Path) -> Profile:
+        """Read a profile.
+
+        Raises:
+            ProfileError: There is none, or it is damaged or of another schema version.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ProfileError(f"{path} cannot be read: {error.strerror or error}") from error
+        except ValueError as error:
+            raise ProfileError(f"{path} is not a profile: {error}") from error
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if version != SCHEMA_VERSION:
+            raise ProfileError(
+                f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: run dynamo-profile again"
+            )
+        try:
+            profile: Profile = _read(Profile, content)
+        except (TypeError, ValueError) as error:
+            raise ProfileError(f"{path} is not a whole profile: {error}") from error
+        return profile
+
+    def save(self, path: Path) -> None:
+        """Write the profile, or nothing.
+
+        Raises:
+            ProfileError: It cannot be written there.
+        """
+        write_whole(path, self.to_json())
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a file that is there only once it is whole.
+
+    Raises:
+        ProfileError: It cannot be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            file.write(content)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise ProfileError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _read(kind: Any, value: Any) -> Any:
+    """A value of JSON as the type that a dataclass wants.
+
+    Raises:
+        TypeError: It is not of that type.
+    """
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{kind.__name__} is not an object")  # type: ignore[union-attr]
+        hints = typing.get_type_hints(kind)
+        return kind(**{name: _read(hints.get(name), content) for name, content in value.items()})  # type: ignore[operator]
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is list:
+        if not isinstance(value, list):
+            raise TypeError(f"{value!r} is not a list")
+        return [_read(arguments[0], item) for item in value]
+    if origin is dict:
+        return {name: _read(arguments[1], item) for name, item in dict(value).items()}
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _read(arguments[0], value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is None or not isinstance(value, kind):
+        raise TypeError(f"{value!r} is not what is expected there")
+    return value
+
+
+def profiles_folder() -> Path:
+    """Where profiles are kept: `DYNAMO_PROFILES`, or the user's cache folder."""
+    if given := os.environ.get(PROFILES):
+        return Path(given)
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library/Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "dynamo-edge" / "profiles"
+
+
+def cached_path(device_key: str, bundle: Bundle, threads: int | None) -> Path:
+    """The file of a bundle's profile on a device, with so many threads.
+
+    Args:
+        device_key: From `device.device_key`.
+        bundle: Told from others by its graph.
+        threads: Within an operator; None is onnxruntime's choice.
+    """
+    graph = str(bundle.files.get(bundle.graph, {}).get("sha256", ""))[:16] or bundle.folder.name
+    return profiles_folder() / f"{device_key}-{threads or 0}-{graph}.json"

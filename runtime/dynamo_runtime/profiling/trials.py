@@ -1,0 +1,256 @@
+"""Decodes prompts with every strategy in turn: what they gain over plain decoding on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..bundle import Bundle
+from ..engine import Engine
+from ..errors import ParameterError, ProfileError
+from ..parameters import SamplingParameters, resolve_parameters
+from ..sampling import Context
+from ..session import Step
+from ..statistics import Statistics
+from ..strategies import Auto, Autoregressive, Dynamo, Speculative, Strategy, Turn
+from ..verification import Draft
+from .profile import Backoff, Interval, Quantiles, StrategyRun
+
+Kind = tuple[Engine, dict[str, Any]]
+
+PROMPTS = (
+    "class Stack:\n    def __init__(self):\n",
+    "import os\n\ndef walk(path):\n    ",
+    "def parse(text):\n    result = []\n    for line in text",
+    "The weather in the mountains changes quickly, so before we ",
+    "Question: Why is the sky blue?\nAnswer:",
+    "for index, value in enumerate(values):\n    if value",
+)
+"""Of code and prose; what they say matters less than that they are always the same."""
+
+THRESHOLDS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_RESAMPLES = 1000
+
+
+@dataclass
+class Outside:
+    """What decoding costs outside the passes, in milliseconds, and what became of drafts.
+
+    Attributes:
+        overhead: A plain token.
+        drafting: A draft, besides.
+        judged: Depth, confidence and acceptance of every draft that was judged.
+    """
+
+    overhead: float = 0.0
+    drafting: float = 0.0
+    judged: list[tuple[int, float, bool]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt decoded once: which, what it cost, and the milliseconds between its tokens."""
+
+    prompt: int
+    statistics: Statistics
+    gaps: list[float]
+
+
+class _Recorded(Speculative):
+    """`speculative`, noting what becomes of its drafts."""
+
+    def __init__(self, bundle: Bundle, parameters: SamplingParameters):
+        super().__init__(bundle, parameters)
+        self.judged: list[tuple[int, float, bool]] = []
+
+    def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
+        turn = super().advance(step, context, drafts, rng)
+        for depth, draft in enumerate(drafts[: turn.accepted + 1], 1):
+            self.judged.append((depth, draft.confidence, depth <= turn.accepted))
+        return turn
+
+
+def encoded(engine: Engine, prompts: Sequence[str | Sequence[int]] | None) -> list[list[int]]:
+    """Prompts as tokens, cut to half the context.
+
+    Raises:
+        ProfileError: There are none.
+        PromptError: One is empty, or not text.
+    """
+    if prompts is not None and not prompts:
+        raise ProfileError("there are no prompts to decode")
+    room = engine.session.max_length // 2
+    return [engine.encode(prompt)[:room] for prompt in (PROMPTS if prompts is None else prompts)]
+
+
+def look_outside(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> Outside:
+    """What plain decoding and drafting do between passes, and how good the drafts are.
+
+    Args:
+        engine: On the bundle.
+        prompts: Tokens.
+        new_tokens: For each prompt.
+    """
+    bundle, found = engine.bundle, Outside()
+    plain = _outside_ms(engine, Autoregressive.name, prompts, new_tokens)
+    found.overhead = sum(spent for spent, _ in plain) / sum(drafts + 1 for _, drafts in plain)
+    if bundle.kind == "plain":
+        return found
+    recorded = _Recorded(bundle, resolve_parameters(bundle.sampling, {}, has_counts=bundle.has_cooccurrence))
+    drafting = _outside_ms(engine, recorded, prompts, new_tokens)
+    drafts = sum(drafts for _, drafts in drafting)
+    found.drafting = max(sum(spent - found.overhead for spent, _ in drafting) / max(drafts, 1), 0.0)
+    found.judged = recorded.judged
+    return found
+
+
+def _outside_ms(
+    engine: Engine, strategy: str | Strategy, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> list[tuple[float, int]]:
+    """Of every round: milliseconds outside the pass, and drafts judged."""
+    found = []
+    for prompt in prompts:
+        engine.reset()
+        stream = engine.stream(prompt, strategy=strategy, max_new_tokens=new_tokens, seed=0, ignore_eos=True)
+        session, statistics = engine.session, stream.statistics
+        ended = before = proposed = 0.0
+        for turn, _ in enumerate(stream):
+            now, inside = time.perf_counter(), session.step_seconds
+            if turn:  # the first round is the prompt's
+                judged = statistics.draft_tokens_proposed - proposed
+                found.append(((now - ended - inside + before) * 1e3, int(judged)))
+            proposed = statistics.draft_tokens_proposed
+            before, ended = session.step_seconds, time.perf_counter()
+    return found
+
+
+def run_strategies(
+    engine: Engine, plain: Engine, prompts: Sequence[Sequence[int]], seconds: float, new_tokens: int
+) -> list[StrategyRun]:
+    """Every strategy that the bundle allows, on all prompts, in turn.
+
+    Args:
+        engine: On the bundle; with a profile for "auto" to plan with.
+        plain: What speeds are compared with.
+        prompts: Tokens.
+        seconds: For all of it; every strategy runs at least twice on every prompt.
+        new_tokens: For each prompt.
+    """
+    kinds: dict[str, Kind] = {"plain": (plain, {"strategy": Autoregressive.name})}
+    if plain is not engine:
+        kinds["autoregressive"] = (engine, {"strategy": Autoregressive.name})
+    if engine.bundle.kind != "plain":
+        for depth in range(1, engine.bundle.n_tokens):
+            name = f"speculative, {depth} draft{'s' * (depth > 1)}"
+            kinds[name] = (engine, {"strategy": Speculative.name, "draft_tokens": depth})
+        kinds["auto"] = (engine, {"strategy": Auto.name})
+        if _allows_dynamo(engine):
+            kinds["dynamo"] = (engine, {"strategy": Dynamo.name})
+    found = take_turns(kinds, prompts, seconds, new_tokens)
+    return [_summary(name, samples, found["plain"]) for name, samples in found.items()]
+
+
+def run_backoff(
+    engine: Engine, plain: Engine, prompts: Sequence[Sequence[int]], seconds: float, new_tokens: int
+) -> list[Backoff]:
+    """What `dynamo` gains by back-off threshold; nothing where it cannot run. Arguments of `run_strategies`."""
+    if not _allows_dynamo(engine):
+        return []
+    kinds: dict[str, Kind] = {"plain": (plain, {"strategy": Autoregressive.name})}
+    for threshold in THRESHOLDS:
+        kinds[str(threshold)] = (engine, {"strategy": Dynamo.name, "backoff_threshold": threshold})
+    found = take_turns(kinds, prompts, seconds, new_tokens)
+    runs = {name: _summary(name, samples, found["plain"]) for name, samples in found.items()}
+    return [Backoff(t, runs[str(t)].tokens_per_pass.value, runs[str(t)].ratio) for t in THRESHOLDS]
+
+
+def _allows_dynamo(engine: Engine) -> bool:
+    try:
+        engine.stream([1], strategy=Dynamo.name)
+    except ParameterError:
+        return False
+    return True
+
+
+def take_turns(
+    kinds: Mapping[str, Kind], prompts: Sequence[Sequence[int]], seconds: float, new_tokens: int
+) -> dict[str, list[Sample]]:
+    """Decode every prompt in every way, in rounds whose order alternates, until the time is up.
+
+    Args:
+        kinds: Ways to decode by name: an engine, and options of its `stream`.
+        prompts: Tokens.
+        seconds: For all of it; there are at least two rounds.
+        new_tokens: For each prompt.
+    """
+    found: dict[str, list[Sample]] = {name: [] for name in kinds}
+    started, turn = time.perf_counter(), 0
+    while turn < 3 or time.perf_counter() - started < seconds:
+        for place, prompt in enumerate(prompts):
+            for name in list(kinds) if turn % 2 else reversed(list(kinds)):
+                engine, options = kinds[name]
+                sample = _sample(engine, prompt, place, new_tokens, turn, options)
+                if turn:  # the first round warms up
+                    found[name].append(sample)
+        turn += 1
+    return found
+
+
+def _sample(
+    engine: Engine, prompt: Sequence[int], place: int, new_tokens: int, seed: int, options: dict[str, Any]
+) -> Sample:
+    engine.reset()
+    stream = engine.stream(prompt, max_new_tokens=new_tokens, seed=seed, ignore_eos=True, **options)
+    gaps: list[float] = []
+    ended, given = 0.0, 0
+    for _ in stream:
+        now = time.perf_counter()
+        if given:  # tokens of one round come at once
+            more = len(stream.tokens) - given
+            gaps += [(now - ended) * 1e3, *[0.0] * (more - 1)]
+        ended, given = now, len(stream.tokens)
+    return Sample(place, stream.statistics, gaps)
+
+
+def _summary(name: str, samples: Sequence[Sample], plain: Sequence[Sample]) -> StrategyRun:
+    """Speeds of all tokens together, with intervals over the prompts; rounds are paired with plain decoding's."""
+    count = 1 + max(sample.prompt for sample in samples)
+    sums = np.zeros((count, 5))  # by prompt: tokens, seconds, passes, plain tokens, plain seconds
+    for ours, theirs in zip(samples, plain, strict=True):
+        sums[ours.prompt] += [*_decoded(ours.statistics), ours.statistics.rounds - 1, *_decoded(theirs.statistics)]
+    chosen = np.random.default_rng(0).integers(0, count, (_RESAMPLES, count))
+    resampled = np.concatenate([sums.sum(0)[None], sums[chosen].sum(1)])
+    tokens, seconds, passes, plain_tokens, plain_seconds = resampled.T
+    proposed, accepted = (
+        np.sum([np.pad(counts, (0, 16 - len(counts))) for counts in by_depth], axis=0)
+        for by_depth in (
+            [sample.statistics.proposed_at_depth for sample in samples],
+            [sample.statistics.accepted_at_depth for sample in samples],
+        )
+    )
+    depth = int(np.count_nonzero(proposed))
+    gaps = [gap for sample in samples for gap in sample.gaps]
+    p50, p90, p99 = (float(p) for p in np.percentile(gaps or [0.0], [50, 90, 99]))
+    return StrategyRun(
+        name=name,
+        tokens_per_pass=_interval(tokens / np.maximum(passes, 1)),
+        tokens_per_s=_interval(tokens / seconds),
+        ratio=_interval(tokens / seconds * plain_seconds / plain_tokens),
+        acceptance=[float(rate) for rate in accepted[:depth] / proposed[:depth]],
+        between_tokens=Quantiles(p50, p90, p99, len(gaps)),
+    )
+
+
+def _decoded(statistics: Statistics) -> tuple[int, float]:
+    """Tokens after the first pass, and the time they took."""
+    return statistics.new_tokens - statistics.first_tokens, max(statistics.total_s - statistics.ttft_s, 1e-9)
+
+
+def _interval(values: np.ndarray) -> Interval:
+    """An estimate [0] with the middle 95 % of its resamples [1:]."""
+    low, high = np.percentile(values[1:], [2.5, 97.5])
+    return Interval(float(values[0]), float(low), float(high))
