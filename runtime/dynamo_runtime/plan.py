@@ -8,23 +8,27 @@ tokens it is expected to give against those that plain decoding, or the drafting
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from .bundle import Bundle
 from .errors import ParameterError
 from .profiling.profile import Profile
 
-_EXPLORATION = 0.01  # of the time may be spent on finding out whether drafting pays again
+_EXPLORATION = 0.015  # of the time may be spent on finding out whether drafting pays again
 _BINS = 5  # of a draft's confidence
-_PRIOR_WEIGHT = 6.0  # drafts that must have been judged to count as much as what was known before
-_MEMORY = 0.95  # what a judged draft counts for once the next one of its kind is judged
-_RECENT = 0.9  # the same for passes, in the averages of what drafting gains
+_PRIOR_WEIGHT = 3.0  # drafts that must have been judged to count as much as what was known before
+_FADE, _FADE_EVERY, _FADE_OF_A_LOOK = 0.9, 16, 0.8  # what stays of the judged drafts of every kind, and how often
+_MEMORY = 0.97  # what a judged draft counts for once the next one of its kind is judged
+_RECENT = 0.93  # the same for passes, in the average of what drafting gains
+_STEADY = 0.99  # the same in the rate that every choice is weighed with
+_FIRST_PASSES = 4  # what was known before counts as so many of them
+_LONGEST_WAIT = 1024  # plain tokens before the next look, however dear a look is
 _PAST_STEP = 64  # positions for which one set of costs serves
 
 # What is assumed of a device nobody has measured: bytes read per millisecond, milliseconds of Python.
-_BYTES_PER_MS, _OVERHEAD_MS, _DRAFTING_MS = 15e6, 0.2, 0.1
+_BYTES_PER_MS, _OVERHEAD_MS, _DRAFTING_MS = 15e6, 0.13, 0.14
 _ROW_SHARE = {"fp32": 0.14, "fp16": 0.14, "int8": 0.25, "int8-dynamic": 0.25, "int4": 0.35}  # of a pass: one more row
 _ACCEPTED = 0.5  # of the drafts
 
@@ -165,16 +169,14 @@ class Prior:
 
 @dataclass
 class Record:
-    """How often drafts of a kind were right: recent ones, with what was known before as so many more."""
+    """How often drafts of a kind were right, recent ones above all."""
 
-    prior: float
     seen: float = 0.0
     accepted: float = 0.0
 
-    @property
-    def rate(self) -> float:
-        """Expected acceptance."""
-        return (self.prior * _PRIOR_WEIGHT + self.accepted) / (_PRIOR_WEIGHT + self.seen)
+    def rate(self, prior: float) -> float:
+        """Expected acceptance, where `prior` is what would be expected without any."""
+        return (prior * _PRIOR_WEIGHT + self.accepted) / (_PRIOR_WEIGHT + self.seen)
 
     def add(self, accepted: bool) -> None:
         """Count a judged draft; older ones fade."""
@@ -192,52 +194,67 @@ def middle_of(index: int) -> float:
     return (index + 0.5) / _BINS
 
 
-@dataclass
 class Acceptances:
     """Expected acceptance of a draft, by depth and by the drafter's own confidence in it.
 
     What a drafter says of itself is seldom calibrated; what became of its drafts in this text, and when the device was
-    profiled, tells by how much it is off.
+    profiled, tells by how much it is off. Drafts of one confidence inform each other across depths, so that a depth
+    which was never worth trying may become so.
 
     Attributes:
-        known: (depth, bin) -> drafts seen before and those accepted.
         depth: Most drafts a pass.
     """
 
-    depth: int
-    known: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    def __init__(self, depth: int, known: Mapping[tuple[int, int], tuple[int, int]] | None = None):
+        """Begin with what is known.
 
-    def __post_init__(self) -> None:
-        """Begin with what is known."""
-        self._records = {
-            (depth, index): Record(self._prior(depth, index))
-            for depth in range(1, self.depth + 1)
-            for index in range(_BINS)
-        }
-        self._overall = [Record(self._prior_at(depth)) for depth in range(1, self.depth + 1)]
+        Args:
+            depth: Most drafts a pass.
+            known: (depth, bin) -> drafts seen before and those accepted.
+        """
+        self.depth = depth
+        known = known or {}
+        self._kinds = {(i, b): Record() for i in range(1, depth + 1) for b in range(_BINS)}
+        self._bins = [Record() for _ in range(_BINS)]
+        self._depths = [Record() for _ in range(depth)]
+        self._of_bins = [
+            _known_rate(middle_of(b), [n for (_, at), n in known.items() if at == b]) for b in range(_BINS)
+        ]
+        self._of_depths = [
+            _known_rate(_ACCEPTED, [n for (at, _), n in known.items() if at == i + 1]) for i in range(depth)
+        ]
 
     def of(self, depth: int, confidence: float) -> float:
         """Of a draft of this confidence at this depth, given that those before it are right."""
-        return self._records[depth, bin_of(confidence)].rate
+        index = bin_of(confidence)
+        return self._kinds[depth, index].rate(self._bins[index].rate(self._of_bins[index]))
 
     def usual(self, depth: int) -> float:
         """Of any draft at this depth, given that those before it are right."""
-        return self._overall[depth - 1].rate
+        return self._depths[depth - 1].rate(self._of_depths[depth - 1])
 
     def add(self, confidences: Sequence[float], accepted: int) -> None:
         """Count judged drafts: the first `accepted` were right, the next was not, of the others nothing is known."""
         for depth, confidence in enumerate(confidences[: accepted + 1], 1):
-            for record in (self._records[depth, bin_of(confidence)], self._overall[depth - 1]):
+            index = bin_of(confidence)
+            for record in (self._kinds[depth, index], self._bins[index], self._depths[depth - 1]):
                 record.add(depth <= accepted)
 
-    def _prior(self, depth: int, index: int) -> float:
-        seen, accepted = self.known.get((depth, index), (0, 0))
-        return (middle_of(index) * _PRIOR_WEIGHT + accepted) / (_PRIOR_WEIGHT + seen)
+    def fade(self, share: float) -> None:
+        """Forget some of what was seen in this text, so that what was given up on is tried again.
 
-    def _prior_at(self, depth: int) -> float:
-        pairs = [pair for (at, _), pair in self.known.items() if at == depth]
-        seen, accepted = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
-        return (_ACCEPTED * _PRIOR_WEIGHT + accepted) / (_PRIOR_WEIGHT + seen)
+        Args:
+            share: Of it that stays.
+        """
+        for record in (*self._kinds.values(), *self._bins, *self._depths):
+            record.seen *= share
+            record.accepted *= share
+
+
+def _known_rate(assumed: float, counts: Sequence[tuple[int, int]]) -> float:
+    """Acceptance of a kind of drafts, where `assumed` is what one would think without counts of seen and accepted."""
+    seen, accepted = (sum(count[i] for count in counts) for i in (0, 1))
+    return (assumed * _PRIOR_WEIGHT + accepted) / (_PRIOR_WEIGHT + seen)
 
 
 class Planner:
@@ -260,6 +277,7 @@ class Planner:
         self._costs = costs
         self._look_ahead = look_ahead
         self._depth = acceptances.depth
+        self._looks = 0
         self._patience = 1
         self._turn_to(0)
         # Rate ρ and gain of drafting, as if every draft were as usual: the best number of them, always.
@@ -316,10 +334,16 @@ class Planner:
             expected += certain
         cost = self._cost_on[len(confidences)]
         gain = expected - 1 - self.rate * (cost - self._cost_on[0])
-        weight = 0.5 if self._waited else 1 - _RECENT  # the last look was long ago
-        self._gain += weight * (gain - self._gain)
-        self._tokens = _RECENT * self._tokens + expected
-        self._time = _RECENT * self._time + cost
+        self._looks += 1
+        if self._waited:
+            self.acceptances.fade(_FADE_OF_A_LOOK)
+        elif self._looks % _FADE_EVERY == 0:
+            self.acceptances.fade(_FADE)
+        weight = max(1 - _RECENT, 1 / (_FIRST_PASSES + self._looks))
+        self._gain += (0.5 if self._waited else weight) * (gain - self._gain)  # the last look may be long ago
+        steady = max(1 - _STEADY, 1 / (_FIRST_PASSES + self._looks))
+        self._tokens += steady * (expected - self._tokens)
+        self._time += steady * (cost - self._time)
         self.drafting = self._pays()
         self._waited = 0
         if not self.drafting:
@@ -333,7 +357,7 @@ class Planner:
         """Plain tokens before the next look at what drafting would gain, which is not to cost much of their time."""
         waiting = 1
         plain, look = self._cost_off[0], self._cost_on[0] - self._cost_off[0]
-        while look + self._costs.resume(waiting) > _EXPLORATION * plain * waiting and waiting < 256:
+        while look + self._costs.resume(waiting) > _EXPLORATION * plain * waiting and waiting < _LONGEST_WAIT:
             waiting *= 2
         return waiting
 

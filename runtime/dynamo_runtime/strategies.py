@@ -155,7 +155,7 @@ class Auto(Speculative):
         super().__init__(bundle, parameters, processors)
         depth = min(parameters.draft_tokens or self._drafter.depth, self._drafter.depth)
         self._ahead = self.look_ahead
-        acceptances = Acceptances(depth, dict(known or {}))
+        acceptances = Acceptances(depth, known)
         self._planner = Planner(costs or Prior.of(bundle), acceptances, len(self._ahead))
         self._has_heads = bundle.has_head_rows
         self._follow()

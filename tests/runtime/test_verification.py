@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import handmade
 import numpy as np
@@ -19,7 +20,7 @@ from dynamo_runtime.engine import decode
 from dynamo_runtime.parameters import SamplingParameters
 from dynamo_runtime.sampling import Candidates, Context
 from dynamo_runtime.session import Step
-from dynamo_runtime.strategies import Speculative
+from dynamo_runtime.strategies import Auto, Speculative
 from dynamo_runtime.verification import residual, verify
 
 KINDS = ("parallel", "cp", "lookahead")
@@ -113,11 +114,13 @@ def exact_joint(model: TableModel, prompt: list[int], p: SamplingParameters) -> 
     return joint
 
 
-def p_value(kind: str, changes: dict, counts: Cooccurrence | None, draws: int = 4000) -> tuple[float, int, int]:
+def p_value(
+    kind: str, changes: dict, counts: Cooccurrence | None, draws: int = 4000, make: Any = Speculative
+) -> tuple[float, int, int]:
     """Chi-square of the next three tokens, drafted and verified, against the exact joint; and the draft counts."""
     model = TableModel(kind)
     parameters = SamplingParameters(**({"top_k": 0, "temperature": 1.0} | changes))
-    strategy = Speculative(model.bundle, parameters)
+    strategy = make(model.bundle, parameters)
     strategy._counts = counts
     prompt, rng = [1, 3], np.random.default_rng(7)
     seen = np.zeros((CELLS,) * 3)
@@ -164,6 +167,47 @@ def test_the_next_three_tokens_follow_the_target(kind, choice, sampling, with_ma
     p, proposed, accepted = p_value(kind, sampling | {"draft_choice": choice}, counts if with_mask else None)
     assert p > 1e-3
     assert proposed > accepted > 0
+
+
+class Uneasy:
+    """Costs at which some drafts pay and others do not, and drafting as such now and then does not."""
+
+    drafting = overhead = 0.0
+
+    def step(self, rows: int, heads: bool, past: int) -> float:
+        return 1.0 + 0.06 * (rows - 1) + 0.02 * heads
+
+    def resume(self, skipped: int) -> float:
+        return 0.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("choice", ["argmax", "sample"])
+def test_planned_drafts_follow_the_target(kind, choice, counts) -> None:
+    """Whether a draft is made depends on what is expected of it, and the text must not."""
+
+    def auto(bundle, parameters):
+        return Auto(bundle, parameters, costs=Uneasy())
+
+    p, proposed, accepted = p_value(kind, SAMPLING["plain"] | {"draft_choice": choice}, None, make=auto)
+    assert p > 1e-3
+    assert proposed > accepted > 0
+
+
+def test_a_sampled_draft_must_not_be_chosen_by_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft dropped because it turned out unlikely leaves the likely ones, which verification takes for typical."""
+
+    def choosy(*arguments):
+        drafts = propose(*arguments)
+        likely = [verification.probability(draft.drawn_from, draft.token) > 0.25 for draft in drafts]
+        return drafts[: (likely + [False]).index(False)]
+
+    changes = SAMPLING["plain"] | {"draft_choice": "sample"}
+    confident = p_value("parallel", changes | {"draft_confidence": 0.3}, None)
+    assert confident[0] > 1e-3
+    assert confident[1] > 0
+    monkeypatch.setattr(strategies, "propose", choosy)
+    assert p_value("parallel", changes, None)[0] < 1e-6
 
 
 @pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)

@@ -119,8 +119,8 @@ def interval(estimate: Interval) -> str:
 
 
 def binary_size(count: int) -> str:
-    """Bytes of hardware, in units of two."""
+    """Bytes of hardware, in units of two; nothing for none."""
     for power, unit in ((30, "GiB"), (20, "MiB")):
         if count >= 1 << power:
             return f"{count / (1 << power):,.4g} {unit}"
-    return f"{count / 1024:,.4g} KiB"
+    return f"{count / 1024:,.4g} KiB" if count else ""

@@ -1,0 +1,232 @@
+"""The plan against an exhaustive search over fixed settings, on devices and drafters whose every number is known."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import profiles
+import pytest
+
+from dynamo_runtime.errors import ParameterError
+from dynamo_runtime.plan import Acceptances, Curve, Planner, Prior, bin_of, known_acceptances, middle_of, threshold_for
+from dynamo_runtime.profiling.profile import Backoff, Interval
+
+DEPTH = 4
+
+
+@dataclass
+class Device:
+    """Costs of a device: a pass takes 1, each further row `row`, heads `heads` of the whole."""
+
+    row: float
+    heads: float
+    resumed: float = 0.0
+    drafting: float = 0.0
+    overhead: float = 0.0
+
+    def step(self, rows: int, heads: bool, past: int) -> float:
+        return (1 + self.row * (rows - 1)) * (1 + self.heads * heads)
+
+    def resume(self, skipped: int) -> float:
+        return self.resumed * skipped
+
+
+@dataclass
+class Text:
+    """A text in which a draft is right with probability `good` or `bad`, and its drafter knows which, more or less."""
+
+    good: float
+    bad: float
+    share: float  # of good positions
+
+    def draft(self, rng: np.random.Generator) -> tuple[float, float]:
+        """Confidence of the next draft, and its real chance."""
+        good = rng.random() < self.share
+        return (0.9, self.good) if good else (0.3, self.bad)
+
+
+def decode(planner: Planner, device: Device, text: Text, rounds: int, rng: np.random.Generator) -> tuple[int, float]:
+    """Tokens and time of so many passes, as strategy auto makes them."""
+    tokens, spent, skipped = 0, 0.0, 0
+    drafts: list[tuple[float, float]] = []
+    for past in range(rounds):
+        spent += device.step(1 + len(drafts), planner.drafting, past)
+        if planner.drafting:
+            spent += device.resume(skipped)
+        skipped = 0 if planner.drafting else skipped + 1
+        accepted = next((i for i, (_, chance) in enumerate(drafts) if rng.random() >= chance), len(drafts))
+        planner.acceptances.add([confidence for confidence, _ in drafts], accepted)
+        tokens += 1 + accepted
+        drafts = []
+        if planner.drafting:
+            while len(drafts) < DEPTH:
+                following = text.draft(rng)
+                if not planner.worth([*(confidence for confidence, _ in drafts), following[0]]):
+                    break
+                drafts.append(following)
+            planner.plan([confidence for confidence, _ in drafts], past)
+        else:
+            planner.plan(None, past)
+    return tokens, spent
+
+
+def best_fixed(device: Device, text: Text) -> float:
+    """Tokens a time of the best setting that never changes: no drafts and no heads, or d drafts above a confidence.
+
+    By full enumeration over what the next drafts may look like.
+    """
+    rates = [1.0 / device.step(1, False, 0)]
+    kinds = [(0.9, text.good, text.share), (0.3, text.bad, 1 - text.share)]
+    for most, least in itertools.product(range(1, DEPTH + 1), (0.0, 0.5)):
+        tokens = spent = 0.0
+        for drafts in itertools.product(kinds, repeat=most):
+            likelihood = math.prod(share for *_, share in drafts)
+            kept = next((i for i, (confidence, *_) in enumerate(drafts) if confidence < least), most)
+            chances = [chance for _, chance, _ in drafts[:kept]]
+            tokens += likelihood * (1 + sum(math.prod(chances[: i + 1]) for i in range(kept)))
+            spent += likelihood * device.step(1 + kept, True, 0)
+        rates.append(tokens / spent)
+    return max(rates)
+
+
+DEVICES = {
+    "flat": Device(0.03, 0.05),
+    "usual": Device(0.14, 0.12),
+    "steep": Device(0.45, 0.2),
+    "heads are dear": Device(0.1, 0.6),
+    "resuming is dear": Device(0.14, 0.12, resumed=0.02),
+}
+TEXTS = {
+    "predictable": Text(0.95, 0.6, 0.8),
+    "mixed": Text(0.8, 0.15, 0.5),
+    "shuffled": Text(0.1, 0.02, 0.3),
+    "overconfident": Text(0.4, 0.3, 0.9),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_the_plan_reaches_the_best_fixed_setting(device: Device, text: Text) -> None:
+    rng = np.random.default_rng(0)
+    planner = Planner(device, Acceptances(DEPTH))
+    decode(planner, device, text, 300, rng)
+    tokens, spent = decode(planner, device, text, 4000, rng)
+    assert tokens / spent > 0.97 * best_fixed(device, text)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_a_short_text_that_does_not_pay_loses_little(device: Device) -> None:
+    """From nothing but the rule of thumb that half of the drafts are right."""
+    text, ratios = TEXTS["shuffled"], []
+    for seed in range(20):
+        tokens, spent = decode(Planner(device, Acceptances(DEPTH)), device, text, 200, np.random.default_rng(seed))
+        ratios.append(tokens / spent / best_fixed(device, text))
+    assert np.mean(ratios) > 0.97
+
+
+def test_it_follows_a_text_that_changes() -> None:
+    device, rng = DEVICES["usual"], np.random.default_rng(1)
+    planner = Planner(device, Acceptances(DEPTH))
+    drafting = []
+    for text, share in zip((TEXTS["predictable"], TEXTS["shuffled"], TEXTS["predictable"]), (0.97, 0.96, 0.93), strict=True):
+        decode(planner, device, text, 150, rng)
+        tokens, spent = decode(planner, device, text, 400, rng)
+        drafting.append(planner.drafting)
+        assert tokens / spent > share * best_fixed(device, text)
+    assert drafting[0] and drafting[2]
+
+
+def test_nothing_is_drafted_where_every_row_costs_a_pass() -> None:
+    device = Device(1.0, 0.3)
+    planner = Planner(device, Acceptances(DEPTH))
+    assert not planner.drafting
+    tokens, spent = decode(planner, device, TEXTS["predictable"], 1000, np.random.default_rng(2))
+    assert tokens / spent > 0.98
+
+
+def test_looking_again_costs_little() -> None:
+    """However dear a look is, and whatever coming back costs, the waits between looks make up for it."""
+    for device in (Device(1.0, 0.1), Device(1.0, 1.0), Device(1.0, 0.1, resumed=0.004)):
+        tokens, spent = decode(Planner(device, Acceptances(DEPTH)), device, Text(0, 0, 1), 3000, np.random.default_rng(3))
+        assert 0.98 < tokens / spent <= 1
+
+
+def test_a_draft_may_pay_only_with_those_behind_it() -> None:
+    """A device whose second row is dear and whose third and fourth are free."""
+
+    class Stairs(Device):
+        def step(self, rows: int, heads: bool, past: int) -> float:
+            return 1.0 + 0.9 * (rows > 1)
+
+    sure = Acceptances(3, {(depth, 4): (100, 95) for depth in (1, 2, 3)})
+    planner = Planner(Stairs(0, 0), sure)
+    assert planner.drafting
+    assert planner.worth([0.9])
+    assert not Planner(Stairs(0, 0), Acceptances(1, {(1, 4): (100, 80)})).worth([0.9])
+
+
+def test_confidence_is_corrected_by_what_became_of_it() -> None:
+    acceptances = Acceptances(2)
+    assert acceptances.of(1, 0.9) == pytest.approx(0.9)
+    for _ in range(200):
+        acceptances.add([0.9, 0.5], 0)
+    assert acceptances.of(1, 0.95) < 0.05
+    assert acceptances.of(2, 0.5) == pytest.approx(0.5)  # never judged, as the first was always wrong
+    assert acceptances.of(2, 0.9) < 0.15  # but others of that confidence were
+    assert acceptances.of(1, 0.1) == pytest.approx(0.1)
+    assert acceptances.usual(1) < 0.1
+    for _ in range(60):
+        acceptances.add([0.9, 0.5], 2)
+    assert acceptances.of(1, 0.9) > 0.8 and acceptances.of(2, 0.5) > 0.8
+    known = Acceptances(1, {(1, bin_of(0.9)): (1000, 200)})
+    assert known.of(1, 0.9) == pytest.approx(0.2, abs=0.05)
+    assert all(bin_of(middle_of(index)) == index for index in range(5))
+    assert (bin_of(0.0), bin_of(1.0)) == (0, 4)
+
+
+def test_the_curve_is_the_measured_one() -> None:
+    curve = Curve(
+        {(False, 10): [(1, 2.0), (2, 3.0), (4, 4.0)], (False, 110): [(1, 4.0), (2, 5.0), (4, 6.0)]}, [(10, 1.0)], 0, 0
+    )
+    assert curve.step(2, False, 10) == pytest.approx(3.0)
+    assert curve.step(3, False, 10) == pytest.approx(3.5)
+    assert curve.step(6, False, 10) == pytest.approx(5.0)  # continued
+    assert curve.step(1, False, 60) == pytest.approx(3.0)
+    assert curve.step(1, False, 210) == pytest.approx(6.0)
+    assert (curve.resume(0), curve.resume(5), curve.resume(20)) == pytest.approx((0.0, 0.5, 2.0))
+
+
+def test_a_profile_is_planned_with() -> None:
+    profile = profiles.full()
+    curve = Curve.of(profile)
+    for each in profile.passes:
+        assert curve.step(each.rows, each.heads, each.past) == pytest.approx(each.time.p50)
+    for each in profile.resume:
+        assert curve.resume(each.skipped) == pytest.approx(each.extra)
+    known = known_acceptances(profile)
+    assert sum(seen for seen, _ in known.values()) == sum(each.seen for each in profile.acceptance)
+
+
+def test_target_speedup_is_the_largest_threshold_that_is_fast_enough() -> None:
+    points = {0.0: 2.4, 0.3: 2.0, 0.6: 1.5, 1.0: 0.9}
+    backoff = [Backoff(threshold, 2.0, Interval(speed, speed, speed)) for threshold, speed in points.items()]
+    profile = profiles.full(backoff=backoff)
+    assert threshold_for(profile, 2.0) == pytest.approx(0.3)
+    assert threshold_for(profile, 1.75) == pytest.approx(0.45)
+    assert threshold_for(profile, 0.5) == 1.0
+    with pytest.raises(ParameterError, match=r"at most 2\.40 times .*not 3 times"):
+        threshold_for(profile, 3.0)
+    for nothing in (None, profiles.full(backoff=[])):
+        with pytest.raises(ParameterError, match="run dynamo-profile"):
+            threshold_for(nothing, 1.5)
+
+
+def test_the_prior_grows_with_the_model() -> None:
+    small, large = Prior(0.5, 0.1, 0.1), Prior(50.0, 10.0, 7.0)
+    for prior in (small, large):
+        costs = [prior.step(rows, heads, 0) for heads in (False, True) for rows in (1, 2, 4)]
+        assert costs == sorted(costs) or costs[2] > costs[3]
+        assert prior.resume(10) > 0
+    assert not Planner(small, Acceptances(2)).drafting
+    assert Planner(large, Acceptances(2)).drafting
