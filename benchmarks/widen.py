@@ -2,10 +2,10 @@
 
     python benchmarks/widen.py OUT [--times 3] [--layers 12]
 
-The embedded model lives in the processor's cache, so its passes say little of models that do not. This one does too what
-a model of another size would cost, with the drafts and the text of a trained one: every hidden channel, attention head and
+The embedded model lives in the processor's cache, so its passes say little of models that do not.  This one costs what
+a larger model costs, with the drafts and the text of a trained one: every hidden channel, attention head and
 feed-forward neuron is repeated, with weights that read repeated channels divided by as many, and layers are added whose
-outputs are zero. At 3 times and 12 layers its layers are those of Pythia-160M (85 M weights, and 7 M a head).
+outputs are zero.  At 3 times and 12 layers its layers are those of Pythia-160M (85 M weights, and 7 M a head).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GPTNeoXForCausalLM
+from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from dynamo_model import DEFAULT_CHECKPOINT, MultiTokenModel
 
@@ -30,7 +30,7 @@ def widen(times: int, layers: int) -> MultiTokenModel:
     small = MultiTokenModel.load(DEFAULT_CHECKPOINT)
     config = small.base.config
     old_layers = config.num_hidden_layers
-    config = type(config)(
+    wide = GPTNeoXConfig(
         **config.to_dict()
         | {
             "hidden_size": config.hidden_size * times,
@@ -39,7 +39,7 @@ def widen(times: int, layers: int) -> MultiTokenModel:
             "num_hidden_layers": layers,
         }
     )
-    large = MultiTokenModel(GPTNeoXForCausalLM(config), small.n_heads)
+    large = MultiTokenModel(GPTNeoXForCausalLM(wide), small.n_heads)
     source = small.state_dict()
     shift = layers - old_layers
     with torch.no_grad():

@@ -11,7 +11,7 @@ import numpy as np
 from .bundle import Bundle, load_bundle
 from .errors import ParameterError, ProfileError, PromptError
 from .parameters import resolve_parameters
-from .plan import threshold_for
+from .plan import Knowledge, threshold_for
 from .profiling.device import device_key
 from .profiling.profile import Profile, cached_path
 from .providers import log
@@ -53,7 +53,7 @@ class Engine:
     Attributes:
         bundle: What is running.
         session: Its graph and cache.
-        profile: What strategy "auto" plans with, or None.
+        knowledge: What the profile says, ready for planning.
     """
 
     def __init__(
@@ -86,6 +86,16 @@ class Engine:
         self.session = Session(self.bundle, max_length=max_length, **backend)
         self._prefill_chunk = prefill_chunk
         self.profile = profile or self._kept_profile(backend.get("threads"))
+
+    @property
+    def profile(self) -> Profile | None:
+        """What strategy "auto" plans with; may be replaced."""
+        return self._profile
+
+    @profile.setter
+    def profile(self, profile: Profile | None) -> None:
+        self._profile = profile
+        self.knowledge = Knowledge.of(self.bundle, profile)
 
     def _kept_profile(self, threads: int | None) -> Profile | None:
         path = cached_path(device_key(self.session.provider), self.bundle, threads)
@@ -176,7 +186,7 @@ class Engine:
         parameters = resolve_parameters(self.bundle.sampling, sampling, has_counts=self.bundle.has_cooccurrence)
         chosen = strategy
         if isinstance(chosen, str):
-            chosen = make_strategy(chosen, self.bundle, parameters, logits_processors, self.profile)
+            chosen = make_strategy(chosen, self.bundle, parameters, logits_processors, self.knowledge)
         # The last token need not be fed, so it may stand one behind the last position.
         room = self.session.max_length - len(tokens) + 1
         limit, reason = room, "context"

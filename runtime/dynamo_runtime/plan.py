@@ -10,21 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from .bundle import Bundle
 from .errors import ParameterError
 from .profiling.profile import Profile
 
-_EXPLORATION = 0.015  # of the time may be spent on finding out whether drafting pays again
+_EXPLORATION = 0.01  # of the time may be spent on finding out whether drafting pays again
 _BINS = 5  # of a draft's confidence
 _PRIOR_WEIGHT = 3.0  # drafts that must have been judged to count as much as what was known before
-_FADE, _FADE_EVERY, _FADE_OF_A_LOOK = 0.9, 16, 0.8  # what stays of the judged drafts of every kind, and how often
+_FADE, _FADE_EVERY, _FADE_OF_A_LOOK = 0.9, 16, 0.9  # what stays of the judged drafts of every kind, and how often
 _MEMORY = 0.97  # what a judged draft counts for once the next one of its kind is judged
 _RECENT = 0.93  # the same for passes, in the average of what drafting gains
 _STEADY = 0.99  # the same in the rate that every choice is weighed with
 _FIRST_PASSES = 4  # what was known before counts as so many of them
-_LONGEST_WAIT = 1024  # plain tokens before the next look, however dear a look is
+_LONGEST_WAIT = 512  # plain tokens before the next look, however dear a look is
 _PAST_STEP = 64  # positions for which one set of costs serves
 
 # What is assumed of a device nobody has measured: bytes read per millisecond, milliseconds of Python.
@@ -51,21 +51,28 @@ class Costs(Protocol):
         """What the first pass with heads costs more after `skipped` positions without."""
 
 
-@dataclass(frozen=True)
 class Curve:
-    """Costs as they were measured, interpolated linearly, and beyond the last measurement continued.
+    """Costs as they were measured, interpolated linearly, and beyond the last measurement continued."""
 
-    Attributes:
-        passes: (heads, past) -> milliseconds by rows, from one row on.
-        resumes: (positions skipped, milliseconds), ascending.
-        drafting: Milliseconds for every draft, outside the pass.
-        overhead: Milliseconds for every plain token, outside the pass.
-    """
+    def __init__(
+        self,
+        passes: Mapping[tuple[bool, int], Sequence[tuple[float, float]]],
+        resumes: Sequence[tuple[float, float]] = (),
+        drafting: float = 0.0,
+        overhead: float = 0.0,
+    ):
+        """Take what was measured.
 
-    passes: dict[tuple[bool, int], list[tuple[float, float]]]
-    resumes: list[tuple[float, float]]
-    drafting: float
-    overhead: float
+        Args:
+            passes: (heads, past) -> (rows, milliseconds), ascending.
+            resumes: (positions skipped, milliseconds), ascending.
+            drafting: Milliseconds for every draft, outside the pass.
+            overhead: Milliseconds for every plain token, outside the pass.
+        """
+        self.drafting, self.overhead = drafting, overhead
+        self._pasts = {on: sorted((past, points) for (o, past), points in passes.items() if o == on) for on in (0, 1)}
+        self._resumes = [(0.0, 0.0), *resumes]
+        self._steps: dict[tuple[int, bool, int], float] = {}
 
     @staticmethod
     def of(profile: Profile) -> Curve:
@@ -80,12 +87,34 @@ class Curve:
 
     def step(self, rows: int, heads: bool, past: int) -> float:
         """See `Costs`."""
-        by_past = [(float(at), _interpolated(points, rows)) for (on, at), points in self.passes.items() if on == heads]
-        return _interpolated(sorted(by_past), past)
+        found = self._steps.get((rows, heads, past))
+        if found is None:
+            by_past = [(float(at), _interpolated(points, rows)) for at, points in self._pasts[heads]]
+            found = self._steps[rows, heads, past] = _interpolated(by_past, past)
+        return found
 
     def resume(self, skipped: int) -> float:
         """See `Costs`."""
-        return max(_interpolated([(0.0, 0.0), *self.resumes], skipped), 0.0)
+        return max(_interpolated(self._resumes, skipped), 0.0)
+
+
+class Knowledge(NamedTuple):
+    """What is known of a device before a text begins.
+
+    Attributes:
+        costs: Of passes.
+        drafts: Seen and accepted, by depth and bin of confidence.
+    """
+
+    costs: Costs
+    drafts: Mapping[tuple[int, int], tuple[int, int]]
+
+    @staticmethod
+    def of(bundle: Bundle, profile: Profile | None) -> Knowledge:
+        """From a profile, or else by rules of thumb."""
+        if profile is None:
+            return Knowledge(Prior.of(bundle), {})
+        return Knowledge(Curve.of(profile), known_acceptances(profile))
 
 
 def known_acceptances(profile: Profile) -> dict[tuple[int, int], tuple[int, int]]:
@@ -227,7 +256,9 @@ class Acceptances:
     def of(self, depth: int, confidence: float) -> float:
         """Of a draft of this confidence at this depth, given that those before it are right."""
         index = bin_of(confidence)
-        return self._kinds[depth, index].rate(self._bins[index].rate(self._of_bins[index]))
+        # A kind never tried is hoped to be half as good as the others, or it never would be.
+        prior = max(self._of_bins[index], (self._of_bins[index] + self.usual(depth)) / 2)
+        return self._kinds[depth, index].rate(self._bins[index].rate(prior))
 
     def usual(self, depth: int) -> float:
         """Of any draft at this depth, given that those before it are right."""
@@ -362,8 +393,9 @@ class Planner:
         return waiting
 
     def _turn_to(self, past: int) -> None:
-        """Look up what passes cost behind so many positions, with 0, 1, … drafts."""
+        """Look up what passes cost behind about so many positions, with 0, 1, … drafts."""
         self._block = past // _PAST_STEP
+        past = self._block * _PAST_STEP  # so that the same costs are looked up for every text
         costs, ahead = self._costs, self._look_ahead
 
         def cost(drafts: int, drafting: bool) -> float:

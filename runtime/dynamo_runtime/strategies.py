@@ -1,7 +1,7 @@
 """Decoding strategies: what to ask of a forward pass, and which tokens it lets through."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,8 +12,7 @@ from .drafters import make_drafter, propose
 from .dynamo import check_dynamo, sample_ngram
 from .errors import ParameterError
 from .parameters import SamplingParameters
-from .plan import Acceptances, Costs, Curve, Planner, Prior, known_acceptances
-from .profiling.profile import Profile
+from .plan import Acceptances, Knowledge, Planner
 from .sampling import (
     Candidates,
     Context,
@@ -140,8 +139,7 @@ class Auto(Speculative):
         bundle: Bundle,
         parameters: SamplingParameters,
         processors: Sequence[LogitsProcessor] = (),
-        costs: Costs | None = None,
-        known: Mapping[tuple[int, int], tuple[int, int]] | None = None,
+        knowledge: Knowledge | None = None,
     ):
         """Plan with what the device has been measured to cost, or else with what such devices usually do.
 
@@ -149,14 +147,13 @@ class Auto(Speculative):
             bundle: With a drafter.
             parameters: Those whose names begin with draft_, and the target's.
             processors: Of the target's logits.
-            costs: Of the device.
-            known: Drafts seen and accepted when the device was profiled, by depth and bin of confidence.
+            knowledge: Of the device and the drafter.
         """
         super().__init__(bundle, parameters, processors)
         depth = min(parameters.draft_tokens or self._drafter.depth, self._drafter.depth)
         self._ahead = self.look_ahead
-        acceptances = Acceptances(depth, known)
-        self._planner = Planner(costs or Prior.of(bundle), acceptances, len(self._ahead))
+        costs, known = knowledge or Knowledge.of(bundle, None)
+        self._planner = Planner(costs, Acceptances(depth, known), len(self._ahead))
         self._has_heads = bundle.has_head_rows
         self._follow()
 
@@ -230,7 +227,7 @@ def make_strategy(
     bundle: Bundle,
     parameters: SamplingParameters,
     processors: Sequence[LogitsProcessor] = (),
-    profile: Profile | None = None,
+    knowledge: Knowledge | None = None,
 ) -> Strategy:
     """A strategy by name.
 
@@ -240,7 +237,7 @@ def make_strategy(
         bundle: What it runs on.
         parameters: Of all strategies.
         processors: Of the logits.
-        profile: Of the device, for "auto".
+        knowledge: Of the device, for "auto".
 
     Raises:
         ParameterError: There is none of that name, or it does not fit the bundle or the parameters.
@@ -250,6 +247,5 @@ def make_strategy(
     if name == Auto.name:
         if bundle.kind == "plain" or not bundle.lossless:
             return Autoregressive(bundle, parameters, processors)
-        if profile is not None:
-            return Auto(bundle, parameters, processors, Curve.of(profile), known_acceptances(profile))
+        return Auto(bundle, parameters, processors, knowledge)
     return STRATEGIES[name](bundle, parameters, processors)

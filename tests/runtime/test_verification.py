@@ -18,6 +18,7 @@ from dynamo_runtime.cooccurrence import Cooccurrence, load_cooccurrence
 from dynamo_runtime.drafters import ParallelHeads, masked, propose
 from dynamo_runtime.engine import decode
 from dynamo_runtime.parameters import SamplingParameters
+from dynamo_runtime.plan import Knowledge
 from dynamo_runtime.sampling import Candidates, Context
 from dynamo_runtime.session import Step
 from dynamo_runtime.strategies import Auto, Speculative
@@ -187,7 +188,7 @@ def test_planned_drafts_follow_the_target(kind, choice, counts) -> None:
     """Whether a draft is made depends on what is expected of it, and the text must not."""
 
     def auto(bundle, parameters):
-        return Auto(bundle, parameters, costs=Uneasy())
+        return Auto(bundle, parameters, knowledge=Knowledge(Uneasy(), {}))
 
     p, proposed, accepted = p_value(kind, SAMPLING["plain"] | {"draft_choice": choice}, None, make=auto)
     assert p > 1e-3

@@ -161,7 +161,8 @@ def measure(
         base = engine if plain is None else Engine(plain, **backend)
         runs = trials.run_strategies(engine, base, texts, budget.trials, new_tokens)
         progress("back-off thresholds", 0.85)
-        backoff = trials.run_backoff(engine, base, texts, budget.backoff, new_tokens)
+        thresholds = trials.QUICK_THRESHOLDS if quick else trials.THRESHOLDS
+        backoff = trials.run_backoff(engine, base, texts, budget.backoff, new_tokens, thresholds)
         drift = reference_pass(session) / before
     progress("done", 1.0)
     return replace(

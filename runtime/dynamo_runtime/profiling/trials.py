@@ -32,7 +32,7 @@ PROMPTS = (
 )
 """Of code and prose; what they say matters less than that they are always the same."""
 
-THRESHOLDS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+THRESHOLDS, QUICK_THRESHOLDS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (0.0, 0.4, 0.6, 0.8)
 _RESAMPLES = 1000
 
 
@@ -137,7 +137,7 @@ def run_strategies(
         engine: On the bundle; with a profile for "auto" to plan with.
         plain: What speeds are compared with.
         prompts: Tokens.
-        seconds: For all of it; every strategy runs at least twice on every prompt.
+        seconds: For all of it; every strategy runs at least once on every prompt.
         new_tokens: For each prompt.
     """
     kinds: dict[str, Kind] = {"plain": (plain, {"strategy": Autoregressive.name})}
@@ -155,17 +155,22 @@ def run_strategies(
 
 
 def run_backoff(
-    engine: Engine, plain: Engine, prompts: Sequence[Sequence[int]], seconds: float, new_tokens: int
+    engine: Engine,
+    plain: Engine,
+    prompts: Sequence[Sequence[int]],
+    seconds: float,
+    new_tokens: int,
+    thresholds: Sequence[float],
 ) -> list[Backoff]:
-    """What `dynamo` gains by back-off threshold; nothing where it cannot run. Arguments of `run_strategies`."""
+    """What `dynamo` gains by back-off threshold; nothing where it cannot run. Other arguments of `run_strategies`."""
     if not _allows_dynamo(engine):
         return []
     kinds: dict[str, Kind] = {"plain": (plain, {"strategy": Autoregressive.name})}
-    for threshold in THRESHOLDS:
+    for threshold in thresholds:
         kinds[str(threshold)] = (engine, {"strategy": Dynamo.name, "backoff_threshold": threshold})
     found = take_turns(kinds, prompts, seconds, new_tokens)
     runs = {name: _summary(name, samples, found["plain"]) for name, samples in found.items()}
-    return [Backoff(t, runs[str(t)].tokens_per_pass.value, runs[str(t)].ratio) for t in THRESHOLDS]
+    return [Backoff(t, runs[str(t)].tokens_per_pass.value, runs[str(t)].ratio) for t in thresholds]
 
 
 def _allows_dynamo(engine: Engine) -> bool:
@@ -184,12 +189,12 @@ def take_turns(
     Args:
         kinds: Ways to decode by name: an engine, and options of its `stream`.
         prompts: Tokens.
-        seconds: For all of it; there are at least two rounds.
+        seconds: For all of it; there are at least two rounds, of which the first only warms up.
         new_tokens: For each prompt.
     """
     found: dict[str, list[Sample]] = {name: [] for name in kinds}
     started, turn = time.perf_counter(), 0
-    while turn < 3 or time.perf_counter() - started < seconds:
+    while turn < 2 or time.perf_counter() - started < seconds:
         for place, prompt in enumerate(prompts):
             for name in list(kinds) if turn % 2 else reversed(list(kinds)):
                 engine, options = kinds[name]

@@ -1,0 +1,326 @@
+"""Measuring: on a made-up device whose clock and costs are known, and for real on a tiny bundle."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import profiles
+import pytest
+
+from dynamo_runtime import Engine, load_bundle
+from dynamo_runtime.errors import ParameterError, ProfileError
+from dynamo_runtime.plan import Acceptances, Curve, Planner
+from dynamo_runtime.profiling import cli, measure, trials
+from dynamo_runtime.profiling.device import device_key, inspect_device
+from dynamo_runtime.profiling.profile import Profile, cached_path, profiles_folder
+from dynamo_runtime.strategies import Autoregressive
+
+
+class FakeDevice:
+    """A session whose passes take the time that a cost function says, by a clock that only they move."""
+
+    def __init__(self, cost, resume=lambda skipped: 0.0, length: int = 600):
+        self.cost, self.resume, self.max_length = cost, resume, length
+        self.now = 0.0
+        self.ort_seconds = 0.0
+        self.skips_heads = True
+        self.bundle = SimpleNamespace(has_head_rows=True)
+        self.cache = SimpleNamespace(length=0, rollback=self.rollback)
+        self.skipped = 0
+        self.rng = np.random.default_rng(0)
+
+    def rollback(self, length: int) -> None:
+        self.skipped = max(self.skipped - (self.cache.length - length), 0)
+        self.cache.length = length
+
+    def step(self, tokens: Sequence[int], rows: int = 1, head_rows: Sequence[int] | None = None) -> SimpleNamespace:
+        heads = head_rows is None or len(head_rows) > 0
+        spent = self.cost(len(tokens), heads, self.cache.length) / 1e3
+        if heads:
+            spent += self.resume(self.skipped) / 1e3
+        self.skipped = 0 if heads else self.skipped + len(tokens)
+        spent *= 1 + 0.02 * self.rng.random() + 3 * (self.rng.random() < 0.02)  # with jitter, and now and then a hiccup
+        self.now += spent
+        self.ort_seconds += 0.9 * spent
+        self.cache.length += len(tokens)
+        return SimpleNamespace(topk=lambda: None)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    """A device on which a pass takes 2 ms, each row 0.3, each hundred positions 0.5, and heads a quarter of it all."""
+
+    def cost(rows: int, heads: bool, past: int) -> float:
+        return (2 + 0.3 * (rows - 1) + past / 200) * (1.25 if heads else 1.0)
+
+    fake = FakeDevice(cost, lambda skipped: 0.05 * skipped)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: fake.now))
+    return fake
+
+
+def test_the_profile_recovers_the_cost_of_passes(device: FakeDevice) -> None:
+    passes = measure.measure_passes(device, [32, 500], 20.0)  # type: ignore[arg-type]
+    assert {(each.heads, each.rows, each.past) for each in passes} == {
+        (heads, rows, past) for heads in (False, True) for rows in range(1, 9) for past in (32, 500)
+    }
+    for each in passes:
+        real = device.cost(each.rows, each.heads, each.past)
+        assert each.time.p50 == pytest.approx(real, rel=0.03)
+        assert each.inside == pytest.approx(0.9 * real, rel=0.03)
+        assert each.time.p50 <= each.time.p90 <= each.time.p99
+        assert each.time.count >= 9
+
+
+def test_two_runs_agree(device: FakeDevice) -> None:
+    first, second = (measure.measure_passes(device, [32], 5.0) for _ in range(2))  # type: ignore[arg-type]
+    for one, other in zip(first, second, strict=True):
+        assert one.time.p50 == pytest.approx(other.time.p50, rel=0.05)
+
+
+def test_the_profile_recovers_what_resuming_costs(device: FakeDevice) -> None:
+    found = measure.measure_resume(device, (8, 32, 128, 5000), 10.0)  # type: ignore[arg-type]
+    assert [each.skipped for each in found] == [8, 32, 128]
+    for each in found:
+        # The later pass has one position more behind it than the earlier one had.
+        assert each.extra == pytest.approx(0.05 * each.skipped, abs=0.1)
+
+
+def test_the_plan_made_of_the_measured_curve_is_the_best_one(device: FakeDevice) -> None:
+    """Measured, then planned with: the number of drafts that the known costs make the best."""
+    passes = measure.measure_passes(device, [32, 500], 20.0)  # type: ignore[arg-type]
+    curve = Curve.of(replace(profiles.full(), passes=passes, resume=[], drafting=0.0, overhead=0.0))
+    for accepted in (0.15, 0.4, 0.6, 0.9):
+        rates = {0: 1 / device.cost(1, False, 64)}
+        for drafts in range(1, 5):
+            rates[drafts] = sum(accepted**i for i in range(drafts + 1)) / device.cost(1 + drafts, True, 64)
+        best = max(rates, key=lambda drafts: rates[drafts])
+        known = {(depth, 2): (10_000, int(10_000 * accepted)) for depth in range(1, 5)}
+        planner = Planner(curve, Acceptances(4, known))
+        drafts = 0
+        while planner.drafting and drafts < 4 and planner.worth([0.5] * (drafts + 1)):
+            drafts += 1
+        assert rates[drafts] > 0.97 * rates[best]
+        assert planner.drafting == (best > 0)
+
+
+def test_no_time_is_too_short_for_the_least_rounds(device: FakeDevice) -> None:
+    assert all(each.time.count == 9 for each in measure.measure_passes(device, [32], 0.0))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def measured(multi: Path) -> Profile:
+    """A real profile of a tiny bundle, in as little time as can be."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "Budget", lambda total: SimpleNamespace(**dict.fromkeys(BUDGETS, 0.0)))
+        patch.setattr(measure, "_READ_BYTES", 1 << 20)
+        patch.setattr(trials, "QUICK_THRESHOLDS", (0.0, 1.0))
+        stages: list[tuple[str, float]] = []
+        profile = measure.measure(
+            load_bundle(multi), quick=True, threads=1, progress=lambda stage, share: stages.append((stage, share))
+        )
+    shares = [share for _, share in stages]
+    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1
+    return profile
+
+
+BUDGETS = ("passes", "prefill", "resume", "trials", "backoff", "bandwidth")
+
+
+def test_everything_is_measured(measured: Profile, multi: Path) -> None:
+    bundle = load_bundle(multi)
+    assert (measured.bundle.kind, measured.bundle.n_tokens, measured.threads) == ("parallel", 3, 1)
+    assert measured.bundle.graph_sha256 == bundle.files["model.onnx"]["sha256"]
+    assert measured.device == inspect_device("cpu")
+    assert measured.load_s > 0 and measured.bandwidth > 1e8 and measured.peak_bytes >= measured.steady_bytes > 1e7
+    assert {each.rows for each in measured.passes} == set(range(1, 9))
+    assert all(0 < each.inside < each.time.p50 for each in measured.passes)
+    assert [each.tokens for each in measured.prefill] == [32, 256]
+    assert [each.skipped for each in measured.resume] == [16, 128]
+    assert {"MatMul", "GroupQueryAttention", "TopK"} <= {each.name for each in measured.operators}
+    names = [each.name for each in measured.strategies]
+    assert names == ["plain", "speculative, 1 draft", "speculative, 2 drafts", "auto", "dynamo"]
+    plain = measured.strategies[0]
+    assert plain.ratio.value == 1 and plain.tokens_per_pass.value == 1
+    for each in measured.strategies:
+        assert each.tokens_per_s.low <= each.tokens_per_s.value <= each.tokens_per_s.high
+        assert 1 <= each.tokens_per_pass.value <= 3
+        assert each.between_tokens.count > 0
+    assert [each.threshold for each in measured.backoff] == [0.0, 1.0]
+    assert measured.backoff[0].tokens_per_pass > measured.backoff[1].tokens_per_pass == 1
+    assert sum(each.seen for each in measured.acceptance) > 0
+    assert all(each.accepted <= each.seen for each in measured.acceptance)
+    assert measured.overhead > 0
+
+
+def test_a_profile_reads_back_as_it_was_written(measured: Profile, tmp_path: Path) -> None:
+    for profile in (measured, profiles.full(), profiles.sparse()):
+        profile.save(tmp_path / "profile.json")
+        assert Profile.load(tmp_path / "profile.json") == profile
+    assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
+
+
+def test_a_kept_profile_is_planned_with(measured: Profile, multi: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bundle = load_bundle(multi)
+    path = cached_path(device_key("cpu"), bundle, 1)
+    assert path.parent == profiles_folder()
+    assert Engine(multi, threads=1).profile is None
+    measured.save(path)
+    try:
+        assert Engine(multi, threads=1).profile == measured
+        assert Engine(multi, threads=2).profile is None
+        path.write_text("{}")
+        assert Engine(multi, threads=1).profile is None
+        assert "schema version None" in caplog.text
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+def test_auto_writes_the_plain_text(profiled: bool, measured: Profile, multi: Path, plain: Path) -> None:
+    """With the profile, by rules of thumb, and with one that makes drafting pay whatever it costs."""
+    free = replace(measured, passes=[replace(each, time=profiles.quantiles(1.0)) for each in measured.passes])
+    expected = Engine(plain, threads=1).generate("def fib(n):", seed=5, max_new_tokens=80, ignore_eos=True)
+    for profile in (measured, free) if profiled else (None,):
+        engine = Engine(multi, threads=1, profile=profile)
+        found = engine.generate("def fib(n):", seed=5, max_new_tokens=80, ignore_eos=True)
+        assert found.tokens == expected.tokens
+        assert found.statistics.strategy == "auto"
+        if profile is free:
+            assert found.statistics.draft_tokens_proposed > 0
+
+
+def test_auto_is_plain_where_nothing_can_be_drafted(multi: Path, plain: Path, copied) -> None:
+    assert Engine(plain, threads=1).generate("x", max_new_tokens=3).statistics.strategy == "autoregressive"
+    copied.edit(quantization={"lossless": False})
+    found = Engine(copied.folder, threads=1).generate("x", max_new_tokens=3)
+    assert found.statistics.strategy == "autoregressive"
+
+
+def test_a_target_speed_becomes_a_threshold(measured: Profile, multi: Path) -> None:
+    speeds = {0.0: 3.0, 0.5: 2.0, 1.0: 1.0}
+    backoff = [
+        replace(profiles.full().backoff[0], threshold=t, speedup=profiles.interval(s)) for t, s in speeds.items()
+    ]
+    engine = Engine(multi, threads=1, profile=replace(measured, backoff=backoff))
+    given = engine.generate("x", strategy="dynamo", backoff_threshold=0.75, seed=2, max_new_tokens=30)
+    engine.reset()
+    asked = engine.generate("x", strategy="dynamo", target_speedup=1.5, seed=2, max_new_tokens=30)
+    assert asked.tokens == given.tokens
+    with pytest.raises(ParameterError, match="run dynamo-profile"):
+        Engine(multi, threads=1).stream("x", strategy="dynamo", target_speedup=1.5)
+
+
+def test_a_strategy_of_ones_own(multi: Path) -> None:
+    engine = Engine(multi, threads=1)
+    parameters = trials.SamplingParameters(temperature=0.0)
+    found = engine.generate("x", strategy=Autoregressive(engine.bundle, parameters), max_new_tokens=9)
+    engine.reset()
+    assert found.tokens == engine.generate("x", strategy="autoregressive", temperature=0.0, max_new_tokens=9).tokens
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def canned(measured: Profile, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """The command measures nothing, and what it would have measured with is noted."""
+    asked: list[dict] = []
+
+    def fake(bundle, **options):
+        options["progress"]("passes", 0.5)
+        asked.append(options)
+        return measured
+
+    monkeypatch.setattr(cli, "measure", fake)
+    return asked
+
+
+def test_the_command_writes_and_keeps(
+    canned: list[dict], measured: Profile, multi: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / name for name in ("p.json", "p.csv", "p.html")]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "one"}\n{"text": "two"}\n')
+    arguments = [str(multi), "--quick", "--threads", "1", "--prompts", str(prompts)]
+    flags = [part for file in files for part in (f"--{file.suffix[1:]}", str(file))]
+    assert cli.main([*arguments, *flags]) == 0
+    written = capsys.readouterr()
+    assert "Strategies" in written.out and "GroupQueryAttention" in written.out
+    assert Profile.load(files[0]) == measured
+    assert files[1].read_text().startswith("section,name,variant,unit,value")
+    assert files[2].read_text().lstrip().lower().startswith("<!doctype html>")
+    asked = canned[0]
+    assert (asked["quick"], asked["prompts"], asked["threads"]) == (True, ["one", "two"], 1)
+    path = cached_path(device_key("cpu"), load_bundle(multi), 1)
+    try:
+        assert str(path) in written.err
+        assert Profile.load(path) == measured
+        path.unlink()
+        assert cli.main([*arguments, "--no-keep"]) == 0
+        assert not path.exists()
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_the_command_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, scale in (("here", 1.0), ("there", 2.0)):
+        profiles.full(scale).save(tmp_path / f"{name}.json")
+    files = [str(tmp_path / f"{name}.json") for name in ("here", "there")]
+    assert cli.main(["--compare", *files, "--html", str(tmp_path / "both.html")]) == 0
+    out = capsys.readouterr().out
+    assert "here" in out and "there" in out
+    assert (tmp_path / "both.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["/nowhere"], "/nowhere does not exist"),
+        (["--compare", "{old}"], "two profiles or more"),
+        (["--compare", "{old}", "{old}"], "has schema version 0, this program reads 1"),
+        (["--compare", "{list}", "{list}"], "has schema version None"),
+        (["--compare", "{broken}", "{broken}"], "is not a profile"),
+        (["--compare", "{half}", "{half}"], "is not a whole profile"),
+        (["--compare", "/no.json", "/no.json"], "/no.json cannot be read"),
+        (["--compare", "{old}", "{old}", "--json", "x.json"], "--compare shows profiles that are there"),
+        (["{multi}", "--json", "/nowhere/p.json"], "there is no folder /nowhere"),
+        (["{multi}", "--prompts", "/no.txt"], "/no.txt is not a readable file of prompts"),
+        (["{multi}", "--prompts", "{empty}"], "has no prompts"),
+        (["{multi}", "--prompts", "{list}.jsonl"], "is not a readable file of prompts"),
+        (["{multi}", "--plain", "{multi}"], "is not a plain bundle"),
+        (["{multi}", "--threads", "0"], "threads must be at least 1"),
+        (["{multi}", "--provider-option", "x"], "must be KEY=VALUE"),
+        (["{multi}", "--provider-option", "x=1"], "provider options need a provider"),
+        (["{multi}", "--graph-optimization", "most"], "optimization must be one of all, extended, basic, none"),
+    ],
+)
+def test_bad_commands(
+    arguments: list[str], complaint: str, multi: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contents = {
+        "old": json.dumps({"schema_version": 0}),
+        "list": "[1]",
+        "broken": "{",
+        "half": json.dumps({"schema_version": 1, "device": {}}),
+        "empty": "\n\n",
+    }
+    places = {name: tmp_path / name for name in contents} | {"multi": multi}
+    for name, content in contents.items():
+        places[name].write_text(content)
+    (tmp_path / "list.jsonl").write_text("[1]")
+    before = sorted(tmp_path.iterdir())
+    assert cli.main([argument.format(**places) for argument in arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("dynamo-profile: error: ") and complaint in captured.err
+    assert captured.err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_too_short_a_context(multi: Path) -> None:
+    bundle = replace(load_bundle(multi), context_length=10)
+    with pytest.raises(ProfileError, match="context of 10, too short"):
+        measure.measure(bundle, quick=True, threads=1)
