@@ -4,9 +4,9 @@
 
 PLAIN is the `--heads 0` export of the same checkpoint in the same precision.  The device is profiled first, unless a
 profile is given.  Texts: "sampled" and "greedy" continue prompts from modules of the standard library that training
-holds out; "shuffled" has every strategy write a text whose tokens are in random order, so that no drafter can know what comes
-next.  All settings run on every prompt in turn, forwards and then backwards.  Brackets hold 95 % bootstrap intervals
-over the prompts.
+holds out; "shuffled" has every strategy write a text whose tokens are in random order, so that no drafter can know what
+comes next.  All settings run on every prompt in turn, forwards and then backwards.  Brackets hold 95 % bootstrap
+intervals over the prompts.
 """
 
 from __future__ import annotations

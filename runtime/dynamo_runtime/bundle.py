@@ -95,6 +95,12 @@ class Bundle:
         return self.kind in ("parallel", "cp")
 
     @property
+    def head_layers(self) -> range:
+        """Numbers of the attention layers that only further heads need; they come last."""
+        count = self.n_heads - 1 + (self.kind == "cp")
+        return range(self.kv_layers - count, self.kv_layers)
+
+    @property
     def graph_path(self) -> Path:
         """The ONNX file."""
         return self.folder / self.graph

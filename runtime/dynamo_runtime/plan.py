@@ -346,19 +346,21 @@ class Planner:
                 return True
         return False
 
-    def plan(self, confidences: Sequence[float] | None, past: int) -> None:
-        """Decide about the next pass.
+    def wait(self) -> bool:
+        """After a pass that was not to yield drafts; returns whether the next is to."""
+        self._waited += 1
+        self.drafting = self._waited >= self._patience
+        return self.drafting
+
+    def plan(self, confidences: Sequence[float], past: int) -> None:
+        """After a pass that was to yield drafts, decide about the next.
 
         Args:
-            confidences: Of the drafts that it will be fed; None if the last pass was not to yield any.
+            confidences: Of the drafts that it will be fed.
             past: Positions that it will find in the cache.
         """
         if past // _PAST_STEP != self._block:
             self._turn_to(past)
-        if confidences is None:
-            self._waited += 1
-            self.drafting = self._waited >= self._patience
-            return
         expected = certain = 1.0
         for depth, confidence in enumerate(confidences, 1):
             certain *= self.acceptances.of(depth, confidence)

@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from .errors import BundleError, ParameterError, ProviderError
-from .wire import without_inputs
+from .wire import without_ends
 
 # Distributions that install the module `onnxruntime`: two of them overwrite each other's files.
 _DISTRIBUTIONS = (
@@ -104,7 +104,8 @@ class Backend:
         Args:
             graph: The ONNX file.
             precision: The bundle's.
-            without: Inputs that are left at their defaults for good, so that onnxruntime drops what these do not need.
+            without: Inputs that are left at their defaults for good, and outputs that nobody wants, so that onnxruntime
+                drops what is not needed.
 
         Returns:
             The `InferenceSession`, and the short name of the provider that runs it.
@@ -145,7 +146,7 @@ class Backend:
             model: str | bytes = str(graph)
             if without:
                 options.add_session_config_entry(_WEIGHTS_FOLDER, str(graph.parent))
-                model = without_inputs(graph.read_bytes(), without)
+                model = without_ends(graph.read_bytes(), without)
             return ort.InferenceSession(model, options, providers=[*providers, f"CPU{_SUFFIX}"])
         except Exception as error:  # onnxruntime raises many classes that share no base
             if name != "cpu" and "EP_FAIL" in str(error):

@@ -86,6 +86,7 @@ class _Binding:
 
     def __init__(self, session: Any, names: list[str], device: str):
         self.session = session
+        self.outputs = {output.name for output in session.get_outputs()}
         self.binding = session.io_binding()
         # Full rows stay where they were computed until somebody reads them.
         self._places = [(name, device if name == "logits" else "cpu") for name in names]
@@ -267,7 +268,9 @@ class Session:
         path = self.bundle.graph_path
         files = [path, path.with_name(f"{path.name}.data")]
         if sum(file.stat().st_size for file in files if file.is_file()) <= TWIN_BYTES:
-            session, _ = self._backend.start(path, self.bundle.precision, without=("head_rows", SKIPPED))
+            presents = [f"present.{layer}.{part}" for layer in self.bundle.head_layers for part in ("key", "value")]
+            unwanted = ("head_rows", SKIPPED, *presents)
+            session, _ = self._backend.start(path, self.bundle.precision, without=unwanted)
             bound = _Binding(session, names, self._device)
         else:
             bound = _Binding(session, names, self._device)
@@ -284,7 +287,8 @@ class Session:
                 address = buffer.ctypes.data if self._device == "cpu" else buffer.data_ptr()
                 place = (self._device, 0, dtype, self.cache.shape, address)
                 bound.binding.bind_input(f"past_key_values.{layer}.{part}", *place)
-                bound.binding.bind_output(f"present.{layer}.{part}", *place)
+                if f"present.{layer}.{part}" in bound.outputs:
+                    bound.binding.bind_output(f"present.{layer}.{part}", *place)
 
     def _check_contract(self) -> dict[str, Any]:
         """Compare names, types and sizes with the manifest; returns the graph's inputs by name."""

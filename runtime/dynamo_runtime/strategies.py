@@ -159,16 +159,16 @@ class Auto(Speculative):
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
         """Verify what drafts there are, draft on if the pass was asked for drafts, and plan the next."""
-        planner, past = self._planner, len(context.tokens) + len(drafts)
+        planner = self._planner
         accepted, token = self._verify(step, context, drafts, rng)
         if drafts:
             planner.acceptances.add([draft.confidence for draft in drafts], accepted)
         if not planner.drafting:
-            planner.plan(None, past)
-            self._follow()
+            if planner.wait():
+                self._follow()
             return Turn([token], accepted)
         following = self._propose(step, len(drafts), accepted, token, rng)
-        planner.plan([draft.confidence for draft in following], past)
+        planner.plan([draft.confidence for draft in following], len(context.tokens) + len(drafts))
         self._follow()
         return Turn([token], accepted, following)
 

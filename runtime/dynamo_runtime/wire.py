@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 
 # Field numbers of the ONNX schema; all of these are length-delimited.
-MODEL_GRAPH, GRAPH_INITIALIZER, GRAPH_INPUT, VALUE_NAME, TENSOR_RAW_DATA = 7, 5, 11, 1, 9
+MODEL_GRAPH, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT, VALUE_NAME, TENSOR_RAW_DATA = 7, 5, 11, 12, 1, 9
 
 Data = bytes | mmap.mmap
 
@@ -67,12 +67,12 @@ def _read_varint(data: Data, at: int) -> tuple[int, int]:
             return number, at
 
 
-def without_inputs(model: bytes, names: Iterable[str]) -> bytes:
-    """An ONNX model in which some inputs that have defaults are none any more, and so are constants.
+def without_ends(model: bytes, names: Iterable[str]) -> bytes:
+    """An ONNX model in which some outputs are none any more, nor some inputs with defaults, which so are constants.
 
     Args:
         model: The file's content.
-        names: Of the inputs.
+        names: Of the inputs and outputs.
     """
     dropped = {name.encode() for name in names}
     parts = []
@@ -83,7 +83,7 @@ def without_inputs(model: bytes, names: Iterable[str]) -> bytes:
         graph = [
             model[start:end]
             for kind, start, content, end in fields(model, begin, stop)
-            if kind != GRAPH_INPUT or _name(model, content, end) not in dropped
+            if kind not in (GRAPH_INPUT, GRAPH_OUTPUT) or _name(model, content, end) not in dropped
         ]
         parts.append(field(MODEL_GRAPH, b"".join(graph)))
     return b"".join(parts)

@@ -67,7 +67,7 @@ def decode(planner: Planner, device: Device, text: Text, rounds: int, rng: np.ra
                 drafts.append(following)
             planner.plan([confidence for confidence, _ in drafts], past)
         else:
-            planner.plan(None, past)
+            planner.wait()
     return tokens, spent
 
 

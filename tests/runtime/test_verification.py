@@ -201,7 +201,7 @@ def test_a_sampled_draft_must_not_be_chosen_by_what_it_is(monkeypatch: pytest.Mo
     def choosy(*arguments):
         drafts = propose(*arguments)
         likely = [verification.probability(draft.drawn_from, draft.token) > 0.25 for draft in drafts]
-        return drafts[: (likely + [False]).index(False)]
+        return drafts[: [*likely, False].index(False)]
 
     changes = SAMPLING["plain"] | {"draft_choice": "sample"}
     confident = p_value("parallel", changes | {"draft_confidence": 0.3}, None)

@@ -319,7 +319,7 @@ def roofline(bundle: Bundle, session: Session, passes: Sequence[Pass], bandwidth
     weights = bundle.manifest.get("pass_bytes", {}).get("plain", 0)
     if not weights:
         return []
-    layers = bundle.kv_layers - (bundle.n_heads - 1) - (bundle.kind == "cp")
+    layers = bundle.kv_layers - len(bundle.head_layers)
     position = 2 * layers * bundle.kv_heads * bundle.head_size * session.cache.dtype.itemsize
     floors = []
     for each in passes:
