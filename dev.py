@@ -48,13 +48,14 @@ def demo(environment: Environment) -> None:
     environment.run("dynamo-export", multi, "--heads", "3", "--overwrite")
     environment.run("dynamo-export", plain, "--heads", "0", "--overwrite")
     environment.run("dynamo-run", multi, PROMPT, "--compare", "--seed", "1")
+    environment.run("dynamo-run", multi, PROMPT, "--compare", "--seed", "1", "--strategy", "dynamo")
     environment.run("dynamo-run", multi, PROMPT, "--compare", "--seed", "1", "--strategy", "speculative")
     environment.run("python", "benchmarks/first_light.py", multi, plain)
 
 
 def test(environment: Environment) -> None:
     """Run the whole test suite."""
-    environment.install("cpu,export,train,bench,dev")
+    environment.install("cpu,export,train,profile,bench,dev")
     os.environ["OMP_NUM_THREADS"] = "1"  # every core runs tests of its own
     environment.run("python", "-m", "pytest", "--numprocesses", "auto")
 

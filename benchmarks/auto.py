@@ -1,11 +1,12 @@
 """Strategy `auto` against plain decoding and every fixed number of drafts, where drafting pays and where it does not.
 
     python benchmarks/auto.py MULTI/model.onnx PLAIN/model.onnx [--profile FILE] [--json FILE]
+    python benchmarks/auto.py --summary FILE.json…       # one line a text and file, as in the README
 
 PLAIN is the `--heads 0` export of the same checkpoint in the same precision.  The device is profiled first, unless a
 profile is given.  Texts: "sampled" and "greedy" continue prompts from modules of the standard library that training
 holds out; "shuffled" has every strategy write a text whose tokens are in random order, so that no drafter can know what
-comes next.  All settings run on every prompt in turn, forwards and then backwards.  Brackets hold 95 % bootstrap
+comes next.  All settings run on every prompt in turn, in an order drawn anew each time.  Brackets hold 95 % bootstrap
 intervals over the prompts.
 """
 
@@ -91,12 +92,12 @@ def run(multi: Engine, plain: Engine, count: int, new_tokens: int, rounds: int) 
     rows: dict[str, dict[str, Any]] = {}
     for kind, sampling in TEXTS.items():
         found: dict[str, list[list[Statistics]]] = {name: [[] for _ in texts] for name in ways}
-        for turn in tqdm(range(rounds), desc=kind, unit="round"):
+        for _ in tqdm(range(rounds), desc=kind, unit="round"):
             for place, text in enumerate(texts):
                 shuffled = rng.permutation(text).tolist() if kind == "shuffled" else None
                 prompt = (shuffled or text)[:PROMPT_TOKENS]
                 forced = None if shuffled is None else shuffled[PROMPT_TOKENS:]
-                for name in list(ways) if (turn + place) % 2 else reversed(list(ways)):
+                for name in rng.permutation(list(ways)):
                     engine, strategy, options = ways[name]
                     statistics = decode(engine, strategy, options | sampling, prompt, forced, new_tokens)
                     found[name][place].append(statistics)
@@ -130,12 +131,13 @@ def summarize(found: dict[str, list[list[Statistics]]]) -> dict[str, Any]:
     return rows
 
 
+def cell(value: Interval) -> str:
+    """An estimate with its interval."""
+    return f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
+
+
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown."""
-
-    def cell(value: Interval) -> str:
-        return f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
-
     lines = ["| text | setting | tokens/pass | tokens/s | ÷ plain | ÷ best fixed |", "|---|---|---|---|---|---|"]
     for kind, settings in rows.items():
         for name, row in settings.items():
@@ -152,11 +154,37 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def summary(files: Sequence[Path]) -> str:
+    """Markdown of several results: what `auto` gains, and what the best fixed setting does."""
+    lines = [
+        "| model | text | tokens/pass | `auto` ÷ plain | best fixed ÷ plain | `auto` ÷ best fixed |",
+        "|---|---|---|---|---|---|",
+    ]
+    for file in files:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        for kind, settings in content["rows"].items():
+            auto = settings["auto"]
+            best = settings[auto["best"]]
+            cells = [
+                file.stem.removeprefix("auto_").replace("_", ", "),
+                kind,
+                f"{auto['tokens_per_pass'][0]:.2f}",
+                cell(auto["ratio"]),
+                f"{best['ratio'][0]:.2f} ({auto['best']})",
+                cell(auto["over_best"]),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("multi", type=Path)
-    parser.add_argument("plain", type=Path)
+    parser.add_argument("multi", type=Path, nargs="?")
+    parser.add_argument("plain", type=Path, nargs="?")
+    parser.add_argument(
+        "--summary", type=Path, nargs="+", metavar="JSON", help="run nothing: show results side by side"
+    )
     parser.add_argument("--profile", type=Path, help="of MULTI on this machine; written if it is not there yet")
     parser.add_argument("--quick", action="store_true", help="a quick profile")
     parser.add_argument("--prompts", type=int, default=12)
@@ -165,6 +193,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.summary:
+        print(summary(arguments.summary))
+        return
+    if arguments.plain is None:
+        parser.error("name a multi-token bundle and its plain one")
     bundle = load_bundle(arguments.multi)
     if arguments.profile and arguments.profile.is_file():
         profile = Profile.load(arguments.profile)

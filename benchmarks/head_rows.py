@@ -24,14 +24,16 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 from machine import describe_machine
 from onnx import helper
 from step_overhead import make_bundle
 
 from dynamo_export import export_bundle
+from dynamo_quantize.read import read_model
 from dynamo_runtime.bundle import Bundle, load_bundle
-from dynamo_runtime.session import Session
+from dynamo_runtime.session import PENULTIMATE, Session
 
 PAST, MOST = 256, 5
 _NORMS = ("LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization")
@@ -58,15 +60,14 @@ def first_graph(plain: Path) -> tuple[onnx.ModelProto, str]:
 
 def second_graph(multi: Path, bundle: Bundle) -> tuple[onnx.ModelProto, str]:
     """The further heads of a multi-head graph, from the stem's output on."""
-    model = onnx.load(multi)
+    model = ir.to_proto(read_model(multi))  # which puts the heads into the graph itself
     graph = model.graph
-    readers = norm_readers(graph)
-    stem = max(readers, key=lambda value: readers[value])
+    stem = PENULTIMATE
     states = next(node for node in graph.node if "out_states" in node.output)
     del states.input[0]  # the first head's rows
     further = range(bundle.kv_layers - bundle.n_heads + 1, bundle.kv_layers)
     presents = [f"present.{layer}.{part}" for layer in further for part in ("key", "value")]
-    wanted = ["logits_all", "topk_logits_all", "topk_ids_all", *presents]
+    wanted = ["logits", "topk_logits", "topk_ids", *presents]
     maker = {output: node for node in graph.node for output in node.output}
     kept: list[onnx.NodeProto] = []
     todo, seen = list(wanted), {stem}

@@ -2,8 +2,9 @@
 
 from .bundle import DEFAULT_BUNDLE, Bundle, load_bundle
 from .engine import Engine, Generation, TextStream
-from .errors import BundleError, DynamoError, ParameterError, PromptError, ProviderError
+from .errors import BundleError, DynamoError, ParameterError, ProfileError, PromptError, ProviderError
 from .parameters import SamplingParameters
+from .profiling.profile import Profile
 from .session import Session, Step
 from .statistics import Statistics
 
@@ -15,6 +16,8 @@ __all__ = [
     "Engine",
     "Generation",
     "ParameterError",
+    "Profile",
+    "ProfileError",
     "PromptError",
     "ProviderError",
     "SamplingParameters",

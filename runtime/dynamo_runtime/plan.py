@@ -25,6 +25,7 @@ _RECENT = 0.93  # the same for passes, in the average of what drafting gains
 _STEADY = 0.99  # the same in the rate that every choice is weighed with
 _FIRST_PASSES = 4  # what was known before counts as so many of them
 _LONGEST_WAIT = 512  # plain tokens before the next look, however dear a look is
+_NEARLY_GREEDY = 0.35  # a temperature below which sampling is more like choosing the most probable token
 _PAST_STEP = 64  # positions for which one set of costs serves
 
 # What is assumed of a device nobody has measured: bytes read per millisecond, milliseconds of Python.
@@ -103,23 +104,26 @@ class Knowledge(NamedTuple):
 
     Attributes:
         costs: Of passes.
-        drafts: Seen and accepted, by depth and bin of confidence.
+        drafts: Seen and accepted, by depth and bin of confidence; where a sampled token decides, and where the most
+            probable one does.
     """
 
     costs: Costs
-    drafts: Mapping[tuple[int, int], tuple[int, int]]
+    drafts: Mapping[bool, Mapping[tuple[int, int], tuple[int, int]]]
+
+    def drafts_at(self, temperature: float) -> Mapping[tuple[int, int], tuple[int, int]]:
+        """Those that tell most about decoding at a temperature."""
+        return self.drafts.get(temperature < _NEARLY_GREEDY, {})
 
     @staticmethod
     def of(bundle: Bundle, profile: Profile | None) -> Knowledge:
         """From a profile, or else by rules of thumb."""
         if profile is None:
             return Knowledge(Prior.of(bundle), {})
-        return Knowledge(Curve.of(profile), known_acceptances(profile))
-
-
-def known_acceptances(profile: Profile) -> dict[tuple[int, int], tuple[int, int]]:
-    """Drafts seen and accepted when the device was profiled, by depth and bin of confidence."""
-    return {(each.depth, bin_of(each.confidence)): (each.seen, each.accepted) for each in profile.acceptance}
+        drafts: dict[bool, dict[tuple[int, int], tuple[int, int]]] = {False: {}, True: {}}
+        for each in profile.acceptance:
+            drafts[each.greedy][each.depth, bin_of(each.confidence)] = each.seen, each.accepted
+        return Knowledge(Curve.of(profile), drafts)
 
 
 def threshold_for(profile: Profile | None, target: float) -> float:

@@ -152,8 +152,9 @@ class Auto(Speculative):
         super().__init__(bundle, parameters, processors)
         depth = min(parameters.draft_tokens or self._drafter.depth, self._drafter.depth)
         self._ahead = self.look_ahead
-        costs, known = knowledge or Knowledge.of(bundle, None)
-        self._planner = Planner(costs, Acceptances(depth, known), len(self._ahead))
+        knowledge = knowledge or Knowledge.of(bundle, None)
+        acceptances = Acceptances(depth, knowledge.drafts_at(parameters.temperature))
+        self._planner = Planner(knowledge.costs, acceptances, len(self._ahead))
         self._has_heads = bundle.has_head_rows
         self._follow()
 

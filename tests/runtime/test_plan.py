@@ -2,14 +2,14 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import profiles
 import pytest
 
 from dynamo_runtime.errors import ParameterError
-from dynamo_runtime.plan import Acceptances, Curve, Planner, Prior, bin_of, known_acceptances, middle_of, threshold_for
+from dynamo_runtime.plan import Acceptances, Curve, Knowledge, Planner, Prior, bin_of, middle_of, threshold_for
 from dynamo_runtime.profiling.profile import Backoff, Interval
 
 DEPTH = 4
@@ -208,8 +208,12 @@ def test_a_profile_is_planned_with() -> None:
         assert curve.step(each.rows, each.heads, each.past) == pytest.approx(each.time.p50)
     for each in profile.resume:
         assert curve.resume(each.skipped) == pytest.approx(each.extra)
-    known = known_acceptances(profile)
-    assert sum(seen for seen, _ in known.values()) == sum(each.seen for each in profile.acceptance)
+    greedy = [replace(each, greedy=True, accepted=each.seen) for each in profile.acceptance]
+    knowledge = Knowledge.of(None, replace(profile, acceptance=[*profile.acceptance, *greedy]))  # type: ignore[arg-type]
+    assert knowledge.costs.step(3, True, 512) == curve.step(3, True, 512)
+    for temperature, counted in ((0.7, profile.acceptance), (0.0, greedy)):
+        found = knowledge.drafts_at(temperature)
+        assert found == {(each.depth, bin_of(each.confidence)): (each.seen, each.accepted) for each in counted}
 
 
 def test_target_speedup_is_the_largest_threshold_that_is_fast_enough() -> None:

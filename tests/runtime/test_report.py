@@ -168,7 +168,7 @@ def test_csv_holds_every_figure_exactly() -> None:
     assert float(found["resume", "skipped 64", ""][1]) == 0.733
     assert found["roofline", "past 64", "read"] == ("bytes", str(FULL.roofline[0].bytes))
     assert found["operator", "Operator9", "nodes"][1] == "10"  # all of them
-    assert int(found["acceptance", "depth 2, confidence 0.95", "accepted"][1]) == FULL.acceptance[-1].accepted
+    assert int(found["acceptance", "sampled, depth 2, confidence 0.95", "accepted"][1]) == FULL.acceptance[-1].accepted
     assert float(found["back-off", "ε_b 0.9", "high"][1]) == FULL.backoff[-1].speedup.high
     assert found["device", "cache", "L2"] == ("bytes", str(1 << 20))
     assert found["load", "outside the pass", "draft"] == ("ms", "0.0331")

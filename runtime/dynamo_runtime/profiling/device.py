@@ -92,7 +92,7 @@ def inspect_device(provider: str) -> Device:
         gpu=gpu,
         gpu_memory_bytes=memory,
         gpu_driver=driver,
-        system=f"{platform.system()} {platform.release()}",
+        system=f"{platform.system()} {'.'.join(re.findall('[0-9]+', platform.release())[:2])}".strip(),
         python=platform.python_version(),
         providers=[full.removesuffix("ExecutionProvider").lower() for full in ort.get_available_providers()],
     )

@@ -111,14 +111,16 @@ def measure(
         texts = trials.encoded(engine, prompts)[: 3 if quick and prompts is None else None]
         progress("memory bandwidth", 0.03)
         bandwidth = read_bandwidth(backend.get("threads") or cores(), budget.bandwidth)
-        before = reference_pass(session)
+        pulses = [reference_pass(session)]
         progress("passes", 0.06)
         passes = measure_passes(session, _fitting(_QUICK_PASTS if quick else _PASTS, session, ROWS[-1]), budget.passes)
+        pulses.append(reference_pass(session))
         progress("prompts", 0.36)
         prefill = measure_prefill(engine, _fitting(_QUICK_PROMPTS if quick else _PROMPTS, session, 2), budget.prefill)
         steady = memory("VmRSS")
         progress("resuming", 0.46)
         resume = measure_resume(session, _QUICK_SKIPPED if quick else _SKIPPED, budget.resume)
+        pulses.append(reference_pass(session))
         progress("operators", 0.5)
         operators = measure_operators(bundle, backend)
         progress("strategies", 0.52)
@@ -154,22 +156,24 @@ def measure(
             roofline=roofline(bundle, session, passes, bandwidth),
             operators=operators,
             acceptance=[
-                Acceptance(depth, middle_of(index), seen, accepted)
-                for (depth, index), (seen, accepted) in sorted(_binned(outside.judged).items())
+                Acceptance(depth, middle_of(index), seen, accepted, greedy)
+                for greedy, judged in outside.judged.items()
+                for (depth, index), (seen, accepted) in sorted(_binned(judged).items())
             ],
         )
         base = engine if plain is None else Engine(plain, **backend)
         runs = trials.run_strategies(engine, base, texts, budget.trials, new_tokens)
+        pulses.append(reference_pass(session))
         progress("back-off thresholds", 0.85)
         thresholds = trials.QUICK_THRESHOLDS if quick else trials.THRESHOLDS
         backoff = trials.run_backoff(engine, base, texts, budget.backoff, new_tokens, thresholds)
-        drift = reference_pass(session) / before
+        pulses.append(reference_pass(session))
     progress("done", 1.0)
     return replace(
         profile,
         strategies=runs,
         backoff=backoff,
-        conditions=watch.conditions(drift),
+        conditions=watch.conditions(max(pulses) / min(pulses)),
         peak_bytes=memory("VmHWM"),
     )
 
@@ -210,7 +214,7 @@ def timed_step(session: Session, rows: int, heads: bool) -> tuple[float, float]:
 
 
 def reference_pass(session: Session, count: int = 30) -> float:
-    """Median milliseconds of a pass over one token: the same at both ends of the run, unless something drifts."""
+    """Median milliseconds of a pass over one token: the same whenever it is taken, unless something drifts."""
     behind(session, 8)
     return float(np.median([timed_step(session, 1, False)[0] for _ in range(count)]))
 
@@ -366,7 +370,7 @@ class _Watch:
         self._others = None if others is None else max(others, 0.0) / elapsed
 
     def conditions(self, drift: float) -> Conditions:
-        idle = (self._others is None or self._others < _BUSY) and abs(drift - 1) < _DRIFT
+        idle = (self._others is None or self._others < _BUSY) and drift < 1 + _DRIFT
         ends = [min(self._frequencies), max(self._frequencies)] if self._frequencies else []
         return Conditions(idle, self._others, drift, ends, max(self._temperatures, default=None))
 

@@ -105,7 +105,7 @@ class Conditions:
     Attributes:
         idle: Whether the figures are worth keeping: little else ran, and nothing drifted.
         busy: Share of all cores' time that other processes used meanwhile; None if it cannot be told here.
-        drift: Cost of the same pass at the end of the run, over that at its beginning.
+        drift: Largest over smallest cost of the same pass, measured between the stages of the run.
         frequency_mhz: Lowest and highest clock seen, empty if it cannot be told here.
         temperature_c: Highest seen, or None.
     """
@@ -209,12 +209,14 @@ class Acceptance:
         confidence: The drafter's own probability, at the middle of its bin.
         seen: Drafts judged.
         accepted: Those that were right.
+        greedy: Whether the most probable token was right, or else a sampled one, with the bundle's own sampling.
     """
 
     depth: int
     confidence: float
     seen: int
     accepted: int
+    greedy: bool = False
 
 
 @dataclass(frozen=True)

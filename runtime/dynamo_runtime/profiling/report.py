@@ -42,7 +42,7 @@ def _disturbance(conditions: Conditions) -> str:
     busy = "It is not known what other processes used"
     if conditions.busy is not None:
         busy = f"Other processes used {percent(conditions.busy)} of the CPU"
-    return f"{busy}; a pass at the end of the run cost {conditions.drift:.2f} times what it cost at its beginning."
+    return f"{busy}; between stages of the run one and the same pass cost up to {conditions.drift:.2f} times its least."
 
 
 def tables(profile: Profile) -> list[Table]:
@@ -109,7 +109,8 @@ def tables(profile: Profile) -> list[Table]:
             ["strategy", "p50", "p90", "p99"],
             [[s.name, *_times(s.between_tokens)] for s in profile.strategies],
         ),
-        _acceptance(profile),
+        _acceptance(profile, greedy=False),
+        _acceptance(profile, greedy=True),
         Table(
             "Back-off threshold of dynamo",
             ["ε_b", "tokens/pass", "tokens/s ÷ plain"],
@@ -163,7 +164,7 @@ def _conditions(profile: Profile) -> dict[str, str]:
         "repetitions": "few (quick run)" if profile.quick else "all",
         "idle": "yes" if conditions.idle else "NO",
         "CPU used by others": "not known" if conditions.busy is None else percent(conditions.busy),
-        "drift, end ÷ beginning": f"{conditions.drift:.2f}",
+        "drift, dearest ÷ cheapest": f"{conditions.drift:.2f}",
         "clock": f"{clock} GHz" if clock else "",
         "hottest": "" if conditions.temperature_c is None else f"{conditions.temperature_c:.0f} °C",
     }
@@ -225,8 +226,8 @@ def _passes(profile: Profile, heads: bool) -> Table:
     )
 
 
-def _acceptance(profile: Profile) -> Table:
-    bins = {(a.confidence, a.depth): a for a in profile.acceptance}
+def _acceptance(profile: Profile, greedy: bool) -> Table:
+    bins = {(a.confidence, a.depth): a for a in profile.acceptance if a.greedy == greedy}
     depths = sorted({depth for _, depth in bins})
 
     def cell(confidence: float, depth: int) -> str:
@@ -234,7 +235,7 @@ def _acceptance(profile: Profile) -> Table:
         return f"{found.accepted / found.seen:.2f} ({found.seen:,})" if found and found.seen else MISSING
 
     return Table(
-        "Drafts that were right (of so many), by the drafter's confidence",
+        f"Drafts that were right (of so many), by the drafter's confidence, {'greedy' if greedy else 'sampled'}",
         ["confidence", *(f"depth {depth}" for depth in depths)],
         [
             [f"{confidence:.2f}", *(cell(confidence, depth) for depth in depths)]
@@ -316,7 +317,7 @@ def csv_rows(profile: Profile) -> list[Row]:
         rows += [("accepted", run.name, f"depth {d}", "share", share) for d, share in enumerate(run.acceptance, 1)]
         rows += _quantiles("between tokens", run.name, run.between_tokens)
     for seen in profile.acceptance:
-        name = f"depth {seen.depth}, confidence {seen.confidence:g}"
+        name = f"{'greedy' if seen.greedy else 'sampled'}, depth {seen.depth}, confidence {seen.confidence:g}"
         rows.append(("acceptance", name, "seen", "drafts", seen.seen))
         rows.append(("acceptance", name, "accepted", "drafts", seen.accepted))
     for backoff in profile.backoff:

@@ -43,12 +43,12 @@ class Outside:
     Attributes:
         overhead: A plain token.
         drafting: A draft, besides.
-        judged: Depth, confidence and acceptance of every draft that was judged.
+        judged: Depth, confidence and acceptance of every draft that was judged, with sampling and greedily.
     """
 
     overhead: float = 0.0
     drafting: float = 0.0
-    judged: list[tuple[int, float, bool]] = field(default_factory=list)
+    judged: dict[bool, list[tuple[int, float, bool]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,15 @@ def look_outside(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: i
     found.overhead = sum(spent for spent, _ in plain) / sum(drafts + 1 for _, drafts in plain)
     if bundle.kind == "plain":
         return found
-    recorded = _Recorded(bundle, resolve_parameters(bundle.sampling, {}, has_counts=bundle.has_cooccurrence))
-    drafting = _outside_ms(engine, recorded, prompts, new_tokens)
+    drafting = []
+    for greedy in (False, True):
+        given = {"temperature": 0.0} if greedy else {}
+        parameters = resolve_parameters(bundle.sampling, given, has_counts=bundle.has_cooccurrence)
+        recorded = _Recorded(bundle, parameters)
+        drafting += _outside_ms(engine, recorded, prompts, new_tokens)
+        found.judged[greedy] = recorded.judged
     drafts = sum(drafts for _, drafts in drafting)
     found.drafting = max(sum(spent - found.overhead for spent, _ in drafting) / max(drafts, 1), 0.0)
-    found.judged = recorded.judged
     return found
 
 
