@@ -53,6 +53,7 @@ class Engine:
     Attributes:
         bundle: What is running.
         session: Its graph and cache.
+        threads: Threads within an operator, if they were given.
         knowledge: What the profile says, ready for planning.
     """
 
@@ -85,7 +86,8 @@ class Engine:
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle, verify=verify)
         self.session = Session(self.bundle, max_length=max_length, **backend)
         self._prefill_chunk = prefill_chunk
-        self.profile = profile or self._kept_profile(backend.get("threads"))
+        self.threads: int | None = backend.get("threads")
+        self.profile = profile or self._kept_profile(self.threads)
 
     @property
     def profile(self) -> Profile | None:

@@ -138,9 +138,11 @@ def threshold_for(profile: Profile | None, target: float) -> float:
     Raises:
         ParameterError: There is no profile with `dynamo` in it, or it was never so fast.
     """
+    if not 0 < target < math.inf:
+        raise ParameterError(f"a target speed-up must be a finite number greater than 0, not {target}")
     if profile is None or not profile.backoff:
         raise ParameterError(
-            "target_speedup needs a profile of this device and bundle with strategy dynamo in it: run dynamo-profile"
+            "a target speed-up needs a profile of this device and bundle with strategy dynamo in it: run dynamo-profile"
         )
     points = sorted((each.threshold, each.speedup.value) for each in profile.backoff)
     fast = [i for i, (_, speedup) in enumerate(points) if speedup >= target]

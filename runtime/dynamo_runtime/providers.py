@@ -97,6 +97,8 @@ class Backend:
             raise ParameterError(f"optimization must be one of {', '.join(OPTIMIZATIONS)}, not {self.optimization!r}")
         if self.provider_options and self.provider == "auto":
             raise ParameterError("provider options need a provider: auto may choose one that does not know them")
+        if self.provider_options and self.provider == "cpu":
+            raise ParameterError("provider cpu has no options")
 
     def start(self, graph: Path, precision: str, without: Sequence[str] = ()) -> tuple[Any, str]:
         """Load a graph.

@@ -126,9 +126,10 @@ def _run(args: argparse.Namespace) -> int:
     strategy = args.strategy or (Dynamo.name if DYNAMO_ONLY & set(sampling) else Auto.name)
     if args.target_speedup is not None:
         if args.strategy not in (None, Dynamo.name) or args.backoff_threshold is not None:
-            raise ParameterError("--target-speedup chooses the threshold of strategy dynamo, so neither may be given")
+            raise ParameterError("--target-speedup chooses --backoff-threshold, and is for strategy dynamo alone")
         strategy = Dynamo.name
-        sampling["backoff_threshold"] = threshold_for(engine.profile, args.target_speedup)
+        threshold = sampling["backoff_threshold"] = threshold_for(engine.profile, args.target_speedup)
+        print(f"{PROG}: note: by its profile, a back-off threshold of {threshold:.3g}", file=sys.stderr)
     stream = engine.stream(prompt, strategy=strategy, **options, **sampling)
     plain = _plain_engine(args, engine, loading) if args.compare else None
     if path is DEFAULT_BUNDLE and not args.prompt and args.bundle is None:
@@ -165,10 +166,13 @@ def _bundle_and_prompt(bundle: str | None, prompt: str | None) -> tuple[str | Pa
 def _warn(engine: Engine, strategy: str) -> None:
     """Say on stderr what the user would not expect of this bundle."""
     bundle = engine.bundle
+    command = " ".join(["dynamo-profile", *([] if bundle.folder == DEFAULT_BUNDLE else [str(bundle.folder)])])
+    if engine.threads is not None:
+        command += f" --threads {engine.threads}"
     if strategy == Auto.name and engine.profile is None and bundle.kind != "plain" and bundle.lossless:
         print(
             f"{PROG}: note: this device has not been profiled for this bundle, so drafting is planned by rules of "
-            "thumb; dynamo-profile measures it, once",
+            f"thumb; `{command}` measures it, once",
             file=sys.stderr,
         )
     if bundle.degraded:

@@ -12,7 +12,7 @@ from ..bundle import DEFAULT_BUNDLE, load_bundle
 from ..errors import DynamoError, ProfileError
 from .device import device_key, optional
 from .measure import Progress, measure
-from .profile import Profile, cached_path, write_whole
+from .profile import PROFILES, Profile, cached_path, check_writable, profiles_folder, write_whole
 from .report import compare, summary, to_csv
 
 PROG = "dynamo-profile"
@@ -73,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     if args.bundle or args.json or args.csv:
-        raise ProfileError("--compare shows profiles that are there: give it JSON files, and --html for a page")
+        raise ProfileError(
+            "--compare shows profiles that are there: it takes JSON files and --html, no bundle and no --json or --csv"
+        )
     if len(args.compare) < 2:
         raise ProfileError("--compare needs two profiles or more")
     profiles, names = [Profile.load(path) for path in args.compare], [path.stem for path in args.compare]
@@ -95,7 +97,18 @@ def _profile(args: argparse.Namespace) -> int:
     for path in (args.json, args.csv, args.html):
         if path is not None and not path.absolute().parent.is_dir():
             raise ProfileError(f"{path} cannot be written: there is no folder {path.absolute().parent}")
-    with _progress() as progress:
+        if path is not None:
+            check_writable(path)
+    # Planning knows devices apart by provider and threads alone.
+    keep = not (args.no_keep or args.spinning or args.provider_option or args.graph_optimization != "all")
+    if keep:
+        try:
+            check_writable(profiles_folder() / "profile.json")
+        except ProfileError as error:
+            raise ProfileError(
+                f"the profile cannot be kept ({error}): use --no-keep, or name another folder in {PROFILES}"
+            ) from error
+    with _progress(args.quick) as progress:
         profile = measure(bundle, quick=args.quick, prompts=prompts, plain=plain, progress=progress, **options)
     print(summary(profile))
     if args.json:
@@ -104,10 +117,12 @@ def _profile(args: argparse.Namespace) -> int:
         write_whole(args.csv, to_csv(profile))
     if args.html:
         _write_page(args.html, [profile], [profile.bundle.name])
-    if not args.no_keep:
+    if keep:
         path = cached_path(device_key(profile.device.provider), bundle, args.threads)
         profile.save(path)
         print(f"{PROG}: kept for dynamo-run in {path}", file=sys.stderr)
+    elif not args.no_keep:
+        print(f"{PROG}: not kept for dynamo-run, as it was measured with settings of its own", file=sys.stderr)
     return 0
 
 
@@ -140,10 +155,11 @@ def _read_prompts(path: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
-    """A progress bar on stderr where tqdm is there and stderr is a terminal, else nothing."""
+def _progress(quick: bool) -> Iterator[Progress]:
+    """A progress bar on stderr where tqdm is there and stderr is a terminal, else a line."""
     tqdm = optional("tqdm")
     if tqdm is None:
+        print(f"{PROG}: measuring, {'half a minute' if quick else 'two minutes'} or more", file=sys.stderr)
         yield lambda stage, share: None
         return
     with tqdm.tqdm(total=100, disable=None, leave=False, bar_format="{desc:24}|{bar}| {percentage:3.0f} %") as bar:

@@ -283,7 +283,9 @@ class Profile:
             raise ProfileError(f"{path} cannot be read: {error.strerror or error}") from error
         except ValueError as error:
             raise ProfileError(f"{path} is not a profile: {error}") from error
-        version = content.get("schema_version") if isinstance(content, dict) else None
+        if not isinstance(content, dict):
+            raise ProfileError(f"{path} is not a profile: it holds no JSON object")
+        version = content.get("schema_version")
         if version != SCHEMA_VERSION:
             raise ProfileError(
                 f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: run dynamo-profile again"
@@ -292,6 +294,8 @@ class Profile:
             profile: Profile = _read(Profile, content)
         except (TypeError, ValueError) as error:
             raise ProfileError(f"{path} is not a whole profile: {error}") from error
+        if not profile.passes or min(each.time.p50 for each in profile.passes) <= 0:
+            raise ProfileError(f"{path} is not a whole profile: it does not say what passes cost")
         return profile
 
     def save(self, path: Path) -> None:
@@ -309,11 +313,26 @@ def write_whole(path: Path, content: str) -> None:
     Raises:
         ProfileError: It cannot be written there.
     """
+    check_writable(path)
+    try:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ProfileError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the work begins whether a file can be written.
+
+    Raises:
+        ProfileError: It cannot.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            file.write(content)
-        os.replace(file.name, path)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
     except OSError as error:
         raise ProfileError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -39,7 +39,7 @@ def caveats(profile: Profile) -> list[str]:
 
 
 def _disturbance(conditions: Conditions) -> str:
-    busy = "It is not known what other processes used"
+    busy = "It is not known what other processes used (the extra [profile] tells)"
     if conditions.busy is not None:
         busy = f"Other processes used {percent(conditions.busy)} of the CPU"
     return f"{busy}; between stages of the run one and the same pass cost up to {conditions.drift:.2f} times its least."
