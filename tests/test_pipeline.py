@@ -76,10 +76,8 @@ def test_dynamo_writes_several_tokens_a_pass(folder: Path, capsys: pytest.Captur
     assert "return" in captured.out
     assert statistics.startswith("dynamo:") and "48 new" in statistics
     assert "bundle-plain" in comparison and "ratio" in comparison
-    result = Engine(bundle, threads=1).generate(
     options = {"strategy": "dynamo", "seed": 1, "max_new_tokens": 48, "backoff_threshold": 0.3}
     result = Engine(bundle, threads=1).generate("def add_1(value):\n", **options)
-    )
     assert result.text == captured.out
     assert result.statistics.tokens_per_pass > 1.2
 
