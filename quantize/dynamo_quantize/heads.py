@@ -15,15 +15,15 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from dynamo_runtime.session import PENULTIMATE, SKIPPED
+
 from .errors import WriteError
 from .weights import drop_unused, initializer, is_weight
 
 STACKED = "/out/out_states"  # joins the rows of all heads for their one product with the output embedding
-SKIPPED, PENULTIMATE = "skipped_states", "penultimate_states"
 _BRANCH = "/heads/if"
 _LOOKUPS = {"Gather", "GatherBlockQuantized"}
 _SEVERAL = "skipped_and_seq"
-INT64_MAX = np.iinfo(np.int64).max
 
 
 def take_skipped_states(model: ir.Model) -> bool:
