@@ -1,9 +1,11 @@
 """What the commands of the runtime have in common on their command lines."""
 
 import argparse
+import dataclasses
 from typing import Any, NoReturn
 
 from .errors import ParameterError
+from .parameters import ADAPTIVE, DRAFT_CHOICES, FIRST_TOKENS, PREMASK_TESTS, SamplingParameters
 from .providers import OPTIMIZATIONS
 
 
@@ -13,6 +15,50 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End with status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the sampling flags of every strategy; what is not given comes from the bundle."""
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    parser.add_argument("--top-k", type=int, metavar="K", help="candidates per head; 0: all (not with dynamo)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="nucleus among those; 1: all")
+    parser.add_argument("--min-p", type=float, metavar="P", help="least probability relative to the largest; 0: any")
+    parser.add_argument("--repetition-penalty", type=float, metavar="R", help="1: none")
+
+
+def add_dynamo(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the flags of strategy dynamo but the back-off threshold; returns their group."""
+    group = parser.add_argument_group("strategy dynamo (the paper's Algorithm 1)")
+    group.add_argument("--cooccurrence-weight", type=float, metavar="A", help="α_c: 1 full mask, 0 none")
+    group.add_argument("--adaptive-threshold", choices=ADAPTIVE, help="Otsu's threshold of the (blurred) joint")
+    group.add_argument("--otsu-zeros", action=argparse.BooleanOptionalAction, help="zeros in Otsu's population")
+    group.add_argument(
+        "--normalize-joint", action=argparse.BooleanOptionalAction, help="joint sums to 1 after the mask"
+    )
+    group.add_argument("--premask-test", choices=PREMASK_TESTS, help="which n-grams must reach ε before the mask too")
+    group.add_argument(
+        "--first-token", choices=FIRST_TOKENS, help="joint: drawn with the others, as in the paper; base: as plain does"
+    )
+    return group
+
+
+def add_drafts(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the strategies that draft."""
+    group = parser.add_argument_group("strategies auto and speculative (drafts that the first head verifies)")
+    group.add_argument("--draft-tokens", type=int, metavar="N", help="most drafts a pass (default: all there are)")
+    group.add_argument(
+        "--draft-choice", choices=DRAFT_CHOICES, help="argmax (same seed, same text as autoregressive) or sample"
+    )
+    group.add_argument(
+        "--draft-cooccurrence-weight", type=float, metavar="A", help="α_c of the mask on drafts: 1 full, 0 none"
+    )
+    group.add_argument("--draft-confidence", type=float, metavar="P", help="stop drafting below this; 0: never")
+
+
+def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling parameters that were given as flags, by their names in `SamplingParameters`."""
+    names = [field.name for field in dataclasses.fields(SamplingParameters)]
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:

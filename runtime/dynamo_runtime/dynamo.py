@@ -106,6 +106,57 @@ def sample_ngram(
         parameters: The paper's, and the choices where it is open.
         counts: For the mask; may be None if cooccurrence_weight is 0.
     """
+    if parameters.first_token == "base":
+        token, uniform = _first_token(heads[0], seen, uniform, parameters)
+        heads = [certain(token), *heads[1:]]
+    joint = back_off(heads, seen, parameters, counts)
+    if joint is not None:
+        return _choose(joint.tokens, joint.values, uniform, parameters.greedy)
+    first = heads[0]
+    values = first.probabilities / parameters.repetition_penalty ** seen[first.ids]
+    return _choose(first.ids[:, None], values, uniform, parameters.greedy)
+
+
+def emitted_length(
+    heads: Sequence[Candidates],
+    seen: np.ndarray,
+    following: int,
+    parameters: SamplingParameters,
+    counts: Cooccurrence | None,
+) -> int:
+    """How many tokens Alg. 1 emits in front of a text that is already there.
+
+    Arguments as of `sample_ngram`, and `following`, the next token of that text: with first_token "base" the number
+    depends on it, else on nothing random.
+    """
+    if parameters.first_token == "base":
+        heads = [certain(following), *heads[1:]]
+    joint = back_off(heads, seen, parameters, counts)
+    return 1 if joint is None else joint.tokens.shape[1]
+
+
+def certain(token: int) -> Candidates:
+    """All of the distribution on one token."""
+    return Candidates(np.array([token]), np.ones(1))
+
+
+def _first_token(
+    first: Candidates, seen: np.ndarray, uniform: float, parameters: SamplingParameters
+) -> tuple[int, float]:
+    """A token of f^1, and what is left of the randomness: inside the token's share of [0, 1) it is uniform again."""
+    values = first.probabilities / parameters.repetition_penalty ** seen[first.ids]
+    index = int(np.argmax(values)) if parameters.greedy else draw(values, uniform)
+    before, share = values[:index].sum() / values.sum(), values[index] / values.sum()
+    return int(first.ids[index]), float(np.clip((uniform - before) / share, 0.0, np.nextafter(1, 0)))
+
+
+def back_off(
+    heads: Sequence[Candidates], seen: np.ndarray, parameters: SamplingParameters, counts: Cooccurrence | None
+) -> Joint | None:
+    """The joint of the largest n in which an n-gram survives, or None where that is a single token.
+
+    Arguments as of `sample_ngram`; nothing here is random.
+    """
     longest = len(heads)
     if parameters.backoff_threshold >= 1:
         longest = 1  # by definition: J = 1 can be reached by a sole survivor
@@ -117,10 +168,8 @@ def sample_ngram(
     for n in range(longest, 1, -1):
         joint = surviving_joint(heads[:n], seen, parameters, counts, walk[n - 1] if walk else None)
         if joint is not None:
-            return _choose(joint.tokens, joint.values, uniform, parameters.greedy)
-    first = heads[0]
-    values = first.probabilities / parameters.repetition_penalty ** seen[first.ids]
-    return _choose(first.ids[:, None], values, uniform, parameters.greedy)
+            return joint
+    return None
 
 
 def surviving_joint(
@@ -166,7 +215,7 @@ def surviving_joint(
     if len(values) == 0:
         return None
     # 4: adaptive threshold; a single entry is never below it
-    if parameters.adaptive_threshold != "none" and len(values) > 1:
+    if parameters.adaptive_threshold != "none" and len(values) > 1 and not _clear_of_blur(values, shape, parameters):
         strong = values >= (1 - TOLERANCE) * _adaptive_threshold(cells, values, shape, parameters)
         cells, values = cells[strong], values[strong]
     order = np.argsort(cells)
@@ -241,6 +290,16 @@ def _premask(heads: Sequence[Candidates], cells: np.ndarray, shape: tuple[int, .
     for head, rank in zip(heads, np.unravel_index(cells, shape), strict=True):
         product = product * head.probabilities[rank]
     return product
+
+
+def _clear_of_blur(values: np.ndarray, shape: tuple[int, ...], parameters: SamplingParameters) -> bool:
+    """Whether Otsu's threshold of the blurred joint is certainly below every entry, and need not be worked out.
+
+    It is one of the blurred values, and along every axis the kernel gives a cell at most half of what another holds
+    (behind a border twice a quarter), so none exceeds sum(J) / 2^n.
+    """
+    axes = sum(size > 1 for size in shape)
+    return parameters.adaptive_threshold == "blur" and bool(values.min() >= values.sum() / 2**axes)
 
 
 def _adaptive_threshold(

@@ -10,6 +10,7 @@ from .errors import ParameterError
 
 ADAPTIVE = ("blur", "otsu", "none")
 PREMASK_TESTS = ("sole", "all", "none")
+FIRST_TOKENS = ("joint", "base")
 DRAFT_CHOICES = ("argmax", "sample")
 
 
@@ -37,6 +38,8 @@ class SamplingParameters:
         premask_test: When the probability of an n-gram *before* the mask must reach the threshold too: "sole"
             (when one n-gram alone survives the mask and so has J = 1 however unlikely it was), "all", or
             "none".
+        first_token: "joint" as in the paper, where an n-gram is drawn as a whole, or "base": the first token is drawn
+            from f^1 alone, as plain decoding does, and the joint is of the n-grams that begin with it.
         draft_tokens: Most drafts a pass of `speculative`; 0 means as many as the bundle predicts.
         draft_choice: How `speculative` picks a draft: "argmax" of what the drafter thinks likely, which gives the
             very text of `autoregressive` under the same seed, or a "sample" of it.
@@ -56,6 +59,7 @@ class SamplingParameters:
     otsu_zeros: bool = True
     normalize_joint: bool = True
     premask_test: str = "sole"
+    first_token: str = "joint"
     draft_tokens: int = 0
     draft_choice: str = "argmax"
     draft_cooccurrence_weight: float = 0.5
@@ -82,6 +86,7 @@ class SamplingParameters:
         choices_of = {
             "adaptive_threshold": ADAPTIVE,
             "premask_test": PREMASK_TESTS,
+            "first_token": FIRST_TOKENS,
             "draft_choice": DRAFT_CHOICES,
         }
         for name, choices in choices_of.items():

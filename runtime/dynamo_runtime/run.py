@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .arguments import Parser, add_backend, backend
+from .arguments import Parser, add_backend, add_drafts, add_dynamo, add_sampling, backend, given_sampling
 from .bundle import DEFAULT_BUNDLE, MANIFEST, load_bundle
 from .engine import Engine, TextStream
 from .errors import DynamoError, ParameterError, PromptError
-from .parameters import ADAPTIVE, DRAFT_CHOICES, PREMASK_TESTS, SamplingParameters, resolve_parameters
+from .parameters import resolve_parameters
 from .plan import threshold_for
 from .strategies import Auto, Autoregressive, Dynamo, Speculative
 
 PROG = "dynamo-run"
 # Parameters that mean something to strategy dynamo alone: whoever gives one wants it.
 DYNAMO_ONLY = {"backoff_threshold", "cooccurrence_weight", "adaptive_threshold"}
-DYNAMO_ONLY |= {"otsu_zeros", "normalize_joint", "premask_test"}
+DYNAMO_ONLY |= {"otsu_zeros", "normalize_joint", "premask_test", "first_token"}
 SAMPLE_PROMPT = "class Stack:\n    def __init__(self):\n"
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # as a shell reports the signals
 
@@ -42,12 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
         "verified); speculative (verified drafts in every pass) (default: auto, or dynamo with a flag of it)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="exact limit (default: 128)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    parser.add_argument("--top-k", type=int, metavar="K", help="candidates per head; 0: all (not with dynamo)")
-    parser.add_argument("--top-p", type=float, metavar="P", help="nucleus among those; 1: all")
-    parser.add_argument("--min-p", type=float, metavar="P", help="least probability relative to the largest; 0: any")
-    parser.add_argument("--repetition-penalty", type=float, metavar="R", help="1: none")
-    dynamo = parser.add_argument_group("strategy dynamo (the paper's Algorithm 1)")
+    add_sampling(parser)
+    dynamo = add_dynamo(parser)
     dynamo.add_argument("--backoff-threshold", type=float, metavar="E", help="ε_b: 0 most tokens a pass, 1 always one")
     dynamo.add_argument(
         "--target-speedup",
@@ -55,22 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="instead of a threshold: times the speed of plain decoding, by the profile of dynamo-profile",
     )
-    dynamo.add_argument("--cooccurrence-weight", type=float, metavar="A", help="α_c: 1 full mask, 0 none")
-    dynamo.add_argument("--adaptive-threshold", choices=ADAPTIVE, help="Otsu's threshold of the (blurred) joint")
-    dynamo.add_argument("--otsu-zeros", action=argparse.BooleanOptionalAction, help="zeros in Otsu's population")
-    dynamo.add_argument(
-        "--normalize-joint", action=argparse.BooleanOptionalAction, help="joint sums to 1 after the mask"
-    )
-    dynamo.add_argument("--premask-test", choices=PREMASK_TESTS, help="which n-grams must reach ε before the mask too")
-    drafts = parser.add_argument_group("strategies auto and speculative (drafts that the first head verifies)")
-    drafts.add_argument("--draft-tokens", type=int, metavar="N", help="most drafts a pass (default: all there are)")
-    drafts.add_argument(
-        "--draft-choice", choices=DRAFT_CHOICES, help="argmax (same seed, same text as autoregressive) or sample"
-    )
-    drafts.add_argument(
-        "--draft-cooccurrence-weight", type=float, metavar="A", help="α_c of the mask on drafts: 1 full, 0 none"
-    )
-    drafts.add_argument("--draft-confidence", type=float, metavar="P", help="stop drafting below this; 0: never")
+    add_drafts(parser)
     parser.add_argument("--seed", type=int, help="for reproducible draws")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end in front of TEXT; repeatable")
     parser.add_argument("--max-length", type=int, metavar="N", help="most tokens of prompt and text (default: context)")
@@ -118,8 +99,7 @@ def _run(args: argparse.Namespace) -> int:
         raise PromptError(f"repeats must be at least 1, not {args.repeats}")
     path, prompt = _bundle_and_prompt(args.bundle, args.prompt)
     prompt = _read_stdin() if prompt == "-" else prompt
-    names = [field.name for field in dataclasses.fields(SamplingParameters)]
-    sampling = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    sampling = given_sampling(args)
     loading = backend(args) | {"max_length": args.max_length}
     engine = Engine(path, verify=args.verify, **loading)
     options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "stop": args.stop}

@@ -1,6 +1,6 @@
 """How likely a bundle finds a text: perplexities of every token ahead (DynaMo, section "Evaluation")."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,21 @@ class Scores:
         )
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Successive positions that one pass scored.
+
+    Attributes:
+        positions: Places t of the last known token, counted from 0.
+        scores: Of the tokens behind each of them.
+        step: The pass; its last rows are those of `positions`.
+    """
+
+    positions: range
+    scores: Scores
+    step: Step
+
+
 def score_texts(session: Session, texts: Iterable[Sequence[int]]) -> Scores:
     """Score texts one after the other, each from an empty cache.
 
@@ -53,26 +68,71 @@ def score_texts(session: Session, texts: Iterable[Sequence[int]]) -> Scores:
         DynamoError: A text has tokens outside the vocabulary or too many of them.
         ValueError: A text is too short.
     """
-    return Scores.join([_score(session, list(text)) for text in texts])
+    return Scores.join([each.scores for text in texts for each in score_window(session, list(text))])
 
 
-def _score(session: Session, tokens: list[int]) -> Scores:
+def score_window(
+    session: Session, tokens: Sequence[int], begin: int = 0, first: int = 0, end: int | None = None
+) -> Iterator[Stretch]:
+    """Score a stretch of a text, given what stands before it in a window.
+
+    Args:
+        session: Of the bundle; its cache is emptied and used.
+        tokens: The whole text.
+        begin: Where the window begins: the model sees nothing before.
+        first: First position that is scored.
+        end: Behind the last position that is scored, and fed; None means the end of the text. What is predicted may
+            lie behind it, but not behind the text.
+
+    Raises:
+        DynamoError: The window has tokens outside the vocabulary or too many of them.
+        ValueError: The text is too short.
+    """
     n = session.bundle.n_tokens
     if len(tokens) <= n:
         raise ValueError(f"a text of {len(tokens)} tokens cannot be scored {n} tokens ahead")
+    end = len(tokens) - n if end is None else min(end, len(tokens) - n)
     session.cache.reset()
     if session.bundle.kind == "lookahead":
-        return _score_look_ahead(session, tokens)
+        yield from _score_look_ahead(session, tokens, begin, first, end)
+        return
     parts = session.bundle.n_heads + session.bundle.rank * n
     rows = max(1, _BYTES_AT_ONCE // (4 * session.bundle.vocab_size * parts))
-    positions = len(tokens) - n
-    found = []
-    for at in range(0, positions, rows):
-        end = min(at + rows, positions)
-        step = session.step(tokens[at:end], rows=0, head_rows=range(end - at))
-        targets = np.array([tokens[at + i : end + i] for i in range(1, n + 1)])
-        found.append(_score_joint(step, targets) if session.bundle.kind == "cp" else _score_heads(step, targets))
-    return Scores.join(found)
+    for at in range(begin, first, rows):
+        session.step(tokens[at : min(at + rows, first)], head_rows=())
+    for at in range(first, end, rows):
+        positions = range(at, min(at + rows, end))
+        step = session.step(tokens[at : positions.stop], rows=0, head_rows=range(len(positions)))
+        targets = np.array([tokens[at + i : positions.stop + i] for i in range(1, n + 1)])
+        score = _score_joint if session.bundle.kind == "cp" else _score_heads
+        yield Stretch(positions, score(step, targets), step)
+
+
+def score_base(session: Session, tokens: Sequence[int], first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Score a text by the first head alone, the base model's; further heads are not computed.
+
+    Args:
+        session: Of the bundle; its cache is emptied and used.
+        tokens: The text, longer by at most one token than the cache.
+        first: First position that is scored.
+
+    Returns:
+        -log p(x_{t+1} | x_{1:t}) in nats, and the most likely x_{t+1}, both [positions].
+
+    Raises:
+        DynamoError: The text has tokens outside the vocabulary or too many of them.
+    """
+    rows = max(1, _BYTES_AT_ONCE // (4 * session.bundle.vocab_size))
+    session.cache.reset()
+    for at in range(0, first, rows):
+        session.step(tokens[at : min(at + rows, first)], head_rows=())
+    nll, choices = [np.empty(0)], [np.empty(0, np.int64)]
+    for at in range(first, len(tokens) - 1, rows):
+        end = min(at + rows, len(tokens) - 1)
+        logits = session.step(tokens[at:end], rows=0, head_rows=()).logits()
+        nll.append(_nll(logits, np.array(tokens[at + 1 : end + 1])))
+        choices.append(logits.argmax(-1))
+    return np.concatenate(nll), np.concatenate(choices)
 
 
 def _score_heads(step: Step, targets: np.ndarray) -> Scores:
@@ -92,15 +152,19 @@ def _score_joint(step: Step, targets: np.ndarray) -> Scores:
     return Scores(nll, -_log_sum(log_w + found.sum(0)), choices)
 
 
-def _score_look_ahead(session: Session, tokens: list[int]) -> Scores:
+def _score_look_ahead(session: Session, tokens: Sequence[int], begin: int, first: int, end: int) -> Iterator[Stretch]:
     """Feeds the text in strides, each with the look-ahead tokens behind it, which are then dropped."""
-    n, found = session.bundle.n_tokens, []
-    for end in range(LOOK_AHEAD_STRIDE, len(tokens) - n + 1, LOOK_AHEAD_STRIDE):
-        logits = session.step([*tokens[session.cache.length : end], *session.bundle.look_ahead], rows=n).logits()
-        session.cache.rollback(end)
-        nll = _nll(logits, np.array(tokens[end : end + n]))[:, None]
-        found.append(Scores(nll, nll.sum(0), logits.argmax(-1)[:, None]))
-    return Scores.join(found)
+    n = session.bundle.n_tokens
+    for known in range(begin + LOOK_AHEAD_STRIDE, end + 1, LOOK_AHEAD_STRIDE):
+        position = known - 1  # its successors are what the pass predicts
+        if position < first:
+            continue
+        fed = [*tokens[begin + session.cache.length : known], *session.bundle.look_ahead]
+        step = session.step(fed, rows=n)
+        session.cache.rollback(known - begin)
+        logits = step.logits()
+        nll = _nll(logits, np.array(tokens[known : known + n]))[:, None]
+        yield Stretch(range(position, known), Scores(nll, nll.sum(0), logits.argmax(-1)[:, None]), step)
 
 
 def _log_sum(values: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from .bundle import Bundle
 from .drafters import make_drafter, propose
-from .dynamo import check_dynamo, sample_ngram
+from .dynamo import check_dynamo, emitted_length, sample_ngram
 from .errors import ParameterError
 from .parameters import SamplingParameters
 from .plan import Acceptances, Knowledge, Planner
@@ -204,18 +204,25 @@ class Dynamo:
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
         """Run Alg. 1 on the last row of every head."""
-        heads = [self._candidates(step, head, context) for head in self._heads]
+        heads = self._candidates(step, context, -1)
         ngram = sample_ngram(heads, context.seen, rng.random(), self._parameters, self._counts)
         return Turn(ngram.tokens, weighed=len(heads) - 1)
 
-    def _candidates(self, step: Step, head: int, context: Context) -> Candidates:
+    def length(self, step: Step, context: Context, row: int, following: int) -> int:
+        """How many tokens Alg. 1 emits between `context`, which ends with one row of a pass, and a `following` text."""
+        heads = self._candidates(step, context, row)
+        return emitted_length(heads, context.seen, following, self._parameters, self._counts)
+
+    def _candidates(self, step: Step, context: Context, row: int) -> list[Candidates]:
+        """f^1 … f^n of one row, truncated."""
+        return [truncate(*self._largest(step, head, context, row), self._parameters) for head in self._heads]
+
+    def _largest(self, step: Step, head: int, context: Context, row: int) -> tuple[np.ndarray, np.ndarray]:
         if self._full_rows:
-            logits = apply_processors(self._processors, context.tokens, step.logits(head)[-1])
-            logits, ids = sort_logits(logits, self._parameters.top_k)
-        else:
-            all_logits, all_ids = step.topk(head)
-            logits, ids = all_logits[-1], all_ids[-1]
-        return truncate(logits, ids, self._parameters)
+            logits = apply_processors(self._processors, context.tokens, step.logits(head)[row])
+            return sort_logits(logits, self._parameters.top_k)
+        logits, ids = step.topk(head)
+        return logits[row], ids[row]
 
 
 STRATEGIES: dict[str, type[Autoregressive] | type[Dynamo] | type[Speculative]] = {

@@ -24,6 +24,7 @@ class Options:
     otsu_zeros: bool = True
     normalize: bool = True
     premask_test: str = "sole"
+    first_token: str = "joint"
 
 
 class Counts:
@@ -141,6 +142,15 @@ def generate(logits, context: set[int], uniform: float, options: Options, counts
         longest = min(longest, len(counts.totals))
     if options.epsilon_b == 1:
         longest = 1
+    if options.first_token == "base":
+        ids, probabilities = heads[0]
+        f = np.array([p / options.penalty if int(x) in context else p for x, p in zip(ids, probabilities, strict=True)])
+        f /= f.sum()
+        below = np.concatenate(([0.0], np.cumsum(f)))
+        i = int(np.argmax(f)) if options.temperature == 0 else int(np.sum(below[1:] <= uniform))
+        i = min(i, len(f) - 1)
+        uniform = min(max((uniform - below[i]) / f[i], 0.0), 1 - 2**-53)
+        heads[0] = ids[i : i + 1], np.ones(1)
     for n in range(longest, 1, -1):
         J = joint(heads[:n], context, options, counts)
         if J is not None:
