@@ -1,0 +1,1 @@
+"""What speed costs in quality, measured on the bundle that ships (DynaMo, section "Evaluation")."""

@@ -1,0 +1,138 @@
+"""Two results files side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dynamo_runtime.profiling.profile import Interval
+from dynamo_runtime.profiling.tables import Table
+
+from .errors import EvaluationError
+from .perplexity_tables import Figures, change, figures
+from .results import Results
+from .settings import PLAIN
+from .statistics import Draws, Quotient, interval
+from .summary import AXES, MEASURES, SPEED, TOKENS_PER_PASS, Cells
+
+_NOT_COMPARED = {"dynamo_eval", "command", "texts", "settings", "documents"}
+
+
+def compare(a: Results, b: Results) -> list[Table]:
+    """What differs between two runs: what they were run on, and every figure that both have.
+
+    Raises:
+        EvaluationError: They are not of one kind, or have nothing in common.
+    """
+    kinds = [("texts" in each.header and "settings" in each.header) for each in (a, b)]
+    if kinds[0] != kinds[1]:
+        raise EvaluationError(f"{a.path} and {b.path} hold results of different commands")
+    found = [_conditions(a.header, b.header), *(_generations(a, b) if kinds[0] else _perplexities(a, b))]
+    return [table for table in found if table.rows]
+
+
+def _conditions(a: Mapping[str, Any], b: Mapping[str, Any]) -> Table:
+    flat_a, flat_b = _flat(a), _flat(b)
+    rows = [
+        [name, str(flat_a.get(name, "")), str(flat_b.get(name, ""))]
+        for name in dict.fromkeys([*flat_a, *flat_b])
+        if flat_a.get(name) != flat_b.get(name)
+    ]
+    return Table("What differs", ["", "A", "B"], rows, cell_width=40)
+
+
+def _flat(header: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in header.items():
+        if prefix or name not in _NOT_COMPARED:
+            found |= _flat(value, f"{prefix}{name} ") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def _generations(a: Results, b: Results) -> list[Table]:
+    """Every figure of the settings that both have, over the prompts that both have finished at as many seeds."""
+    cells = Cells(a), Cells(b)
+    names = [name for name in cells[0].settings if name in cells[1].settings]
+    same = a.header["prompts"]["sha256"] == b.header["prompts"]["sha256"]
+    if same:
+        units = [unit for unit in cells[0].units if unit in cells[1].units]
+        if not units:
+            raise EvaluationError(f"{a.path} and {b.path} have finished no prompt in common")
+        for each in cells:
+            each.units = units
+    if not names:
+        raise EvaluationError(f"{a.path} and {b.path} have no setting in common")
+    draws = [Draws.make(len(each.units), each.seeds) for each in cells]
+    quotients = [{name: each.quotients(name) for name in names} for each in cells]
+    rows = []
+    for name in names:
+        found = [each[name] for each in quotients]
+        shared = [figure for figure in (TOKENS_PER_PASS, SPEED, *MEASURES) if all(figure in each for each in found)]
+        rows.append([name])
+        for figure in shared:
+            of_plain = [each.get(PLAIN, {}).get(SPEED) if figure == SPEED else None for each in quotients]
+            values = [_relative(each[figure], plain) for each, plain in zip(found, of_plain, strict=True)]
+            replicates = [
+                _replicates(each[figure], plain, draw) for each, plain, draw in zip(found, of_plain, draws, strict=True)
+            ]
+            difference = interval(values[1] - values[0], replicates[1] - replicates[0])
+            label = (AXES | MEASURES)[figure]
+            rows.append([label, f"{values[0]:.3f}", f"{values[1]:.3f}", _signed(difference)])
+    how = "paired" if same else "of different prompts, so not paired"
+    return [Table(f"Figures ({how})", ["", "A", "B", "B − A"], rows, cell_width=30)]
+
+
+def _relative(figure: Quotient, plain: Quotient | None) -> float:
+    return figure.value / (1.0 if plain is None else plain.value)
+
+
+def _replicates(figure: Quotient, plain: Quotient | None, draws: Draws) -> Any:
+    replicates = figure.replicates(draws)
+    return replicates if plain is None else replicates / plain.replicates(draws)
+
+
+def _perplexities(a: Results, b: Results) -> list[Table]:
+    """Every perplexity of the bundles of A over those of B, in the order they were given, over common documents."""
+    documents = [name for name in figures(a)[0].documents if name in figures(b)[0].documents]
+    if not documents:
+        raise EvaluationError(f"{a.path} and {b.path} have no text in common")
+    rows = []
+    for first, second in zip(figures(a, documents), figures(b, documents), strict=False):
+        rows.append([_title(first, second)])
+        for name, log in first.log_perplexities.items():
+            if name in second.log_perplexities:
+                other = second.log_perplexities[name]
+                if (log.bottom != other.bottom).any():
+                    raise EvaluationError(
+                        f"{a.path} and {b.path} score different positions: windows, and tokens ahead, must be the same"
+                    )
+                rows.append([name, _perplexity(log), _perplexity(other), _ratio(change(other, log))])
+        for threshold, (log, speed) in first.dynamic.items():
+            if threshold in second.dynamic:
+                other, other_speed = second.dynamic[threshold]
+                rows.append(
+                    [f"PPL_d, ε_b {threshold}", _perplexity(log), _perplexity(other), _ratio(change(other, log))]
+                )
+                ratio = other_speed.value / speed.value
+                cells = [f"{speed.value:.3f}", f"{other_speed.value:.3f}", f"{ratio:.4f}"]
+                rows.append([f"tokens per pass, ε_b {threshold}", *cells])
+    return [Table(f"Figures, over {len(documents)} texts", ["", "A", "B", "B ÷ A"], rows, cell_width=30)]
+
+
+def _title(a: Figures, b: Figures) -> str:
+    names = list(dict.fromkeys([a.bundle["name"], b.bundle["name"]]))
+    return " against ".join(names)
+
+
+def _perplexity(log: Quotient) -> str:
+    from math import exp
+
+    return f"{exp(log.value):.3f}"
+
+
+def _ratio(value: Interval) -> str:
+    return f"{value.value:.4f} [{value.low:.4f}, {value.high:.4f}]"
+
+
+def _signed(value: Interval) -> str:
+    return f"{value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"

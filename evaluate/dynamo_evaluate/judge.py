@@ -1,0 +1,197 @@
+"""A strong language model as judge, behind any endpoint of OpenAI's protocol (DynaMo, section "Evaluation")."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from .errors import EvaluationError
+from .generate import GENERATION
+from .results import Record, Results
+from .settings import PLAIN
+from .summary import PAIR, SCORE
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+_NO_KEY = "none"  # servers on one's own machine ask for none, the client for something
+_MOST_TOKENS = 512
+
+_SINGLE = """Below are the beginning of a text and a continuation that a language model wrote for it.
+Grade the continuation. Consider whether it fits the beginning, makes sense, is correct where that can be told, and neither repeats itself nor \
+breaks off its thought before its end (being cut off at the very end does not matter).
+Give one sentence of reasons, and then a grade from 1 (useless) to 10 (excellent) in the form [[grade]], like [[5]].
+
+### Beginning
+{prompt}
+
+### Continuation
+{answer}
+"""  # noqa: E501
+_PAIR = """Below are the beginning of a text and two continuations, A and B, that language models wrote for it.
+Say which is better. Consider whether they fit the beginning, make sense, are correct where that can be told, and neither repeat themselves \
+nor break off a thought before their end (being cut off at the very end does not matter). Do not let their order or \
+their length sway you.
+Give one sentence of reasons, and then [[A]] if A is better, [[B]] if B is better, or [[C]] if neither is.
+
+### Beginning
+{prompt}
+
+### Continuation A
+{a}
+
+### Continuation B
+{b}
+"""  # noqa: E501
+_GRADE = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
+_CHOICE = re.compile(r"\[\[\s*([ABC])\s*\]\]")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question to the judge.
+
+    Attributes:
+        kind: "score" or "pair".
+        place: Setting, prompt, turn and seed.
+        question: What it is asked.
+        plain_first: Whether plain's text is A.
+    """
+
+    kind: str
+    place: Mapping[str, Any]
+    question: str
+    plain_first: bool = False
+
+
+class Judge:
+    """A model behind an endpoint."""
+
+    def __init__(self, endpoint: str | None, model: str, key_variable: str = KEY_VARIABLE):
+        """Connect to nothing yet.
+
+        Args:
+            endpoint: Base URL, usually ending in /v1; None means OpenAI's own.
+            model: Its name there.
+            key_variable: Environment variable that holds the key.
+
+        Raises:
+            EvaluationError: The client library is not there, or there is no key for OpenAI's own endpoint.
+        """
+        try:
+            import openai
+        except ImportError:
+            raise EvaluationError("a judge needs the client library: pip install 'dynamo-edge[eval]'") from None
+        key = os.environ.get(key_variable)
+        if endpoint is None and not key:
+            raise EvaluationError(f"there is no key in the environment variable {key_variable}")
+        self.model, self._errors = model, openai.OpenAIError
+        self._client = openai.OpenAI(base_url=endpoint, api_key=key or _NO_KEY, max_retries=4)
+
+    def ask(self, question: str) -> str:
+        """Its answer.
+
+        Raises:
+            EvaluationError: It gave none.
+        """
+        messages: Any = [{"role": "user", "content": question}]
+        try:
+            answer = self._client.chat.completions.create(
+                model=self.model, messages=messages, temperature=0, max_tokens=_MOST_TOKENS
+            )
+            return answer.choices[0].message.content or ""
+        except (self._errors, AttributeError, IndexError, TypeError, ValueError) as error:
+            raise EvaluationError(f"the judge does not answer: {error}") from error
+
+
+def judge(
+    results: Results, model: Judge, kinds: Iterable[str], settings: Iterable[str], limit: int | None, at_once: int
+) -> int:
+    """Ask about everything that was not asked yet.
+
+    Args:
+        results: Of generations; they grow by an answer a question.
+        model: Whom to ask.
+        kinds: "score": every text of the settings and of plain is graded from 1 to 10. "pair": every text is put beside
+            plain's at the same seed, in random order; equal texts are a tie without asking.
+        settings: Names of those that are judged.
+        limit: Of the prompts the first so many; None means all.
+        at_once: Questions under way at the same time.
+
+    Returns:
+        How many answers of all could not be read.
+
+    Raises:
+        EvaluationError: The judge does not answer, or another one has judged these results.
+    """
+    judges = {record["judge"] for kind in (SCORE, PAIR) for record in results.of(kind)} - {model.model}
+    if judges:
+        raise EvaluationError(f"{results.path} was judged by {judges.pop()}: judge a copy of it, two do not mix")
+    tasks = []
+    for task in _tasks(results, set(kinds), set(settings), limit):
+        if task.question:
+            tasks.append(task)
+        else:
+            results.append({"kind": PAIR, **task.place, "verdict": "tie", "plain_first": False, "judge": model.model})
+    with ThreadPoolExecutor(at_once) as pool:
+        asked = {pool.submit(model.ask, task.question): task for task in tasks}
+        try:
+            for answer in tqdm(as_completed(asked), total=len(asked), desc="questions", disable=None):
+                results.append(_record(asked[answer], answer.result()) | {"judge": model.model})
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    said = [record["score"] for record in results.of(SCORE)] + [record["verdict"] for record in results.of(PAIR)]
+    return said.count(None)
+
+
+def read_grade(answer: str) -> float | None:
+    """The last grade in an answer, if there is one from 1 to 10."""
+    found = _GRADE.findall(answer)
+    return float(found[-1]) if found and 1 <= float(found[-1]) <= 10 else None
+
+
+def read_choice(answer: str, plain_first: bool) -> str | None:
+    """The last choice in an answer, as what it says of the setting: "win", "tie" or "lose"."""
+    found = _CHOICE.findall(answer)
+    if not found:
+        return None
+    if found[-1] == "C":
+        return "tie"
+    return "win" if (found[-1] == "B") == plain_first else "lose"
+
+
+def _tasks(results: Results, kinds: set[str], settings: set[str], limit: int | None) -> Iterable[Task]:
+    """Questions that have no answer yet; one without a text is a tie."""
+    done = {(record["kind"], *_place(record).values()) for kind in (SCORE, PAIR) for record in results.of(kind)}
+    prompts = {text["id"]: text["turns"] for text in results.header["texts"][:limit]}
+    texts = {tuple(_place(record).values()): record["text"] for record in results.of(GENERATION)}
+    for record in results.of(GENERATION):
+        place, name = _place(record), record["setting"]
+        if record["prompt"] not in prompts or name not in settings | {PLAIN}:
+            continue
+        prompt, answer = prompts[record["prompt"]][record["turn"]], record["text"]
+        if SCORE in kinds and (SCORE, *place.values()) not in done:
+            yield Task(SCORE, place, _SINGLE.format(prompt=prompt, answer=answer))
+        against = texts.get(tuple((place | {"setting": PLAIN}).values()))
+        if PAIR in kinds and name != PLAIN and against is not None and (PAIR, *place.values()) not in done:
+            plain_first = random.Random(repr(place)).random() < 0.5
+            a, b = (against, answer) if plain_first else (answer, against)
+            question = "" if a == b else _PAIR.format(prompt=prompt, a=a, b=b)
+            yield Task(PAIR, place, question, plain_first)
+
+
+def _place(record: Record) -> dict[str, Any]:
+    return {name: record[name] for name in ("setting", "prompt", "turn", "seed")}
+
+
+def _record(task: Task, answer: str) -> Record:
+    record: Record = {"kind": task.kind, **task.place}
+    if task.kind == SCORE:
+        return record | {"score": read_grade(answer)}
+    return record | {"verdict": read_choice(answer, task.plain_first), "plain_first": task.plain_first}

@@ -1,0 +1,182 @@
+"""Multi-token perplexity of a bundle on real text (DynaMo, section "Evaluation")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dynamo_runtime.bundle import Bundle
+from dynamo_runtime.corpus import Document
+from dynamo_runtime.parameters import resolve_parameters
+from dynamo_runtime.sampling import Context
+from dynamo_runtime.scoring import LOOK_AHEAD_STRIDE, Stretch, score_window
+from dynamo_runtime.session import Session
+from dynamo_runtime.strategies import Dynamo
+
+from .errors import EvaluationError
+from .results import Record, Results
+
+DOCUMENT = "document"
+
+
+@dataclass(frozen=True)
+class Window:
+    """Positions `first` … `end` - 1 of a text, scored by a model that sees it from `begin` on."""
+
+    begin: int
+    first: int
+    end: int
+
+
+def windows(length: int, size: int, stride: int) -> Iterator[Window]:
+    """Windows over a text of some positions, such that each is scored once, behind at least size - stride others.
+
+    Args:
+        length: Positions of the text.
+        size: Of a window.
+        stride: By how much the next begins later, 1 … size.
+    """
+    begin = first = 0
+    while first < length:
+        yield Window(begin, first, min(begin + size, length))
+        first, begin = begin + size, begin + stride
+
+
+@dataclass
+class Walk:
+    """One way through a text, as Alg. 1 would have gone at one ε_b had it written this very text.
+
+    Every pass predicts the n tokens behind it, n by the back-off rule, and the next stands behind those. Mask and
+    thresholds choose n alone; the likelihood is that of the heads themselves, or it would be 0 for any n-gram that was
+    never counted.
+
+    Attributes:
+        strategy: Alg. 1 with its ε_b.
+        position: Where the next pass stands.
+        passes: So far.
+        tokens: They predicted.
+        nll: -log Π f^i of those, in nats.
+    """
+
+    strategy: Dynamo
+    position: int = 0
+    passes: int = 0
+    tokens: int = 0
+    nll: float = 0.0
+
+    def follow(self, stretch: Stretch, tokens: Sequence[int], begin: int, vocab_size: int) -> None:
+        """Take the passes that stand in a stretch of the text, which the model sees from `begin` on."""
+        while self.position in stretch.positions:
+            row = self.position - stretch.positions.start
+            known = Context(tokens[begin : self.position + 1], vocab_size)
+            n = self.strategy.length(stretch.step, known, row, tokens[self.position + 1])
+            self.nll += float(stretch.scores.nll[:n, row].sum())
+            self.passes += 1
+            self.tokens += n
+            self.position += n
+
+
+def score_document(
+    session: Session,
+    tokens: Sequence[int],
+    *,
+    size: int,
+    stride: int,
+    thresholds: Sequence[float] = (),
+    sampling: Mapping[str, Any] | None = None,
+) -> Record:
+    """Sums from which `Perplexities` are made.
+
+    Args:
+        session: Of the bundle.
+        tokens: The text.
+        size: Positions of a window.
+        stride: See `windows`.
+        thresholds: ε_b of the dynamic perplexities; there are none without parallel heads.
+        sampling: What else Alg. 1 is to do; the bundle's defaults where it says nothing.
+
+    Returns:
+        "positions" scored, "nll" of every token ahead, "joint" nll of all, and "dynamic": by ε_b, "passes", "tokens"
+        and "nll".
+
+    Raises:
+        DynamoError: The text has tokens outside the vocabulary, or a parameter does not fit.
+        ValueError: The text is too short.
+    """
+    bundle = session.bundle
+    walks = {f"{e:g}": Walk(dynamo(bundle, e, sampling or {})) for e in thresholds if bundle.kind == "parallel"}
+    nll, joint, positions = np.zeros(bundle.n_tokens), 0.0, 0
+    for window in windows(len(tokens) - bundle.n_tokens, size, stride):
+        for stretch in score_window(session, tokens, window.begin, window.first, window.end):
+            nll += stretch.scores.nll.sum(1)
+            joint += float(stretch.scores.joint.sum())
+            positions += len(stretch.positions)
+            for walk in walks.values():
+                walk.follow(stretch, tokens, window.begin, bundle.vocab_size)
+    return {
+        "positions": positions,
+        "nll": nll.tolist(),
+        "joint": joint,
+        "dynamic": {
+            threshold: {"passes": walk.passes, "tokens": walk.tokens, "nll": walk.nll}
+            for threshold, walk in walks.items()
+        },
+    }
+
+
+def run(
+    results: Results,
+    sessions: Sequence[Session],
+    documents: Sequence[Document],
+    limit_tokens: int | None,
+    size: int,
+    stride: int,
+    thresholds: Sequence[float],
+    sampling: Mapping[str, Any],
+) -> None:
+    """Score what is not scored yet; `results` grow by a record for every bundle and text.
+
+    Raises:
+        EvaluationError: No text is long enough.
+    """
+    done = results.done(DOCUMENT, lambda record: (record["bundle"], record["document"]))
+    for document in tqdm(documents, desc="texts", disable=None):
+        for number, session in enumerate(sessions):
+            tokens = session.bundle.tokenizer.encode(document.text).ids[:limit_tokens]
+            # A look-ahead bundle scores only some positions.
+            if (number, document.name) in done or len(tokens) <= session.bundle.n_tokens + LOOK_AHEAD_STRIDE:
+                continue
+            sums = score_document(session, tokens, size=size, stride=stride, thresholds=thresholds, sampling=sampling)
+            results.append({"kind": DOCUMENT, "bundle": number, "document": document.name, **sums})
+    if not results.records:
+        raise EvaluationError("no text is long enough to be scored")
+
+
+def window_size(session: Session, size: int | None, stride: int | None) -> tuple[int, int]:
+    """Size and stride of the windows: by default the whole context, and half of it.
+
+    Raises:
+        EvaluationError: They do not fit the context, or each other.
+    """
+    most = session.max_length - len(session.bundle.look_ahead)
+    size = most if size is None else size
+    stride = max(1, size // 2) if stride is None else stride
+    if not 1 <= size <= most:
+        raise EvaluationError(f"a window must have 1 to {most} tokens in this bundle, not {size}")
+    if not 1 <= stride <= size:
+        raise EvaluationError(f"the stride must be from 1 to the window's {size} tokens, not {stride}")
+    return size, stride
+
+
+def dynamo(bundle: Bundle, threshold: float, sampling: Mapping[str, Any]) -> Dynamo:
+    """Alg. 1 at one ε_b, the bundle's defaults where `sampling` says nothing.
+
+    Raises:
+        ParameterError: The parameters do not fit the bundle.
+    """
+    given = {**sampling, "backoff_threshold": threshold}
+    return Dynamo(bundle, resolve_parameters(bundle.sampling, given, has_counts=bundle.has_cooccurrence))

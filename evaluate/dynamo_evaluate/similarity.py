@@ -1,0 +1,136 @@
+"""MAUVE: how much the texts of a setting look like plain decoding's, as a whole (Pillutla et al., NeurIPS 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dynamo_runtime.bundle import MANIFEST
+from dynamo_runtime.session import PENULTIMATE, Session
+
+from .errors import EvaluationError
+from .generate import GENERATION
+from .results import Results
+from .settings import PLAIN
+from .summary import MAUVE, Cells
+
+Features = Callable[[str], np.ndarray]
+"""A text's features, [size]."""
+
+
+def features_of(source: str, backend: dict[str, Any]) -> Features:
+    """Features of the last token of a text.
+
+    Args:
+        source: A bundle with parallel or joint heads, whose penultimate states are taken (the input of the last
+            layer), or a folder of a Hugging Face model, whose last hidden states are taken; then torch is needed.
+        backend: Of the bundle.
+
+    Raises:
+        DynamoError: It is neither, or does not load.
+    """
+    path = Path(source)
+    if (path / MANIFEST).is_file() or path.suffix == ".onnx":
+        return _bundle_features(path, backend)
+    if (path / "config.json").is_file():
+        return _model_features(path)
+    raise EvaluationError(f"{source} is neither a bundle nor a folder of a Hugging Face model")
+
+
+def _bundle_features(path: Path, backend: dict[str, Any]) -> Features:
+    from dynamo_runtime.bundle import load_bundle
+
+    bundle = load_bundle(path)
+    session = Session(bundle, **backend)
+    if not session.skips_heads:
+        raise EvaluationError(
+            f"{path} puts out no states ({PENULTIMATE}): give a bundle with heads, or a model's folder"
+        )
+
+    def features(text: str) -> np.ndarray:
+        tokens = bundle.tokenizer.encode(text).ids[-session.max_length :]
+        session.cache.reset()
+        session.step(tokens, head_rows=())
+        state: np.ndarray = session.cache.skipped[-1][-1]
+        return state.astype(np.float32)
+
+    return features
+
+
+def _model_features(path: Path) -> Features:
+    try:
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError:
+        raise EvaluationError(
+            "features of a model's folder need torch and transformers: pip install 'dynamo-edge[export]'"
+        ) from None
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
+    most = getattr(model.config, "max_position_embeddings", None)
+
+    def features(text: str) -> np.ndarray:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.inference_mode():
+            states = model(ids[:, -most:] if most else ids).last_hidden_state
+        state: np.ndarray = states[0, -1].float().numpy()
+        return state
+
+    return features
+
+
+def mauve_score(texts: np.ndarray, reference: np.ndarray) -> float:
+    """MAUVE of two sets of features, both [texts, size], by the authors' library; 1 is no difference to be seen.
+
+    Raises:
+        EvaluationError: The library is not there.
+    """
+    try:
+        from mauve import compute_mauve
+    except ImportError:
+        raise EvaluationError("MAUVE needs its library: pip install 'dynamo-edge[mauve]'") from None
+    return float(compute_mauve(p_features=texts, q_features=reference, verbose=False).mauve)
+
+
+def judge(results: Results, features: Features) -> None:
+    """Add MAUVE of every setting and seed: its texts at this seed against plain decoding's at all other seeds.
+
+    Plain decoding itself is judged in the same way, so what it reaches is what "no difference" looks like with so few
+    texts.
+
+    Args:
+        results: Of generations; they grow by a record for every setting and seed that has none.
+        features: Of prompt and continuation together.
+
+    Raises:
+        EvaluationError: The library is not there.
+    """
+    cells = Cells(results)
+    done = results.done(MAUVE, lambda record: (record["setting"], record["seed"]))
+    wanted = [(name, seed) for name in cells.settings for seed in range(cells.seeds) if (name, seed) not in done]
+    if not wanted:
+        return
+    prompts = {text["id"]: text["turns"] for text in results.header["texts"]}
+    units = set(cells.units)
+    needed = {PLAIN, *(name for name, _ in wanted)}
+    texts = {
+        (record["setting"], record["seed"], record["prompt"], record["turn"]): (
+            prompts[record["prompt"]][record["turn"]] + record["text"]
+        )
+        for record in results.of(GENERATION)
+        if record["setting"] in needed and (record["prompt"], record["turn"]) in units
+    }
+    known: dict[str, np.ndarray] = {}
+    for text in tqdm(sorted(set(texts.values())), desc="features", disable=None):
+        known[text] = features(text)
+
+    def at(setting: str, seeds: Sequence[int]) -> np.ndarray:
+        return np.stack([known[texts[(setting, seed, *unit)]] for seed in seeds for unit in cells.units])
+
+    for name, seed in tqdm(wanted, desc="MAUVE", disable=None):
+        others = [other for other in range(cells.seeds) if other != seed]
+        value = mauve_score(at(name, [seed]), at(PLAIN, others))
+        results.append({"kind": MAUVE, "setting": name, "seed": seed, "value": round(value, 6)})

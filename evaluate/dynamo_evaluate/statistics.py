@@ -1,0 +1,199 @@
+"""Estimates with 95 % intervals, the curve through them, and how far it stays inside plain decoding's own spread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.polynomial import Polynomial
+from scipy import stats
+
+from dynamo_runtime.profiling.profile import Interval
+
+RESAMPLES = 1000
+LEVEL = 0.95
+GRID = 401  # places at which a curve is looked at
+
+
+@dataclass(frozen=True)
+class Quotient:
+    """A figure that is a sum over a sum, such as tokens per pass or the mean of a measure.
+
+    Attributes:
+        top: [seeds, prompts].
+        bottom: [seeds, prompts]; 0 where a text has no say.
+    """
+
+    top: np.ndarray
+    bottom: np.ndarray
+
+    @classmethod
+    def mean(cls, values: np.ndarray) -> Quotient:
+        """The mean of values [seeds, prompts], those that are not numbers left out."""
+        known = np.isfinite(values)
+        return cls(np.where(known, values, 0.0), known.astype(float))
+
+    @property
+    def value(self) -> float:
+        """Over everything."""
+        return float(_divide(self.top.sum(), self.bottom.sum()))
+
+    def by_seed(self) -> np.ndarray:
+        """Of every seed, [seeds]."""
+        return _divide(self.top.sum(1), self.bottom.sum(1))
+
+    def replicates(self, draws: Draws) -> np.ndarray:
+        """Bootstrap replicates, [resamples]."""
+        prompts, seeds = draws.prompts, draws.seeds
+        if self.top.shape[1] == 1:  # only seeds are there to be resampled
+            return _divide(seeds @ self.top[:, 0], seeds @ self.bottom[:, 0])
+        return _divide(prompts @ self.top.sum(0), prompts @ self.bottom.sum(0))
+
+    def replicates_by_seed(self, draws: Draws) -> np.ndarray:
+        """The same of every seed, [resamples, seeds]."""
+        if self.top.shape[1] == 1:
+            return np.broadcast_to(self.by_seed(), (len(draws.seeds), len(self.top)))
+        return _divide(draws.prompts @ self.top.T, draws.prompts @ self.bottom.T)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How often every prompt, and every seed, is in each bootstrap sample; the same samples serve all figures.
+
+    Attributes:
+        prompts: [resamples, prompts].
+        seeds: [resamples, seeds].
+    """
+
+    prompts: np.ndarray
+    seeds: np.ndarray
+
+    @classmethod
+    def make(cls, prompts: int, seeds: int, resamples: int = RESAMPLES) -> Draws:
+        """Samples with replacement, the same on every call."""
+        rng = np.random.default_rng(0)
+
+        def counts(n: int) -> np.ndarray:
+            return rng.multinomial(n, np.full(n, 1 / n), resamples).astype(float)
+
+        return cls(counts(prompts), counts(seeds))
+
+
+def interval(value: float, replicates: np.ndarray) -> Interval:
+    """An estimate with the percentile interval of its replicates; no width where there are none."""
+    known = replicates[np.isfinite(replicates)]
+    if len(known) == 0:
+        return Interval(value, value, value)
+    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(value, float(low), float(high))
+
+
+def spread(by_seed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the mean over the prompts at one more seed would lie: the 95 % prediction interval of Student's t.
+
+    Args:
+        by_seed: Means over the prompts, [..., seeds >= 2].
+
+    Returns:
+        Its ends, each [...].
+    """
+    count = by_seed.shape[-1]
+    t = stats.t.ppf((1 + LEVEL) / 2, count - 1)
+    reach = t * by_seed.std(axis=-1, ddof=1) * np.sqrt(1 + 1 / count)
+    middle = by_seed.mean(axis=-1)
+    return middle - reach, middle + reach
+
+
+def fit(x: np.ndarray, y: np.ndarray, degree: int) -> Polynomial:
+    """The least-squares polynomial, of a lower degree where the points do not determine it."""
+    return Polynomial.fit(x, y, max(0, min(degree, len(np.unique(x)) - 1)))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Quality against speed: a regression through the settings, and where it is as good as plain.
+
+    Attributes:
+        polynomial: The fit.
+        places: Speeds at which it was looked at, [GRID], from the slowest setting to the fastest.
+        fitted: The fit there.
+        low: Lower end of its 95 % band.
+        high: Upper end.
+        inside: Whether it is plain's quality there.
+        inside_replicates: The same of every bootstrap replicate, [resamples, GRID].
+    """
+
+    polynomial: Polynomial
+    places: np.ndarray
+    fitted: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    inside: np.ndarray
+    inside_replicates: np.ndarray
+
+
+def trace(
+    x: np.ndarray,
+    y: np.ndarray,
+    x_replicates: np.ndarray,
+    y_replicates: np.ndarray,
+    plain: tuple[float, float],
+    plain_replicates: tuple[np.ndarray, np.ndarray],
+    degree: int,
+) -> Curve:
+    """Fit quality against speed.
+
+    Args:
+        x: Speed-up of every setting, [settings].
+        y: Its quality.
+        x_replicates: Bootstrap replicates of both, [resamples, settings]. The band comes from curves fitted to these,
+            so settings that share their prompts are not taken for independent.
+        y_replicates: See there.
+        plain: What counts as plain's quality: lower and upper end.
+        plain_replicates: The same of every replicate, each [resamples].
+        degree: Of the polynomial.
+    """
+    polynomial = fit(x, y, degree)
+    places = np.linspace(x.min(), x.max(), GRID)
+    fitted = polynomial(places)
+    low, high = plain
+    fits, inside = np.full((len(x_replicates), GRID), np.nan), np.zeros((len(x_replicates), GRID), bool)
+    for i, (xs, ys) in enumerate(zip(x_replicates, y_replicates, strict=True)):
+        if np.isfinite(xs).all() and np.isfinite(ys).all():
+            fits[i] = fit(xs, ys, degree)(places)
+            within = (fits[i] >= plain_replicates[0][i]) & (fits[i] <= plain_replicates[1][i])
+            inside[i] = within & (places >= xs.min()) & (places <= xs.max())
+    band = np.nanquantile(fits, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return Curve(polynomial, places, fitted, band[0], band[1], (fitted >= low) & (fitted <= high), inside)
+
+
+@dataclass(frozen=True)
+class SameQuality:
+    """The same-quality speed-up: the largest speed at which quality is plain's.
+
+    Attributes:
+        speed: With its 95 % interval over the replicates in which there is one; NaN if there is none.
+        share: Share of the replicates in which there is one.
+    """
+
+    speed: Interval
+    share: float
+
+
+def same_quality(curves: Sequence[Curve]) -> SameQuality:
+    """The largest speed at which every one of some curves, over the same settings, is inside plain's quality."""
+    places = curves[0].places
+    inside = np.all([curve.inside for curve in curves], axis=0)
+    replicates = np.array([_last(places, row) for row in np.all([c.inside_replicates for c in curves], axis=0)])
+    return SameQuality(interval(_last(places, inside), replicates), float(np.isfinite(replicates).mean()))
+
+
+def _last(places: np.ndarray, inside: np.ndarray) -> float:
+    return float(places[np.flatnonzero(inside)[-1]]) if inside.any() else float("nan")
+
+
+def _divide(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+    """The quotient; NaN for nothing over nothing."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(top / bottom)
