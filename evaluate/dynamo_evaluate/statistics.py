@@ -13,6 +13,7 @@ from dynamo_runtime.profiling.profile import Interval
 
 RESAMPLES = 1000
 LEVEL = 0.95
+ROUNDING = 1e-9
 GRID = 401  # places at which a curve is looked at
 
 
@@ -157,15 +158,14 @@ def trace(
     polynomial = fit(x, y, degree)
     places = np.linspace(x.min(), x.max(), GRID)
     fitted = polynomial(places)
-    low, high = plain
-    fits, inside = np.full((len(x_replicates), GRID), np.nan), np.zeros((len(x_replicates), GRID), bool)
-    for i, (xs, ys) in enumerate(zip(x_replicates, y_replicates, strict=True)):
-        if np.isfinite(xs).all() and np.isfinite(ys).all():
-            fits[i] = fit(xs, ys, degree)(places)
-            within = (fits[i] >= plain_replicates[0][i]) & (fits[i] <= plain_replicates[1][i])
-            inside[i] = within & (places >= xs.min()) & (places <= xs.max())
+    known = np.isfinite(x_replicates).all(1) & np.isfinite(y_replicates).all(1)
+    fits = np.full((len(x_replicates), GRID), np.nan)
+    fits[known] = _fit_all(x_replicates[known], y_replicates[known], polynomial.degree(), places)
+    low, high = (ends[:, None] for ends in plain_replicates)
+    begin, end = x_replicates.min(1, keepdims=True), x_replicates.max(1, keepdims=True)
+    inside = _between(fits, low, high) & _between(places, begin, end)
     band = np.nanquantile(fits, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return Curve(polynomial, places, fitted, band[0], band[1], (fitted >= low) & (fitted <= high), inside)
+    return Curve(polynomial, places, fitted, band[0], band[1], _between(fitted, *plain), inside)
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,33 @@ def same_quality(curves: Sequence[Curve]) -> SameQuality:
     inside = np.all([curve.inside for curve in curves], axis=0)
     replicates = np.array([_last(places, row) for row in np.all([c.inside_replicates for c in curves], axis=0)])
     return SameQuality(interval(_last(places, inside), replicates), float(np.isfinite(replicates).mean()))
+
+
+def _fit_all(x: np.ndarray, y: np.ndarray, degree: int, places: np.ndarray) -> np.ndarray:
+    """`fit` of many sets of points at once, looked at in some places.
+
+    Args:
+        x: [sets, points].
+        y: [sets, points].
+        degree: Of the polynomials.
+        places: [GRID].
+
+    Returns:
+        [sets, GRID].
+    """
+    low, high = x.min(1, keepdims=True), x.max(1, keepdims=True)
+    middle, half = (low + high) / 2, np.maximum((high - low) / 2, np.finfo(float).tiny)
+    powers = np.arange(degree + 1)
+    coefficients = np.linalg.pinv(((x - middle) / half)[..., None] ** powers) @ y[..., None]
+    fitted: np.ndarray = ((((places - middle) / half)[..., None] ** powers) @ coefficients)[..., 0]
+    return fitted
+
+
+def _between(values: np.ndarray, low: float | np.ndarray, high: float | np.ndarray) -> np.ndarray:
+    """Whether values lie in [low, high], rounding aside; NaN does not."""
+    below, above = ROUNDING * (1 + np.abs(low)), ROUNDING * (1 + np.abs(high))
+    inside: np.ndarray = (values >= low - below) & (values <= high + above)
+    return inside
 
 
 def _last(places: np.ndarray, inside: np.ndarray) -> float:

@@ -1,0 +1,186 @@
+"""A language model as judge, behind a server of our own that speaks OpenAI's protocol."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import made_up
+import pytest
+
+from dynamo_evaluate.cli import main
+from dynamo_evaluate.errors import EvaluationError
+from dynamo_evaluate.judge import Judge, judge, read_choice, read_grade
+from dynamo_evaluate.results import Results
+from dynamo_evaluate.settings import PLAIN
+from dynamo_evaluate.summary import summarize
+
+KEY = "sk-very-secret"
+FAST = "dynamo, ε_b 0.5"
+
+
+class Server(ThreadingHTTPServer):
+    """Grades texts of plain 8 and others 5, and prefers plain's at seed 0, the other at seed 1, neither at seed 2."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.questions: list[str] = []
+        self.keys: set[str] = set()
+        self.fail_after = 10**9
+        self.mute = False
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def answer(self, question: str) -> str:
+        if self.mute:
+            return "I would rather not say."
+        if "### Continuation A" not in question:
+            return f"Reasons, not [[11]]. [[{8 if 'plain says' in question else 5}]]"
+        a = question.split("### Continuation A")[1].split("### Continuation B")[0]
+        seed = int(question.strip()[-1])
+        if seed == 2:
+            return "Both are fine. [[C]]"
+        plain_is_a = "plain says" in a
+        return "[[A]]" if plain_is_a == (seed == 0) else "[[B]]"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.keys.add(self.headers["Authorization"])
+        question = body["messages"][0]["content"]
+        self.server.questions.append(question)
+        if self.path != "/v1/chat/completions" or len(self.server.questions) > self.server.fail_after:
+            self.send_response(401)
+            self.end_headers()
+            return
+        message = {"role": "assistant", "content": self.server.answer(question)}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        reply = {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [choice]}
+        data = json.dumps(reply).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    made = Server()
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    return made_up.grid(tmp_path / "r.jsonl", [0.5, 1.0])
+
+
+def test_scores_and_verdicts(server: Server, results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", KEY)
+    model = Judge(server.url, "strong", "MY_KEY")
+    assert judge(results, model, ["score", "pair"], [FAST], None, 4) == 0
+    found = summarize(results)
+    assert found.outcomes[PLAIN].measures["score"].value == 8
+    assert found.outcomes[FAST].measures["score"].value == 5
+    assert {name: share.value for name, share in found.outcomes[FAST].verdicts.items()} == pytest.approx(
+        {"win": 1 / 3, "tie": 1 / 3, "lose": 1 / 3}
+    )
+    assert found.outcomes[FAST].measures["win_rate"].value == pytest.approx(1.0)
+    assert "score" not in found.outcomes["dynamo, ε_b 1"].measures
+    assert server.keys == {f"Bearer {KEY}"}
+    assert results.path is not None and KEY not in results.path.read_text()
+
+
+def test_order_is_random_and_noted(server: Server, results: Results) -> None:
+    judge(results, Judge(server.url, "strong"), ["pair"], [FAST, "dynamo, ε_b 1"], None, 2)
+    plain_first = ["plain says" in q.split("### Continuation B")[0] for q in server.questions]
+    assert 4 <= sum(plain_first) <= 20  # of 24
+    for record in results.of("pair"):
+        assert record["verdict"] == {0: "lose", 1: "win", 2: "tie"}[record["seed"]]
+    assert sum(record["plain_first"] for record in results.of("pair")) == sum(plain_first)
+
+
+def test_equal_texts_are_a_tie_without_asking(server: Server, results: Results) -> None:
+    for record in results.records:
+        record["text"] = "the same"
+    judge(results, Judge(server.url, "strong"), ["pair"], [FAST], None, 2)
+    assert not server.questions
+    assert {record["verdict"] for record in results.of("pair")} == {"tie"}
+
+
+def test_goes_on_after_the_judge_fell_silent(server: Server, results: Results) -> None:
+    server.fail_after = 5
+    with pytest.raises(EvaluationError, match="the judge does not answer"):
+        judge(results, Judge(server.url, "strong"), ["score"], [FAST], None, 1)
+    assert len(list(results.of("score"))) == 5
+    server.fail_after, asked = 10**9, len(server.questions)
+    assert results.path is not None
+    again = Results.load(results.path)
+    judge(again, Judge(server.url, "strong"), ["score"], [FAST], None, 1)
+    assert len(list(again.of("score"))) == 24
+    assert len(server.questions) - asked == 24 - 5
+
+
+def test_two_judges_do_not_mix(server: Server, results: Results) -> None:
+    judge(results, Judge(server.url, "strong"), ["score"], [FAST], 1, 1)
+    assert len(server.questions) == 6  # one prompt, two settings, three seeds
+    with pytest.raises(EvaluationError, match="was judged by strong"):
+        judge(results, Judge(server.url, "stronger"), ["score"], [FAST], None, 1)
+
+
+def test_answers_without_a_grade_do_not_count(server: Server, results: Results) -> None:
+    server.mute = True
+    assert judge(results, Judge(server.url, "strong"), ["score", "pair"], [FAST], None, 4) == 36
+    assert "score" not in summarize(results).outcomes[FAST].measures
+
+
+@pytest.mark.parametrize(
+    ("answer", "grade"),
+    [("fine [[7]]", 7), ("[[3]] no, [[4.5]]", 4.5), ("[[0]]", None), ("[[11]]", None), ("7/10", None), ("", None)],
+)
+def test_grades(answer: str, grade: float | None) -> None:
+    assert read_grade(answer) == grade
+
+
+def test_choices() -> None:
+    assert read_choice("[[A]]", plain_first=True) == "lose" and read_choice("[[A]]", plain_first=False) == "win"
+    assert read_choice("[[B]]", plain_first=True) == "win" and read_choice("[[B]]", plain_first=False) == "lose"
+    assert read_choice("[[A]], or [[C]]", plain_first=True) == "tie" and read_choice("A", plain_first=True) is None
+
+
+def test_command(
+    server: Server, results: Results, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    arguments = ["judge", str(results.path), "--model", "strong", "--endpoint", server.url]
+    assert main([*arguments, "--ask", "pair", "--settings", FAST]) == 0
+    assert "A judge's verdicts against plain" in capsys.readouterr().out
+    for wrong, message in (
+        (["judge", str(results.path)], "who is to judge?"),
+        (["judge", str(results.path), "--model", "strong"], "no key in the environment variable OPENAI_API_KEY"),
+        ([*arguments, "--settings", "nobody"], "has no setting 'nobody'"),
+        ([*arguments, "--at-once", "0"], "at-once must be at least 1"),
+    ):
+        assert main(wrong) == 1
+        assert message in capsys.readouterr().err
+    dead = ["judge", str(results.path), "--model", "strong", "--endpoint", "http://127.0.0.1:9/v1"]
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
+    assert main(dead) == 1
+    assert "the judge does not answer" in capsys.readouterr().err

@@ -1,0 +1,68 @@
+"""Results files: they grow, survive an interrupt, and refuse another run's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dynamo_evaluate.errors import EvaluationError
+from dynamo_evaluate.results import Results
+
+HEADER = {"command": "generate", "seeds": 3}
+
+
+def test_goes_on_after_an_interrupt(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "r.jsonl"
+    first = Results.start(path, HEADER)
+    first.append({"kind": "generation", "text": "größer"})
+    first.append({"kind": "other", "value": 1})
+    with path.open("a") as file:
+        file.write('{"kind": "generation", "te')  # power fails
+    again = Results.start(path, HEADER)
+    assert again.records == first.records
+    again.append({"kind": "other", "value": 2})
+    assert Results.load(path).records == [*first.records, {"kind": "other", "value": 2}]
+    assert again.done("other", lambda record: record["value"]) == {1, 2}
+
+
+def test_other_runs_are_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    Results.start(path, HEADER).append({"kind": "x"})
+    before = path.read_bytes()
+    with pytest.raises(EvaluationError, match=r"another run \(seeds differs\).*--overwrite"):
+        Results.start(path, HEADER | {"seeds": 4})
+    assert path.read_bytes() == before
+    assert Results.start(path, HEADER | {"seeds": 4}, overwrite=True).records == []
+    assert Results.load(path).header["seeds"] == 4
+
+
+@pytest.mark.parametrize("content", ["", "text\n", "[1]\n", '{"dynamo_eval": 99}\n', '{"dynamo_eval": 1}\nno\n'])
+def test_what_is_not_a_results_file(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(content)
+    with pytest.raises(EvaluationError, match="is not a results file"):
+        Results.load(path)
+
+
+def test_missing_or_unwritable(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="cannot read"):
+        Results.load(tmp_path / "none.jsonl")
+    with pytest.raises(EvaluationError, match="cannot write"):
+        Results.start(tmp_path, HEADER)
+
+
+def test_without_a_file_nothing_is_written(tmp_path: Path) -> None:
+    results = Results.start(None, HEADER)
+    results.append({"kind": "x"})
+    assert len(results.records) == 1 and not list(tmp_path.iterdir())
+
+
+def test_one_record_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    results = Results.start(path, HEADER)
+    results.append({"kind": "x", "text": "a\nb\u2028c"})
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert len(lines) == 3 and json.loads(lines[1])["text"] == "a\nb\u2028c"
+    assert Results.load(path).records == results.records
