@@ -42,20 +42,24 @@ class Environment:
 
 
 def demo(environment: Environment) -> None:
-    """Export the embedded default, write text with it, compare its strategies."""
-    environment.install("cpu,export,bench")
+    """Export the embedded default, write text with it, compare its strategies, and measure quality against speed."""
+    environment.install("cpu,export,eval")
     multi, plain = ROOT / "demo/python-t3/model.onnx", ROOT / "demo/python-t3-plain/model.onnx"
     environment.run("dynamo-export", multi, "--heads", "3", "--overwrite")
     environment.run("dynamo-export", plain, "--heads", "0", "--overwrite")
     environment.run("dynamo-run", multi, PROMPT, "--compare", "--seed", "1")
     environment.run("dynamo-run", multi, PROMPT, "--compare", "--seed", "1", "--strategy", "dynamo")
     environment.run("dynamo-run", multi, PROMPT, "--compare", "--seed", "1", "--strategy", "speculative")
-    environment.run("python", "benchmarks/first_light.py", multi, plain)
+    environment.run(
+        "dynamo-eval", "generate", multi, "--plain", plain, "--prompts", "stdlib", "--limit", "20", "--seeds", "3",
+        "--thresholds", "0.3", "0.5", "0.7", "0.9", "1", "--first-token", "base", "--repetition-penalty", "1",
+        "--max-new-tokens", "96", "--out", ROOT / "demo/generations.jsonl", "--overwrite",
+    )  # fmt: skip
 
 
 def test(environment: Environment) -> None:
     """Run the whole test suite."""
-    environment.install("cpu,export,train,profile,bench,dev")
+    environment.install("cpu,export,train,profile,eval,mauve,harness,bench,dev")
     os.environ["OMP_NUM_THREADS"] = "1"  # every core runs tests of its own
     environment.run("python", "-m", "pytest", "--numprocesses", "auto")
 

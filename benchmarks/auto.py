@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from first_light import Interval, interval, ratio, speed_ratio
 from machine import describe_machine
+from ratios import Interval, interval, ratio, speed_ratio
 from tqdm import tqdm
 
 from dynamo_quantize.texts import pieces

@@ -30,10 +30,11 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from first_light import held_out_prompts, interval, ratio, speed_ratio
 from machine import describe_machine
+from ratios import interval, ratio, speed_ratio
 from tqdm import tqdm
 
+from dynamo_evaluate.prompts import held_out_prompts
 from dynamo_export import export_bundle
 from dynamo_model import DEFAULT_CHECKPOINT, CPModel, LookAheadModel, MultiTokenModel, has_heads
 from dynamo_runtime import Engine
@@ -264,7 +265,8 @@ def main() -> int:
         rows = [
             row for row in settings(bundles, arguments.confidence) if row.bundle == PLAIN or wanted.search(row.name)
         ]
-        prompts = held_out_prompts(engines[PLAIN], arguments.prompts, arguments.prompt_tokens)
+        found = held_out_prompts(engines[PLAIN], arguments.prompts, arguments.prompt_tokens)
+        prompts = [prompt.turns[0] for prompt in found]
         outcomes = run(engines, rows, prompts, arguments.new_tokens)
         summary = summarize(rows, outcomes, engines, bundles, prompts)
     machine = f"{describe_machine()}; onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}"

@@ -32,11 +32,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from drafters import GREEDY
-from first_light import Interval, held_out_prompts, interval, ratio, speed_ratio
 from machine import describe_machine
+from ratios import Interval, interval, ratio, speed_ratio
 from step_overhead import make_bundle
 from tqdm import tqdm
 
+from dynamo_evaluate.prompts import held_out_prompts
 from dynamo_export import export_bundle
 from dynamo_quantize.gates import Samples, measure
 from dynamo_quantize.quantize import write_bundle
@@ -348,7 +349,7 @@ def main() -> int:
         }
         time_passes({name: engines[name] for name in timed}, arguments.rounds, outcomes)
         if meaningful:
-            prompts = held_out_prompts(engines[FP32]["plain"], arguments.prompts, 96)
+            prompts = [prompt.turns[0] for prompt in held_out_prompts(engines[FP32]["plain"], arguments.prompts)]
             generate(engines, prompts, arguments.new_tokens, outcomes)
         del engines
         samples = samples_for(full["multi"], arguments.texts, meaningful)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +103,6 @@ def test_ablation(pair: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_without_a_plain_bundle(pair: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import shutil
-
     alone = shutil.copytree(pair.multi, tmp_path / "alone")
     assert main(["generate", str(alone), "--out", str(tmp_path / "g.jsonl"), *SMALL, "--limit", "1"]) == 0
     assert "no plain bundle is given" in capsys.readouterr().err
@@ -149,3 +150,12 @@ def test_bad_input_is_one_line(pair: Any, tmp_path: Path, capsys: pytest.Capture
         assert main(arguments) == 1, arguments
         assert message in complaint(capsys), arguments
         assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_names_the_extra_that_is_missing() -> None:
+    code = (
+        "import sys; sys.modules['scipy'] = None; from dynamo_evaluate.cli import main; sys.exit(main(['report', 'x']))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert ended.stderr == "dynamo-eval: error: this needs scipy: pip install 'dynamo-edge[cpu,eval]'\n"
