@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import EvaluationError
-from .summary import AXES, MEASURES, SPEED, Outcome, Summary, variants
+from .summary import AXES, MEASURES, SPEED, TOKENS_PER_PASS, Outcome, Summary, variants
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +22,8 @@ STEP_COLOURS = ("#c6dbef", "#6baed6", "#2171b5", "#08306b", "#041c3d")
 VARIANT_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a8f98", "#7b5ea7")
 MARKERS = "osD^vPX*h"
 PANEL = (4.2, 3.2)  # inches
+BAND_STEP = 10  # of a curve's places every so many are drawn
+MOST_LABELS = 6
 
 
 def draw(summary: Summary, folder: Path) -> list[Path]:
@@ -55,40 +57,41 @@ def draw(summary: Summary, folder: Path) -> list[Path]:
     figures: dict[str, Figure] = {}
     names = [name for name in variants(summary) if summary.curves[name, SPEED]]
     if len(names) == 1:
-        figures["curve"] = _curve(summary, names[0])
+        figures["curve"] = _curve(summary, names[0], SPEED)
+        figures["curve_tokens"] = _curve(summary, names[0], TOKENS_PER_PASS)
         figures["steps"] = _steps(summary, names[0])
     elif names:
         figures["variants"] = _compared(summary, names)
     return [path for name, figure in figures.items() for path in _save(figure, folder / name)]
 
 
-def _curve(summary: Summary, variant: str) -> Figure:
+def _curve(summary: Summary, variant: str, axis: str) -> Figure:
     """Quality against speed, a panel a measure: settings, regression with its band, and plain's spread."""
-    curves = summary.curves[variant, SPEED]
-    figure, panels = _panels(len(curves))
+    curves = summary.curves[variant, axis]
+    figure, panels = _panels(len(curves), legend=True)
     members = _members(summary, variant)
+    handles: dict[str, Any] = {}
     for axes, (measure, curve) in zip(panels, curves.items(), strict=True):
         low, high = summary.plain[measure]
-        axes.axhspan(
-            low, high if np.isfinite(high) else 1e6, color=GREY, alpha=0.25, lw=0, label="plain, one more seed"
-        )
-        axes.fill_between(curve.places, curve.low, curve.high, color=BLUE, alpha=0.2, lw=0)
-        axes.plot(curve.places, curve.fitted, color=BLUE, lw=1.5, label="regression, 95 % band")
+        handles["plain, one more seed"] = _shade(axes, low, high)
+        drawn = slice(None, None, BAND_STEP)
+        axes.fill_between(curve.places[drawn], curve.low[drawn], curve.high[drawn], color=BLUE, alpha=0.2, lw=0)
+        (line,) = axes.plot(curve.places[drawn], curve.fitted[drawn], color=BLUE, lw=1.5)
+        handles["regression, 95 % band"] = line
         points = [outcome for outcome in members if measure in outcome.measures]
-        _points(axes, points, measure, BLUE, "o")
-        for outcome in points[:: max(1, len(points) // 6)]:
-            place = outcome.speed.value, outcome.measures[measure].value
-            axes.annotate(
-                f"{outcome.setting['threshold']:g}", place, textcoords="offset points", xytext=(4, 4), fontsize=7
-            )
-        same = summary.same[variant, SPEED][measure].speed
+        handles["ε_b, 95 % intervals"] = _points(axes, points, axis, measure)
+        _label_thresholds(axes, points, axis, measure)
+        same = summary.same[variant, axis][measure].speed
+        title = "nowhere plain's quality"
         if np.isfinite(same.value):
-            axes.axvline(same.value, color=RED, lw=1, ls="--", label=f"same quality: {same.value:.2f}×")
+            title = f"plain's quality up to {same.value:.2f} [{same.low:.2f}, {same.high:.2f}]"
+            handles["same quality, 95 % interval"] = axes.axvline(same.value, color=RED, lw=1, ls="--")
             axes.axvspan(same.low, same.high, color=RED, alpha=0.08, lw=0)
+        axes.set_title(title, fontsize=8)
         _frame(axes, [curve.low.min(), curve.high.max(), low, high, *_extent(points, measure)])
-        axes.set(xlabel=AXES[SPEED], ylabel=MEASURES[measure])
-        axes.legend(frameon=False, fontsize=7)
-    figure.suptitle(f"{summary.header['bundle']['name']}: quality against speed; numbers are ε_b", fontsize=10)
+        axes.set(xlabel=AXES[axis], ylabel=MEASURES[measure])
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.suptitle(f"{summary.header['bundle']['name']}: quality against {AXES[axis]}", fontsize=10)
     return figure
 
 
@@ -99,8 +102,7 @@ def _compared(summary: Summary, names: Sequence[str]) -> Figure:
     handles: dict[str, Any] = {}
     for axes, measure in zip(panels, measures, strict=True):
         low, high = summary.plain[measure]
-        shade = axes.axhspan(low, high if np.isfinite(high) else 1e6, color=GREY, alpha=0.25, lw=0)
-        handles["plain, one more seed"] = shade
+        handles["plain, one more seed"] = _shade(axes, low, high)
         extent = [low, high]
         for name, colour, marker in zip(names, VARIANT_COLOURS, MARKERS, strict=False):
             points = [outcome for outcome in _members(summary, name) if measure in outcome.measures]
@@ -147,21 +149,32 @@ def _panels(count: int, legend: bool = False) -> tuple[Figure, list[Axes]]:
     return figure, panels[:count]
 
 
-def _points(axes: Axes, outcomes: Sequence[Outcome], measure: str, colour: str, marker: str) -> None:
+def _shade(axes: Axes, low: float, high: float) -> Any:
+    return axes.axhspan(low, high if np.isfinite(high) else 1e6, color=GREY, alpha=0.25, lw=0)
+
+
+def _points(axes: Axes, outcomes: Sequence[Outcome], axis: str, measure: str) -> Any:
     quality = [outcome.measures[measure] for outcome in outcomes]
-    speeds = [outcome.speed for outcome in outcomes]
-    axes.errorbar(
+    speeds = [getattr(outcome, axis) for outcome in outcomes]
+    return axes.errorbar(
         [speed.value for speed in speeds],
         [value.value for value in quality],
         xerr=_reach(speeds),
         yerr=_reach(quality),
-        fmt=marker,
+        fmt="o",
         ms=3.5,
-        color=colour,
-        ecolor=colour,
+        color=BLUE,
         elinewidth=0.6,
         alpha=0.8,
     )
+
+
+def _label_thresholds(axes: Axes, outcomes: Sequence[Outcome], axis: str, measure: str) -> None:
+    """Write ε_b beside some of the settings."""
+    for outcome in outcomes[:: max(1, len(outcomes) // MOST_LABELS)]:
+        place = getattr(outcome, axis).value, outcome.measures[measure].value
+        label = f"{outcome.setting['threshold']:g}"
+        axes.annotate(label, place, textcoords="offset points", xytext=(4, 4), fontsize=7)
 
 
 def _reach(values: Sequence[Any]) -> np.ndarray:

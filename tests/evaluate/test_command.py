@@ -83,7 +83,8 @@ def test_generate_report_and_resume(pair: Any, tmp_path: Path, capsys: pytest.Ca
     assert "seeds differs" in complaint(capsys)
     folder = tmp_path / "report"
     assert main(["report", str(out), "--out", str(folder)]) == 0
-    names = {"report.md", "report.json", "curve.png", "curve.svg", "steps.png", "steps.svg"}
+    names = {f"{name}.{kind}" for name in ("curve", "curve_tokens", "steps") for kind in ("png", "svg")}
+    names |= {"report.md", "report.json"}
     assert {path.name for path in folder.iterdir()} == names
     assert json.loads((folder / "report.json").read_text())["bundle"]["name"] == "multi"
     capsys.readouterr()

@@ -112,9 +112,11 @@ def test_report_says_what_it_was_run_on(results: Results) -> None:
 
 def test_plots_are_drawn(results: Results, tmp_path: Path) -> None:
     files = plots.draw(summarize(results), tmp_path / "plots")
-    assert {file.name for file in files} == {"curve.png", "curve.svg", "steps.png", "steps.svg"}
+    assert {file.name for file in files} == {
+        f"{name}.{kind}" for name in ("curve", "curve_tokens", "steps") for kind in ("png", "svg")
+    }
     assert all(file.stat().st_size > 5000 for file in files)
-    assert "same quality: 1.50×" in (tmp_path / "plots" / "curve.svg").read_text()
+    assert "plain's quality up to 1.50 [" in (tmp_path / "plots" / "curve.svg").read_text()
 
 
 def test_runs_side_by_side(results: Results) -> None:

@@ -1,0 +1,151 @@
+r"""The tables of speed and quality in README and docs, from reports of `dynamo-eval`.
+
+    python benchmarks/quality.py            # what every back-off threshold does to quality, and to speed on every model
+    python benchmarks/quality.py --ablation # the paper's ablation and the other readings
+
+Reads `benchmarks/results/quality/*.json`, each the report.json of
+
+    dynamo-eval generate BUNDLE --plain PLAIN --prompts stdlib --limit 40 --seeds 8 --thresholds 0:1:0.1 \
+        --repetition-penalty 1 --max-new-tokens 96 --first-token joint --out run.jsonl        (and with base)
+    dynamo-eval judge run.jsonl --mauve BUNDLE
+    dynamo-eval report run.jsonl --out FOLDER
+
+on the embedded model in int8, of shorter runs in fp32 and on the widened model (benchmarks/widen.py), and of
+`dynamo-eval ablation`; every file says how it was run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from dynamo_evaluate.report import INSIDE
+from dynamo_evaluate.settings import ABLATION, PLAIN, READINGS
+from dynamo_evaluate.summary import ALL, MEASURES, SPEED, TOKENS_PER_PASS
+
+RESULTS = Path(__file__).parent / "results" / "quality"
+QUALITY = "embedded-int8"  # the longest run; the other models write the same texts, rounding aside
+MODELS = ("embedded-int8", "embedded-fp32", "widened-int8", "widened-fp32")
+FIRST_TOKENS = {"joint": "drawn with the others, as in the paper", "base": "drawn as plain does (`--first-token base`)"}
+THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
+SHOWN = ("nll", "distinct_3", "repetition", "parsing", "mauve")
+
+
+def load(name: str) -> dict[str, Any]:
+    """One report."""
+    report: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return report
+
+
+def quality_cells(report: dict[str, Any], setting: str) -> list[str]:
+    """Every measure of one setting, of plain with its spread."""
+    cells = []
+    for name in SHOWN:
+        found = report["outcomes"][setting]["measures"].get(name)
+        if found is None:
+            cells.append("–")
+        elif setting == PLAIN:
+            low, high = report["plain_spread"][name]
+            cells.append(f"{found['value']:.2f} [{low:.2f}, {high:.2f}]")
+        else:
+            cells.append(f"{found['value']:.2f}" + (f" {INSIDE}" if found["inside"] else ""))
+    return cells
+
+
+def speed_cell(report: dict[str, Any], setting: str) -> str:
+    """Speed over plain's with its interval."""
+    speed = report["outcomes"][setting][SPEED]
+    return f"{speed['value']:.2f} [{speed['low']:.2f}, {speed['high']:.2f}]"
+
+
+def settings_table() -> list[str]:
+    """Quality at every threshold, and speed on every model."""
+    columns = ["setting", "tokens/pass", *(MEASURES[name] for name in SHOWN), *(f"speed, {m}" for m in MODELS)]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for number, (first_token, meaning) in enumerate(FIRST_TOKENS.items()):
+        reports = {model: load(f"{model}-{first_token}") for model in MODELS}
+        quality = reports[QUALITY]
+        if number == 0:
+            cells = ["plain", "1.00", *quality_cells(quality, PLAIN), *["1"] * len(MODELS)]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append(f"| **first token {meaning}** |" + " |" * (len(columns) - 1))
+        for threshold in THRESHOLDS:
+            name = f"dynamo, ε_b {threshold:g}"
+            tokens = quality["outcomes"][name][TOKENS_PER_PASS]["value"]
+            cells = [f"ε_b {threshold:g}", f"{tokens:.2f}", *quality_cells(quality, name)]
+            cells += [speed_cell(report, name) for report in reports.values()]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def same_quality_table() -> list[str]:
+    """Same-quality speed-ups of the long run, by measure."""
+    lines = ["| first token | axis | " + " | ".join([*(MEASURES[name] for name in SHOWN), "all of these"]) + " |"]
+    lines.append("|---" * (len(SHOWN) + 3) + "|")
+    for first_token in FIRST_TOKENS:
+        report = load(f"{QUALITY}-{first_token}")
+        for axis, label in ((TOKENS_PER_PASS, "tokens per pass"), (SPEED, "tokens/s ÷ plain")):
+            found = {each["measure"]: each for each in report["same_quality"] if each["axis"] == axis}
+            cells = [same_cell(found.get(name)) for name in (*SHOWN, ALL)]
+            lines.append(f"| {first_token} | {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def same_cell(found: dict[str, Any] | None) -> str:
+    """A same-quality speed-up with its interval."""
+    if found is None:
+        return "–"
+    if found["value"] is None:
+        return "none"
+    partly = "" if found["share_of_resamples"] > 0.999 else f" ({found['share_of_resamples']:.0%} of resamples)"
+    return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]{partly}"
+
+
+def ablation_table(threshold: float) -> list[str]:
+    """Every variant at one threshold, and up to how many tokens per pass its quality is plain's."""
+    report = load("ablation")
+    columns = ["variant", "tokens/pass", "speed", *(MEASURES[name] for name in SHOWN if name != "mauve")]
+    columns.append("same quality up to, tokens/pass")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    plain = quality_cells(report, PLAIN)[: len(columns) - 4]
+    lines.append("| " + " | ".join(["plain", "1.00", "1", *plain, ""]) + " |")
+    same = {
+        each["variant"]: each
+        for each in report["same_quality"]
+        if (each["axis"], each["measure"]) == (TOKENS_PER_PASS, ALL)
+    }
+    for variant in ABLATION | READINGS:
+        name = f"{variant}, ε_b {threshold:g}"
+        tokens = report["outcomes"][name][TOKENS_PER_PASS]["value"]
+        cells = [variant, f"{tokens:.2f}", speed_cell(report, name), *quality_cells(report, name)[: len(columns) - 4]]
+        lines.append("| " + " | ".join([*cells, same_cell(same.get(variant))]) + " |")
+    return lines
+
+
+def conditions(name: str) -> str:
+    """What a report was run on."""
+    report = load(name)
+    machine = report["machine"]
+    return (
+        f"{name}: {report['finished']['prompts']} prompts × {report['seeds']} seeds × {report['max_new_tokens']} "
+        f"tokens; {machine['processor']}; onnxruntime {machine['onnxruntime']}, Python {machine['python']}"
+    )
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ablation", action="store_true")
+    parser.add_argument("--threshold", type=float, default=0.5, help="ε_b of the ablation's table (default: 0.5)")
+    arguments = parser.parse_args()
+    if arguments.ablation:
+        print("\n".join([*ablation_table(arguments.threshold), "", conditions("ablation") + "."]))
+        return
+    print("\n".join([*settings_table(), "", *same_quality_table(), ""]))
+    print("\n".join(f"{conditions(f'{model}-base')}." for model in MODELS))
+
+
+if __name__ == "__main__":
+    main()
