@@ -20,6 +20,7 @@ from .thresholds import TOLERANCE, blurred_values, otsu_threshold
 
 # Largest joint formed without the mask: 50^3 fits amply, 50^4 at ε_b = 0 does not.
 MAX_ENTRIES = 1 << 20
+_BELOW_ONE = math.nextafter(1.0, 0.0)
 # Cells of the top-k grid are numbered in 64 bits.
 MAX_CELLS = 1 << 63
 
@@ -146,8 +147,9 @@ def _first_token(
     """A token of f^1, and what is left of the randomness: inside the token's share of [0, 1) it is uniform again."""
     values = first.probabilities / parameters.repetition_penalty ** seen[first.ids]
     index = int(np.argmax(values)) if parameters.greedy else draw(values, uniform)
-    before, share = values[:index].sum() / values.sum(), values[index] / values.sum()
-    return int(first.ids[index]), float(np.clip((uniform - before) / share, 0.0, np.nextafter(1, 0)))
+    total = values.sum()
+    rest = (uniform - values[:index].sum() / total) * total / values[index]
+    return int(first.ids[index]), min(max(float(rest), 0.0), _BELOW_ONE)
 
 
 def back_off(

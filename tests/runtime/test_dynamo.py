@@ -7,6 +7,7 @@ import dense_dynamo as dense
 import handmade
 import numpy as np
 import pytest
+from scipy.stats import chisquare
 
 from dynamo_runtime.cooccurrence import Cooccurrence, load_cooccurrence
 from dynamo_runtime.dynamo import check_dynamo, sample_ngram, surviving_joint, walk_counts
@@ -264,6 +265,24 @@ def test_draws_follow_the_joint(tables) -> None:
     statistic = sum((o - e) ** 2 / e for o, e in pairs)
     freedom = len(pairs) - 1
     assert statistic < freedom + 4 * np.sqrt(2 * freedom) + 6
+
+
+def test_first_token_as_plain_draws_it(tables) -> None:
+    """Chi-square of 20,000 first tokens against f^1, whatever follows them; drawn from the joint they fail it."""
+    rng = np.random.default_rng(12)
+    logits = rng.normal(size=(3, VOCAB)).astype(np.float32)
+    uniforms, seen = rng.random(20_000), np.zeros(VOCAB, bool)
+    passed = {}
+    for first_token in ("base", "joint"):
+        parameters = SamplingParameters(
+            top_k=8, backoff_threshold=0.2, temperature=1.0, repetition_penalty=1.0, first_token=first_token
+        )
+        heads = candidates_of(logits, parameters)
+        ngrams = [sample_ngram(heads, seen, u, parameters, tables[3][0]).tokens for u in uniforms]
+        assert {len(tokens) for tokens in ngrams} >= {2}  # something follows
+        observed = [sum(tokens[0] == token for tokens in ngrams) for token in heads[0].ids]
+        passed[first_token] = chisquare(observed, heads[0].probabilities * len(ngrams)).pvalue > 0.001
+    assert passed == {"base": True, "joint": False}
 
 
 def test_refuses_what_cannot_run() -> None:

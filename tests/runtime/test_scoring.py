@@ -11,7 +11,7 @@ import pytest
 
 from dynamo_runtime import scoring
 from dynamo_runtime.errors import PromptError
-from dynamo_runtime.scoring import LOOK_AHEAD_STRIDE, Scores, score_texts
+from dynamo_runtime.scoring import LOOK_AHEAD_STRIDE, Scores, score_base, score_texts, score_window
 from dynamo_runtime.session import Session
 
 VOCAB, N, RANK = 12, 3, 2
@@ -147,3 +147,39 @@ def test_the_cache_is_used_up_to_its_end(tmp_path: Path) -> None:
     assert score_texts(session, [[3] * 16]).nll.shape == (1, 15)
     with pytest.raises(PromptError, match="do not fit into the cache of 16"):
         score_texts(session, [[3] * 18])
+
+
+@pytest.mark.parametrize("kind", ["plain", "parallel", "cp", "lookahead"])
+@pytest.mark.parametrize("rows", [3, 100])
+def test_a_window_sees_nothing_before_it(
+    kind: str, rows: int, sessions: dict[str, Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positions 9 … 15 in a window from 5 are scored as in a text that begins there."""
+    session = sessions[kind]
+    n = session.bundle.n_tokens
+    monkeypatch.setattr(
+        scoring, "_BYTES_AT_ONCE", rows * 4 * VOCAB * (session.bundle.n_heads + session.bundle.rank * n)
+    )
+    begin, first, end = 5, 9, 16
+    stretches = list(score_window(session, TEXTS[0], begin, first, end))
+    positions = [t for stretch in stretches for t in stretch.positions]
+    stride = LOOK_AHEAD_STRIDE if kind == "lookahead" else 1
+    assert positions == [t for t in range(first, end) if (t + 1 - begin) % stride == 0]
+    for stretch in stretches:
+        for column, t in enumerate(stretch.positions):
+            joint = after(session, TEXTS[0][begin : t + 1])
+            assert stretch.scores.joint[column] == pytest.approx(
+                -np.log(joint[tuple(TEXTS[0][t + 1 : t + 1 + n])]), abs=1e-5
+            )
+
+
+@pytest.mark.parametrize("kind", ["plain", "parallel", "cp", "lookahead"])
+def test_the_base_of_every_kind(kind: str, sessions: dict[str, Session], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first head alone, up to the last token of a text, in passes over a few positions at a time."""
+    session, text = sessions[kind], TEXTS[1]
+    monkeypatch.setattr(scoring, "_BYTES_AT_ONCE", 4 * VOCAB * 5)
+    nll, choices = score_base(session, text, 7)
+    rows = [first(session, text[: t + 1]) for t in range(7, len(text) - 1)]
+    np.testing.assert_allclose(nll, [-np.log(row[text[8 + i]]) for i, row in enumerate(rows)], atol=1e-5)
+    np.testing.assert_array_equal(choices, [row.argmax() for row in rows])
+    assert score_base(session, text[:1])[0].shape == (0,)
