@@ -279,7 +279,7 @@ def test_first_token_as_plain_draws_it(tables) -> None:
         )
         heads = candidates_of(logits, parameters)
         ngrams = [sample_ngram(heads, seen, u, parameters, tables[3][0]).tokens for u in uniforms]
-        assert {len(tokens) for tokens in ngrams} >= {2}  # something follows
+        assert max(len(tokens) for tokens in ngrams) > 1
         observed = [sum(tokens[0] == token for tokens in ngrams) for token in heads[0].ids]
         passed[first_token] = chisquare(observed, heads[0].probabilities * len(ngrams)).pvalue > 0.001
     assert passed == {"base": True, "joint": False}
