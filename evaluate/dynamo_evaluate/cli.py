@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from .errors import EvaluationError
 PROG = "dynamo-eval"
 HARNESS = "harness"
 JUDGEMENTS = ("score", "pair")
-_INTERRUPTED = 130
+_INTERRUPTED, _BROKEN_PIPE = 130, 141  # as a shell reports the signals
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -142,8 +144,15 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
         default=list(JUDGEMENTS),
         help="score: grades from 1 to 10; pair: which is better, this or plain's, in random order (default: both)",
     )
+    parser.add_argument(
+        "--request",
+        default='{"temperature": 0}',
+        metavar="JSON",
+        help="what the model is asked for beside its answer, for servers that want something else (default: "
+        '{"temperature": 0})',
+    )
     parser.add_argument("--settings", nargs="+", metavar="NAME", help="only these settings (default: all)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first so many prompts")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask only about the first so many prompts")
     parser.add_argument("--at-once", type=int, default=4, metavar="N", help="questions under way (default: 4)")
     add_backend(parser)
 
@@ -189,8 +198,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{PROG}: interrupted; the same command goes on with what --out has kept", file=sys.stderr)
+        print(f"{PROG}: interrupted; the same command goes on from what its results file has kept", file=sys.stderr)
         return _INTERRUPTED
+    except BrokenPipeError:
+        # Nobody reads any more: no complaint, and none from the interpreter's last flush either.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], None]:

@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import json
 import sys
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -22,7 +21,6 @@ from dynamo_runtime.bundle import DEFAULT_BUNDLE, MANIFEST, Bundle, load_bundle
 from dynamo_runtime.corpus import STANDARD_LIBRARY, Document, read_documents, standard_library
 from dynamo_runtime.parameters import resolve_parameters
 from dynamo_runtime.profiling.profile import check_writable, write_whole
-from dynamo_runtime.profiling.tables import WIDTH, Table
 from dynamo_runtime.session import Session
 from dynamo_runtime.strategies import Autoregressive
 
@@ -36,18 +34,24 @@ from .summary import summarize
 
 
 def _perplexity(args: argparse.Namespace) -> None:
+    _at_least(1, args, "limit", "limit_tokens")
     bundles, sources = _sort_inputs(args.inputs)
     given, thresholds = given_sampling(args), parse_thresholds(args.thresholds)
     sessions = [Session(bundle, **backend(args)) for bundle in bundles]
     sizes = [perplexity.window_size(session, args.window, args.stride) for session in sessions]
     if len(set(sizes)) > 1:
-        raise EvaluationError("these bundles have contexts of different length: give --window")
+        lengths = ", ".join(str(each) for each, _ in sizes)
+        raise EvaluationError(f"these bundles take windows of {lengths} tokens: give --window {min(sizes)[0]} or less")
     size, stride = sizes[0]
     for bundle in bundles:
         if bundle.kind == "parallel":  # are the parameters any good?
             for threshold in thresholds:
                 perplexity.dynamo(bundle, threshold, given)
     documents = _documents(sources, args.limit)
+    kept = perplexity.long_enough(documents, bundles, args.limit_tokens)
+    if len(kept) < len(documents):
+        _note(f"{len(documents) - len(kept)} texts are too short and left out")
+    documents = kept
     header = {
         "command": args.command,
         "bundles": [describe_bundle(bundle) for bundle in bundles],
@@ -66,7 +70,7 @@ def _perplexity(args: argparse.Namespace) -> None:
     results = Results.start(args.out, header, overwrite=args.overwrite)
     perplexity.run(results, sessions, documents, args.limit_tokens, size, stride, thresholds, given)
     found = perplexity_tables.figures(results)
-    _show([*perplexity_tables.tables(found)], perplexity_tables.conditions(results, found))
+    print(report.text(perplexity_tables.tables(found), perplexity_tables.conditions(results, found)))
     if args.json:
         write_whole(args.json, _json(perplexity_tables.as_json(results, found)))
 
@@ -84,8 +88,6 @@ def _documents(sources: Sequence[str], limit: int | None) -> list[Document]:
     for source in sources:
         documents = standard_library(held_out=True) if source == STANDARD_LIBRARY else read_documents(source)
         found += [replace(document, name=f"{Path(source).name}:{document.name}") for document in documents]
-    if limit is not None and limit < 1:
-        raise EvaluationError(f"the number of texts must be at least 1, not {limit}")
     seen: Counter[str] = Counter()
     for i, document in enumerate(found):  # two folders may have the same name
         seen[document.name] += 1
@@ -97,12 +99,10 @@ def _documents(sources: Sequence[str], limit: int | None) -> list[Document]:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    if args.seeds < 2:
-        raise EvaluationError("two seeds or more are needed: quality is held against plain decoding's own spread")
+    _at_least(1, args, "limit", "max_new_tokens")
+    _at_least(2, args, "seeds")  # quality is held against plain decoding's own spread
     if "{prompt}" not in args.template:
         raise EvaluationError("the template must have {prompt} in it")
-    if args.max_new_tokens < 1:
-        raise EvaluationError(f"max-new-tokens must be at least 1, not {args.max_new_tokens}")
     multi, plain = _engines(args)
     prompts = load_prompts(args.prompts, plain, args.limit, args.code)
     resolved = resolve_parameters(multi.bundle.sampling, given_sampling(args), has_counts=multi.bundle.has_cooccurrence)
@@ -111,7 +111,9 @@ def _generate(args: argparse.Namespace) -> None:
     settings += [Setting(name, name) for name in dict.fromkeys(args.also)]
     settings, refused = possible(settings, multi.bundle, shared)
     for line in refused:
-        print(f"{PROG}: note: left out, {line}", file=sys.stderr)
+        _note(f"left out, {line}")
+    if resolved.greedy:
+        _note("greedily every seed writes the same text, so plain decoding has no spread to hold quality against")
     settings = [Setting(PLAIN, Autoregressive.name, plain=True), *settings]
     generate.check_length([multi, plain], prompts, args.template, args.max_new_tokens)
     header = {
@@ -141,37 +143,43 @@ def _generate(args: argparse.Namespace) -> None:
         ignore_eos=args.ignore_eos,
         template=args.template,
     )
-    found = summarize(results)
-    _show(report.tables(found), report.conditions(found))
+    _print_summary(results)
 
 
 def _judge(args: argparse.Namespace) -> None:
     if not args.mauve and not args.model:
         raise EvaluationError("who is to judge? give --mauve FEATURES, or --model NAME and its --endpoint")
-    if args.at_once < 1:
-        raise EvaluationError(f"at-once must be at least 1, not {args.at_once}")
-    results = Results.load(args.results)
+    _at_least(1, args, "at_once", "limit")
+    try:
+        request = json.loads(args.request)
+    except ValueError:
+        request = None
+    if not isinstance(request, dict):
+        raise EvaluationError(f"--request must be a JSON object, not {args.request!r}")
+    results = Results.load(args.results, repair=True)
     names = [setting["name"] for setting in summary.of_generations(results)["settings"]]
     wanted = args.settings or names
     if unknown := set(wanted) - set(names):
         raise EvaluationError(f"{args.results} has no setting {sorted(unknown)[0]!r}; there are {'; '.join(names)}")
     if args.mauve:
-        similarity.judge(results, similarity.features_of(args.mauve, backend(args)))
+        features = similarity.features_of(args.mauve, backend(args))
+        similarity.judge(results, features, Path(args.mauve).resolve().name, wanted)
     if args.model:
-        model = judge.Judge(args.endpoint, args.model, args.key_variable)
+        model = judge.Judge(args.endpoint, args.model, args.key_variable, request)
         unread = judge.judge(results, model, args.ask, wanted, args.limit, args.at_once)
         if unread:
-            print(f"{PROG}: note: {unread} answers had no grade or choice in them and do not count", file=sys.stderr)
-    found = summarize(results)
-    _show(report.tables(found), report.conditions(found))
+            _note(
+                f"{unread} answers had no grade or choice in them; they do not count, and are asked for again next time"
+            )
+    _print_summary(results)
 
 
 def _report(args: argparse.Namespace) -> None:
+    _at_least(1, args, "degree")
     results = Results.load(args.results)
-    if args.degree < 1:
-        raise EvaluationError(f"the degree must be at least 1, not {args.degree}")
     if args.out:
         check_writable(args.out / "report.md")
+    drawn: list[Path] = []
     if results.header["command"] == "perplexity":
         found = perplexity_tables.figures(results)
         made, where = perplexity_tables.tables(found), perplexity_tables.conditions(results, found)
@@ -179,17 +187,18 @@ def _report(args: argparse.Namespace) -> None:
     else:
         whole = summarize(results, args.degree)
         made, where, values = report.tables(whole), report.conditions(whole), report.as_json(whole)
-        if args.out:
-            plots.draw(whole, args.out)
-    _show(made, where)
+        drawn = plots.draw(whole, args.out) if args.out else []
+    print(report.text(made, where))
     if args.out:
-        write_whole(args.out / "report.md", "\n\n".join([*(table.markdown() for table in made), where]) + "\n")
+        write_whole(args.out / "report.md", report.markdown(made, where))
         write_whole(args.out / "report.json", _json(values))
+        names = ["report.md", "report.json", *(path.name for path in drawn)]
+        print(f"{PROG}: wrote {', '.join(names)} in {args.out}", file=sys.stderr)
 
 
 def _compare(args: argparse.Namespace) -> None:
     made = compare.compare(Results.load(args.a), Results.load(args.b))
-    _show(made, f"A is {args.a}, B is {args.b}. Brackets hold 95 % bootstrap intervals.")
+    print(report.text(made, f"A is {args.a}, B is {args.b}. Brackets hold 95 % bootstrap intervals."))
 
 
 def _harness(args: argparse.Namespace) -> None:
@@ -202,8 +211,25 @@ def _harness(args: argparse.Namespace) -> None:
     cli_evaluate()
 
 
-def _show(made: Sequence[Table], where: str) -> None:
-    print("\n\n".join([*(table.text() for table in made), textwrap.fill(where, WIDTH)]))
+def _print_summary(results: Results) -> None:
+    found = summarize(results)
+    print(report.text(report.tables(found), report.conditions(found)))
+
+
+def _note(text: str) -> None:
+    print(f"{PROG}: note: {text}", file=sys.stderr)
+
+
+def _at_least(least: int, args: argparse.Namespace, *names: str) -> None:
+    """Check numbers that may have been given.
+
+    Raises:
+        EvaluationError: One is too small.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise EvaluationError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
 
 
 def _json(values: Any) -> str:
@@ -218,10 +244,9 @@ def _engines(args: argparse.Namespace) -> tuple[Engine, Engine]:
         raise EvaluationError(f"{args.bundle} is a {multi.bundle.kind} bundle: strategy dynamo needs parallel heads")
     sibling = Path(f"{multi.bundle.folder.resolve()}-plain")
     if args.plain is None and not sibling.is_dir():
-        print(
-            f"{PROG}: note: no plain bundle is given, so this one's first head is what speed and quality are held "
-            "against (export one with --heads 0)",
-            file=sys.stderr,
+        _note(
+            "no plain bundle is given, so this one's first head is what speed and quality are held against "
+            "(export one with --heads 0)"
         )
         return multi, Engine(multi.bundle, **options)
     plain = Engine(args.plain or sibling, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from typing import Any
 
 from dynamo_runtime.profiling.profile import Interval
@@ -10,12 +10,12 @@ from dynamo_runtime.profiling.tables import Table
 
 from .errors import EvaluationError
 from .perplexity_tables import Figures, change, figures
-from .results import Results
+from .results import Results, flat
 from .settings import PLAIN
 from .statistics import Draws, Quotient, interval
 from .summary import AXES, MEASURES, SPEED, TOKENS_PER_PASS, Cells
 
-_NOT_COMPARED = {"dynamo_eval", "command", "texts", "settings", "documents"}
+_NOT_COMPARED = ("dynamo_eval", "command", "texts", "settings", "documents")
 
 
 def compare(a: Results, b: Results) -> list[Table]:
@@ -27,12 +27,12 @@ def compare(a: Results, b: Results) -> list[Table]:
     kinds = [("texts" in each.header and "settings" in each.header) for each in (a, b)]
     if kinds[0] != kinds[1]:
         raise EvaluationError(f"{a.path} and {b.path} hold results of different commands")
-    found = [_conditions(a.header, b.header), *(_generations(a, b) if kinds[0] else _perplexities(a, b))]
+    found = [_conditions(a, b), *(_generations(a, b) if kinds[0] else _perplexities(a, b))]
     return [table for table in found if table.rows]
 
 
-def _conditions(a: Mapping[str, Any], b: Mapping[str, Any]) -> Table:
-    flat_a, flat_b = _flat(a), _flat(b)
+def _conditions(a: Results, b: Results) -> Table:
+    flat_a, flat_b = (flat(_described(each)) for each in (a, b))
     rows = [
         [name, str(flat_a.get(name, "")), str(flat_b.get(name, ""))]
         for name in dict.fromkeys([*flat_a, *flat_b])
@@ -41,11 +41,12 @@ def _conditions(a: Mapping[str, Any], b: Mapping[str, Any]) -> Table:
     return Table("What differs", ["", "A", "B"], rows, cell_width=40)
 
 
-def _flat(header: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in header.items():
-        if prefix or name not in _NOT_COMPARED:
-            found |= _flat(value, f"{prefix}{name} ") if isinstance(value, dict) else {f"{prefix}{name}": value}
+def _described(results: Results) -> dict[str, Any]:
+    """What is said of a run, and who has judged it since."""
+    found = {name: value for name, value in results.header.items() if name not in _NOT_COMPARED}
+    for name in ("judge", "features"):
+        if said := sorted({record[name] for record in results.records if name in record}):
+            found[name] = ", ".join(said)
     return found
 
 
@@ -62,7 +63,11 @@ def _generations(a: Results, b: Results) -> list[Table]:
             each.units = units
     if not names:
         raise EvaluationError(f"{a.path} and {b.path} have no setting in common")
-    draws = [Draws.make(len(each.units), each.seeds) for each in cells]
+    streams = (0, 0) if same else (0, 1)
+    draws = [
+        Draws.make([prompt for prompt, _ in each.units], each.seeds, stream)
+        for each, stream in zip(cells, streams, strict=True)
+    ]
     quotients = [{name: each.quotients(name) for name in names} for each in cells]
     rows = []
     for name in names:
@@ -70,13 +75,13 @@ def _generations(a: Results, b: Results) -> list[Table]:
         shared = [figure for figure in (TOKENS_PER_PASS, SPEED, *MEASURES) if all(figure in each for each in found)]
         rows.append([name])
         for figure in shared:
-            of_plain = [each.get(PLAIN, {}).get(SPEED) if figure == SPEED else None for each in quotients]
+            of_plain = [each[PLAIN][SPEED] if figure == SPEED and name != PLAIN else None for each in quotients]
             values = [_relative(each[figure], plain) for each, plain in zip(found, of_plain, strict=True)]
             replicates = [
                 _replicates(each[figure], plain, draw) for each, plain, draw in zip(found, of_plain, draws, strict=True)
             ]
             difference = interval(values[1] - values[0], replicates[1] - replicates[0])
-            label = (AXES | MEASURES)[figure]
+            label = "tokens per second" if figure == SPEED and name == PLAIN else (AXES | MEASURES)[figure]
             rows.append([label, f"{values[0]:.3f}", f"{values[1]:.3f}", _signed(difference)])
     how = "paired" if same else "of different prompts, so not paired"
     return [Table(f"Figures ({how})", ["", "A", "B", "B − A"], rows, cell_width=30)]
@@ -125,9 +130,7 @@ def _title(a: Figures, b: Figures) -> str:
 
 
 def _perplexity(log: Quotient) -> str:
-    from math import exp
-
-    return f"{exp(log.value):.3f}"
+    return f"{math.exp(log.value):.3f}"
 
 
 def _ratio(value: Interval) -> str:

@@ -35,7 +35,7 @@ def check_length(engines: Sequence[Engine], prompts: Sequence[Prompt], template:
     room = min(engine.session.max_length for engine in engines)
     for prompt in prompts:
         answers = max_new_tokens * len(prompt.turns)
-        length = sum(len(engines[0].encode(fill(template, turn))) for turn in prompt.turns)
+        length = len(engines[0].encode(TURN_SEPARATOR.join(fill(template, turn) for turn in prompt.turns)))
         if length + answers > room:
             raise EvaluationError(
                 f"prompt {prompt.id} has {length} tokens, too many for {answers} more in a context of {room}"
@@ -127,6 +127,30 @@ def _converse(
         result = engine.generate(text, **options, seed=seed)
         yield turn, text, result
         text += result.text + TURN_SEPARATOR
+
+
+class Conversations:
+    """What the texts of a results file continue, and what they are to a reader who sees a conversation as a whole."""
+
+    def __init__(self, results: Results):
+        """Index the generations."""
+        self._template = results.header["template"]
+        self._turns = {text["id"]: text["turns"] for text in results.header["texts"]}
+        self._texts = {(*key(record), record["turn"]): record["text"] for record in results.of(GENERATION)}
+
+    def beginning(self, prompt: str) -> str:
+        """The first turn."""
+        return fill(self._template, self._turns[prompt][0])
+
+    def continuation(self, setting: str, prompt: str, seed: int, turn: int) -> str | None:
+        """All that follows the first turn, up to the answer to a turn; None if an answer is missing."""
+        answers = [self._texts.get((setting, prompt, seed, i)) for i in range(turn + 1)]
+        text = ""
+        for i, answer in enumerate(answers):
+            if answer is None:
+                return None
+            text += (TURN_SEPARATOR + fill(self._template, self._turns[prompt][i]) if i else "") + answer
+        return text
 
 
 def fill(template: str, said: str) -> str:

@@ -15,7 +15,10 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from dynamo_runtime import Engine
+from dynamo_runtime.parameters import resolve_parameters
 from dynamo_runtime.scoring import score_base
+
+from .errors import EvaluationError
 
 MODEL = "dynamo"
 _BACKEND = ("provider", "threads", "spinning", "optimization")
@@ -32,7 +35,7 @@ class DynamoLM(TemplateLM):
 
     def __init__(
         self,
-        bundle: str,
+        bundle: str | None = None,
         strategy: str = "auto",
         max_length: int | str | None = None,
         max_gen_toks: int | str = 256,
@@ -57,9 +60,13 @@ class DynamoLM(TemplateLM):
             DynamoError: See `Engine`.
         """
         super().__init__()
+        if bundle is None:
+            raise EvaluationError("which bundle? give --model_args bundle=BUNDLE/model.onnx")
         backend = {name: options.pop(name) for name in _BACKEND if name in options}
         length = None if max_length is None else int(max_length)
         self._engine = Engine(bundle, max_length=length, **backend)
+        loaded = self._engine.bundle
+        resolve_parameters(loaded.sampling, options, has_counts=loaded.has_cooccurrence)  # are there such parameters?
         self._strategy, self._sampling = strategy, options
         self._max_gen_toks, self._add_bos_token = int(max_gen_toks), add_bos_token
         self._draws = 0
@@ -163,7 +170,7 @@ class DynamoLM(TemplateLM):
         """A task's limit, stop strings and sampling parameters."""
         limit = next((int(wishes[name]) for name in _LIMITS if wishes.get(name) is not None), self._max_gen_toks)
         if limit >= self.max_length:
-            raise ValueError(f"{limit} new tokens leave no room for a prompt in a context of {self.max_length}")
+            raise EvaluationError(f"{limit} new tokens leave no room for a prompt in a context of {self.max_length}")
         until = wishes.get("until") or []
         stop = [until] if isinstance(until, str) else list(until)
         sampling: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}

@@ -13,14 +13,14 @@ from typing import Any
 from tqdm import tqdm
 
 from .errors import EvaluationError
-from .generate import GENERATION
+from .generate import GENERATION, Conversations
 from .results import Record, Results
 from .settings import PLAIN
 from .summary import PAIR, SCORE
 
-KEY_VARIABLE = "OPENAI_API_KEY"
+GREEDY: Mapping[str, Any] = {"temperature": 0}
 _NO_KEY = "none"  # servers on one's own machine ask for none, the client for something
-_MOST_TOKENS = 512
+_KEPT = 500  # characters of an answer that cannot be read
 
 _SINGLE = """Below are the beginning of a text and a continuation that a language model wrote for it.
 Grade the continuation. Consider whether it fits the beginning, makes sense, is correct where that can be told, and neither repeats itself nor \
@@ -72,13 +72,14 @@ class Task:
 class Judge:
     """A model behind an endpoint."""
 
-    def __init__(self, endpoint: str | None, model: str, key_variable: str = KEY_VARIABLE):
+    def __init__(self, endpoint: str | None, model: str, key_variable: str, request: Mapping[str, Any] = GREEDY):
         """Connect to nothing yet.
 
         Args:
             endpoint: Base URL, usually ending in /v1; None means OpenAI's own.
             model: Its name there.
             key_variable: Environment variable that holds the key.
+            request: What is asked for beside model and messages.
 
         Raises:
             EvaluationError: The client library is not there, or there is no key for OpenAI's own endpoint.
@@ -90,7 +91,7 @@ class Judge:
         key = os.environ.get(key_variable)
         if endpoint is None and not key:
             raise EvaluationError(f"there is no key in the environment variable {key_variable}")
-        self.model, self._errors = model, openai.OpenAIError
+        self.model, self._request, self._errors = model, dict(request), openai.OpenAIError
         self._client = openai.OpenAI(base_url=endpoint, api_key=key or _NO_KEY, max_retries=4)
 
     def ask(self, question: str) -> str:
@@ -101,12 +102,13 @@ class Judge:
         """
         messages: Any = [{"role": "user", "content": question}]
         try:
-            answer = self._client.chat.completions.create(
-                model=self.model, messages=messages, temperature=0, max_tokens=_MOST_TOKENS
-            )
-            return answer.choices[0].message.content or ""
-        except (self._errors, AttributeError, IndexError, TypeError, ValueError) as error:
-            raise EvaluationError(f"the judge does not answer: {error}") from error
+            found = self._client.chat.completions.create(model=self.model, messages=messages, **self._request)
+        except (self._errors, TypeError, ValueError) as error:
+            raise EvaluationError(f"the judge at {self._client.base_url} does not answer: {error}") from error
+        try:
+            return found.choices[0].message.content or ""
+        except (AttributeError, IndexError, TypeError) as error:
+            raise EvaluationError(f"{self._client.base_url} answers, but not as OpenAI's protocol has it") from error
 
 
 def judge(
@@ -124,7 +126,7 @@ def judge(
         at_once: Questions under way at the same time.
 
     Returns:
-        How many answers of all could not be read.
+        How many answers could not be read.
 
     Raises:
         EvaluationError: The judge does not answer, or another one has judged these results.
@@ -146,8 +148,7 @@ def judge(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    said = [record["score"] for record in results.of(SCORE)] + [record["verdict"] for record in results.of(PAIR)]
-    return said.count(None)
+    return len(list(_tasks(results, set(kinds), set(settings), limit)))
 
 
 def read_grade(answer: str) -> float | None:
@@ -167,18 +168,29 @@ def read_choice(answer: str, plain_first: bool) -> str | None:
 
 
 def _tasks(results: Results, kinds: set[str], settings: set[str], limit: int | None) -> Iterable[Task]:
-    """Questions that have no answer yet; one without a text is a tie."""
-    done = {(record["kind"], *_place(record).values()) for kind in (SCORE, PAIR) for record in results.of(kind)}
-    prompts = {text["id"]: text["turns"] for text in results.header["texts"][:limit]}
-    texts = {tuple(_place(record).values()): record["text"] for record in results.of(GENERATION)}
+    """Questions that have no answer yet; one without a text is a tie.
+
+    A later turn of a conversation is put as a continuation of the first, with the answers in between.
+    """
+    done = {
+        (kind, *_place(record).values())
+        for kind, answer in ((SCORE, "score"), (PAIR, "verdict"))
+        for record in results.of(kind)
+        if record[answer] is not None
+    }
+    conversations = Conversations(results)
+    prompts = {text["id"] for text in results.header["texts"][:limit]}
     for record in results.of(GENERATION):
         place, name = _place(record), record["setting"]
         if record["prompt"] not in prompts or name not in settings | {PLAIN}:
             continue
-        prompt, answer = prompts[record["prompt"]][record["turn"]], record["text"]
+        where = record["prompt"], record["seed"], record["turn"]
+        prompt, answer = conversations.beginning(record["prompt"]), conversations.continuation(name, *where)
+        against = conversations.continuation(PLAIN, *where)
+        if answer is None:
+            continue
         if SCORE in kinds and (SCORE, *place.values()) not in done:
             yield Task(SCORE, place, _SINGLE.format(prompt=prompt, answer=answer))
-        against = texts.get(tuple((place | {"setting": PLAIN}).values()))
         if PAIR in kinds and name != PLAIN and against is not None and (PAIR, *place.values()) not in done:
             plain_first = random.Random(repr(place)).random() < 0.5
             a, b = (against, answer) if plain_first else (answer, against)
@@ -191,7 +203,10 @@ def _place(record: Record) -> dict[str, Any]:
 
 
 def _record(task: Task, answer: str) -> Record:
+    """An answer as a record; one that cannot be read is kept, and asked for again the next time."""
     record: Record = {"kind": task.kind, **task.place}
     if task.kind == SCORE:
-        return record | {"score": read_grade(answer)}
-    return record | {"verdict": read_choice(answer, task.plain_first), "plain_first": task.plain_first}
+        record |= {"score": read_grade(answer)}
+    else:
+        record |= {"verdict": read_choice(answer, task.plain_first), "plain_first": task.plain_first}
+    return record if None not in record.values() else record | {"answer": answer[:_KEPT]}

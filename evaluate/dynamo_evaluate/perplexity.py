@@ -86,6 +86,7 @@ def score_document(
     *,
     size: int,
     stride: int,
+    ahead: int = 0,
     thresholds: Sequence[float] = (),
     sampling: Mapping[str, Any] | None = None,
 ) -> Record:
@@ -96,6 +97,7 @@ def score_document(
         tokens: The text.
         size: Positions of a window.
         stride: See `windows`.
+        ahead: Positions must have so many tokens behind them, or as many as the bundle predicts, if those are more.
         thresholds: ε_b of the dynamic perplexities; there are none without parallel heads.
         sampling: What else Alg. 1 is to do; the bundle's defaults where it says nothing.
 
@@ -110,7 +112,7 @@ def score_document(
     bundle = session.bundle
     walks = {f"{e:g}": Walk(dynamo(bundle, e, sampling or {})) for e in thresholds if bundle.kind == "parallel"}
     nll, joint, positions = np.zeros(bundle.n_tokens), 0.0, 0
-    for window in windows(len(tokens) - bundle.n_tokens, size, stride):
+    for window in windows(len(tokens) - max(ahead, bundle.n_tokens), size, stride):
         for stretch in score_window(session, tokens, window.begin, window.first, window.end):
             nll += stretch.scores.nll.sum(1)
             joint += float(stretch.scores.joint.sum())
@@ -140,20 +142,37 @@ def run(
 ) -> None:
     """Score what is not scored yet; `results` grow by a record for every bundle and text.
 
-    Raises:
-        EvaluationError: No text is long enough.
+    All bundles are scored at the same positions, those that have enough tokens behind them for each of them.
     """
+    ahead = max(session.bundle.n_tokens for session in sessions)
     done = results.done(DOCUMENT, lambda record: (record["bundle"], record["document"]))
     for document in tqdm(documents, desc="texts", disable=None):
         for number, session in enumerate(sessions):
-            tokens = session.bundle.tokenizer.encode(document.text).ids[:limit_tokens]
-            # A look-ahead bundle scores only some positions.
-            if (number, document.name) in done or len(tokens) <= session.bundle.n_tokens + LOOK_AHEAD_STRIDE:
+            if (number, document.name) in done:
                 continue
-            sums = score_document(session, tokens, size=size, stride=stride, thresholds=thresholds, sampling=sampling)
+            tokens = session.bundle.tokenizer.encode(document.text).ids[:limit_tokens]
+            sums = score_document(
+                session, tokens, size=size, stride=stride, ahead=ahead, thresholds=thresholds, sampling=sampling
+            )
             results.append({"kind": DOCUMENT, "bundle": number, "document": document.name, **sums})
-    if not results.records:
-        raise EvaluationError("no text is long enough to be scored")
+
+
+def long_enough(documents: Sequence[Document], bundles: Sequence[Bundle], limit_tokens: int | None) -> list[Document]:
+    """The texts that every bundle can score.
+
+    Raises:
+        EvaluationError: There is none.
+    """
+    # A look-ahead bundle scores only some positions.
+    least = max(bundle.n_tokens for bundle in bundles) + LOOK_AHEAD_STRIDE
+    found = [
+        document
+        for document in documents
+        if all(len(bundle.tokenizer.encode(document.text).ids[:limit_tokens]) > least for bundle in bundles)
+    ]
+    if not found:
+        raise EvaluationError(f"no text has more than {least} tokens, which is the least that can be scored")
+    return found
 
 
 def window_size(session: Session, size: int | None, stride: int | None) -> tuple[int, int]:

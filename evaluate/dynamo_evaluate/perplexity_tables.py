@@ -78,13 +78,13 @@ def _figures(bundle: Mapping[str, Any], names: list[str], records: list[Record])
 
 def perplexity(log: Quotient) -> Interval:
     """With its interval over the documents."""
-    draws = Draws.make(log.top.shape[1], 1)
+    draws = Draws.make(range(log.top.shape[1]), 1)
     return interval(float(np.exp(log.value)), np.exp(log.replicates(draws)))
 
 
 def change(log: Quotient, reference: Quotient) -> Interval:
     """A perplexity over another one of the same documents, with its interval over them."""
-    draws = Draws.make(log.top.shape[1], 1)
+    draws = Draws.make(range(log.top.shape[1]), 1)
     replicates = np.exp(log.replicates(draws) - reference.replicates(draws))
     return interval(float(np.exp(log.value - reference.value)), replicates)
 
@@ -96,9 +96,13 @@ def tables(found: Sequence[Figures]) -> list[Table]:
     rows = []
     for each in found:
         cells = [number(_value(each.log_perplexities[n])) if n in each.log_perplexities else MISSING for n in names]
-        ratio = change(each.log_perplexities["PPL_1"], first)
-        rows.append([each.bundle["name"], *cells, f"{ratio.value:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]"])
-    made = [Table("Perplexity", ["bundle", *names, "PPL_1 ÷ first's"], rows, cell_width=28)]
+        own = each.log_perplexities["PPL_1"]
+        ratio = MISSING  # of other positions, which a look-ahead bundle or another tokenizer has
+        if (own.bottom == first.bottom).all():
+            value = change(own, first)
+            ratio = f"{value.value:.4f} [{value.low:.4f}, {value.high:.4f}]"
+        rows.append([each.bundle["name"], f"{int(own.bottom.sum()):,}", *cells, ratio])
+    made = [Table("Perplexity", ["bundle", "positions", *names, "PPL_1 ÷ first's"], rows, cell_width=28)]
     with_walks = [each for each in found if each.dynamic]
     columns = [c for each in with_walks for c in (f"{each.bundle['name']}: PPL_d", "tokens/pass")]
     thresholds = list(with_walks[0].dynamic) if with_walks else []
@@ -113,12 +117,11 @@ def tables(found: Sequence[Figures]) -> list[Table]:
 def conditions(results: Results, found: Sequence[Figures]) -> str:
     """What it was run on, in one paragraph."""
     header = results.header
-    positions = int(found[0].log_perplexities["PPL_1"].bottom.sum())
     missing = header["documents"] - len(found[0].documents)
     unfinished = f" of {header['documents']} (the run is not finished)" if missing else ""
     return (
-        f"{len(found[0].documents)} texts{unfinished} ({', '.join(header['texts'])}), {positions:,} positions, windows "
-        f"of {header['window']} tokens every {header['stride']}. {machine_line(header['machine'])}."
+        f"{len(found[0].documents)} texts{unfinished} ({', '.join(header['texts'])}), windows of "
+        f"{header['window']} tokens every {header['stride']}. {machine_line(header['machine'])}."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ BLUE, GREY, RED = "#2563a8", "#8a8f98", "#b3372e"
 STEP_COLOURS = ("#c6dbef", "#6baed6", "#2171b5", "#08306b", "#041c3d")
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 VARIANT_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a8f98", "#7b5ea7")
-MARKERS = "osD^vPX*h"
+MARKERS = "osD^vPX*hp"  # as many as no multiple of the colours, so that pairs of both go on being different
 PANEL = (4.2, 3.2)  # inches
 BAND_STEP = 10  # of a curve's places every so many are drawn
 MOST_LABELS = 6
@@ -55,7 +56,7 @@ def draw(summary: Summary, folder: Path) -> list[Path]:
         }
     )
     figures: dict[str, Figure] = {}
-    names = [name for name in variants(summary) if summary.curves[name, SPEED]]
+    names = [name for name in variants(summary) if summary.curves[name, SPEED]]  # a single ε_b is no curve
     if len(names) == 1:
         figures["curve"] = _curve(summary, names[0], SPEED)
         figures["curve_tokens"] = _curve(summary, names[0], TOKENS_PER_PASS)
@@ -88,7 +89,7 @@ def _curve(summary: Summary, variant: str, axis: str) -> Figure:
             handles["same quality, 95 % interval"] = axes.axvline(same.value, color=RED, lw=1, ls="--")
             axes.axvspan(same.low, same.high, color=RED, alpha=0.08, lw=0)
         axes.set_title(title, fontsize=8)
-        _frame(axes, [curve.low.min(), curve.high.max(), low, high, *_extent(points, measure)])
+        _frame(axes, [np.nanmin(curve.low), np.nanmax(curve.high), low, high, *_extent(points, measure)])
         axes.set(xlabel=AXES[axis], ylabel=MEASURES[measure])
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.suptitle(f"{summary.header['bundle']['name']}: quality against {AXES[axis]}", fontsize=10)
@@ -97,14 +98,14 @@ def _curve(summary: Summary, variant: str, axis: str) -> Figure:
 
 def _compared(summary: Summary, names: Sequence[str]) -> Figure:
     """All variants in one panel a measure, their settings joined in the order of ε_b."""
-    measures = [measure for measure in MEASURES if measure in summary.curves[names[0], SPEED]]
+    measures = [measure for measure in MEASURES if any(measure in summary.curves[name, SPEED] for name in names)]
     figure, panels = _panels(len(measures), legend=True)
     handles: dict[str, Any] = {}
     for axes, measure in zip(panels, measures, strict=True):
         low, high = summary.plain[measure]
         handles["plain, one more seed"] = _shade(axes, low, high)
         extent = [low, high]
-        for name, colour, marker in zip(names, VARIANT_COLOURS, MARKERS, strict=False):
+        for name, colour, marker in zip(names, cycle(VARIANT_COLOURS), cycle(MARKERS), strict=False):
             points = [outcome for outcome in _members(summary, name) if measure in outcome.measures]
             speeds = [outcome.speed.value for outcome in points]
             values = [outcome.measures[measure].value for outcome in points]

@@ -6,6 +6,7 @@ import ast
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,8 +78,6 @@ def load_prompts(source: str, engine: Engine, limit: int | None = None, code: bo
     Raises:
         EvaluationError: There is no such file, or no prompt in it.
     """
-    if limit is not None and limit < 1:
-        raise EvaluationError(f"the number of prompts must be at least 1, not {limit}")
     if source == PAPER:
         return [Prompt(str(i), (text,)) for i, text in enumerate(PAPER_PROMPTS, 1)][:limit]
     if source == STANDARD_LIBRARY:
@@ -124,9 +123,10 @@ def _read(path: Path, code: bool) -> list[Prompt]:
     name = path.name.removesuffix(".gz")
     try:
         data = path.read_bytes()
-        lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8").splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise EvaluationError(f"cannot read prompts from {path}: {error}") from error
+    lines = text.replace("\r\n", "\n").split("\n")  # a JSON line may hold other separators of lines
     if name.endswith((".jsonl", ".json")):
         prompts = [_row(path, i, line, code) for i, line in enumerate(lines, 1) if line.strip()]
     else:

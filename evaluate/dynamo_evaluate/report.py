@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dynamo_runtime.profiling.profile import Interval
-from dynamo_runtime.profiling.tables import MISSING, Table, percent
+from dynamo_runtime.profiling.tables import MISSING, WIDTH, Table, percent
 from dynamo_runtime.profiling.tables import interval as with_ends
 
 from .results import machine_line
 from .settings import PLAIN
-from .statistics import SameQuality
+from .statistics import SameQuality, widening
 from .summary import (
     ALL,
     AXES,
@@ -28,16 +29,18 @@ from .summary import (
 )
 
 INSIDE = "✓"
+ENOUGH_SEEDS = 5  # with fewer a warning is in order
 _LABELS = MEASURES | {ALL: "all of these"}
 
 
 def tables(summary: Summary) -> list[Table]:
     """Every table that has something in it."""
-    found = [_settings(summary, variant) for variant in variants(summary)]
+    names = variants(summary)
+    found = [_settings(summary, variant) for variant in names]
     alone = [outcome for outcome in summary.outcomes.values() if not outcome.setting["variant"]]
     if len(alone) > 1 or not found:
         found.append(_outcomes(summary, "Settings of their own", alone))
-    found += [_same(summary, variant) for variant in variants(summary)]
+    found += [_same(summary, variant) for variant in names if summary.curves[variant, SPEED]]
     found += [_steps(summary), _verdicts(summary)]
     return [table for table in found if table.rows]
 
@@ -45,25 +48,31 @@ def tables(summary: Summary) -> list[Table]:
 def conditions(summary: Summary) -> str:
     """What it was run on, in one paragraph."""
     header = summary.header
-    sampling = header["sampling"]
+    sampling, seeds = header["sampling"], header["seeds"]
     finished = "" if summary.prompts == summary.wanted else f" of {summary.wanted} (the run is not finished)"
-    return (
-        f"{_bundle(header['bundle'])} against {_bundle(header['plain'])}; {summary.prompts} prompts{finished} "
-        f"({header['prompts']['source']}) × {header['seeds']} seeds × up to {header['max_new_tokens']} tokens, "
-        f"temperature {sampling['temperature']:g}, top-k {sampling['top_k']}, repetition penalty "
-        f"{sampling['repetition_penalty']:g}. {machine_line(header['machine'])}. Brackets hold 95 % intervals, of "
-        f"plain where one more seed's mean would lie; {INSIDE} marks what is inside that."
+    said = (
+        f"{_bundle(header['bundle'])} against {_bundle(header['plain'])}, which decodes {summary.plain_speed:,.0f} "
+        f"tokens/s; {summary.prompts} prompts{finished} ({header['prompts']['source']}) × {seeds} seeds × up to "
+        f"{header['max_new_tokens']} tokens, temperature {sampling['temperature']:g}, top-k {sampling['top_k']}, "
+        f"repetition penalty {sampling['repetition_penalty']:g}. {machine_line(header['machine'])}. Brackets hold 95 % "
+        f"intervals, of plain where one more seed's mean would lie; {INSIDE} marks what is inside that."
     )
+    if seeds < ENOUGH_SEEDS:
+        said += (
+            f" With {seeds} seeds that is {widening(seeds):.1f} times as wide as with many, so nearly everything looks "
+            "like plain: give more seeds."
+        )
+    return said
 
 
-def text(summary: Summary) -> str:
-    """All of it for a terminal."""
-    return "\n\n".join([*(table.text() for table in tables(summary)), conditions(summary)])
+def text(made: Sequence[Table], where: str) -> str:
+    """Tables and conditions for a terminal."""
+    return "\n\n".join([*(table.text() for table in made), textwrap.fill(where, WIDTH)])
 
 
-def markdown(summary: Summary) -> str:
-    """All of it as Markdown."""
-    return "\n\n".join([*(table.markdown() for table in tables(summary)), conditions(summary)]) + "\n"
+def markdown(made: Sequence[Table], where: str) -> str:
+    """The same as Markdown."""
+    return "\n\n".join([*(table.markdown() for table in made), where]) + "\n"
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
@@ -72,6 +81,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
     return {
         **header,
         "finished": {"prompts": summary.prompts, "of": summary.wanted},
+        "plain_tokens_per_s": _rounded(summary.plain_speed),
         "plain_spread": {name: _ends(*ends) for name, ends in summary.plain.items()},
         "outcomes": {name: _outcome(outcome) for name, outcome in summary.outcomes.items()},
         "curves": [
@@ -100,7 +110,7 @@ def _settings(summary: Summary, variant: str) -> Table:
 
 
 def _outcomes(summary: Summary, title: str, outcomes: list[Outcome]) -> Table:
-    names = [name for name in MEASURES if any(name in outcome.measures for outcome in summary.outcomes.values())]
+    names = list(summary.plain)
     rows = []
     for outcome in outcomes:
         threshold = outcome.setting["threshold"]
@@ -115,6 +125,8 @@ def _quality(summary: Summary, outcome: Outcome, name: str) -> str:
     if name not in outcome.measures:
         return MISSING
     value = outcome.measures[name]
+    if not math.isfinite(value.value):
+        return MISSING
     if outcome.setting["name"] == PLAIN:
         low, high = summary.plain[name]
         return f"{value.value:.3f} [{low:.3f}, {high:.3f}]"

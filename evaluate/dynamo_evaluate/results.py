@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,19 +17,19 @@ from dynamo_runtime.providers import import_onnxruntime
 from .errors import EvaluationError
 
 VERSION = 1
+_SHOWN = 60  # characters of a value in a complaint
 Record = dict[str, Any]
 
 
 def describe_bundle(bundle: Bundle) -> Record:
     """What tells one bundle from another, wherever it lies."""
-    name = bundle.folder.resolve().name
-    graph = bundle.files.get(bundle.graph, {})
+    content = {name: entry.get("sha256") for name, entry in sorted(bundle.files.items())}
     return {
-        "name": name,
+        "name": bundle.folder.resolve().name,
         "kind": bundle.kind,
         "n_tokens": bundle.n_tokens,
         "precision": bundle.precision,
-        "sha256": graph.get("sha256", ""),
+        "sha256": hashlib.sha256(json.dumps([content, dict(bundle.sampling)]).encode()).hexdigest(),
     }
 
 
@@ -80,31 +82,38 @@ class Results:
 
     @classmethod
     def _resume(cls, path: Path, header: Record) -> Results:
-        found = cls.load(path)
-        for name in sorted(set(header) | set(found.header)):
-            if header.get(name) != found.header.get(name):
+        found = cls.load(path, repair=True)
+        ours, theirs = flat(header), flat(found.header)
+        for name in sorted(set(ours) | set(theirs)):
+            if ours.get(name) != theirs.get(name):
+                what = f"{name}: {_short(theirs.get(name))}, now {_short(ours.get(name))}"
                 raise EvaluationError(
-                    f"{path} holds results of another run ({name} differs): name another file, or give --overwrite"
+                    f"{path} holds results of another run ({what}): name another file, or give --overwrite"
                 )
-        whole = "".join(map(_line, [found.header, *found.records]))
-        if len(whole.encode()) != path.stat().st_size:  # the interrupt fell into a line
-            path.write_text(whole, encoding="utf-8")
         return found
 
     @classmethod
-    def load(cls, path: str | Path) -> Results:
+    def load(cls, path: str | Path, repair: bool = False) -> Results:
         """Read a file; a last line that was cut off is left out.
+
+        Args:
+            path: The file.
+            repair: Cut that line off in the file as well, so that records can be appended.
 
         Raises:
             EvaluationError: It is missing or not a results file of this version.
         """
         path = Path(path)
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")
+            data = path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if repair and len(whole) < len(data):
+                os.truncate(path, len(whole))
+            lines = whole.decode("utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise EvaluationError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
         try:
-            header, *records = [json.loads(line) for line in lines[:-1]]  # what follows the last line break is cut off
+            header, *records = [json.loads(line) for line in lines[:-1]]
         except ValueError:
             raise EvaluationError(f"{path} is not a results file of dynamo-eval") from None
         if not isinstance(header, dict) or header.get("dynamo_eval") != VERSION:
@@ -139,12 +148,25 @@ class Results:
             raise EvaluationError(f"{self.path} holds results of {self.header.get('command')}, not of {command}")
 
 
+def flat(header: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A header without nesting: names of its fields, one behind the other."""
+    found: dict[str, Any] = {}
+    for name, value in header.items():
+        found |= flat(value, f"{prefix}{name} ") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
 def machine_line(machine: Mapping[str, Any]) -> str:
     """One line for people."""
     return (
         f"{machine['processor']}; onnxruntime {machine['onnxruntime']} ({machine['provider']}), "
         f"Python {machine['python']}"
     )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _line(record: Record) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from dynamo_runtime.bundle import MANIFEST
 from dynamo_runtime.session import PENULTIMATE, Session
 
 from .errors import EvaluationError
-from .generate import GENERATION
+from .generate import Conversations
 from .results import Results
 from .settings import PLAIN
 from .summary import MAUVE, Cells
@@ -95,42 +95,48 @@ def mauve_score(texts: np.ndarray, reference: np.ndarray) -> float:
     return float(compute_mauve(p_features=texts, q_features=reference, verbose=False).mauve)
 
 
-def judge(results: Results, features: Features) -> None:
+def judge(results: Results, features: Features, source: str, settings: Iterable[str]) -> None:
     """Add MAUVE of every setting and seed: its texts at this seed against plain decoding's at all other seeds.
 
     Plain decoding itself is judged in the same way, so what it reaches is what "no difference" looks like with so few
     texts.
 
     Args:
-        results: Of generations; they grow by a record for every setting and seed that has none.
+        results: Of generations; they grow by a record for every setting and seed, unless there is one of as many texts.
         features: Of prompt and continuation together.
+        source: What the features are of.
+        settings: Names of those that are judged; plain always is.
 
     Raises:
-        EvaluationError: The library is not there.
+        EvaluationError: The library is not there, or the results were judged with other features.
     """
+    others = {record["features"] for record in results.of(MAUVE)} - {source}
+    if others:
+        raise EvaluationError(f"{results.path} has MAUVE by features of {others.pop()}: judge a copy, two do not mix")
     cells = Cells(results)
-    done = results.done(MAUVE, lambda record: (record["setting"], record["seed"]))
-    wanted = [(name, seed) for name in cells.settings for seed in range(cells.seeds) if (name, seed) not in done]
+    count = len(cells.units)
+    done = results.done(MAUVE, lambda record: (record["setting"], record["seed"], record["texts"]))
+    names = [name for name in cells.settings if name == PLAIN or name in set(settings)]
+    wanted = [(name, seed) for name in names for seed in range(cells.seeds) if (name, seed, count) not in done]
     if not wanted:
         return
-    prompts = {text["id"]: text["turns"] for text in results.header["texts"]}
-    units = set(cells.units)
-    needed = {PLAIN, *(name for name, _ in wanted)}
+    conversations = Conversations(results)
     texts = {
-        (record["setting"], record["seed"], record["prompt"], record["turn"]): (
-            prompts[record["prompt"]][record["turn"]] + record["text"]
-        )
-        for record in results.of(GENERATION)
-        if record["setting"] in needed and (record["prompt"], record["turn"]) in units
+        (name, seed): [
+            conversations.beginning(prompt) + (conversations.continuation(name, prompt, seed, turn) or "")
+            for prompt, turn in cells.units
+        ]
+        for name in {PLAIN, *(name for name, _ in wanted)}
+        for seed in range(cells.seeds)
     }
-    known: dict[str, np.ndarray] = {}
-    for text in tqdm(sorted(set(texts.values())), desc="features", disable=None):
-        known[text] = features(text)
+    distinct = sorted({text for each in texts.values() for text in each})
+    known = {text: features(text) for text in tqdm(distinct, desc="features", disable=None)}
 
-    def at(setting: str, seeds: Sequence[int]) -> np.ndarray:
-        return np.stack([known[texts[(setting, seed, *unit)]] for seed in seeds for unit in cells.units])
+    def at(setting: str, seeds: Iterable[int]) -> np.ndarray:
+        return np.stack([known[text] for seed in seeds for text in texts[setting, seed]])
 
     for name, seed in tqdm(wanted, desc="MAUVE", disable=None):
-        others = [other for other in range(cells.seeds) if other != seed]
-        value = mauve_score(at(name, [seed]), at(PLAIN, others))
-        results.append({"kind": MAUVE, "setting": name, "seed": seed, "value": round(value, 6)})
+        rest = [other for other in range(cells.seeds) if other != seed]
+        value = round(mauve_score(at(name, [seed]), at(PLAIN, rest)), 6)
+        record = {"setting": name, "seed": seed, "texts": count, "features": source, "value": value}
+        results.append({"kind": MAUVE, **record})

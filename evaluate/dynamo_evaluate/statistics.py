@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,16 +47,19 @@ class Quotient:
 
     def replicates(self, draws: Draws) -> np.ndarray:
         """Bootstrap replicates, [resamples]."""
-        prompts, seeds = draws.prompts, draws.seeds
-        if self.top.shape[1] == 1:  # only seeds are there to be resampled
-            return _divide(seeds @ self.top[:, 0], seeds @ self.bottom[:, 0])
-        return _divide(prompts @ self.top.sum(0), prompts @ self.bottom.sum(0))
+        if self._by_seeds(draws):
+            return _divide(draws.seeds @ self.top.sum(1), draws.seeds @ self.bottom.sum(1))
+        return _divide(draws.prompts @ self.top.sum(0), draws.prompts @ self.bottom.sum(0))
 
     def replicates_by_seed(self, draws: Draws) -> np.ndarray:
         """The same of every seed, [resamples, seeds]."""
-        if self.top.shape[1] == 1:
+        if self._by_seeds(draws):
             return np.broadcast_to(self.by_seed(), (len(draws.seeds), len(self.top)))
         return _divide(draws.prompts @ self.top.T, draws.prompts @ self.bottom.T)
+
+    def _by_seeds(self, draws: Draws) -> bool:
+        """Whether only seeds are there to be resampled: of a single prompt, and of figures of all prompts together."""
+        return draws.clusters == 1 or self.top.shape[1] == 1
 
 
 @dataclass(frozen=True)
@@ -65,20 +69,31 @@ class Draws:
     Attributes:
         prompts: [resamples, prompts].
         seeds: [resamples, seeds].
+        clusters: Independent ones among the prompts.
     """
 
     prompts: np.ndarray
     seeds: np.ndarray
+    clusters: int
 
     @classmethod
-    def make(cls, prompts: int, seeds: int, resamples: int = RESAMPLES) -> Draws:
-        """Samples with replacement, the same on every call."""
-        rng = np.random.default_rng(0)
+    def make(cls, clusters: Sequence[Hashable], seeds: int, stream: int = 0, resamples: int = RESAMPLES) -> Draws:
+        """Samples with replacement, the same on every call.
+
+        Args:
+            clusters: Of every prompt, what it is drawn together with: turns of one conversation are not independent.
+            seeds: How many there are.
+            stream: Different ones are independent.
+            resamples: How many samples.
+        """
+        rng = np.random.default_rng(stream)
+        numbers = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
 
         def counts(n: int) -> np.ndarray:
             return rng.multinomial(n, np.full(n, 1 / n), resamples).astype(float)
 
-        return cls(counts(prompts), counts(seeds))
+        drawn = counts(len(numbers))
+        return cls(drawn[:, [numbers[cluster] for cluster in clusters]], counts(seeds), len(numbers))
 
 
 def interval(value: float, replicates: np.ndarray) -> Interval:
@@ -106,6 +121,11 @@ def spread(by_seed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return middle - reach, middle + reach
 
 
+def widening(seeds: int) -> float:
+    """How many times as wide `spread` is with some seeds as with many."""
+    return float(stats.t.ppf((1 + LEVEL) / 2, seeds - 1) * np.sqrt(1 + 1 / seeds) / stats.norm.ppf((1 + LEVEL) / 2))
+
+
 def fit(x: np.ndarray, y: np.ndarray, degree: int) -> Polynomial:
     """The least-squares polynomial, of a lower degree where the points do not determine it."""
     return Polynomial.fit(x, y, max(0, min(degree, len(np.unique(x)) - 1)))
@@ -119,7 +139,7 @@ class Curve:
         polynomial: The fit.
         places: Speeds at which it was looked at, [GRID], from the slowest setting to the fastest.
         fitted: The fit there.
-        low: Lower end of its 95 % band.
+        low: Lower end of its 95 % band, of the replicates whose settings reach as far.
         high: Upper end.
         inside: Whether it is plain's quality there.
         inside_replicates: The same of every bootstrap replicate, [resamples, GRID].
@@ -163,8 +183,11 @@ def trace(
     fits[known] = _fit_all(x_replicates[known], y_replicates[known], polynomial.degree(), places)
     low, high = (ends[:, None] for ends in plain_replicates)
     begin, end = x_replicates.min(1, keepdims=True), x_replicates.max(1, keepdims=True)
-    inside = _between(fits, low, high) & _between(places, begin, end)
-    band = np.nanquantile(fits, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    within = _between(places, begin, end)
+    inside = _between(fits, low, high) & within
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a place that no replicate reaches has no band
+        band = np.nanquantile(np.where(within, fits, np.nan), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return Curve(polynomial, places, fitted, band[0], band[1], _between(fitted, *plain), inside)
 
 

@@ -20,7 +20,9 @@ from .statistics import Curve, Draws, Quotient, SameQuality, interval, same_qual
 SPEED, TOKENS_PER_PASS = "speed", "tokens_per_pass"
 AXES = {SPEED: "tokens/s ÷ plain", TOKENS_PER_PASS: "tokens per pass"}
 MAUVE, SCORE, WIN_RATE = "mauve", "score", "win_rate"
-PAIR, VERDICTS = "pair", ("win", "tie", "lose")
+PAIR = "pair"
+WORTH = {"win": 1.0, "tie": 0.5, "lose": 0.0}
+VERDICTS = tuple(WORTH)
 MEASURES = {
     "nll": "base NLL",
     "distinct_2": "distinct-2",
@@ -65,8 +67,9 @@ class Summary:
 
     Attributes:
         header: Of the results.
-        prompts: Prompts and turns that every setting has finished at every seed; only they count.
+        prompts: Prompts that every setting has finished at every seed; only what is finished counts.
         wanted: How many there will be.
+        plain_speed: Plain decoding's tokens a second.
         plain: Ends of plain decoding's quality, by measure: where the mean at one more seed would lie, or for the win
             rate, at least 1.
         outcomes: By setting; plain comes first.
@@ -77,6 +80,7 @@ class Summary:
     header: Mapping[str, Any]
     prompts: int
     wanted: int
+    plain_speed: float
     plain: Mapping[str, tuple[float, float]]
     outcomes: Mapping[str, Outcome]
     curves: Mapping[tuple[str, str], Mapping[str, Curve]]
@@ -98,15 +102,24 @@ class Cells:
         header = results.header
         self.settings = [setting["name"] for setting in header["settings"]]
         self.seeds: int = header["seeds"]
-        self._results = results
-        wanted = [(text["id"], turn) for text in header["texts"] for turn in range(len(text["turns"]))]
-        self.wanted = len(wanted)
+        self._said: dict[tuple[str, str], list[Record]] = defaultdict(list)
+        for kind in (MAUVE, SCORE, PAIR):
+            for record in results.of(kind):
+                self._said[kind, record["setting"]].append(record)
         self._records = {_place(record): record for record in results.of(GENERATION)}
-        self.units = [
-            unit
-            for unit in wanted
-            if all((name, *unit, seed) in self._records for name in self.settings for seed in range(self.seeds))
+        self.wanted = len(header["texts"])
+        finished = [
+            [(text["id"], turn) for turn in range(len(text["turns"]))]
+            for text in header["texts"]
+            if all(
+                (name, text["id"], turn, seed) in self._records
+                for name in self.settings
+                for turn in range(len(text["turns"]))
+                for seed in range(self.seeds)
+            )
         ]
+        self.finished = len(finished)
+        self.units = [unit for turns in finished for unit in turns]
         if not self.units:
             raise EvaluationError(f"{results.path} has no prompt yet that every setting has finished at every seed")
 
@@ -130,36 +143,37 @@ class Cells:
 
     def verdicts(self, setting: str) -> dict[str, Quotient]:
         """Shares of "win", "tie" and "lose" among a judge's verdicts; empty without any."""
-        given = self._said(PAIR, setting, "verdict")
+        given = self._answers(PAIR, setting, "verdict")
         if not given:
             return {}
         return {
-            verdict: Quotient.mean(self._places({k: v == verdict for k, v in given.items()})) for verdict in VERDICTS
+            verdict: Quotient.mean(self._places({place: each == verdict for place, each in given.items()}))
+            for verdict in VERDICTS
         }
 
     def _judged(self, setting: str) -> dict[str, Quotient]:
         """Measures that judges have given since."""
         found = {}
-        if any(record["setting"] == setting for record in self._results.of(MAUVE)):
-            by_seed = {
-                record["seed"]: record["value"] for record in self._results.of(MAUVE) if record["setting"] == setting
-            }
+        if records := self._said[MAUVE, setting]:
+            by_seed = {record["seed"]: record["value"] for record in records}
             found[MAUVE] = Quotient.mean(np.array([[by_seed.get(seed, np.nan)] for seed in range(self.seeds)]))
-        if scores := self._said(SCORE, setting, "score"):
+        if scores := self._answers(SCORE, setting, "score"):
             found[SCORE] = Quotient.mean(self._places(scores))
-        if verdicts := self._said(PAIR, setting, "verdict"):
-            for_it = {"win": 1.0, "tie": 0.5, "lose": 0.0}
-            top = self._places({place: for_it[verdict] for place, verdict in verdicts.items()})
-            known = np.isfinite(top)
-            found[WIN_RATE] = Quotient(np.where(known, top, 0.0), np.where(known, 1 - top, 0.0))
+        if verdicts := self._answers(PAIR, setting, "verdict"):
+            for_it = self._places({place: WORTH[verdict] for place, verdict in verdicts.items()})
+            known = np.isfinite(for_it)
+            # Half a win and half a loss more than there were: a setting that never loses has a rate, too.
+            half = np.where(known, 0.5 / max(known.sum(), 1), 0.0)
+            top, bottom = np.where(known, for_it, 0.0), np.where(known, 1 - for_it, 0.0)
+            found[WIN_RATE] = Quotient(top + half, bottom + half)
         return found
 
-    def _said(self, kind: str, setting: str, field: str) -> dict[tuple[str, int, int], Any]:
+    def _answers(self, kind: str, setting: str, field: str) -> dict[tuple[str, int, int], Any]:
         """A judge's answers about one setting by prompt, turn and seed; those that could not be read are left out."""
         return {
             (record["prompt"], record["turn"], record["seed"]): record[field]
-            for record in self._results.of(kind)
-            if record["setting"] == setting and record[field] is not None
+            for record in self._said[kind, setting]
+            if record[field] is not None
         }
 
     def _places(self, values: Mapping[tuple[str, int, int], float]) -> np.ndarray:
@@ -191,17 +205,17 @@ def summarize(results: Results, degree: int = DEGREE) -> Summary:
     """
     of_generations(results)
     cells = Cells(results)
-    draws = Draws.make(len(cells.units), cells.seeds)
+    draws = Draws.make([prompt for prompt, _ in cells.units], cells.seeds)
     figures = {name: cells.quotients(name) for name in cells.settings}
     plain, replicates = figures[PLAIN], {}
     ends: dict[str, tuple[float, float]] = {}
     end_replicates: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     resamples = len(draws.prompts)
     for name in MEASURES:
-        if name == WIN_RATE:
+        if name == WIN_RATE and any(WIN_RATE in found for found in figures.values()):
             ends[name] = (1.0, np.inf)
             end_replicates[name] = (np.ones(resamples), np.full(resamples, np.inf))
-        elif name in plain:
+        elif name in plain and np.isfinite(plain[name].by_seed()).all():
             low, high = spread(plain[name].by_seed())
             ends[name] = float(low), float(high)
             end_replicates[name] = spread(plain[name].replicates_by_seed(draws))
@@ -214,7 +228,7 @@ def summarize(results: Results, degree: int = DEGREE) -> Summary:
         values[name][SPEED] /= base
         replicates[name][SPEED] = replicates[name][SPEED] / base_replicates
         measured = {each: interval(values[name][each], replicates[name][each]) for each in found}
-        quality = {each: measured[each] for each in MEASURES if each in measured}
+        quality = {each: measured[each] for each in ends if each in measured}
         inside = {each: ends[each][0] <= quality[each].value <= ends[each][1] for each in quality}
         setting = next(s for s in results.header["settings"] if s["name"] == name)
         verdicts = {each: interval(q.value, q.replicates(draws)) for each, q in cells.verdicts(name).items()}
@@ -223,26 +237,28 @@ def summarize(results: Results, degree: int = DEGREE) -> Summary:
         )
     curves, same = {}, {}
     for variant, members in _variants(outcomes.values()).items():
+        with_measure = {
+            measure: [name for name in members if np.isfinite(values[name].get(measure, np.nan))] for measure in ends
+        }
         for axis in AXES:
-            found_curves = {}
-            for measure in ends:
-                points = [name for name in members if np.isfinite(values[name].get(measure, np.nan))]
-                if len(points) > 1:
-                    found_curves[measure] = trace(
-                        np.array([values[name][axis] for name in points]),
-                        np.array([values[name][measure] for name in points]),
-                        np.stack([replicates[name][axis] for name in points], axis=1),
-                        np.stack([replicates[name][measure] for name in points], axis=1),
-                        ends[measure],
-                        end_replicates[measure],
-                        degree,
-                    )
+            found_curves = {
+                measure: trace(
+                    np.array([values[name][axis] for name in points]),
+                    np.array([values[name][measure] for name in points]),
+                    np.stack([replicates[name][axis] for name in points], axis=1),
+                    np.stack([replicates[name][measure] for name in points], axis=1),
+                    ends[measure],
+                    end_replicates[measure],
+                    degree,
+                )
+                for measure, points in with_measure.items()
+                if len(points) > 1
+            }
             curves[variant, axis] = found_curves
             same[variant, axis] = {measure: same_quality([curve]) for measure, curve in found_curves.items()}
-            places = {curve.places.tobytes() for curve in found_curves.values()}
-            if len(places) == 1:  # a judge may have seen only some of the settings
+            if found_curves and all(points == members for points in with_measure.values()):
                 same[variant, axis][ALL] = same_quality(list(found_curves.values()))
-    return Summary(results.header, len(cells.units), cells.wanted, ends, outcomes, curves, same)
+    return Summary(results.header, cells.finished, cells.wanted, base, ends, outcomes, curves, same)
 
 
 def of_generations(results: Results) -> Mapping[str, Any]:
@@ -267,8 +283,8 @@ def fastest_inside(summary: Summary, variant: str, measure: str) -> Outcome | No
 
 
 def variants(summary: Summary) -> list[str]:
-    """Names of the curves."""
-    return list(dict.fromkeys(variant for variant, _ in summary.curves))
+    """Names of the variants, those of a single setting, through which there is no curve, included."""
+    return list(_variants(summary.outcomes.values()))
 
 
 def _is_inside(outcome: Outcome, measure: str) -> bool:
@@ -276,12 +292,12 @@ def _is_inside(outcome: Outcome, measure: str) -> bool:
 
 
 def _variants(outcomes: Iterable[Outcome]) -> dict[str, list[str]]:
-    """Names of the settings of every curve, of two points or more."""
+    """Names of the settings of every variant."""
     found: dict[str, list[str]] = defaultdict(list)
     for outcome in outcomes:
         if outcome.setting["variant"]:
             found[outcome.setting["variant"]].append(outcome.setting["name"])
-    return {variant: members for variant, members in found.items() if len(members) > 1}
+    return found
 
 
 def _place(record: Record) -> tuple[str, str, int, int]:

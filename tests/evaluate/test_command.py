@@ -41,7 +41,7 @@ def test_perplexity(pair: Any, text: Path, tmp_path: Path, capsys: pytest.Captur
     command += ["--thresholds", "0.2", "1", "--out", str(out), "--json", str(figures), *BACKEND]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert "PPL_1:3" in shown and "multi: PPL_d" in shown and "3 texts of 4" in shown and "every 20" in shown
+    assert "PPL_1:3" in shown and "multi: PPL_d" in shown and "3 texts (text0)" in shown and "every 20" in shown
     written = json.loads(figures.read_text())
     first, second = written["perplexities"]
     assert first["bundle"] == "multi" and second["bundle"] == "multi-plain"
@@ -80,7 +80,7 @@ def test_generate_report_and_resume(pair: Any, tmp_path: Path, capsys: pytest.Ca
     )
     capsys.readouterr()
     assert main([*command, "--seeds", "3"]) == 1
-    assert "seeds differs" in complaint(capsys)
+    assert "(seeds: 2, now 3)" in complaint(capsys)
     folder = tmp_path / "report"
     assert main(["report", str(out), "--out", str(folder)]) == 0
     names = {f"{name}.{kind}" for name in ("curve", "curve_tokens", "steps") for kind in ("png", "svg")}
@@ -128,9 +128,9 @@ def wrong_inputs(pair: Any, folder: Path) -> list[tuple[list[str], str]]:
         (["generate", "nowhere", *out], "nowhere does not exist"),
         (["generate", plain, *out], "is a plain bundle: strategy dynamo needs parallel heads"),
         (["generate", multi, "--plain", multi, *out], "is not a plain bundle: export one with --heads 0"),
-        (["generate", multi, "--seeds", "1", *out], "two seeds or more"),
+        (["generate", multi, "--seeds", "1", *out], "--seeds must be at least 2"),
         (["generate", multi, "--template", "x", *out], "{prompt}"),
-        (["generate", multi, "--max-new-tokens", "0", *out], "max-new-tokens must be at least 1"),
+        (["generate", multi, "--max-new-tokens", "0", *out], "--max-new-tokens must be at least 1"),
         (["generate", multi, "--max-new-tokens", "95", *out], "too many for 95 more in a context of 96"),
         (["generate", multi, "--thresholds", "2", *out], "no back-off threshold"),
         (["generate", multi, "--prompts", str(folder / "empty.txt"), *out], "has no prompts"),
@@ -139,8 +139,11 @@ def wrong_inputs(pair: Any, folder: Path) -> list[tuple[list[str], str]]:
         (["perplexity", multi, "nowhere.txt"], "no text at 'nowhere.txt'"),
         (["perplexity", multi, "--window", "500"], "a window must have 1 to 96 tokens"),
         (["perplexity", multi, "--window", "8", "--stride", "9"], "the stride must be from 1"),
-        (["perplexity", multi, "--limit", "0"], "the number of texts must be at least 1"),
-        (["perplexity", multi, "--limit", "1", "--limit-tokens", "2"], "no text is long enough"),
+        (["perplexity", multi, "--limit", "0"], "--limit must be at least 1"),
+        (["perplexity", multi, "--limit", "1", "--limit-tokens", "2"], "no text has more than 7 tokens"),
+        (["perplexity", multi, "--limit-tokens", "-5"], "--limit-tokens must be at least 1"),
+        (["generate", multi, "--limit", "0", *out], "--limit must be at least 1"),
+        (["report", "nowhere.jsonl", "--degree", "0"], "--degree must be at least 1"),
         (["report", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
         (["compare", "nowhere.jsonl", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
     ]

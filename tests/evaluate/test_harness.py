@@ -16,7 +16,9 @@ from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from dynamo_evaluate.errors import EvaluationError  # noqa: E402
 from dynamo_evaluate.harness import DynamoLM  # noqa: E402
+from dynamo_runtime.errors import ParameterError  # noqa: E402
 
 TASKS = Path(__file__).parent / "tasks"
 LONG = "def fib(n):\n    if n < 2:\n        return n\n    return fib(n - 1) + fib(n - 2)\n" * 5
@@ -89,8 +91,12 @@ def test_dynamo_and_sampling(pair: Any) -> None:
     wishes = {"until": "zzz", "max_gen_toks": 12, "do_sample": True, "temperature": 1.5}
     first, second = model.generate_until(requests("generate_until", [("def", wishes)] * 2), disable_tqdm=True)
     assert first and first != second
-    with pytest.raises(ValueError, match="leave no room"):
+    with pytest.raises(EvaluationError, match="leave no room"):
         model.generate_until(requests("generate_until", [("def", {"max_gen_toks": 96})]), disable_tqdm=True)
+    with pytest.raises(EvaluationError, match="which bundle"):
+        DynamoLM()
+    with pytest.raises(ParameterError, match="unknown parameter temprature"):
+        DynamoLM(str(pair.multi), temprature=1.0)
 
 
 def test_tasks_of_the_harness(ours: DynamoLM, theirs: HFLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

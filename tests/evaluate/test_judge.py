@@ -15,8 +15,9 @@ import pytest
 from dynamo_evaluate.cli import main
 from dynamo_evaluate.errors import EvaluationError
 from dynamo_evaluate.judge import Judge, judge, read_choice, read_grade
+from dynamo_evaluate.prompts import Prompt
 from dynamo_evaluate.results import Results
-from dynamo_evaluate.settings import PLAIN
+from dynamo_evaluate.settings import PLAIN, Setting
 from dynamo_evaluate.summary import summarize
 
 KEY = "sk-very-secret"
@@ -29,6 +30,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.questions: list[str] = []
+        self.requests: list[dict[str, Any]] = []
         self.keys: set[str] = set()
         self.fail_after = 10**9
         self.mute = False
@@ -58,6 +60,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.keys.add(self.headers["Authorization"])
         question = body["messages"][0]["content"]
         self.server.questions.append(question)
+        self.server.requests.append(body)
         if self.path != "/v1/chat/completions" or len(self.server.questions) > self.server.fail_after:
             self.send_response(401)
             self.end_headers()
@@ -102,13 +105,14 @@ def test_scores_and_verdicts(server: Server, results: Results, monkeypatch: pyte
         {"win": 1 / 3, "tie": 1 / 3, "lose": 1 / 3}
     )
     assert found.outcomes[FAST].measures["win_rate"].value == pytest.approx(1.0)
+    assert server.requests[0]["temperature"] == 0 and server.requests[0]["model"] == "strong"
     assert "score" not in found.outcomes["dynamo, ε_b 1"].measures
     assert server.keys == {f"Bearer {KEY}"}
     assert results.path is not None and KEY not in results.path.read_text()
 
 
 def test_order_is_random_and_noted(server: Server, results: Results) -> None:
-    judge(results, Judge(server.url, "strong"), ["pair"], [FAST, "dynamo, ε_b 1"], None, 2)
+    judge(results, Judge(server.url, "strong", "NO_KEY"), ["pair"], [FAST, "dynamo, ε_b 1"], None, 2)
     plain_first = ["plain says" in q.split("### Continuation B")[0] for q in server.questions]
     assert 4 <= sum(plain_first) <= 20  # of 24
     for record in results.of("pair"):
@@ -119,35 +123,64 @@ def test_order_is_random_and_noted(server: Server, results: Results) -> None:
 def test_equal_texts_are_a_tie_without_asking(server: Server, results: Results) -> None:
     for record in results.records:
         record["text"] = "the same"
-    judge(results, Judge(server.url, "strong"), ["pair"], [FAST], None, 2)
+    judge(results, Judge(server.url, "strong", "NO_KEY"), ["pair"], [FAST], None, 2)
     assert not server.questions
     assert {record["verdict"] for record in results.of("pair")} == {"tie"}
 
 
 def test_goes_on_after_the_judge_fell_silent(server: Server, results: Results) -> None:
     server.fail_after = 5
-    with pytest.raises(EvaluationError, match="the judge does not answer"):
-        judge(results, Judge(server.url, "strong"), ["score"], [FAST], None, 1)
+    with pytest.raises(EvaluationError, match=r"the judge at .* does not answer"):
+        judge(results, Judge(server.url, "strong", "NO_KEY"), ["score"], [FAST], None, 1)
     assert len(list(results.of("score"))) == 5
     server.fail_after, asked = 10**9, len(server.questions)
     assert results.path is not None
     again = Results.load(results.path)
-    judge(again, Judge(server.url, "strong"), ["score"], [FAST], None, 1)
+    judge(again, Judge(server.url, "strong", "NO_KEY"), ["score"], [FAST], None, 1)
     assert len(list(again.of("score"))) == 24
     assert len(server.questions) - asked == 24 - 5
 
 
 def test_two_judges_do_not_mix(server: Server, results: Results) -> None:
-    judge(results, Judge(server.url, "strong"), ["score"], [FAST], 1, 1)
+    judge(results, Judge(server.url, "strong", "NO_KEY"), ["score"], [FAST], 1, 1)
     assert len(server.questions) == 6  # one prompt, two settings, three seeds
     with pytest.raises(EvaluationError, match="was judged by strong"):
-        judge(results, Judge(server.url, "stronger"), ["score"], [FAST], None, 1)
+        judge(results, Judge(server.url, "stronger", "NO_KEY"), ["score"], [FAST], None, 1)
 
 
 def test_answers_without_a_grade_do_not_count(server: Server, results: Results) -> None:
     server.mute = True
-    assert judge(results, Judge(server.url, "strong"), ["score", "pair"], [FAST], None, 4) == 36
+    model = Judge(server.url, "strong", "NO_KEY", {})
+    assert judge(results, model, ["score", "pair"], [FAST], None, 4) == 36
+    assert "temperature" not in server.requests[0]
     assert "score" not in summarize(results).outcomes[FAST].measures
+    assert all(record["answer"] == "I would rather not say." for record in results.of("score"))
+    server.mute = False
+    assert judge(results, model, ["score", "pair"], [FAST], None, 4) == 0  # asked again
+    assert summarize(results).outcomes[FAST].measures["score"].value == 5
+
+
+def test_later_turns_are_shown_with_what_was_before(server: Server) -> None:
+    """The first turn is the beginning; the answers and turns after it belong to the continuation."""
+    settings = [Setting(PLAIN, "autoregressive", plain=True), Setting(FAST, "dynamo")]
+    texts = [Prompt("0", ("Compose.", "Rhyme.")).record]
+    results = Results.start(None, made_up.header(settings, 1, 2, template="USER: {prompt} ", texts=texts))
+    for setting in settings:
+        for turn in range(2):
+            for seed in range(2):
+                text = f"{setting.name} answers {turn}, {seed}"
+                results.append(made_up.generation(setting.name, 0, seed, turn=turn, text=text))
+    judge(results, Judge(server.url, "strong", "NO_KEY"), ["score"], [FAST], None, 1)
+    asked = next(q for q in server.questions if f"{FAST} answers 1, 0" in q)
+    assert "### Beginning\nUSER: Compose. \n" in asked
+    assert f"{FAST} answers 0, 0\n\nUSER: Rhyme. {FAST} answers 1, 0" in asked
+
+
+def test_answers_in_another_protocol(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Judge(server.url, "strong", "NO_KEY")
+    monkeypatch.setattr(model._client.chat.completions, "create", lambda **request: "<html>")
+    with pytest.raises(EvaluationError, match="not as OpenAI's protocol has it"):
+        model.ask("?")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +208,9 @@ def test_command(
         (["judge", str(results.path)], "who is to judge?"),
         (["judge", str(results.path), "--model", "strong"], "no key in the environment variable OPENAI_API_KEY"),
         ([*arguments, "--settings", "nobody"], "has no setting 'nobody'"),
-        ([*arguments, "--at-once", "0"], "at-once must be at least 1"),
+        ([*arguments, "--at-once", "0"], "--at-once must be at least 1"),
+        ([*arguments, "--limit", "-1"], "--limit must be at least 1"),
+        ([*arguments, "--request", "x"], "--request must be a JSON object"),
     ):
         assert main(wrong) == 1
         assert message in capsys.readouterr().err
@@ -183,4 +218,4 @@ def test_command(
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
     assert main(dead) == 1
-    assert "the judge does not answer" in capsys.readouterr().err
+    assert "the judge at http://127.0.0.1:9/v1/ does not answer" in capsys.readouterr().err

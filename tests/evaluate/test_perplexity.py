@@ -110,7 +110,7 @@ def test_one_token_a_pass_is_perplexity_of_the_first_head(engines: tuple[Engine,
 
 def test_plain_bundle_has_one_perplexity(engines: tuple[Engine, Engine]) -> None:
     multi = score_document(engines[0].session, TOKENS, size=SIZE, stride=STRIDE)
-    plain = score_document(engines[1].session, TOKENS[:-2], size=SIZE, stride=STRIDE, thresholds=[0.5])
+    plain = score_document(engines[1].session, TOKENS, size=SIZE, stride=STRIDE, ahead=3, thresholds=[0.5])
     assert plain["positions"] == multi["positions"] and plain["dynamic"] == {}
     assert plain["nll"] == pytest.approx(multi["nll"][:1], rel=1e-5)
 
@@ -163,6 +163,14 @@ def test_bundles_side_by_side() -> None:
     assert ratio.value == pytest.approx(math.exp(0.16))
     text = "\n".join(table.text() for table in tables.tables(found))
     assert "one: PPL_d" in text and "two: PPL_d" in text and "1.1735" in text
+
+
+def test_no_ratio_of_other_positions() -> None:
+    results = results_of(None, "one", "two")
+    results.records[-1]["positions"] = 5  # as of a look-ahead bundle
+    (table, _) = tables.tables(tables.figures(results))
+    assert table.rows[0][-1] == "1.0000 [1.0000, 1.0000]" and table.rows[1][-1] == "–"
+    assert [row[1] for row in table.rows] == ["10", "9"]
 
 
 def test_only_documents_that_all_bundles_have_count() -> None:

@@ -65,6 +65,12 @@ def test_lines_of_text(tmp_path: Path, engine: Engine) -> None:
     assert load_prompts(str(path), engine, limit=1) == [Prompt("1", ("One",))]
 
 
+def test_other_separators_of_lines_and_a_byte_order_mark(tmp_path: Path, engine: Engine) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(("\ufeff" + json.dumps({"text": "a\u2028b"}, ensure_ascii=False) + "\r\n").encode())
+    assert load_prompts(str(path), engine)[0].turns == ("a\u2028b",)
+
+
 def test_the_papers_ten(engine: Engine) -> None:
     found = load_prompts("paper", engine)
     assert len(found) == 10 and found[0].turns == ("I am a student at the",)
@@ -101,7 +107,5 @@ def test_bad_files(tmp_path: Path, engine: Engine, content: str, message: str) -
 def test_missing_file_and_bad_limit(tmp_path: Path, engine: Engine) -> None:
     with pytest.raises(EvaluationError, match="cannot read prompts"):
         load_prompts(str(tmp_path / "none.txt"), engine)
-    with pytest.raises(EvaluationError, match="at least 1"):
-        load_prompts("paper", engine, limit=0)
     with pytest.raises(EvaluationError, match="fewer than 1000000"):
         load_prompts("stdlib", engine, limit=1_000_000)

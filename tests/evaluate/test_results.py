@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dynamo_evaluate.errors import EvaluationError
-from dynamo_evaluate.results import Results
+from dynamo_evaluate.results import Results, describe_bundle
+from dynamo_runtime.bundle import MANIFEST, load_bundle
 
 HEADER = {"command": "generate", "seeds": 3}
 
@@ -27,11 +30,33 @@ def test_goes_on_after_an_interrupt(tmp_path: Path) -> None:
     assert again.done("other", lambda record: record["value"]) == {1, 2}
 
 
+def test_repairs_before_appending(tmp_path: Path) -> None:
+    """Whoever loads a file to add to it does not write behind half a line."""
+    path = tmp_path / "r.jsonl"
+    Results.start(path, HEADER).append({"kind": "x", "value": 1})
+    path.write_bytes(path.read_bytes() + '{"kind": "ü'.encode()[:-1])  # inside a character
+    assert len(Results.load(path).records) == 1
+    Results.load(path, repair=True).append({"kind": "x", "value": 2})
+    assert [record["value"] for record in Results.load(path).records] == [1, 2]
+
+
+def test_what_a_bundle_is_known_by(pair: Any, tmp_path: Path) -> None:
+    """Anything that changes what it writes: weights, counts, tokenizer, sampling defaults; not where it lies."""
+    copy = tmp_path / "multi"
+    shutil.copytree(pair.multi, copy)
+    before = describe_bundle(load_bundle(pair.multi))
+    assert describe_bundle(load_bundle(copy)) == before
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["sampling"]["cooccurrence_weight"] = 0.25
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    assert describe_bundle(load_bundle(copy))["sha256"] != before["sha256"]
+
+
 def test_other_runs_are_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     Results.start(path, HEADER).append({"kind": "x"})
     before = path.read_bytes()
-    with pytest.raises(EvaluationError, match=r"another run \(seeds differs\).*--overwrite"):
+    with pytest.raises(EvaluationError, match=r"another run \(seeds: 3, now 4\).*--overwrite"):
         Results.start(path, HEADER | {"seeds": 4})
     assert path.read_bytes() == before
     assert Results.start(path, HEADER | {"seeds": 4}, overwrite=True).records == []

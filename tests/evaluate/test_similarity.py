@@ -62,11 +62,26 @@ def test_alike_and_not_alike() -> None:
         middle = 4.0 if "ε_b 0.5" in text else 0.0
         return rng.normal(middle, 1.0, 6).astype(np.float32) + np.eye(6, dtype=np.float32)[0]
 
-    similarity.judge(results, features)
+    names = [PLAIN, "dynamo, ε_b 0.5", "dynamo, ε_b 1"]
+    similarity.judge(results, features, "f", names[1:2])
+    assert {record["setting"] for record in results.of("mauve")} == set(names[:2])
+    similarity.judge(results, features, "f", names)
     found = summarize(results).outcomes
     assert found[PLAIN].measures["mauve"].value > 0.8
     assert found["dynamo, ε_b 1"].measures["mauve"].value > 0.8
     assert found["dynamo, ε_b 0.5"].measures["mauve"].value < 0.3
     count = len(results.records)
-    similarity.judge(results, features)  # nothing is left to do
+    similarity.judge(results, features, "f", names)  # nothing is left to do
     assert len(results.records) == count
+    with pytest.raises(EvaluationError, match="has MAUVE by features of f"):
+        similarity.judge(results, features, "g", names)
+
+
+def test_scores_of_fewer_texts_are_made_again() -> None:
+    results: Results = made_up.grid(None, [0.5, 1.0], prompts=12, seeds=2)
+    missing = results.records.pop()
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        similarity.judge(results, lambda text: rng.normal(size=4).astype(np.float32), "f", ["dynamo, ε_b 0.5"])
+        results.records.append(missing)
+    assert [record["texts"] for record in results.of("mauve")] == [11] * 4 + [12] * 4

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.polynomial import Polynomial
 
-from dynamo_evaluate.statistics import GRID, Draws, Quotient, fit, interval, same_quality, spread, trace
+from dynamo_evaluate.statistics import GRID, Draws, Quotient, fit, interval, same_quality, spread, trace, widening
 
 
 def test_quotient_is_sum_over_sum() -> None:
@@ -18,28 +18,46 @@ def test_quotient_is_sum_over_sum() -> None:
 def test_texts_without_a_value_have_no_say() -> None:
     quotient = Quotient.mean(np.array([[1.0, np.nan], [5.0, np.nan]]))
     assert quotient.value == 3.0
-    draws = Draws(np.array([[2.0, 0.0], [0.0, 2.0]]), np.ones((2, 2)))
+    draws = Draws(np.array([[2.0, 0.0], [0.0, 2.0]]), np.ones((2, 2)), 2)
     assert quotient.replicates(draws)[0] == 3.0
     assert np.isnan(quotient.replicates(draws)[1])  # only the prompt without a value was drawn
 
 
 def test_replicates_resample_prompts_and_keep_seeds_together() -> None:
     quotient = Quotient(np.array([[1.0, 10.0], [2.0, 20.0]]), np.ones((2, 2)))
-    draws = Draws(np.array([[2.0, 0.0], [1.0, 1.0]]), np.ones((2, 2)))
+    draws = Draws(np.array([[2.0, 0.0], [1.0, 1.0]]), np.ones((2, 2)), 2)
     assert quotient.replicates(draws).tolist() == [1.5, 8.25]
     assert quotient.replicates_by_seed(draws).tolist() == [[1.0, 2.0], [5.5, 11.0]]
 
 
 def test_figures_without_prompts_resample_seeds() -> None:
     quotient = Quotient.mean(np.array([[1.0], [4.0]]))
-    draws = Draws(np.ones((2, 7)), np.array([[2.0, 0.0], [1.0, 1.0]]))
+    draws = Draws(np.ones((2, 7)), np.array([[2.0, 0.0], [1.0, 1.0]]), 7)
     assert quotient.replicates(draws).tolist() == [1.0, 2.5]
+
+
+def test_turns_of_a_conversation_are_drawn_together() -> None:
+    draws = Draws.make(["a", "a", "b", "c"], 3)
+    assert draws.clusters == 3
+    assert (draws.prompts[:, 0] == draws.prompts[:, 1]).all() and (draws.prompts[:, 1:].sum(1) == 3).all()
+    assert not (draws.prompts[:, 1] == draws.prompts[:, 2]).all()
+    alone = Quotient(np.array([[1.0, 2.0], [3.0, 4.0]]), np.ones((2, 2)))
+    one = Draws.make(["a", "a"], 2)  # nothing but seeds to be resampled
+    assert set(np.round(alone.replicates(one), 6)) == {1.5, 2.5, 3.5}
+    other = Draws.make(["a", "a", "b", "c"], 3, stream=1)
+    assert (other.prompts != draws.prompts).any()
+
+
+def test_widening() -> None:
+    """Two seeds: 12.706 √1.5 / 1.960."""
+    assert widening(2) == pytest.approx(7.94, abs=0.01)
+    assert widening(1000) == pytest.approx(1.0, abs=0.01)
 
 
 def test_interval_covers_the_truth_as_often_as_it_says() -> None:
     """The mean of 40 texts: the interval should hold the truth in 95 of 100 runs; a few points less for so few."""
     rng = np.random.default_rng(3)
-    draws = Draws.make(40, 1)
+    draws = Draws.make(range(40), 1)
     hits = 0
     for _ in range(400):
         quotient = Quotient.mean(rng.normal(5.0, 2.0, (1, 40)))
@@ -124,7 +142,8 @@ def test_every_replicate_is_fitted_like_the_points() -> None:
     curve = trace(x, y, xs, ys, (-np.inf, 1.0), ends, 2)
     places = np.linspace(x.min(), x.max(), GRID)
     fits = np.array([Polynomial.fit(a, b, 2)(places) for a, b in zip(xs, ys, strict=True)])
-    assert curve.low == pytest.approx(np.quantile(fits, 0.025, axis=0))
-    assert curve.high == pytest.approx(np.quantile(fits, 0.975, axis=0))
     within = (places >= xs.min(1, keepdims=True)) & (places <= xs.max(1, keepdims=True))
+    reached = np.where(within, fits, np.nan)
+    assert curve.low == pytest.approx(np.nanquantile(reached, 0.025, axis=0))
+    assert curve.high == pytest.approx(np.nanquantile(reached, 0.975, axis=0))
     assert (curve.inside_replicates == ((fits <= 1.0) & within)).mean() > 0.999

@@ -12,7 +12,7 @@ import pytest
 from dynamo_evaluate import compare, plots, report
 from dynamo_evaluate.errors import EvaluationError
 from dynamo_evaluate.results import Results
-from dynamo_evaluate.settings import PLAIN
+from dynamo_evaluate.settings import PLAIN, Setting
 from dynamo_evaluate.summary import ALL, SPEED, TOKENS_PER_PASS, fastest_inside, summarize
 
 THRESHOLDS = [0.5, 0.7, 0.8, 0.9, 1.0]
@@ -52,6 +52,7 @@ def test_only_finished_prompts_count(results: Results) -> None:
     found = summarize(results)
     assert (found.prompts, found.wanted) == (3, 4)
     assert "3 prompts of 4 (the run is not finished)" in report.conditions(found)
+    assert "With 3 seeds that is 2.5 times as wide" in report.conditions(found)
     results.records[:] = results.records[:5]
     with pytest.raises(EvaluationError, match="no prompt yet"):
         summarize(results)
@@ -69,16 +70,71 @@ def test_judges_join_the_measures(results: Results) -> None:
             results.append({"kind": "pair", **place, "verdict": verdict, "judge": "j"})
     for setting in results.header["settings"]:
         for seed in range(3):
-            results.append({"kind": "mauve", "setting": setting["name"], "seed": seed, "value": 0.9 + seed / 100})
+            record = {"setting": setting["name"], "seed": seed, "value": 0.9 + seed / 100}
+            results.append({"kind": "mauve", "texts": 4, "features": "f", **record})
     found = summarize(results)
     half = found.outcomes[name]
     assert half.measures["score"].value == 6 and found.outcomes[PLAIN].measures["score"].value == 8
-    assert half.measures["win_rate"].value == pytest.approx(4.5 / 7.5) and not half.inside["win_rate"]
+    assert half.measures["win_rate"].value == pytest.approx(5 / 8) and not half.inside["win_rate"]
     assert {verdict: share.value for verdict, share in half.verdicts.items()} == {"win": 0.25, "tie": 0.25, "lose": 0.5}
     assert half.verdicts["lose"].low < 0.5 < half.verdicts["lose"].high
     assert half.measures["mauve"].value == pytest.approx(0.91)
-    text = report.text(found)
+    text = report.text(report.tables(found), report.conditions(found))
     assert "A judge's verdicts against plain" in text and "MAUVE" in text
+
+
+def test_a_setting_that_never_loses_has_a_rate() -> None:
+    results = made_up.grid(None, [0.5, 1.0])
+    for prompt in range(4):
+        for seed in range(3):
+            place = {"setting": "dynamo, ε_b 0.5", "prompt": str(prompt), "turn": 0, "seed": seed}
+            results.append({"kind": "pair", **place, "verdict": "win", "judge": "j"})
+    assert summarize(results).outcomes["dynamo, ε_b 0.5"].measures["win_rate"].value == pytest.approx(12.5 / 0.5)
+
+
+def test_half_judged_results(results: Results) -> None:
+    """A judge that was stopped early: plain lacks scores at a seed, and only some settings have verdicts."""
+    for seed in range(3):
+        place = {"prompt": "0", "turn": 0, "seed": seed}
+        results.append({"kind": "score", "setting": "dynamo, ε_b 0.5", **place, "score": 4, "judge": "j"})
+        if seed:
+            results.append({"kind": "score", "setting": PLAIN, **place, "score": 4, "judge": "j"})
+        for name in ("dynamo, ε_b 0.5", "dynamo, ε_b 0.7"):
+            results.append({"kind": "pair", "setting": name, **place, "verdict": "win", "judge": "j"})
+    found = summarize(results)
+    assert "score" not in found.plain and set(found.same["dynamo", SPEED]) == {"nll", "win_rate"}
+    made = report.tables(found)
+    assert "score" not in report.text(made, "") and report.as_json(found)["plain_spread"]["win_rate"] == [1.0, None]
+
+
+def test_a_single_threshold_has_a_table_and_no_curve(tmp_path: Path) -> None:
+    found = summarize(made_up.grid(None, [0.5]))
+    made = report.tables(found)
+    assert made[0].rows[1][:3] == ["ε_b 0.5", "3.00", "2.00 [2.00, 2.00]"]
+    assert plots.draw(found, tmp_path) == []
+
+
+def test_turns_of_unfinished_conversations_do_not_count() -> None:
+    results = made_up.grid(None, [0.5, 1.0], prompts=2)
+    results.header["texts"][0]["turns"] = ["first", "second"]
+    assert summarize(results).prompts == 1
+
+
+def test_every_variant_is_drawn(tmp_path: Path) -> None:
+    """More variants than colours: pairs of colour and marker stay different."""
+    settings = [Setting(PLAIN, "autoregressive", plain=True)]
+    settings += [
+        Setting(f"variant {i}, ε_b {e}", "dynamo", False, f"variant {i}", e) for i in range(12) for e in (0.2, 0.8)
+    ]
+    results = Results.start(None, made_up.header(settings, 2, 3))
+    for setting in settings:
+        for prompt in range(2):
+            for seed in range(3):
+                figures = {"seconds": 6 + (setting.threshold or 0), "measures": {"nll": 1 + seed / 10}}
+                results.append(made_up.generation(setting.name, prompt, seed, **figures))
+    plots.draw(summarize(results), tmp_path)
+    drawn = (tmp_path / "variants.svg").read_text()
+    assert all(f">variant {i}<" in drawn for i in range(12))
 
 
 def test_win_rate_of_one_is_same_quality() -> None:
@@ -105,7 +161,7 @@ def test_json_holds_everything_but_texts(results: Results) -> None:
 
 def test_report_says_what_it_was_run_on(results: Results) -> None:
     found = summarize(results)
-    markdown = report.markdown(found)
+    markdown = report.markdown(report.tables(found), report.conditions(found))
     assert "a machine" in markdown and "| ε_b 0.5 |" in markdown
     assert "4 prompts (made up) × 3 seeds" in report.conditions(found)
 
@@ -131,6 +187,7 @@ def test_runs_side_by_side(results: Results) -> None:
     at = rows.index(["dynamo, ε_b 0.5"])
     assert ["dynamo, ε_b 0.8"] not in rows and "paired" in figures.title
     assert rows[at + 2][1:] == ["2.000", "4.000", "+2.000 [+2.000, +2.000]"]
+    assert rows[rows.index([PLAIN]) + 2] == ["tokens per second", "1.000", "1.000", "+0.000 [+0.000, +0.000]"]
 
 
 def test_runs_on_other_prompts_are_not_paired(results: Results) -> None:
