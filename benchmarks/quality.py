@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ def speed_cell(report: dict[str, Any], setting: str) -> str:
     return f"{speed['value']:.2f} [{speed['low']:.2f}, {speed['high']:.2f}]"
 
 
-def settings_table() -> list[str]:
-    """Quality at every threshold, and speed on every model."""
+def settings_table(thresholds: Sequence[float]) -> list[str]:
+    """Quality at some thresholds, and speed on every model."""
     columns = ["setting", "tokens/pass", *(MEASURES[name] for name in SHOWN), *(f"speed, {m}" for m in MODELS)]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for number, (first_token, meaning) in enumerate(FIRST_TOKENS.items()):
@@ -71,7 +72,7 @@ def settings_table() -> list[str]:
             cells = ["plain", "1.00", *quality_cells(quality, PLAIN), *["1"] * len(MODELS)]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append(f"| **first token {meaning}** |" + " |" * (len(columns) - 1))
-        for threshold in THRESHOLDS:
+        for threshold in thresholds:
             name = f"dynamo, ε_b {threshold:g}"
             tokens = quality["outcomes"][name][TOKENS_PER_PASS]["value"]
             cells = [f"ε_b {threshold:g}", f"{tokens:.2f}", *quality_cells(quality, name)]
@@ -138,12 +139,14 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ablation", action="store_true")
-    parser.add_argument("--threshold", type=float, default=0.5, help="ε_b of the ablation's table (default: 0.5)")
+    parser.add_argument("--thresholds", type=float, nargs="+", help=f"ε_b (default: {THRESHOLDS}, of the ablation 0.5)")
     arguments = parser.parse_args()
     if arguments.ablation:
-        print("\n".join([*ablation_table(arguments.threshold), "", conditions("ablation") + "."]))
+        for threshold in arguments.thresholds or [0.5]:
+            print("\n".join([*ablation_table(threshold), ""]))
+        print(conditions("ablation") + ".")
         return
-    print("\n".join([*settings_table(), "", *same_quality_table(), ""]))
+    print("\n".join([*settings_table(arguments.thresholds or THRESHOLDS), "", *same_quality_table(), ""]))
     print("\n".join(f"{conditions(f'{model}-base')}." for model in MODELS))
 
 

@@ -21,7 +21,8 @@ BLUE, GREY, RED = "#2563a8", "#8a8f98", "#b3372e"
 STEP_COLOURS = ("#c6dbef", "#6baed6", "#2171b5", "#08306b", "#041c3d")
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 VARIANT_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a8f98", "#7b5ea7")
-MARKERS = "osD^vPX*hp"  # as many as no multiple of the colours, so that pairs of both go on being different
+VARIANT_COLOURS += ("#b3372e", "#7f6000")
+MARKERS = "osD^vPX*hp"  # not as many as colours, so that pairs of both stay different for long
 PANEL = (4.2, 3.2)  # inches
 BAND_STEP = 10  # of a curve's places every so many are drawn
 MOST_LABELS = 6
@@ -62,7 +63,8 @@ def draw(summary: Summary, folder: Path) -> list[Path]:
         figures["curve_tokens"] = _curve(summary, names[0], TOKENS_PER_PASS)
         figures["steps"] = _steps(summary, names[0])
     elif names:
-        figures["variants"] = _compared(summary, names)
+        figures["variants"] = _compared(summary, names, SPEED)
+        figures["variants_tokens"] = _compared(summary, names, TOKENS_PER_PASS)
     return [path for name, figure in figures.items() for path in _save(figure, folder / name)]
 
 
@@ -96,9 +98,9 @@ def _curve(summary: Summary, variant: str, axis: str) -> Figure:
     return figure
 
 
-def _compared(summary: Summary, names: Sequence[str]) -> Figure:
+def _compared(summary: Summary, names: Sequence[str], axis: str) -> Figure:
     """All variants in one panel a measure, their settings joined in the order of ε_b."""
-    measures = [measure for measure in MEASURES if any(measure in summary.curves[name, SPEED] for name in names)]
+    measures = [measure for measure in MEASURES if any(measure in summary.curves[name, axis] for name in names)]
     figure, panels = _panels(len(measures), legend=True)
     handles: dict[str, Any] = {}
     for axes, measure in zip(panels, measures, strict=True):
@@ -107,12 +109,12 @@ def _compared(summary: Summary, names: Sequence[str]) -> Figure:
         extent = [low, high]
         for name, colour, marker in zip(names, cycle(VARIANT_COLOURS), cycle(MARKERS), strict=False):
             points = [outcome for outcome in _members(summary, name) if measure in outcome.measures]
-            speeds = [outcome.speed.value for outcome in points]
+            speeds = [getattr(outcome, axis).value for outcome in points]
             values = [outcome.measures[measure].value for outcome in points]
             (handles[name],) = axes.plot(speeds, values, color=colour, marker=marker, ms=4, lw=1)
             extent += values
         _frame(axes, extent)
-        axes.set(xlabel=AXES[SPEED], ylabel=MEASURES[measure])
+        axes.set(xlabel=AXES[axis], ylabel=MEASURES[measure])
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     title = f"{summary.header['bundle']['name']}: every variant at every ε_b"
     figure.suptitle(title, fontsize=10)

@@ -99,7 +99,7 @@ def test_ablation(pair: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     variants = {setting["variant"] for setting in Results.load(out).header["settings"]}
     assert {"mask, Otsu, blur", "Otsu, blur", "joint not normalised"} <= variants
     assert main(["report", str(out), "--out", str(tmp_path / "r")]) == 0
-    assert {path.name for path in (tmp_path / "r").glob("*.svg")} == {"variants.svg"}
+    assert {path.name for path in (tmp_path / "r").glob("*.svg")} == {"variants.svg", "variants_tokens.svg"}
     assert "half mask, Otsu, blur" in capsys.readouterr().out
 
 
