@@ -12,11 +12,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .cells import PAIR, SCORE
 from .errors import EvaluationError
 from .generate import GENERATION, Conversations
 from .results import Record, Results
 from .settings import PLAIN
-from .summary import PAIR, SCORE
 
 GREEDY: Mapping[str, Any] = {"temperature": 0}
 _NO_KEY = "none"  # servers on one's own machine ask for none, the client for something

@@ -20,6 +20,7 @@ FORMATS = ("png", "svg")
 BLUE, GREY, RED = "#2563a8", "#8a8f98", "#b3372e"
 STEP_COLOURS = ("#c6dbef", "#6baed6", "#2171b5", "#08306b", "#041c3d")
 # Okabe and Ito's colours, which people with any colour vision tell apart.
+VARIANT_COLOURS: tuple[str, ...]
 VARIANT_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a8f98", "#7b5ea7")
 VARIANT_COLOURS += ("#b3372e", "#7f6000")
 MARKERS = "osD^vPX*hp"  # not as many as colours, so that pairs of both stay different for long

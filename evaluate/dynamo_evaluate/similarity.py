@@ -12,11 +12,11 @@ from tqdm import tqdm
 from dynamo_runtime.bundle import MANIFEST
 from dynamo_runtime.session import PENULTIMATE, Session
 
+from .cells import MAUVE, Cells
 from .errors import EvaluationError
 from .generate import Conversations
 from .results import Results
 from .settings import PLAIN
-from .summary import MAUVE, Cells
 
 Features = Callable[[str], np.ndarray]
 """A text's features, [size]."""
