@@ -22,9 +22,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dynamo_evaluate.cells import MEASURES, SPEED, TOKENS_PER_PASS
 from dynamo_evaluate.report import INSIDE
 from dynamo_evaluate.settings import ABLATION, PLAIN, READINGS
-from dynamo_evaluate.summary import ALL, MEASURES, SPEED, TOKENS_PER_PASS
+from dynamo_evaluate.summary import ALL
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 QUALITY = "embedded-int8"  # the longest run; the other models write the same texts, rounding aside

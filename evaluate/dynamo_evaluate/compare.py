@@ -8,12 +8,12 @@ from typing import Any
 from dynamo_runtime.profiling.profile import Interval
 from dynamo_runtime.profiling.tables import Table
 
+from .cells import AXES, MEASURES, SPEED, TOKENS_PER_PASS, Cells
 from .errors import EvaluationError
 from .perplexity_tables import Figures, change, figures
 from .results import Results, flat
 from .settings import PLAIN
 from .statistics import Draws, Quotient, interval
-from .summary import AXES, MEASURES, SPEED, TOKENS_PER_PASS, Cells
 
 _NOT_COMPARED = ("dynamo_eval", "command", "texts", "settings", "documents")
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .cells import AXES, MEASURES, SPEED, TOKENS_PER_PASS
 from .errors import EvaluationError
-from .summary import AXES, MEASURES, SPEED, TOKENS_PER_PASS, Outcome, Summary, variants
+from .summary import Outcome, Summary, variants
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,22 +11,11 @@ from dynamo_runtime.profiling.profile import Interval
 from dynamo_runtime.profiling.tables import MISSING, WIDTH, Table, percent
 from dynamo_runtime.profiling.tables import interval as with_ends
 
+from .cells import AXES, MEASURES, SPEED, TOKENS_PER_PASS, VERDICTS, WIN_RATE
 from .results import machine_line
 from .settings import PLAIN
 from .statistics import SameQuality, widening
-from .summary import (
-    ALL,
-    AXES,
-    MEASURES,
-    SPEED,
-    TOKENS_PER_PASS,
-    VERDICTS,
-    WIN_RATE,
-    Outcome,
-    Summary,
-    fastest_inside,
-    variants,
-)
+from .summary import ALL, Outcome, Summary, fastest_inside, variants
 
 INSIDE = "✓"
 ENOUGH_SEEDS = 5  # with fewer a warning is in order

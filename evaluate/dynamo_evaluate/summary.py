@@ -89,6 +89,10 @@ class _Ends:
     value: tuple[float, float]
     replicates: tuple[np.ndarray, np.ndarray]
 
+    def hold(self, quality: float) -> bool:
+        low, high = self.value
+        return low <= quality <= high
+
 
 def summarize(results: Results, degree: int = DEGREE) -> Summary:
     """Work it all out.
@@ -162,9 +166,7 @@ def _outcome(
     ends: Mapping[str, _Ends],
 ) -> Outcome:
     quality = {measure: estimates[measure].interval for measure in ends if measure in estimates}
-    inside = {
-        measure: ends[measure].value[0] <= each.value <= ends[measure].value[1] for measure, each in quality.items()
-    }
+    inside = {measure: ends[measure].hold(each.value) for measure, each in quality.items()}
     verdicts = cells.verdicts(setting["name"])
     return Outcome(
         setting,

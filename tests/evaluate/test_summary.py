@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from dynamo_evaluate import compare, plots, report
+from dynamo_evaluate.cells import SPEED, TOKENS_PER_PASS
 from dynamo_evaluate.errors import EvaluationError
 from dynamo_evaluate.results import Results
 from dynamo_evaluate.settings import PLAIN, Setting
-from dynamo_evaluate.summary import ALL, SPEED, TOKENS_PER_PASS, fastest_inside, summarize
+from dynamo_evaluate.summary import ALL, fastest_inside, summarize
 
 THRESHOLDS = [0.5, 0.7, 0.8, 0.9, 1.0]
 
