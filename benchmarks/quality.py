@@ -24,6 +24,7 @@ from typing import Any
 
 from dynamo_evaluate.cells import MEASURES, SPEED, TOKENS_PER_PASS
 from dynamo_evaluate.report import INSIDE
+from dynamo_evaluate.results import machine_line
 from dynamo_evaluate.settings import ABLATION, PLAIN, READINGS
 from dynamo_evaluate.summary import ALL
 
@@ -64,7 +65,7 @@ def speed_cell(report: dict[str, Any], setting: str) -> str:
 
 def settings_table(thresholds: Sequence[float]) -> list[str]:
     """Quality at some thresholds, and speed on every model."""
-    columns = ["setting", "tokens/pass", *(MEASURES[name] for name in SHOWN), *(f"speed, {m}" for m in MODELS)]
+    columns = ["setting", "tokens/pass", *(MEASURES[name] for name in SHOWN), *(f"speed ÷ plain, {m}" for m in MODELS)]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for number, (first_token, meaning) in enumerate(FIRST_TOKENS.items()):
         reports = {model: load(f"{model}-{first_token}") for model in MODELS}
@@ -108,7 +109,7 @@ def same_cell(found: dict[str, Any] | None) -> str:
 def ablation_table(threshold: float) -> list[str]:
     """Every variant at one threshold, and up to how many tokens per pass its quality is plain's."""
     report = load("ablation")
-    columns = ["variant", "tokens/pass", "speed", *(MEASURES[name] for name in SHOWN if name != "mauve")]
+    columns = ["variant", "tokens/pass", "speed ÷ plain", *(MEASURES[name] for name in SHOWN if name != "mauve")]
     columns.append("same quality up to, tokens/pass")
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     plain = quality_cells(report, PLAIN)[: len(columns) - 4]
@@ -126,14 +127,14 @@ def ablation_table(threshold: float) -> list[str]:
     return lines
 
 
-def conditions(name: str) -> str:
-    """What a report was run on."""
-    report = load(name)
-    machine = report["machine"]
-    return (
-        f"{name}: {report['finished']['prompts']} prompts × {report['seeds']} seeds × {report['max_new_tokens']} "
-        f"tokens; {machine['processor']}; onnxruntime {machine['onnxruntime']}, Python {machine['python']}"
-    )
+def conditions(*names: str) -> str:
+    """What some reports were run on."""
+    sizes, machines = [], []
+    for name in names:
+        report = load(name)
+        sizes.append(f"{name} {report['finished']['prompts']} × {report['seeds']} × {report['max_new_tokens']}")
+        machines.append(machine_line(report["machine"]))
+    return f"Prompts × seeds × tokens: {', '.join(sizes)}. {'; '.join(dict.fromkeys(machines))}."
 
 
 def main() -> None:
@@ -145,10 +146,10 @@ def main() -> None:
     if arguments.ablation:
         for threshold in arguments.thresholds or [0.5]:
             print("\n".join([*ablation_table(threshold), ""]))
-        print(conditions("ablation") + ".")
+        print(conditions("ablation"))
         return
     print("\n".join([*settings_table(arguments.thresholds or THRESHOLDS), "", *same_quality_table(), ""]))
-    print("\n".join(f"{conditions(f'{model}-base')}." for model in MODELS))
+    print(conditions(*(f"{model}-base" for model in MODELS)))
 
 
 if __name__ == "__main__":
