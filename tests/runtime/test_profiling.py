@@ -181,7 +181,8 @@ def test_a_kept_profile_is_planned_with(measured: Profile, multi: Path, caplog: 
 @pytest.mark.parametrize("profiled", [False, True])
 def test_auto_writes_the_plain_text(profiled: bool, measured: Profile, multi: Path, plain: Path) -> None:
     """With the profile, by rules of thumb, and with one that makes drafting pay whatever it costs."""
-    free = replace(measured, passes=[replace(each, time=profiles.quantiles(1.0)) for each in measured.passes])
+    passes = [replace(each, time=profiles.quantiles(1.0)) for each in measured.passes]
+    free = replace(measured, passes=passes, overhead=0.0, acceptance=[])
     expected = Engine(plain, threads=1).generate("def fib(n):", seed=5, max_new_tokens=80, ignore_eos=True)
     for profile in (measured, free) if profiled else (None,):
         engine = Engine(multi, threads=1, profile=profile)
