@@ -77,20 +77,19 @@ class Draws:
     clusters: int
 
     @classmethod
-    def make(cls, clusters: Sequence[Hashable], seeds: int, stream: int = 0, resamples: int = RESAMPLES) -> Draws:
+    def make(cls, clusters: Sequence[Hashable], seeds: int, stream: int = 0) -> Draws:
         """Samples with replacement, the same on every call.
 
         Args:
             clusters: Of every prompt, what it is drawn together with: turns of one conversation are not independent.
             seeds: How many there are.
             stream: Different ones are independent.
-            resamples: How many samples.
         """
         rng = np.random.default_rng(stream)
         numbers = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
 
         def counts(n: int) -> np.ndarray:
-            return rng.multinomial(n, np.full(n, 1 / n), resamples).astype(float)
+            return rng.multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(float)
 
         drawn = counts(len(numbers))
         return cls(drawn[:, [numbers[cluster] for cluster in clusters]], counts(seeds), len(numbers))
