@@ -149,7 +149,7 @@ def _same(summary: Summary, variant: str) -> Table:
 def _same_cell(found: SameQuality) -> str:
     if math.isnan(found.speed.value):
         return "none" if found.share == 0 else f"none ({percent(found.share)} of resamples have one)"
-    partly = "" if found.share > 0.999 else f" ({percent(found.share)} of resamples)"
+    partly = "" if found.share >= 0.995 else f" ({percent(found.share)} of resamples)"
     return with_ends(found.speed) + partly
 
 
