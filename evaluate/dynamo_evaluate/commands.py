@@ -47,11 +47,10 @@ def _perplexity(args: argparse.Namespace) -> None:
         if bundle.kind == "parallel":  # are the parameters any good?
             for threshold in thresholds:
                 perplexity.dynamo(bundle, threshold, given)
-    documents = _documents(sources, args.limit)
-    kept = perplexity.long_enough(documents, bundles, args.limit_tokens)
-    if len(kept) < len(documents):
-        _note(f"{len(documents) - len(kept)} texts are too short and left out")
-    documents = kept
+    found = _documents(sources, args.limit)
+    documents = perplexity.long_enough(found, bundles, args.limit_tokens)
+    if len(documents) < len(found):
+        _note(f"{len(found) - len(documents)} texts are too short and left out")
     header = {
         "command": args.command,
         "bundles": [describe_bundle(bundle) for bundle in bundles],
@@ -69,10 +68,10 @@ def _perplexity(args: argparse.Namespace) -> None:
         check_writable(args.json)
     results = Results.start(args.out, header, overwrite=args.overwrite)
     perplexity.run(results, sessions, documents, args.limit_tokens, size, stride, thresholds, given)
-    found = perplexity_tables.figures(results)
-    print(report.text(perplexity_tables.tables(found), perplexity_tables.conditions(results, found)))
+    figures = perplexity_tables.figures(results)
+    print(report.text(perplexity_tables.tables(figures), perplexity_tables.conditions(results, figures)))
     if args.json:
-        write_whole(args.json, _json(perplexity_tables.as_json(results, found)))
+        write_whole(args.json, _json(perplexity_tables.as_json(results, figures)))
 
 
 def _sort_inputs(inputs: Sequence[str]) -> tuple[list[Bundle], list[str]]:

@@ -135,7 +135,7 @@ class Conversations:
     def __init__(self, results: Results):
         """Index the generations."""
         self._template = results.header["template"]
-        self._turns = {text["id"]: text["turns"] for text in results.header["texts"]}
+        self._turns = {prompt.id: prompt.turns for prompt in map(Prompt.of, results.header["texts"])}
         self._texts = {(*key(record), record["turn"]): record["text"] for record in results.of(GENERATION)}
 
     def beginning(self, prompt: str) -> str:

@@ -22,7 +22,7 @@ from .errors import EvaluationError
 
 MODEL = "dynamo"
 _BACKEND = ("provider", "threads", "spinning", "optimization")
-# What the harness names otherwise than we do, and what it names that means nothing here.
+# What tasks call the most new tokens, first come first served.
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
