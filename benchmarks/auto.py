@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from dynamo_quantize.texts import pieces
 from dynamo_runtime import Engine, Step, load_bundle
+from dynamo_runtime.device.profile import Profile
 from dynamo_runtime.parameters import resolve_parameters
 from dynamo_runtime.profiling.measure import measure
-from dynamo_runtime.profiling.profile import Profile
 from dynamo_runtime.sampling import Candidates, Context, Target
 from dynamo_runtime.statistics import Statistics
 from dynamo_runtime.strategies import Autoregressive, Speculative, make_strategy

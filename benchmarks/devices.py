@@ -12,10 +12,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from dynamo_runtime.device.profile import Profile, write_whole
 from dynamo_runtime.errors import ProfileError
 from dynamo_runtime.profiling import report
-from dynamo_runtime.profiling.profile import Profile, write_whole
-from dynamo_runtime.profiling.tables import MISSING, Table, interval, number, ratio
+from dynamo_runtime.tables import MISSING, Table, interval, number, ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 4  # of the pass whose cost the overview shows

@@ -31,7 +31,7 @@ from onnx import helper
 from step_overhead import make_bundle
 
 from dynamo_export import export_bundle
-from dynamo_quantize.read import read_model
+from dynamo_graph.read import read_model
 from dynamo_runtime.bundle import Bundle, load_bundle
 from dynamo_runtime.session import PENULTIMATE, Session
 

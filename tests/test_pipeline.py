@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dynamo_export.cli import main as export
 from dynamo_runtime import Engine
+from dynamo_runtime.cli.run import main as run
 from dynamo_runtime.cooccurrence import load_cooccurrence
-from dynamo_runtime.run import main as run
 from dynamo_train.train import main as train
 
 SMALL = ["--sequences", "4", "--length", "32", "--micro-batch", "4"]

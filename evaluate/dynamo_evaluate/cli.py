@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dynamo_runtime.arguments import Parser, add_backend, add_drafts, add_dynamo, add_sampling
 from dynamo_runtime.bundle import DEFAULT_BUNDLE
+from dynamo_runtime.cli.arguments import Parser, add_backend, add_drafts, add_dynamo, add_sampling
 from dynamo_runtime.errors import DynamoError
 from dynamo_runtime.strategies import STRATEGIES, Dynamo
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dynamo_runtime.profiling.profile import Interval
-from dynamo_runtime.profiling.tables import Table
+from dynamo_runtime.device.profile import Interval
+from dynamo_runtime.tables import Table
 
 from .cells import AXES, MEASURES, SPEED, TOKENS_PER_PASS, Cells
 from .errors import EvaluationError

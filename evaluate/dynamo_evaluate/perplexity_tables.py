@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from dynamo_runtime.profiling.profile import Interval
-from dynamo_runtime.profiling.tables import MISSING, Table, number
-from dynamo_runtime.profiling.tables import interval as with_ends
+from dynamo_runtime.device.profile import Interval
+from dynamo_runtime.tables import MISSING, Table, number
+from dynamo_runtime.tables import interval as with_ends
 
 from .errors import EvaluationError
 from .perplexity import DOCUMENT

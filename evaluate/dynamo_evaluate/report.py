@@ -7,9 +7,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dynamo_runtime.profiling.profile import Interval
-from dynamo_runtime.profiling.tables import MISSING, WIDTH, Table, percent
-from dynamo_runtime.profiling.tables import interval as with_ends
+from dynamo_runtime.device.profile import Interval
+from dynamo_runtime.tables import MISSING, WIDTH, Table, percent
+from dynamo_runtime.tables import interval as with_ends
 
 from .cells import AXES, MEASURES, SPEED, TOKENS_PER_PASS, VERDICTS, WIN_RATE
 from .results import machine_line

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamo_runtime.bundle import Bundle
-from dynamo_runtime.profiling.device import describe_processor
+from dynamo_runtime.device.inspection import describe_processor
 from dynamo_runtime.providers import import_onnxruntime
 
 from .errors import EvaluationError

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dynamo_quantize.errors import WriteError
+from dynamo_graph.errors import WriteError
 from dynamo_quantize.schemes import ALGORITHMS, BLOCK_SIZES, KV_CACHES, PRECISIONS, SCHEMES, Options, Part
 from dynamo_runtime.bundle import MANIFEST
 

@@ -1,6 +1,6 @@
 """The one exception of the export stage."""
 
-from dynamo_quantize.errors import WriteError
+from dynamo_graph.errors import WriteError
 
 
 class ExportError(WriteError):

@@ -15,13 +15,13 @@ import onnx_ir as ir
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from dynamo_graph.branches import fold_heads, pass_bytes, take_skipped_states
+from dynamo_graph.files import listed_files, read_json, write_json
+from dynamo_graph.read import read_model
+from dynamo_graph.staging import Target, discard
+from dynamo_graph.write import write_model
 from dynamo_model import CPModel, LookAheadModel
 from dynamo_quantize import check_request, quantize_bundle
-from dynamo_quantize.files import listed_files, read_json, write_json
-from dynamo_quantize.heads import fold_heads, pass_bytes, take_skipped_states
-from dynamo_quantize.read import read_model
-from dynamo_quantize.target import Target, discard
-from dynamo_quantize.write import write_model
 from dynamo_runtime.bundle import FORMAT_VERSION, MANIFEST, load_bundle
 from dynamo_runtime.errors import DynamoError
 from dynamo_runtime.parameters import SamplingParameters

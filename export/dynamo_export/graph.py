@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dynamo_graph.initializers import BIG_BYTES
 from dynamo_model import CPModel, LookAheadModel, MultiTokenModel
-from dynamo_quantize.weights import BIG_BYTES
 
 from .attention import Emitter, LayerAttention, PassThroughCache, emitting, probe_attention
 from .errors import ExportError

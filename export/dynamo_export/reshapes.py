@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from dynamo_quantize.weights import drop_unused
+from dynamo_graph.initializers import drop_unused
 
 
 def _dims(value: ir.Value | None) -> list[int | str | None] | None:

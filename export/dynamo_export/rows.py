@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from dynamo_quantize.weights import is_weight
+from dynamo_graph.initializers import is_weight
 
 UNARY = {"Gelu", "FastGelu", "QuickGelu", "Sigmoid", "Tanh", "Relu", "Erf", "Identity", "Cast", "Neg", "Sqrt"}
 UNARY |= {"Reciprocal", "Exp", "Softplus", "Elu", "LeakyRelu", "HardSigmoid", "HardSwish", "Mish"}

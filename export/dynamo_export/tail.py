@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from dynamo_quantize.weights import drop_unused, lazily, sizes
+from dynamo_graph.initializers import drop_unused, lazily, sizes
 
 from .errors import ExportError
 from .rows import select_rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from dynamo_quantize.weights import BIG_BYTES, drop_unused, is_weight, lazily, sizes
+from dynamo_graph.initializers import BIG_BYTES, drop_unused, is_weight, lazily, sizes
 
 
 class WeightStore(dict[str, np.ndarray]):

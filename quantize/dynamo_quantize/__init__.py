@@ -2,7 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import QuantizeError, WriteError
+from dynamo_graph.errors import WriteError
+
+from .errors import QuantizeError
 from .schemes import SCHEMES, Options
 
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ import numpy as np
 import onnx_ir as ir
 from tqdm import tqdm
 
+from dynamo_graph.initializers import sizes
+from dynamo_graph.write import write_model
 from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.providers import import_onnxruntime
 from dynamo_runtime.session import Session
 
 from .parts import Product
-from .weights import sizes
-from .write import write_model
 
 CHUNK_TOKENS = 256  # a pass: bounds the memory for activations
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from dynamo_graph.initializers import initializer, replace_node
+
 from .parts import Product
-from .weights import initializer, replace_node
 
 INT8_MAX = 127
 

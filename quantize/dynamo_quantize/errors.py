@@ -1,8 +1,6 @@
 """What can go wrong on the way from one bundle to another."""
 
-
-class WriteError(Exception):
-    """A bundle that cannot be written as asked; its message is one clear line for the user."""
+from dynamo_graph.errors import WriteError
 
 
 class QuantizeError(WriteError):

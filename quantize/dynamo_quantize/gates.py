@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from dynamo_graph.branches import pass_bytes
+from dynamo_graph.read import read_model
 from dynamo_runtime import Engine
 from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.scoring import Scores, score_texts
 from dynamo_runtime.session import Session
 
-from .heads import pass_bytes
 from .memory import peak_memory
-from .read import read_model
 from .schemes import Limits
 
 RESAMPLES = 2000

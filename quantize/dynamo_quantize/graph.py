@@ -9,6 +9,10 @@ import numpy as np
 import onnx_ir as ir
 from tqdm import tqdm
 
+from dynamo_graph.branches import fold_heads
+from dynamo_graph.initializers import drop_unused, sizes
+from dynamo_graph.read import read_model
+from dynamo_graph.write import weight_bytes, write_model
 from dynamo_runtime.bundle import Bundle
 
 from .blocks import Blocks, Format, round_to_nearest
@@ -17,14 +21,10 @@ from .dynamic import put_dynamic
 from .errors import QuantizeError
 from .gptq import gptq
 from .half import to_half
-from .heads import fold_heads
 from .kv_cache import quantize_cache
 from .nbits import CONTRIB, put_blocks
 from .parts import Product, find_products
-from .read import read_model
 from .schemes import Part, Scheme
-from .weights import drop_unused, sizes
-from .write import weight_bytes, write_model
 
 HESSIAN_SHARE, HESSIAN_BYTES = 0.4, 256 << 20  # held at once: of the weights' bytes, but at least so many
 LEAST_OUTPUTS = 64  # a narrower product, as the gate of a joint head, is not worth its error

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from dynamo_graph.initializers import is_weight, lazily
+
 from .errors import QuantizeError
 from .kv_cache import is_cache
 from .parts import Product
 from .schemes import Part
-from .weights import is_weight, lazily
 
 HALF = ir.DataType.FLOAT16
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from .weights import initializer, replace_node
+from dynamo_graph.initializers import initializer, replace_node
 
 INT8_MAX = 127
 

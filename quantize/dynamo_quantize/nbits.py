@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from dynamo_graph.initializers import initializer, replace_node, sizes
+
 from .blocks import Blocks
 from .parts import Product
-from .weights import initializer, replace_node, sizes
 
 CONTRIB = "com.microsoft"
 ACCURACY_LEVEL = 4  # int8 activations, quantized row by row; level 0 is many times slower on CPU

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from dynamo_graph.initializers import is_weight, sizes
+
 from .errors import QuantizeError
 from .schemes import Part
-from .weights import is_weight, sizes
 
 
 @dataclass(frozen=True)

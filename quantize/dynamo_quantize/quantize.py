@@ -9,18 +9,18 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+from dynamo_graph.branches import pass_bytes
+from dynamo_graph.files import listed_files, write_json
+from dynamo_graph.read import read_model
+from dynamo_graph.staging import Target, discard
 from dynamo_runtime.bundle import MANIFEST, Bundle, load_bundle
 from dynamo_runtime.corpus import read_documents
 from dynamo_runtime.errors import DynamoError
 
 from . import gates
 from .errors import QuantizeError
-from .files import listed_files, write_json
 from .graph import write_graph
-from .heads import pass_bytes
-from .read import read_model
 from .schemes import Options, Scheme, resolve
-from .target import Target, discard
 from .texts import OWN, pieces
 
 CALIBRATION_PIECES, CALIBRATION_TOKENS = 64, 256

@@ -1,10 +1,10 @@
 """Run multi-token language models on the device: a bundle and a prompt in, text out."""
 
 from .bundle import DEFAULT_BUNDLE, Bundle, load_bundle
+from .device.profile import Profile
 from .engine import Engine, Generation, TextStream
 from .errors import BundleError, DynamoError, ParameterError, ProfileError, PromptError, ProviderError
 from .parameters import SamplingParameters
-from .profiling.profile import Profile
 from .session import Session, Step
 from .statistics import Statistics
 

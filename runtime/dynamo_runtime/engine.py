@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from .bundle import Bundle, load_bundle
+from .device.inspection import device_key
+from .device.plan import Knowledge, threshold_for
+from .device.profile import Profile, cached_path
 from .errors import ParameterError, ProfileError, PromptError
 from .parameters import resolve_parameters
-from .plan import Knowledge, threshold_for
-from .profiling.device import device_key
-from .profiling.profile import Profile, cached_path
 from .providers import log
 from .sampling import Context, LogitsProcessor
 from .session import Session

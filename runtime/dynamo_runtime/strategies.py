@@ -8,11 +8,11 @@ from typing import Protocol
 import numpy as np
 
 from .bundle import Bundle
+from .device.plan import Acceptances, Knowledge, Planner
 from .drafters import make_drafter, propose
 from .dynamo import check_dynamo, emitted_length, sample_ngram
 from .errors import ParameterError
 from .parameters import SamplingParameters
-from .plan import Acceptances, Knowledge, Planner
 from .sampling import (
     Candidates,
     Context,

@@ -17,8 +17,8 @@ from dynamo_export.errors import ExportError
 from dynamo_export.rotary import rotated
 from dynamo_export.rows import select_rows
 from dynamo_export.weights import transpose_weights
-from dynamo_quantize.weights import lazily
-from dynamo_quantize.write import write_model
+from dynamo_graph.initializers import lazily
+from dynamo_graph.write import write_model
 
 Rule = Callable[..., torch.Tensor]
 

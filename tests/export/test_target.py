@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models
 
 from dynamo_export import cli, export_bundle, source
 from dynamo_export import export as pipeline
-from dynamo_quantize.errors import WriteError
+from dynamo_graph.errors import WriteError
 from dynamo_runtime.bundle import load_bundle
 
 FolderOf = Callable[[str], Path]

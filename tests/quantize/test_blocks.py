@@ -12,13 +12,13 @@ import pytest
 from naive import dequantize, relative, unpack
 from onnx import TensorProto, helper, numpy_helper
 
+from dynamo_graph.initializers import drop_unused
 from dynamo_quantize import blocks as blocks_module
 from dynamo_quantize.blocks import Blocks, Format, round_to_nearest
 from dynamo_quantize.gptq import gptq
 from dynamo_quantize.nbits import put_blocks
 from dynamo_quantize.parts import Product
 from dynamo_quantize.schemes import Part
-from dynamo_quantize.weights import drop_unused
 
 Quantizer = Callable[[np.ndarray, Format], Blocks]
 OUTPUTS = 24

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dynamo_graph.read import read_model
 from dynamo_quantize import graph
 from dynamo_quantize.blocks import Format
 from dynamo_quantize.calibration import cache_ranges, hessians
 from dynamo_quantize.parts import find_products
-from dynamo_quantize.read import read_model
 from dynamo_quantize.schemes import Part
 from dynamo_runtime.session import Session
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from naive import in_passes, initializers, outputs
 
+from dynamo_graph.branches import pass_bytes
+from dynamo_graph.read import read_model
 from dynamo_quantize import gates
 from dynamo_quantize.gates import Measured, Samples, judge, measure
-from dynamo_quantize.heads import pass_bytes
-from dynamo_quantize.read import read_model
 from dynamo_quantize.schemes import Limits
 from dynamo_runtime import Engine
 from dynamo_runtime.bundle import Bundle

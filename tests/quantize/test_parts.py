@@ -11,9 +11,9 @@ import onnx_ir as ir
 import pytest
 from naive import initializers
 
+from dynamo_graph.read import read_model
 from dynamo_quantize import QuantizeError
 from dynamo_quantize.parts import Product, find_products
-from dynamo_quantize.read import read_model
 from dynamo_quantize.schemes import Part
 
 

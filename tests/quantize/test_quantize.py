@@ -17,11 +17,11 @@ import onnx_ir as ir
 import pytest
 from naive import initializers, outputs
 
+from dynamo_graph.files import listed_files
+from dynamo_graph.write import write_model
 from dynamo_quantize import Options, QuantizeError, WriteError, gates, quantize, quantize_bundle, texts
-from dynamo_quantize.files import listed_files
 from dynamo_quantize.gates import Row
 from dynamo_quantize.texts import pieces
-from dynamo_quantize.write import write_model
 from dynamo_runtime.bundle import Bundle, load_bundle
 from dynamo_runtime.corpus import Document
 

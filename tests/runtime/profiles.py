@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from dynamo_runtime.profiling.profile import (
+from dynamo_runtime.device.profile import (
     Acceptance,
     Backoff,
     Conditions,

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from dynamo_runtime import providers
-from dynamo_runtime.run import main
+from dynamo_runtime.cli.run import main
 
 
 def shorten(path: Path) -> None:

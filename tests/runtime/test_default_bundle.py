@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from dynamo_runtime import Engine, run
+from dynamo_runtime import Engine
+from dynamo_runtime.cli import run
 
 FLAGS = ["--seed", "3", "--max-new-tokens", "12", "--threads", "1"]
 

@@ -11,11 +11,12 @@ import profiles
 import pytest
 
 from dynamo_runtime import Engine, load_bundle
+from dynamo_runtime.cli import profile as cli
+from dynamo_runtime.device.inspection import device_key, inspect_device
+from dynamo_runtime.device.plan import Acceptances, Curve, Planner
+from dynamo_runtime.device.profile import Profile, cached_path, profiles_folder
 from dynamo_runtime.errors import ParameterError, ProfileError
-from dynamo_runtime.plan import Acceptances, Curve, Planner
-from dynamo_runtime.profiling import cli, measure, trials
-from dynamo_runtime.profiling.device import device_key, inspect_device
-from dynamo_runtime.profiling.profile import Profile, cached_path, profiles_folder
+from dynamo_runtime.profiling import measure, trials
 from dynamo_runtime.strategies import Autoregressive
 
 

@@ -14,11 +14,11 @@ import devices
 import profiles
 import pytest
 
+from dynamo_runtime.device.profile import Pass, Profile
 from dynamo_runtime.errors import ProfileError
 from dynamo_runtime.profiling import report
 from dynamo_runtime.profiling.page import page
-from dynamo_runtime.profiling.profile import Pass, Profile
-from dynamo_runtime.profiling.tables import WIDTH, Table, number
+from dynamo_runtime.tables import WIDTH, Table, number
 
 FULL, SLOW, SPARSE = profiles.full(), profiles.full(2.5), profiles.sparse()
 NASTY = '_<script src="http://evil.test/x.js">&|`$x$</script>'

@@ -10,7 +10,7 @@ import pytest
 
 from dynamo_runtime import Engine
 
-RUN = [sys.executable, "-m", "dynamo_runtime.run"]
+RUN = [sys.executable, "-m", "dynamo_runtime.cli.run"]
 FLAGS = ["--seed", "3", "--max-new-tokens", "20", "--threads", "1"]
 
 
@@ -90,7 +90,7 @@ def test_a_closed_pipe_is_no_error(multi: Path) -> None:
 
 def test_an_interrupt_ends_the_text_and_still_reports(multi: Path) -> None:
     code = (
-        "import signal, sys, dynamo_runtime.run as run, dynamo_runtime.engine as engine\n"
+        "import signal, sys, dynamo_runtime.cli.run as run, dynamo_runtime.engine as engine\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "accept = engine.TextStream._accept\n"
         "def once(self, tokens):\n"
@@ -122,7 +122,7 @@ def test_imports_nothing_of_the_host_side(multi: Path) -> None:
     code = (
         "import sys\nfrom dynamo_runtime import Engine\n"
         "assert 'onnxruntime' not in sys.modules, 'loaded before it is needed'\n"
-        "Engine(sys.argv[1]).generate('x', max_new_tokens=3)\nimport dynamo_runtime.run\n"
+        "Engine(sys.argv[1]).generate('x', max_new_tokens=3)\nimport dynamo_runtime.cli.run\n"
         "print(*sorted({name.split('.')[0] for name in sys.modules}))\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(multi)], capture_output=True, text=True, check=True)

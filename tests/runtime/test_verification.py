@@ -15,10 +15,10 @@ from scipy import stats
 from dynamo_runtime import strategies, verification
 from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.cooccurrence import Cooccurrence, load_cooccurrence
+from dynamo_runtime.device.plan import Knowledge
 from dynamo_runtime.drafters import ParallelHeads, masked, propose
 from dynamo_runtime.engine import decode
 from dynamo_runtime.parameters import SamplingParameters
-from dynamo_runtime.plan import Knowledge
 from dynamo_runtime.sampling import Candidates, Context
 from dynamo_runtime.session import Step
 from dynamo_runtime.strategies import Auto, Speculative

@@ -20,13 +20,9 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
-from ..engine import Engine
-from ..errors import ProfileError
-from ..plan import bin_of, middle_of
-from ..session import Session
-from . import trials
-from .device import cores, inspect_device, optional
-from .profile import (
+from ..device.inspection import cores, inspect_device, optional
+from ..device.plan import bin_of, middle_of
+from ..device.profile import (
     Acceptance,
     Conditions,
     Floor,
@@ -38,6 +34,10 @@ from .profile import (
     Resume,
     Subject,
 )
+from ..engine import Engine
+from ..errors import ProfileError
+from ..session import Session
+from . import trials
 
 ROWS = range(1, 9)
 _PASTS, _QUICK_PASTS = (32, 256, 1024, 4096), (32, 512)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..device.profile import Profile
 from ..errors import ProfileError
-from .profile import Profile
+from ..tables import number, printable
 from .report import caveats, comparison, grid, is_plain, tables
-from .tables import number, printable
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -8,8 +8,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .profile import Conditions, Interval, Pass, Profile, Quantiles, StrategyRun
-from .tables import MISSING, NAME_WIDTH, WIDTH, Table, binary_size, interval, number, percent, printable, ratio
+from ..device.profile import Conditions, Interval, Pass, Profile, Quantiles, StrategyRun
+from ..tables import MISSING, NAME_WIDTH, WIDTH, Table, binary_size, interval, number, percent, printable, ratio
 
 Row = tuple[str, str, str, str, Any]
 HEADER = ("section", "name", "variant", "unit", "value")

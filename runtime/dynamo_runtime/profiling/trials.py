@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
+from ..device.profile import Backoff, Interval, Quantiles, StrategyRun
 from ..engine import Engine
 from ..errors import ParameterError, ProfileError
 from ..parameters import SamplingParameters, resolve_parameters
@@ -18,7 +19,6 @@ from ..session import Step
 from ..statistics import Statistics
 from ..strategies import Auto, Autoregressive, Dynamo, Speculative, Strategy, Turn
 from ..verification import Draft
-from .profile import Backoff, Interval, Quantiles, StrategyRun
 
 Kind = tuple[Engine, dict[str, Any]]
 

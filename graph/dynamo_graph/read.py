@@ -14,9 +14,9 @@ import onnx_ir as ir
 
 from dynamo_runtime.wire import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, field, fields
 
-from .errors import QuantizeError
-from .heads import unfold_heads
-from .weights import BIG_BYTES
+from .branches import unfold_heads
+from .errors import WriteError
+from .initializers import BIG_BYTES
 
 
 def read_model(path: Path) -> ir.Model:
@@ -26,7 +26,7 @@ def read_model(path: Path) -> ir.Model:
         path: The `.onnx` file, which must stay where it is.
 
     Raises:
-        QuantizeError: It is not an ONNX file.
+        WriteError: It is not an ONNX file.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
@@ -36,7 +36,7 @@ def read_model(path: Path) -> ir.Model:
             )
             model = ir.from_proto(onnx.ModelProto.FromString(skeleton))
         except Exception as error:  # protobuf and onnx_ir raise whatever they stumble over
-            raise QuantizeError(f"{path} is not a readable ONNX file: {error}") from error
+            raise WriteError(f"{path} is not a readable ONNX file: {error}") from error
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = _lazy(value.const_value, path.parent)

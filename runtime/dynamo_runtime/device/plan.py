@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from .bundle import Bundle
-from .errors import ParameterError
-from .profiling.profile import Profile
+from ..bundle import Bundle
+from ..errors import ParameterError
+from .profile import Profile
 
 _EXPLORATION = 0.01  # of the time may be spent on finding out whether drafting pays again
 _BINS = 5  # of a draft's confidence

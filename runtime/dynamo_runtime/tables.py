@@ -7,7 +7,7 @@ import math
 import textwrap
 from dataclasses import dataclass
 
-from .profile import Interval
+from .device.profile import Interval
 
 MISSING = "–"
 WIDTH = 100  # characters of a terminal

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..bundle import DEFAULT_BUNDLE, MANIFEST, load_bundle
+from ..device.plan import threshold_for
+from ..engine import Engine, TextStream
+from ..errors import DynamoError, ParameterError, PromptError
+from ..parameters import resolve_parameters
+from ..strategies import Auto, Autoregressive, Dynamo, Speculative
 from .arguments import Parser, add_backend, add_drafts, add_dynamo, add_sampling, backend, given_sampling
-from .bundle import DEFAULT_BUNDLE, MANIFEST, load_bundle
-from .engine import Engine, TextStream
-from .errors import DynamoError, ParameterError, PromptError
-from .parameters import resolve_parameters
-from .plan import threshold_for
-from .strategies import Auto, Autoregressive, Dynamo, Speculative
 
 PROG = "dynamo-run"
 # Parameters that mean something to strategy dynamo alone: whoever gives one wants it.

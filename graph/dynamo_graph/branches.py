@@ -18,7 +18,7 @@ import onnx_ir as ir
 from dynamo_runtime.session import PENULTIMATE, SKIPPED
 
 from .errors import WriteError
-from .weights import drop_unused, initializer, is_weight
+from .initializers import drop_unused, initializer, is_weight
 
 STACKED = "/out/out_states"  # joins the rows of all heads for their one product with the output embedding
 _BRANCH = "/heads/if"

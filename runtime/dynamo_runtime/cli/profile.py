@@ -7,13 +7,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..arguments import Parser, add_backend, backend
 from ..bundle import DEFAULT_BUNDLE, load_bundle
+from ..device.inspection import device_key, optional
+from ..device.profile import PROFILES, Profile, cached_path, check_writable, profiles_folder, write_whole
 from ..errors import DynamoError, ProfileError
-from .device import device_key, optional
-from .measure import Progress, measure
-from .profile import PROFILES, Profile, cached_path, check_writable, profiles_folder, write_whole
-from .report import compare, summary, to_csv
+from ..profiling.measure import Progress, measure
+from ..profiling.report import compare, summary, to_csv
+from .arguments import Parser, add_backend, backend
 
 PROG = "dynamo-profile"
 
@@ -127,7 +127,7 @@ def _profile(args: argparse.Namespace) -> int:
 
 
 def _write_page(path: Path | None, profiles: Sequence[Profile], names: Sequence[str]) -> None:
-    from .page import check_extra, page
+    from ..profiling.page import check_extra, page
 
     if path is None:
         check_extra()

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dynamo_runtime.wire import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, tag, varint
 
-from .weights import BIG_BYTES
+from .initializers import BIG_BYTES
 
 EMBED_LIMIT_BYTES = 1_500_000_000  # a protobuf file ends at 2 GiB
 ALIGNMENT_BYTES = 4096  # of external weights, so that they can be mapped into memory

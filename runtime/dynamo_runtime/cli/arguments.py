@@ -4,9 +4,9 @@ import argparse
 import dataclasses
 from typing import Any, NoReturn
 
-from .errors import ParameterError
-from .parameters import ADAPTIVE, DRAFT_CHOICES, FIRST_TOKENS, PREMASK_TESTS, SamplingParameters
-from .providers import OPTIMIZATIONS
+from ..errors import ParameterError
+from ..parameters import ADAPTIVE, DRAFT_CHOICES, FIRST_TOKENS, PREMASK_TESTS, SamplingParameters
+from ..providers import OPTIMIZATIONS
 
 
 class Parser(argparse.ArgumentParser):

@@ -12,9 +12,9 @@ import onnx
 import pytest
 from naive import all_nodes, outputs
 
-from dynamo_quantize.heads import SKIPPED, fold_heads, unfold_heads
-from dynamo_quantize.read import read_model
-from dynamo_quantize.write import write_model
+from dynamo_graph.branches import SKIPPED, fold_heads, unfold_heads
+from dynamo_graph.read import read_model
+from dynamo_graph.write import write_model
 from dynamo_runtime import Session
 
 TOKENS = [5, 250, 3, 91, 18, 7, 7, 30, 111, 62]
