@@ -12,8 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from dynamo_runtime.device.profile import Profile, write_whole
+from dynamo_runtime.device.profile import Profile
 from dynamo_runtime.errors import ProfileError
+from dynamo_runtime.files import write_whole
 from dynamo_runtime.profiling import report
 from dynamo_runtime.tables import MISSING, Table, interval, number, ratio
 

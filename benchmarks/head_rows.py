@@ -33,7 +33,8 @@ from step_overhead import make_bundle
 from dynamo_export import export_bundle
 from dynamo_graph.read import read_model
 from dynamo_runtime.bundle import Bundle, load_bundle
-from dynamo_runtime.session import PENULTIMATE, Session
+from dynamo_runtime.names import PENULTIMATE
+from dynamo_runtime.session import Session
 
 PAST, MOST = 256, 5
 _NORMS = ("LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization")

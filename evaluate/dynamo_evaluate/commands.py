@@ -19,7 +19,7 @@ from dynamo_runtime import Engine
 from dynamo_runtime.bundle import DEFAULT_BUNDLE, MANIFEST, Bundle, load_bundle
 from dynamo_runtime.cli.arguments import backend, given_sampling
 from dynamo_runtime.corpus import STANDARD_LIBRARY, Document, read_documents, standard_library
-from dynamo_runtime.device.profile import check_writable, write_whole
+from dynamo_runtime.files import check_writable, write_whole
 from dynamo_runtime.parameters import resolve_parameters
 from dynamo_runtime.session import Session
 from dynamo_runtime.strategies import Autoregressive

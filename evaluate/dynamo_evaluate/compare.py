@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dynamo_runtime.device.profile import Interval
+from dynamo_runtime.interval import Interval
 from dynamo_runtime.tables import Table
 
 from .cells import AXES, MEASURES, SPEED, TOKENS_PER_PASS, Cells

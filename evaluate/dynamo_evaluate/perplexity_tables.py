@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamo_runtime.device.profile import Interval
+from dynamo_runtime.interval import Interval
 from dynamo_runtime.tables import MISSING, Table, number
 from dynamo_runtime.tables import interval as with_ends
 

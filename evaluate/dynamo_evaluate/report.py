@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dynamo_runtime.device.profile import Interval
+from dynamo_runtime.interval import Interval
 from dynamo_runtime.tables import MISSING, WIDTH, Table, percent
 from dynamo_runtime.tables import interval as with_ends
 

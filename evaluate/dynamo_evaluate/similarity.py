@@ -10,7 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dynamo_runtime.bundle import MANIFEST
-from dynamo_runtime.session import PENULTIMATE, Session
+from dynamo_runtime.names import PENULTIMATE
+from dynamo_runtime.session import Session
 
 from .cells import MAUVE, Cells
 from .errors import EvaluationError

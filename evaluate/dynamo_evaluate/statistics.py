@@ -10,7 +10,7 @@ import numpy as np
 from numpy.polynomial import Polynomial
 from scipy import stats
 
-from dynamo_runtime.device.profile import Interval
+from dynamo_runtime.interval import Interval
 
 RESAMPLES = 1000
 LEVEL = 0.95

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamo_runtime.device.profile import Interval
+from dynamo_runtime.interval import Interval
 
 from .cells import AXES, MEASURES, SPEED, TOKENS_PER_PASS, WIN_RATE, Cells
 from .errors import EvaluationError

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from dynamo_runtime.session import PENULTIMATE, SKIPPED
+from dynamo_runtime.names import PENULTIMATE, SKIPPED
 
 from .errors import WriteError
 from .initializers import drop_unused, initializer, is_weight

@@ -3,7 +3,7 @@
 from .bundle import DEFAULT_BUNDLE, Bundle, load_bundle
 from .device.profile import Profile
 from .engine import Engine, Generation, TextStream
-from .errors import BundleError, DynamoError, ParameterError, ProfileError, PromptError, ProviderError
+from .errors import BundleError, DynamoError, OutputError, ParameterError, ProfileError, PromptError, ProviderError
 from .parameters import SamplingParameters
 from .session import Session, Step
 from .statistics import Statistics
@@ -15,6 +15,7 @@ __all__ = [
     "DynamoError",
     "Engine",
     "Generation",
+    "OutputError",
     "ParameterError",
     "Profile",
     "ProfileError",

@@ -1,4 +1,8 @@
-"""Text that every user has, or gives: to train on, to calibrate with, to measure on."""
+"""Text that every user has, or gives.
+
+Serves `dynamo_train` (to train on), `dynamo_quantize` (to calibrate with, and its gates) and `dynamo_evaluate` (to
+measure on); decoding does not need it.
+"""
 
 import ast
 import hashlib

@@ -27,3 +27,7 @@ class PromptError(DynamoError):
 
 class ProfileError(DynamoError):
     """A profile is missing, unreadable, or cannot be made."""
+
+
+class OutputError(DynamoError):
+    """A file of results cannot be written where it was asked for."""

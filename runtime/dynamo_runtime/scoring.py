@@ -1,4 +1,7 @@
-"""How likely a bundle finds a text: perplexities of every token ahead (DynaMo, section "Evaluation")."""
+"""How likely a bundle finds a text: perplexities of every token ahead (DynaMo, section "Evaluation").
+
+Serves the gates of `dynamo_quantize` and the measures of `dynamo_evaluate`; decoding does not need it.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -9,11 +9,10 @@ import numpy as np
 from .bundle import Bundle
 from .errors import BundleError, ParameterError, PromptError
 from .kv_cache import GROWTH_SLOTS, KVCache
+from .names import OUTPUTS, PENULTIMATE, SKIPPED
 from .providers import Backend, import_onnxruntime
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
-OUTPUTS = ["logits", "topk_logits", "topk_ids"]
-SKIPPED, PENULTIMATE = "skipped_states", "penultimate_states"
 TWIN_BYTES = 64 << 20  # a graph up to this size is loaded a second time for passes without heads
 _MOVABLE = "cuda"  # the provider whose memory is bound; any other reads and writes the computer's own
 
@@ -174,7 +173,7 @@ class Session:
         self._rows = np.zeros((), np.int64)
         self._ids = np.empty(length, np.int64)
         self._head_rows = np.empty(length, np.int64)
-        with_heads = [*OUTPUTS, "gate"] if bundle.kind == "cp" else OUTPUTS
+        with_heads = [*OUTPUTS, "gate"] if bundle.kind == "cp" else [*OUTPUTS]
         self._with_heads = _Binding(self._session, with_heads, self._device)
         self._without_heads: _Binding | None = None
         if self.skips_heads:

@@ -7,7 +7,7 @@ import math
 import textwrap
 from dataclasses import dataclass
 
-from .device.profile import Interval
+from .interval import Interval
 
 MISSING = "–"
 WIDTH = 100  # characters of a terminal

@@ -9,8 +9,9 @@ import profiles
 import pytest
 
 from dynamo_runtime.device.plan import Acceptances, Curve, Knowledge, Planner, Prior, bin_of, middle_of, threshold_for
-from dynamo_runtime.device.profile import Backoff, Interval
+from dynamo_runtime.device.profile import Backoff
 from dynamo_runtime.errors import ParameterError
+from dynamo_runtime.interval import Interval
 
 DEPTH = 4
 

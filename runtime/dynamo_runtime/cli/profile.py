@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ..bundle import DEFAULT_BUNDLE, load_bundle
 from ..device.inspection import device_key, optional
-from ..device.profile import PROFILES, Profile, cached_path, check_writable, profiles_folder, write_whole
-from ..errors import DynamoError, ProfileError
+from ..device.profile import PROFILES, Profile, cached_path, profiles_folder
+from ..errors import DynamoError, OutputError, ProfileError
+from ..files import check_writable, write_whole
 from ..profiling.measure import Progress, measure
 from ..profiling.report import compare, summary, to_csv
 from .arguments import Parser, add_backend, backend
@@ -104,7 +105,7 @@ def _profile(args: argparse.Namespace) -> int:
     if keep:
         try:
             check_writable(profiles_folder() / "profile.json")
-        except ProfileError as error:
+        except OutputError as error:
             raise ProfileError(
                 f"the profile cannot be kept ({error}): use --no-keep, or name another folder in {PROFILES}"
             ) from error

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import sys
-import tempfile
 import types
 import typing
 from collections.abc import Mapping
@@ -16,6 +15,8 @@ from typing import Any
 
 from ..bundle import Bundle
 from ..errors import ProfileError
+from ..files import write_whole
+from ..interval import Interval
 
 SCHEMA_VERSION = 1
 PROFILES = "DYNAMO_PROFILES"  # environment variable: the folder that profiles are kept in
@@ -29,15 +30,6 @@ class Quantiles:
     p90: float
     p99: float
     count: int
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its 95 % confidence interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -302,39 +294,9 @@ class Profile:
         """Write the profile, or nothing.
 
         Raises:
-            ProfileError: It cannot be written there.
+            OutputError: It cannot be written there.
         """
         write_whole(path, self.to_json())
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Write a file that is there only once it is whole.
-
-    Raises:
-        ProfileError: It cannot be written there.
-    """
-    check_writable(path)
-    try:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ProfileError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def check_writable(path: Path) -> None:
-    """Find out before the work begins whether a file can be written.
-
-    Raises:
-        ProfileError: It cannot.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-        if path.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
-    except OSError as error:
-        raise ProfileError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _read(kind: Any, value: Any) -> Any:

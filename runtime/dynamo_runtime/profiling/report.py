@@ -8,7 +8,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..device.profile import Conditions, Interval, Pass, Profile, Quantiles, StrategyRun
+from ..device.profile import Conditions, Pass, Profile, Quantiles, StrategyRun
+from ..interval import Interval
 from ..tables import MISSING, NAME_WIDTH, WIDTH, Table, binary_size, interval, number, percent, printable, ratio
 
 Row = tuple[str, str, str, str, Any]

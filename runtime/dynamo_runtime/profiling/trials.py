@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
-from ..device.profile import Backoff, Interval, Quantiles, StrategyRun
+from ..device.profile import Backoff, Quantiles, StrategyRun
 from ..engine import Engine
 from ..errors import ParameterError, ProfileError
+from ..interval import Interval
 from ..parameters import SamplingParameters, resolve_parameters
 from ..sampling import Context
 from ..session import Step
