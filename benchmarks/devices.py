@@ -16,6 +16,7 @@ from dynamo_runtime.device.profile import Profile
 from dynamo_runtime.errors import ProfileError
 from dynamo_runtime.files import write_whole
 from dynamo_runtime.profiling import report
+from dynamo_runtime.profiling.series import grid
 from dynamo_runtime.tables import MISSING, Table, interval, number, ratio
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +58,7 @@ def overview(profiles: list[Profile]) -> Table:
 
 
 def _row(profile: Profile) -> list[str]:
-    passes = report.grid(profile)
+    passes = grid(profile)
     past = min((p.past for p in profile.passes), default=0)
     times = {key: passes[key].time.p50 for key in passes}
     costs = [ratio(times.get((heads, past, ROWS)), times.get((False, past, 1))) for heads in (False, True)]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ..device.profile import Profile
 from ..errors import ProfileError
 from ..tables import number, printable
-from .report import caveats, comparison, grid, is_plain, tables
+from .report import caveats, comparison, is_plain, tables
+from .series import grid
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
