@@ -27,7 +27,7 @@ from dynamo_quantize.texts import pieces
 from dynamo_runtime import Engine, Step, load_bundle
 from dynamo_runtime.device.profile import Profile
 from dynamo_runtime.parameters import resolve_parameters
-from dynamo_runtime.profiling.measure import measure
+from dynamo_runtime.profiling.measure import FULL, QUICK, measure
 from dynamo_runtime.sampling import Candidates, Context, Target
 from dynamo_runtime.statistics import Statistics
 from dynamo_runtime.strategies import Autoregressive, Speculative, make_strategy
@@ -202,7 +202,7 @@ def main() -> None:
     if arguments.profile and arguments.profile.is_file():
         profile = Profile.load(arguments.profile)
     else:
-        profile = measure(bundle, quick=arguments.quick, threads=arguments.threads)
+        profile = measure(bundle, effort=QUICK if arguments.quick else FULL, threads=arguments.threads)
         if arguments.profile:
             profile.save(arguments.profile)
     multi = Engine(bundle, threads=arguments.threads, profile=profile)

@@ -16,7 +16,9 @@ from dynamo_runtime.device.inspection import device_key, inspect_device
 from dynamo_runtime.device.plan import Acceptances, Curve, Planner
 from dynamo_runtime.device.profile import Profile, cached_path, profiles_folder
 from dynamo_runtime.errors import ParameterError, ProfileError
-from dynamo_runtime.profiling import measure, trials
+from dynamo_runtime.parameters import SamplingParameters
+from dynamo_runtime.profiling.measure import QUICK, STAGES, measure
+from dynamo_runtime.profiling.passes import PassTimer
 from dynamo_runtime.strategies import Autoregressive
 
 
@@ -51,19 +53,22 @@ class FakeDevice:
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+def device() -> FakeDevice:
     """A device on which a pass takes 2 ms, each row 0.3, each hundred positions 0.5, and heads a quarter of it all."""
 
     def cost(rows: int, heads: bool, past: int) -> float:
         return (2 + 0.3 * (rows - 1) + past / 200) * (1.25 if heads else 1.0)
 
-    fake = FakeDevice(cost, lambda skipped: 0.05 * skipped)
-    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: fake.now))
-    return fake
+    return FakeDevice(cost, lambda skipped: 0.05 * skipped)
 
 
-def test_the_profile_recovers_the_cost_of_passes(device: FakeDevice) -> None:
-    passes = measure.measure_passes(device, [32, 500], 20.0)  # type: ignore[arg-type]
+@pytest.fixture
+def timer(device: FakeDevice) -> PassTimer:
+    return PassTimer(device, lambda: device.now)  # type: ignore[arg-type]
+
+
+def test_the_profile_recovers_the_cost_of_passes(device: FakeDevice, timer: PassTimer) -> None:
+    passes = timer.passes([32, 500], 20.0)
     assert {(each.heads, each.rows, each.past) for each in passes} == {
         (heads, rows, past) for heads in (False, True) for rows in range(1, 9) for past in (32, 500)
     }
@@ -75,23 +80,23 @@ def test_the_profile_recovers_the_cost_of_passes(device: FakeDevice) -> None:
         assert each.time.count >= 9
 
 
-def test_two_runs_agree(device: FakeDevice) -> None:
-    first, second = (measure.measure_passes(device, [32], 5.0) for _ in range(2))  # type: ignore[arg-type]
+def test_two_runs_agree(timer: PassTimer) -> None:
+    first, second = (timer.passes([32], 5.0) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert one.time.p50 == pytest.approx(other.time.p50, rel=0.05)
 
 
-def test_the_profile_recovers_what_resuming_costs(device: FakeDevice) -> None:
-    found = measure.measure_resume(device, (8, 32, 128, 5000), 10.0)  # type: ignore[arg-type]
+def test_the_profile_recovers_what_resuming_costs(timer: PassTimer) -> None:
+    found = timer.resume((8, 32, 128, 5000), 10.0)
     assert [each.skipped for each in found] == [8, 32, 128]
     for each in found:
         # The later pass has one position more behind it than the earlier one had.
         assert each.extra == pytest.approx(0.05 * each.skipped, abs=0.1)
 
 
-def test_the_plan_made_of_the_measured_curve_is_the_best_one(device: FakeDevice) -> None:
+def test_the_plan_made_of_the_measured_curve_is_the_best_one(device: FakeDevice, timer: PassTimer) -> None:
     """Measured, then planned with: the number of drafts that the known costs make the best."""
-    passes = measure.measure_passes(device, [32, 500], 20.0)  # type: ignore[arg-type]
+    passes = timer.passes([32, 500], 20.0)
     curve = Curve.of(replace(profiles.full(), passes=passes, resume=[], drafting=0.0, overhead=0.0))
     for accepted in (0.15, 0.4, 0.6, 0.9):
         rates = {0: 1 / device.cost(1, False, 64)}
@@ -107,27 +112,24 @@ def test_the_plan_made_of_the_measured_curve_is_the_best_one(device: FakeDevice)
         assert planner.drafting == (best > 0)
 
 
-def test_no_time_is_too_short_for_the_least_rounds(device: FakeDevice) -> None:
-    assert all(each.time.count == 9 for each in measure.measure_passes(device, [32], 0.0))  # type: ignore[arg-type]
+def test_no_time_is_too_short_for_the_least_rounds(timer: PassTimer) -> None:
+    assert all(each.time.count == 9 for each in timer.passes([32], 0.0))
+
+
+LEAST = replace(QUICK, seconds=0.0, thresholds=(0.0, 1.0), read_bytes=1 << 20)
 
 
 @pytest.fixture(scope="module")
 def measured(multi: Path) -> Profile:
     """A real profile of a tiny bundle, in as little time as can be."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "Budget", lambda total: SimpleNamespace(**dict.fromkeys(BUDGETS, 0.0)))
-        patch.setattr(measure, "_READ_BYTES", 1 << 20)
-        patch.setattr(trials, "QUICK_THRESHOLDS", (0.0, 1.0))
-        stages: list[tuple[str, float]] = []
-        profile = measure.measure(
-            load_bundle(multi), quick=True, threads=1, progress=lambda stage, share: stages.append((stage, share))
-        )
+    stages: list[tuple[str, float]] = []
+    profile = measure(
+        load_bundle(multi), effort=LEAST, threads=1, progress=lambda stage, share: stages.append((stage, share))
+    )
+    assert stages == [("loading", 0.0), *((stage.name, stage.begins) for stage in STAGES), ("done", 1.0)]
     shares = [share for _, share in stages]
-    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1
+    assert shares == sorted(shares)
     return profile
-
-
-BUDGETS = ("passes", "prefill", "resume", "trials", "backoff", "bandwidth")
 
 
 def test_everything_is_measured(measured: Profile, multi: Path) -> None:
@@ -217,7 +219,7 @@ def test_a_target_speed_becomes_a_threshold(measured: Profile, multi: Path) -> N
 
 def test_a_strategy_of_ones_own(multi: Path) -> None:
     engine = Engine(multi, threads=1)
-    parameters = trials.SamplingParameters(temperature=0.0)
+    parameters = SamplingParameters(temperature=0.0)
     found = engine.generate("x", strategy=Autoregressive(engine.bundle, parameters), max_new_tokens=9)
     engine.reset()
     assert found.tokens == engine.generate("x", strategy="autoregressive", temperature=0.0, max_new_tokens=9).tokens
@@ -255,7 +257,7 @@ def test_the_command_writes_and_keeps(
     assert files[1].read_text().startswith("section,name,variant,unit,value")
     assert files[2].read_text().lstrip().lower().startswith("<!doctype html>")
     asked = canned[0]
-    assert (asked["quick"], asked["prompts"], asked["threads"]) == (True, ["one", "two"], 1)
+    assert (asked["effort"], asked["prompts"], asked["threads"]) == (QUICK, ["one", "two"], 1)
     path = cached_path(device_key("cpu"), load_bundle(multi), 1)
     try:
         assert str(path) in written.err
@@ -325,4 +327,4 @@ def test_bad_commands(
 def test_too_short_a_context(multi: Path) -> None:
     bundle = replace(load_bundle(multi), context_length=10)
     with pytest.raises(ProfileError, match="context of 10, too short"):
-        measure.measure(bundle, quick=True, threads=1)
+        measure(bundle, effort=LEAST, threads=1)

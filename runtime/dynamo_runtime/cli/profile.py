@@ -12,7 +12,7 @@ from ..device.inspection import device_key, optional
 from ..device.profile import PROFILES, Profile, cached_path, profiles_folder
 from ..errors import DynamoError, OutputError, ProfileError
 from ..files import check_writable, write_whole
-from ..profiling.measure import Progress, measure
+from ..profiling.measure import FULL, QUICK, Progress, measure
 from ..profiling.report import compare, summary, to_csv
 from .arguments import Parser, add_backend, backend
 
@@ -110,7 +110,8 @@ def _profile(args: argparse.Namespace) -> int:
                 f"the profile cannot be kept ({error}): use --no-keep, or name another folder in {PROFILES}"
             ) from error
     with _progress(args.quick) as progress:
-        profile = measure(bundle, quick=args.quick, prompts=prompts, plain=plain, progress=progress, **options)
+        effort = QUICK if args.quick else FULL
+        profile = measure(bundle, effort=effort, prompts=prompts, plain=plain, progress=progress, **options)
     print(summary(profile))
     if args.json:
         profile.save(args.json)

@@ -21,8 +21,6 @@ from ..statistics import Statistics
 from ..strategies import Auto, Autoregressive, Dynamo, Speculative, Strategy, Turn
 from ..verification import Draft
 
-Kind = tuple[Engine, dict[str, Any]]
-
 PROMPTS = (
     "class Stack:\n    def __init__(self):\n",
     "import os\n\ndef walk(path):\n    ",
@@ -35,6 +33,45 @@ PROMPTS = (
 
 THRESHOLDS, QUICK_THRESHOLDS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (0.0, 0.4, 0.6, 0.8)
 _RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What is decoded, and with what.
+
+    Attributes:
+        engine: On the bundle; with a profile for "auto" to plan with.
+        plain: What speeds are compared with.
+        prompts: Tokens.
+        new_tokens: For each prompt.
+    """
+
+    engine: Engine
+    plain: Engine
+    prompts: Sequence[Sequence[int]]
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to decode: an engine, and options of its `stream`."""
+
+    engine: Engine
+    options: Mapping[str, Any]
+
+    def sample(self, prompt: Sequence[int], place: int, new_tokens: int, seed: int) -> Sample:
+        """Decode the prompt at some place once."""
+        self.engine.reset()
+        stream = self.engine.stream(prompt, max_new_tokens=new_tokens, seed=seed, ignore_eos=True, **self.options)
+        gaps: list[float] = []
+        ended, given = 0.0, 0
+        for _ in stream:
+            now = time.perf_counter()
+            if given:  # tokens of one round come at once
+                more = len(stream.tokens) - given
+                gaps += [(now - ended) * 1e3, *[0.0] * (more - 1)]
+            ended, given = now, len(stream.tokens)
+        return Sample(place, stream.statistics, gaps)
 
 
 @dataclass
@@ -88,16 +125,11 @@ def encoded(engine: Engine, prompts: Sequence[str | Sequence[int]] | None) -> li
     return [engine.encode(prompt)[:room] for prompt in (PROMPTS if prompts is None else prompts)]
 
 
-def look_outside(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> Outside:
-    """What plain decoding and drafting do between passes, and how good the drafts are.
-
-    Args:
-        engine: On the bundle.
-        prompts: Tokens.
-        new_tokens: For each prompt.
-    """
-    bundle, found = engine.bundle, Outside()
-    plain = _outside_ms(engine, Autoregressive.name, prompts, new_tokens)
+def look_outside(trials: Trials) -> Outside:
+    """What plain decoding and drafting do between passes, and how good the drafts are."""
+    engine, found = trials.engine, Outside()
+    bundle = engine.bundle
+    plain = _outside_ms(trials, Autoregressive.name)
     found.overhead = sum(spent for spent, _ in plain) / sum(drafts + 1 for _, drafts in plain)
     if bundle.kind == "plain":
         return found
@@ -106,21 +138,19 @@ def look_outside(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: i
         given = {"temperature": 0.0} if greedy else {}
         parameters = resolve_parameters(bundle.sampling, given, has_counts=bundle.has_cooccurrence)
         recorded = _Recorded(bundle, parameters)
-        drafting += _outside_ms(engine, recorded, prompts, new_tokens)
+        drafting += _outside_ms(trials, recorded)
         found.judged[greedy] = recorded.judged
     drafts = sum(drafts for _, drafts in drafting)
     found.drafting = max(sum(spent - found.overhead for spent, _ in drafting) / max(drafts, 1), 0.0)
     return found
 
 
-def _outside_ms(
-    engine: Engine, strategy: str | Strategy, prompts: Sequence[Sequence[int]], new_tokens: int
-) -> list[tuple[float, int]]:
+def _outside_ms(trials: Trials, strategy: str | Strategy) -> list[tuple[float, int]]:
     """Of every round: milliseconds outside the pass, and drafts judged."""
-    found = []
-    for prompt in prompts:
+    engine, found = trials.engine, []
+    for prompt in trials.prompts:
         engine.reset()
-        stream = engine.stream(prompt, strategy=strategy, max_new_tokens=new_tokens, seed=0, ignore_eos=True)
+        stream = engine.stream(prompt, strategy=strategy, max_new_tokens=trials.new_tokens, seed=0, ignore_eos=True)
         session, statistics = engine.session, stream.statistics
         ended = before = proposed = 0.0
         for turn, _ in enumerate(stream):
@@ -133,48 +163,35 @@ def _outside_ms(
     return found
 
 
-def run_strategies(
-    engine: Engine, plain: Engine, prompts: Sequence[Sequence[int]], seconds: float, new_tokens: int
-) -> list[StrategyRun]:
+def run_strategies(trials: Trials, seconds: float) -> list[StrategyRun]:
     """Every strategy that the bundle allows, on all prompts, in turn.
 
     Args:
-        engine: On the bundle; with a profile for "auto" to plan with.
-        plain: What speeds are compared with.
-        prompts: Tokens.
+        trials: What to decode.
         seconds: For all of it; every strategy runs at least once on every prompt.
-        new_tokens: For each prompt.
     """
-    kinds: dict[str, Kind] = {"plain": (plain, {"strategy": Autoregressive.name})}
-    if plain is not engine:
-        kinds["autoregressive"] = (engine, {"strategy": Autoregressive.name})
+    engine = trials.engine
+    ways = {"plain": Way(trials.plain, {"strategy": Autoregressive.name})}
+    if trials.plain is not engine:
+        ways["autoregressive"] = Way(engine, {"strategy": Autoregressive.name})
     if engine.bundle.kind != "plain":
         for depth in range(1, engine.bundle.n_tokens):
             name = f"speculative, {depth} draft{'s' * (depth > 1)}"
-            kinds[name] = (engine, {"strategy": Speculative.name, "draft_tokens": depth})
-        kinds["auto"] = (engine, {"strategy": Auto.name})
+            ways[name] = Way(engine, {"strategy": Speculative.name, "draft_tokens": depth})
+        ways["auto"] = Way(engine, {"strategy": Auto.name})
         if _allows_dynamo(engine):
-            kinds["dynamo"] = (engine, {"strategy": Dynamo.name})
-    found = take_turns(kinds, prompts, seconds, new_tokens)
-    return [_summary(name, samples, found["plain"]) for name, samples in found.items()]
+            ways["dynamo"] = Way(engine, {"strategy": Dynamo.name})
+    return _take_turns(ways, trials, seconds)
 
 
-def run_backoff(
-    engine: Engine,
-    plain: Engine,
-    prompts: Sequence[Sequence[int]],
-    seconds: float,
-    new_tokens: int,
-    thresholds: Sequence[float],
-) -> list[Backoff]:
+def run_backoff(trials: Trials, seconds: float, thresholds: Sequence[float]) -> list[Backoff]:
     """What `dynamo` gains by back-off threshold; nothing where it cannot run. Other arguments of `run_strategies`."""
-    if not _allows_dynamo(engine):
+    if not _allows_dynamo(trials.engine):
         return []
-    kinds: dict[str, Kind] = {"plain": (plain, {"strategy": Autoregressive.name})}
+    ways = {"plain": Way(trials.plain, {"strategy": Autoregressive.name})}
     for threshold in thresholds:
-        kinds[str(threshold)] = (engine, {"strategy": Dynamo.name, "backoff_threshold": threshold})
-    found = take_turns(kinds, prompts, seconds, new_tokens)
-    runs = {name: _summary(name, samples, found["plain"]) for name, samples in found.items()}
+        ways[str(threshold)] = Way(trials.engine, {"strategy": Dynamo.name, "backoff_threshold": threshold})
+    runs = {run.name: run for run in _take_turns(ways, trials, seconds)}
     return [Backoff(t, runs[str(t)].tokens_per_pass.value, runs[str(t)].ratio) for t in thresholds]
 
 
@@ -186,44 +203,24 @@ def _allows_dynamo(engine: Engine) -> bool:
     return True
 
 
-def take_turns(
-    kinds: Mapping[str, Kind], prompts: Sequence[Sequence[int]], seconds: float, new_tokens: int
-) -> dict[str, list[Sample]]:
+def _take_turns(ways: Mapping[str, Way], trials: Trials, seconds: float) -> list[StrategyRun]:
     """Decode every prompt in every way, in rounds whose order alternates, until the time is up.
 
     Args:
-        kinds: Ways to decode by name: an engine, and options of its `stream`.
-        prompts: Tokens.
+        ways: By name, "plain" among them.
+        trials: What to decode.
         seconds: For all of it; there are at least two rounds, of which the first only warms up.
-        new_tokens: For each prompt.
     """
-    found: dict[str, list[Sample]] = {name: [] for name in kinds}
+    found: dict[str, list[Sample]] = {name: [] for name in ways}
     started, turn = time.perf_counter(), 0
     while turn < 2 or time.perf_counter() - started < seconds:
-        for place, prompt in enumerate(prompts):
-            for name in list(kinds) if turn % 2 else reversed(list(kinds)):
-                engine, options = kinds[name]
-                sample = _sample(engine, prompt, place, new_tokens, turn, options)
+        for place, prompt in enumerate(trials.prompts):
+            for name in list(ways) if turn % 2 else reversed(list(ways)):
+                sample = ways[name].sample(prompt, place, trials.new_tokens, turn)
                 if turn:  # the first round warms up
                     found[name].append(sample)
         turn += 1
-    return found
-
-
-def _sample(
-    engine: Engine, prompt: Sequence[int], place: int, new_tokens: int, seed: int, options: dict[str, Any]
-) -> Sample:
-    engine.reset()
-    stream = engine.stream(prompt, max_new_tokens=new_tokens, seed=seed, ignore_eos=True, **options)
-    gaps: list[float] = []
-    ended, given = 0.0, 0
-    for _ in stream:
-        now = time.perf_counter()
-        if given:  # tokens of one round come at once
-            more = len(stream.tokens) - given
-            gaps += [(now - ended) * 1e3, *[0.0] * (more - 1)]
-        ended, given = now, len(stream.tokens)
-    return Sample(place, stream.statistics, gaps)
+    return [_summary(name, samples, found["plain"]) for name, samples in found.items()]
 
 
 def _summary(name: str, samples: Sequence[Sample], plain: Sequence[Sample]) -> StrategyRun:
@@ -249,7 +246,8 @@ def _summary(name: str, samples: Sequence[Sample], plain: Sequence[Sample]) -> S
         name=name,
         tokens_per_pass=_interval(tokens / np.maximum(passes, 1)),
         tokens_per_s=_interval(tokens / seconds),
-        ratio=_interval(tokens / seconds * plain_seconds / plain_tokens),
+        # Multiplied crosswise, the ratio of plain decoding to itself is 1 without rounding.
+        ratio=_interval((tokens * plain_seconds) / (seconds * plain_tokens)),
         acceptance=[float(rate) for rate in accepted[:depth] / proposed[:depth]],
         between_tokens=Quantiles(p50, p90, p99, len(gaps)),
     )
