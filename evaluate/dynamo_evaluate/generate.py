@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
@@ -26,35 +27,83 @@ def key(record: Record) -> tuple[str, str, int]:
     return record["setting"], record["prompt"], record["seed"]
 
 
-def check_length(engines: Sequence[Engine], prompts: Sequence[Prompt], template: str, max_new_tokens: int) -> None:
+@dataclass(frozen=True)
+class Experiment:
+    """What is generated.
+
+    Attributes:
+        prompts: All of them.
+        settings: All of them.
+        seeds: How many draws of every prompt in every setting.
+        sampling: Parameters of all settings, whatever the bundles' own defaults are.
+        max_new_tokens: A turn.
+        ignore_eos: See `Engine.stream`.
+        template: What a turn is put into, with {prompt}.
+    """
+
+    prompts: Sequence[Prompt]
+    settings: Sequence[Setting]
+    seeds: int
+    sampling: Mapping[str, Any]
+    max_new_tokens: int
+    ignore_eos: bool = False
+    template: str = "{prompt}"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """For the header of a results file."""
+        return {
+            "texts": [prompt.record for prompt in self.prompts],
+            "seeds": self.seeds,
+            "max_new_tokens": self.max_new_tokens,
+            "ignore_eos": self.ignore_eos,
+            "template": self.template,
+            "sampling": dict(self.sampling),
+            "settings": [setting.record for setting in self.settings],
+        }
+
+    def options(self, setting: Setting) -> dict[str, Any]:
+        """Of `Engine.generate`."""
+        limits = {"max_new_tokens": self.max_new_tokens, "ignore_eos": self.ignore_eos}
+        return {**limits, **self.sampling, **setting.sampling, "strategy": setting.strategy}
+
+    def draws(self) -> Iterator[Draw]:
+        """All settings of one prompt at one seed before the next, in an order that rotates."""
+        places = [(seed, index) for index in range(len(self.prompts)) for seed in range(self.seeds)]
+        for number, (seed, index) in enumerate(places):
+            shift = number % len(self.settings)
+            for setting in (*self.settings[shift:], *self.settings[:shift]):
+                yield Draw(setting, self.prompts[index], seed, seed * len(self.prompts) + index)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One generation: setting, prompt, seed as it is recorded, and the engine's seed, which differs by prompt too."""
+
+    setting: Setting
+    prompt: Prompt
+    seed: int
+    engine_seed: int
+
+
+def check_length(engines: Sequence[Engine], experiment: Experiment) -> None:
     """Find out before the work begins whether every prompt fits.
 
     Raises:
         EvaluationError: One has too many tokens.
     """
     room = min(engine.session.max_length for engine in engines)
-    for prompt in prompts:
-        answers = max_new_tokens * len(prompt.turns)
-        length = len(engines[0].encode(TURN_SEPARATOR.join(fill(template, turn) for turn in prompt.turns)))
+    for prompt in experiment.prompts:
+        answers = experiment.max_new_tokens * len(prompt.turns)
+        text = TURN_SEPARATOR.join(fill(experiment.template, turn) for turn in prompt.turns)
+        length = len(engines[0].encode(text))
         if length + answers > room:
             raise EvaluationError(
                 f"prompt {prompt.id} has {length} tokens, too many for {answers} more in a context of {room}"
             )
 
 
-def run(
-    results: Results,
-    multi: Engine,
-    plain: Engine,
-    prompts: Sequence[Prompt],
-    seeds: Sequence[int],
-    settings: Sequence[Setting],
-    *,
-    sampling: Mapping[str, Any],
-    max_new_tokens: int,
-    ignore_eos: bool,
-    template: str,
-) -> None:
+def run(results: Results, multi: Engine, plain: Engine, experiment: Experiment) -> None:
     """Do what is not done yet.
 
     All settings continue one prompt at one seed before the next is taken up, in an order that rotates, so that a drift
@@ -65,66 +114,42 @@ def run(
             out), steps by their size, and the measures of `measures.measure`.
         multi: Runs the settings that are not plain.
         plain: Runs those that are, and judges likelihoods.
-        prompts: All of them.
-        seeds: All of them.
-        settings: All of them.
-        sampling: Parameters of all settings, whatever the bundles' own defaults are.
-        max_new_tokens: A turn.
-        ignore_eos: See `Engine.stream`.
-        template: What a turn is put into, with {prompt}.
+        experiment: What to generate.
     """
     done = results.done(GENERATION, lambda record: (*key(record), record["turn"]))
-    options = {"max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos}
+    draws = list(experiment.draws())
     warm = False
-    with tqdm(total=len(prompts) * len(seeds) * len(settings), disable=None, unit="text") as bar:
-        for number, (seed, index) in enumerate((seed, index) for index in range(len(prompts)) for seed in seeds):
-            prompt = prompts[index]
-            last = len(prompt.turns) - 1
-            shift = number % len(settings)
-            for setting in (*settings[shift:], *settings[:shift]):
-                bar.update()
-                if (setting.name, prompt.id, seed, last) in done:
-                    continue
-                if not warm:
-                    _warm_up(multi, plain, prompts[0], settings, sampling, template)
-                    warm = True
-                engine = plain if setting.plain else multi
-                chosen = {**sampling, **setting.sampling, "strategy": setting.strategy}
-                draw = seed * len(prompts) + index
-                for turn, text, result in _converse(engine, prompt, template, draw, options | chosen):
-                    if (setting.name, prompt.id, seed, turn) not in done:
-                        record = _record(result) | {
-                            "measures": measure(plain, text, result.text, result.tokens, prompt.code)
-                        }
-                        place = {"setting": setting.name, "prompt": prompt.id, "turn": turn, "seed": seed}
-                        results.append({"kind": GENERATION} | place | record)
+    for draw in tqdm(draws, disable=None, unit="text"):
+        setting, prompt = draw.setting, draw.prompt
+        if (setting.name, prompt.id, draw.seed, len(prompt.turns) - 1) in done:
+            continue
+        if not warm:
+            _warm_up(multi, plain, experiment)
+            warm = True
+        for turn, text, result in _converse(plain if setting.plain else multi, draw, experiment):
+            if (setting.name, prompt.id, draw.seed, turn) not in done:
+                measures = measure(plain, text, result.text, result.tokens, prompt.code)
+                place = {"setting": setting.name, "prompt": prompt.id, "turn": turn, "seed": draw.seed}
+                results.append({"kind": GENERATION, **place, **_record(result), "measures": measures})
 
 
-def _warm_up(
-    multi: Engine,
-    plain: Engine,
-    prompt: Prompt,
-    settings: Sequence[Setting],
-    sampling: Mapping[str, Any],
-    template: str,
-) -> None:
+def _warm_up(multi: Engine, plain: Engine, experiment: Experiment) -> None:
     """The first passes of a session are slow."""
-    for strategy, is_plain in dict.fromkeys((setting.strategy, setting.plain) for setting in settings):
+    text = fill(experiment.template, experiment.prompts[0].turns[0])
+    for strategy, is_plain in dict.fromkeys((setting.strategy, setting.plain) for setting in experiment.settings):
         engine = plain if is_plain else multi
-        text = fill(template, prompt.turns[0])
-        engine.generate(text, strategy=strategy, max_new_tokens=_WARM_UP_TOKENS, seed=0, **sampling)
+        engine.generate(text, strategy=strategy, max_new_tokens=_WARM_UP_TOKENS, seed=0, **experiment.sampling)
 
 
-def _converse(
-    engine: Engine, prompt: Prompt, template: str, seed: int, options: Mapping[str, Any]
-) -> Iterator[tuple[int, str, Generation]]:
+def _converse(engine: Engine, draw: Draw, experiment: Experiment) -> Iterator[tuple[int, str, Generation]]:
     """Every turn's number, the text up to it, and its answer."""
+    options = experiment.options(draw.setting) | {"seed": draw.engine_seed}
     text = ""
-    for turn, said in enumerate(prompt.turns):
-        text += fill(template, said)
+    for turn, said in enumerate(draw.prompt.turns):
+        text += fill(experiment.template, said)
         engine.reset()
-        engine.generate(text, **{**options, "max_new_tokens": 1, "seed": seed})  # decoding is timed, not the prompt
-        result = engine.generate(text, **options, seed=seed)
+        engine.generate(text, **options | {"max_new_tokens": 1})  # decoding is timed, not the prompt
+        result = engine.generate(text, **options)
         yield turn, text, result
         text += result.text + TURN_SEPARATOR
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
@@ -111,18 +111,29 @@ class Judge:
             raise EvaluationError(f"{self._client.base_url} answers, but not as OpenAI's protocol has it") from error
 
 
-def judge(
-    results: Results, model: Judge, kinds: Iterable[str], settings: Iterable[str], limit: int | None, at_once: int
-) -> int:
+@dataclass(frozen=True)
+class Questions:
+    """What is asked about.
+
+    Attributes:
+        kinds: "score": every text of the settings and of plain is graded from 1 to 10. "pair": every text is put beside
+            plain's at the same seed, in random order; equal texts are a tie without asking.
+        settings: Names of those that are judged.
+        limit: Of the prompts the first so many; None means all.
+    """
+
+    kinds: Collection[str]
+    settings: Collection[str]
+    limit: int | None = None
+
+
+def judge(results: Results, model: Judge, questions: Questions, at_once: int) -> int:
     """Ask about everything that was not asked yet.
 
     Args:
         results: Of generations; they grow by an answer a question.
         model: Whom to ask.
-        kinds: "score": every text of the settings and of plain is graded from 1 to 10. "pair": every text is put beside
-            plain's at the same seed, in random order; equal texts are a tie without asking.
-        settings: Names of those that are judged.
-        limit: Of the prompts the first so many; None means all.
+        questions: What about.
         at_once: Questions under way at the same time.
 
     Returns:
@@ -135,7 +146,7 @@ def judge(
     if judges:
         raise EvaluationError(f"{results.path} was judged by {judges.pop()}: judge a copy of it, two do not mix")
     tasks = []
-    for task in _tasks(results, set(kinds), set(settings), limit):
+    for task in _tasks(results, questions):
         if task.question:
             tasks.append(task)
         else:
@@ -148,7 +159,7 @@ def judge(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return len(list(_tasks(results, set(kinds), set(settings), limit)))
+    return len(list(_tasks(results, questions)))
 
 
 def read_grade(answer: str) -> float | None:
@@ -167,7 +178,7 @@ def read_choice(answer: str, plain_first: bool) -> str | None:
     return "win" if (found[-1] == "B") == plain_first else "lose"
 
 
-def _tasks(results: Results, kinds: set[str], settings: set[str], limit: int | None) -> Iterable[Task]:
+def _tasks(results: Results, questions: Questions) -> Iterable[Task]:
     """Questions that have no answer yet; one without a text is a tie.
 
     A later turn of a conversation is put as a continuation of the first, with the answers in between.
@@ -179,19 +190,19 @@ def _tasks(results: Results, kinds: set[str], settings: set[str], limit: int | N
         if record[answer] is not None
     }
     conversations = Conversations(results)
-    prompts = {text["id"] for text in results.header["texts"][:limit]}
+    prompts = {text["id"] for text in results.header["texts"][: questions.limit]}
     for record in results.of(GENERATION):
         place, name = _place(record), record["setting"]
-        if record["prompt"] not in prompts or name not in settings | {PLAIN}:
+        if record["prompt"] not in prompts or name not in {PLAIN, *questions.settings}:
             continue
         where = record["prompt"], record["seed"], record["turn"]
         prompt, answer = conversations.beginning(record["prompt"]), conversations.continuation(name, *where)
         against = conversations.continuation(PLAIN, *where)
         if answer is None:
             continue
-        if SCORE in kinds and (SCORE, *place.values()) not in done:
+        if SCORE in questions.kinds and (SCORE, *place.values()) not in done:
             yield Task(SCORE, place, _SINGLE.format(prompt=prompt, answer=answer))
-        if PAIR in kinds and name != PLAIN and against is not None and (PAIR, *place.values()) not in done:
+        if PAIR in questions.kinds and name != PLAIN and against is not None and (PAIR, *place.values()) not in done:
             plain_first = random.Random(repr(place)).random() < 0.5
             a, b = (against, answer) if plain_first else (answer, against)
             question = "" if a == b else _PAIR.format(prompt=prompt, a=a, b=b)

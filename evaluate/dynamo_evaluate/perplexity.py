@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -80,26 +80,32 @@ class Walk:
             self.position += n
 
 
-def score_document(
-    session: Session,
-    tokens: Sequence[int],
-    *,
-    size: int,
-    stride: int,
-    ahead: int = 0,
-    thresholds: Sequence[float] = (),
-    sampling: Mapping[str, Any] | None = None,
-) -> Record:
-    """Sums from which `Perplexities` are made.
+@dataclass(frozen=True)
+class Scoring:
+    """How texts are scored.
 
-    Args:
-        session: Of the bundle.
-        tokens: The text.
+    Attributes:
         size: Positions of a window.
         stride: See `windows`.
         ahead: Positions must have so many tokens behind them, or as many as the bundle predicts, if those are more.
         thresholds: ε_b of the dynamic perplexities; there are none without parallel heads.
         sampling: What else Alg. 1 is to do; the bundle's defaults where it says nothing.
+    """
+
+    size: int
+    stride: int
+    ahead: int = 0
+    thresholds: Sequence[float] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+
+def score_document(session: Session, tokens: Sequence[int], scoring: Scoring) -> Record:
+    """Sums from which `Perplexities` are made.
+
+    Args:
+        session: Of the bundle.
+        tokens: The text.
+        scoring: How.
 
     Returns:
         "positions" scored, "nll" of every token ahead, "joint" nll of all, and "dynamic": by ε_b, "passes", "tokens"
@@ -110,9 +116,10 @@ def score_document(
         ValueError: The text is too short.
     """
     bundle = session.bundle
-    walks = {f"{e:g}": Walk(dynamo(bundle, e, sampling or {})) for e in thresholds if bundle.kind == "parallel"}
+    thresholds, sampling = scoring.thresholds, scoring.sampling
+    walks = {f"{e:g}": Walk(dynamo(bundle, e, sampling)) for e in thresholds if bundle.kind == "parallel"}
     nll, joint, positions = np.zeros(bundle.n_tokens), 0.0, 0
-    for window in windows(len(tokens) - max(ahead, bundle.n_tokens), size, stride):
+    for window in windows(len(tokens) - max(scoring.ahead, bundle.n_tokens), scoring.size, scoring.stride):
         for stretch in score_window(session, tokens, window.begin, window.first, window.end):
             nll += stretch.scores.nll.sum(1)
             joint += float(stretch.scores.joint.sum())
@@ -134,26 +141,28 @@ def run(
     results: Results,
     sessions: Sequence[Session],
     documents: Sequence[Document],
-    limit_tokens: int | None,
-    size: int,
-    stride: int,
-    thresholds: Sequence[float],
-    sampling: Mapping[str, Any],
+    scoring: Scoring,
+    limit_tokens: int | None = None,
 ) -> None:
-    """Score what is not scored yet; `results` grow by a record for every bundle and text.
+    """Score what is not scored yet.
 
     All bundles are scored at the same positions, those that have enough tokens behind them for each of them.
+
+    Args:
+        results: Grow by a record for every bundle and text.
+        sessions: Of the bundles.
+        documents: The texts.
+        scoring: How.
+        limit_tokens: Of every text the first so many; None means all.
     """
-    ahead = max(session.bundle.n_tokens for session in sessions)
+    scoring = replace(scoring, ahead=max(session.bundle.n_tokens for session in sessions))
     done = results.done(DOCUMENT, lambda record: (record["bundle"], record["document"]))
     for document in tqdm(documents, desc="texts", disable=None):
         for number, session in enumerate(sessions):
             if (number, document.name) in done:
                 continue
             tokens = session.bundle.tokenizer.encode(document.text).ids[:limit_tokens]
-            sums = score_document(
-                session, tokens, size=size, stride=stride, ahead=ahead, thresholds=thresholds, sampling=sampling
-            )
+            sums = score_document(session, tokens, scoring)
             results.append({"kind": DOCUMENT, "bundle": number, "document": document.name, **sums})
 
 

@@ -131,6 +131,27 @@ def fit(x: np.ndarray, y: np.ndarray, degree: int) -> Polynomial:
 
 
 @dataclass(frozen=True)
+class Estimates:
+    """A figure of every setting, [settings], and its bootstrap replicates, [resamples, settings]."""
+
+    values: np.ndarray
+    replicates: np.ndarray
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Where plain's quality ends, below and above, and the same in every replicate, each [resamples]."""
+
+    values: tuple[float, float]
+    replicates: tuple[np.ndarray, np.ndarray]
+
+    def hold(self, quality: float) -> bool:
+        """Whether a quality is plain's."""
+        low, high = self.values
+        return low <= quality <= high
+
+
+@dataclass(frozen=True)
 class Curve:
     """Quality against speed: a regression through the settings, and where it is as good as plain.
 
@@ -153,41 +174,33 @@ class Curve:
     inside_replicates: np.ndarray
 
 
-def trace(
-    x: np.ndarray,
-    y: np.ndarray,
-    x_replicates: np.ndarray,
-    y_replicates: np.ndarray,
-    plain: tuple[float, float],
-    plain_replicates: tuple[np.ndarray, np.ndarray],
-    degree: int,
-) -> Curve:
+def trace(speed: Estimates, quality: Estimates, plain: Ends, degree: int) -> Curve:
     """Fit quality against speed.
 
+    The band comes from curves fitted to the replicates, so settings that share their prompts are not taken for
+    independent.
+
     Args:
-        x: Speed-up of every setting, [settings].
-        y: Its quality.
-        x_replicates: Bootstrap replicates of both, [resamples, settings]. The band comes from curves fitted to these,
-            so settings that share their prompts are not taken for independent.
-        y_replicates: See there.
-        plain: What counts as plain's quality: lower and upper end.
-        plain_replicates: The same of every replicate, each [resamples].
+        speed: Speed-up of every setting.
+        quality: Of every setting.
+        plain: What counts as plain's quality.
         degree: Of the polynomial.
     """
+    x, y, x_replicates, y_replicates = speed.values, quality.values, speed.replicates, quality.replicates
     polynomial = fit(x, y, degree)
     places = np.linspace(x.min(), x.max(), GRID)
     fitted = polynomial(places)
     known = np.isfinite(x_replicates).all(1) & np.isfinite(y_replicates).all(1)
     fits = np.full((len(x_replicates), GRID), np.nan)
     fits[known] = _fit_all(x_replicates[known], y_replicates[known], polynomial.degree(), places)
-    low, high = (ends[:, None] for ends in plain_replicates)
+    low, high = (ends[:, None] for ends in plain.replicates)
     begin, end = x_replicates.min(1, keepdims=True), x_replicates.max(1, keepdims=True)
     within = _between(places, begin, end)
     inside = _between(fits, low, high) & within
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a place that no replicate reaches has no band
         band = np.nanquantile(np.where(within, fits, np.nan), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return Curve(polynomial, places, fitted, band[0], band[1], _between(fitted, *plain), inside)
+    return Curve(polynomial, places, fitted, band[0], band[1], _between(fitted, *plain.values), inside)
 
 
 @dataclass(frozen=True)

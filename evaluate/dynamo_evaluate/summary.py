@@ -15,7 +15,7 @@ from .cells import AXES, MEASURES, SPEED, TOKENS_PER_PASS, WIN_RATE, Cells
 from .errors import EvaluationError
 from .results import Results
 from .settings import PLAIN
-from .statistics import Curve, Draws, Quotient, SameQuality, interval, same_quality, spread, trace
+from .statistics import Curve, Draws, Ends, Estimates, Quotient, SameQuality, interval, same_quality, spread, trace
 
 DEGREE = 2
 ALL = "all"
@@ -82,18 +82,6 @@ class _Estimate:
         return interval(self.value, self.replicates)
 
 
-@dataclass(frozen=True)
-class _Ends:
-    """Where plain's quality ends, and the same in every replicate, each [resamples]."""
-
-    value: tuple[float, float]
-    replicates: tuple[np.ndarray, np.ndarray]
-
-    def hold(self, quality: float) -> bool:
-        low, high = self.value
-        return low <= quality <= high
-
-
 def summarize(results: Results, degree: int = DEGREE) -> Summary:
     """Work it all out.
 
@@ -127,7 +115,7 @@ def summarize(results: Results, degree: int = DEGREE) -> Summary:
             # A judge may have seen only some of the settings; then there is no speed that all measures speak of.
             if found and all(_with_measure(members, estimates, measure) == members for measure in ends):
                 same[variant, axis][ALL] = same_quality(list(found.values()))
-    plain_ends = {measure: each.value for measure, each in ends.items()}
+    plain_ends = {measure: each.values for measure, each in ends.items()}
     speed = quotients[PLAIN][SPEED].value
     return Summary(results.header, cells.finished, cells.wanted, speed, plain_ends, outcomes, curves, same)
 
@@ -145,16 +133,16 @@ def _estimates(quotients: Mapping[str, Mapping[str, Quotient]], draws: Draws) ->
     return found
 
 
-def _ends(quotients: Mapping[str, Mapping[str, Quotient]], draws: Draws) -> dict[str, _Ends]:
+def _ends(quotients: Mapping[str, Mapping[str, Quotient]], draws: Draws) -> dict[str, Ends]:
     """What counts as plain's quality, of every measure that plain has at all seeds, and of the win rate."""
     plain, found = quotients[PLAIN], {}
     for measure in MEASURES:
         if measure == WIN_RATE and any(WIN_RATE in figures for figures in quotients.values()):
             resamples = len(draws.prompts)
-            found[measure] = _Ends((1.0, np.inf), (np.ones(resamples), np.full(resamples, np.inf)))
+            found[measure] = Ends((1.0, np.inf), (np.ones(resamples), np.full(resamples, np.inf)))
         elif measure in plain and np.isfinite(plain[measure].by_seed()).all():
             low, high = spread(plain[measure].by_seed())
-            found[measure] = _Ends((float(low), float(high)), spread(plain[measure].replicates_by_seed(draws)))
+            found[measure] = Ends((float(low), float(high)), spread(plain[measure].replicates_by_seed(draws)))
     return found
 
 
@@ -163,7 +151,7 @@ def _outcome(
     cells: Cells,
     draws: Draws,
     estimates: Mapping[str, _Estimate],
-    ends: Mapping[str, _Ends],
+    ends: Mapping[str, Ends],
 ) -> Outcome:
     quality = {measure: estimates[measure].interval for measure in ends if measure in estimates}
     inside = {measure: ends[measure].hold(each.value) for measure, each in quality.items()}
@@ -184,17 +172,16 @@ def _with_measure(members: Sequence[str], estimates: Mapping[str, Mapping[str, _
     return [name for name in members if measure in estimates[name] and np.isfinite(estimates[name][measure].value)]
 
 
-def _curve(points: Sequence[Mapping[str, _Estimate]], axis: str, measure: str, ends: _Ends, degree: int) -> Curve:
+def _curve(points: Sequence[Mapping[str, _Estimate]], axis: str, measure: str, ends: Ends, degree: int) -> Curve:
     """One measure of quality against speed, through some settings."""
-    return trace(
-        np.array([point[axis].value for point in points]),
-        np.array([point[measure].value for point in points]),
-        np.stack([point[axis].replicates for point in points], axis=1),
-        np.stack([point[measure].replicates for point in points], axis=1),
-        ends.value,
-        ends.replicates,
-        degree,
+    speed, quality = (
+        Estimates(
+            np.array([point[figure].value for point in points]),
+            np.stack([point[figure].replicates for point in points], axis=1),
+        )
+        for figure in (axis, measure)
     )
+    return trace(speed, quality, ends, degree)
 
 
 def of_generations(results: Results) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -169,3 +170,23 @@ def test_names_the_extra_that_is_missing() -> None:
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
     assert ended.stderr == "dynamo-eval: error: this needs scipy: pip install 'dynamo-edge[cpu,eval]'\n"
+
+
+def test_help_and_version_need_no_extra() -> None:
+    """Nor do they wait for what takes long to load."""
+    extras = ("scipy", "tqdm", "matplotlib", "openai", "mauve", "lm_eval", "torch")
+    for arguments in (["--help"], ["--version"], ["perplexity", "--help"], ["generate", "--help"], ["judge", "--help"]):
+        code = (
+            f"import sys; sys.modules |= dict.fromkeys({extras}); "
+            f"from dynamo_evaluate.cli import main; sys.exit(main({arguments}))"
+        )
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert (ended.returncode, ended.stderr) == (0, ""), arguments
+        assert ended.stdout.startswith(("usage: dynamo-eval", "dynamo-eval "))
+
+
+@pytest.mark.parametrize("module", ["dynamo_evaluate", "dynamo_evaluate.cli"])
+def test_runs_as_a_module(module: str) -> None:
+    ended = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0
+    assert ended.stdout == f"dynamo-eval {importlib.metadata.version('dynamo-edge')}\n"

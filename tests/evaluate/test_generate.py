@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dynamo_evaluate.errors import EvaluationError
-from dynamo_evaluate.generate import TURN_SEPARATOR, check_length, run
+from dynamo_evaluate.generate import TURN_SEPARATOR, Experiment, check_length, run
 from dynamo_evaluate.prompts import Prompt
 from dynamo_evaluate.results import Results
 from dynamo_evaluate.settings import PLAIN, Setting, curve
@@ -20,8 +20,7 @@ SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_k": 20, "repetition_penalty
 
 
 def go(results: Results, engines: tuple[Engine, Engine]) -> Results:
-    options: dict[str, Any] = {"sampling": SAMPLING, "max_new_tokens": 6, "ignore_eos": True, "template": "> {prompt}"}
-    run(results, *engines, PROMPTS, range(2), SETTINGS, **options)
+    run(results, *engines, Experiment(PROMPTS, SETTINGS, 2, SAMPLING, 6, ignore_eos=True, template="> {prompt}"))
     return results
 
 
@@ -85,6 +84,6 @@ def test_goes_on_where_it_was(tmp_path: Path, results: Results, engines: tuple[E
 
 
 def test_prompts_that_do_not_fit_are_found_before_the_work(engines: tuple[Engine, Engine]) -> None:
-    check_length(engines, PROMPTS, "{prompt}", 30)
+    check_length(engines, Experiment(PROMPTS, SETTINGS, 1, SAMPLING, 30))
     with pytest.raises(EvaluationError, match=r"prompt a has .* tokens"):
-        check_length(engines, PROMPTS, "{prompt}", 60)
+        check_length(engines, Experiment(PROMPTS, SETTINGS, 1, SAMPLING, 60))

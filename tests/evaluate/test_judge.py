@@ -14,7 +14,7 @@ import pytest
 
 from dynamo_evaluate.cli import main
 from dynamo_evaluate.errors import EvaluationError
-from dynamo_evaluate.judge import Judge, judge, read_choice, read_grade
+from dynamo_evaluate.judge import Judge, Questions, judge, read_choice, read_grade
 from dynamo_evaluate.prompts import Prompt
 from dynamo_evaluate.results import Results
 from dynamo_evaluate.settings import PLAIN, Setting
@@ -97,7 +97,7 @@ def results(tmp_path: Path) -> Results:
 def test_scores_and_verdicts(server: Server, results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", KEY)
     model = Judge(server.url, "strong", "MY_KEY")
-    assert judge(results, model, ["score", "pair"], [FAST], None, 4) == 0
+    assert judge(results, model, Questions(["score", "pair"], [FAST]), 4) == 0
     found = summarize(results)
     assert found.outcomes[PLAIN].measures["score"].value == 8
     assert found.outcomes[FAST].measures["score"].value == 5
@@ -112,7 +112,7 @@ def test_scores_and_verdicts(server: Server, results: Results, monkeypatch: pyte
 
 
 def test_order_is_random_and_noted(server: Server, results: Results) -> None:
-    judge(results, Judge(server.url, "strong", "NO_KEY"), ["pair"], [FAST, "dynamo, ε_b 1"], None, 2)
+    judge(results, Judge(server.url, "strong", "NO_KEY"), Questions(["pair"], [FAST, "dynamo, ε_b 1"]), 2)
     plain_first = ["plain says" in q.split("### Continuation B")[0] for q in server.questions]
     assert 4 <= sum(plain_first) <= 20  # of 24
     for record in results.of("pair"):
@@ -123,7 +123,7 @@ def test_order_is_random_and_noted(server: Server, results: Results) -> None:
 def test_equal_texts_are_a_tie_without_asking(server: Server, results: Results) -> None:
     for record in results.records:
         record["text"] = "the same"
-    judge(results, Judge(server.url, "strong", "NO_KEY"), ["pair"], [FAST], None, 2)
+    judge(results, Judge(server.url, "strong", "NO_KEY"), Questions(["pair"], [FAST]), 2)
     assert not server.questions
     assert {record["verdict"] for record in results.of("pair")} == {"tie"}
 
@@ -131,32 +131,32 @@ def test_equal_texts_are_a_tie_without_asking(server: Server, results: Results) 
 def test_goes_on_after_the_judge_fell_silent(server: Server, results: Results) -> None:
     server.fail_after = 5
     with pytest.raises(EvaluationError, match=r"the judge at .* does not answer"):
-        judge(results, Judge(server.url, "strong", "NO_KEY"), ["score"], [FAST], None, 1)
+        judge(results, Judge(server.url, "strong", "NO_KEY"), Questions(["score"], [FAST]), 1)
     assert len(list(results.of("score"))) == 5
     server.fail_after, asked = 10**9, len(server.questions)
     assert results.path is not None
     again = Results.load(results.path)
-    judge(again, Judge(server.url, "strong", "NO_KEY"), ["score"], [FAST], None, 1)
+    judge(again, Judge(server.url, "strong", "NO_KEY"), Questions(["score"], [FAST]), 1)
     assert len(list(again.of("score"))) == 24
     assert len(server.questions) - asked == 24 - 5
 
 
 def test_two_judges_do_not_mix(server: Server, results: Results) -> None:
-    judge(results, Judge(server.url, "strong", "NO_KEY"), ["score"], [FAST], 1, 1)
+    judge(results, Judge(server.url, "strong", "NO_KEY"), Questions(["score"], [FAST], 1), 1)
     assert len(server.questions) == 6  # one prompt, two settings, three seeds
     with pytest.raises(EvaluationError, match="was judged by strong"):
-        judge(results, Judge(server.url, "stronger", "NO_KEY"), ["score"], [FAST], None, 1)
+        judge(results, Judge(server.url, "stronger", "NO_KEY"), Questions(["score"], [FAST]), 1)
 
 
 def test_answers_without_a_grade_do_not_count(server: Server, results: Results) -> None:
     server.mute = True
     model = Judge(server.url, "strong", "NO_KEY", {})
-    assert judge(results, model, ["score", "pair"], [FAST], None, 4) == 36
+    assert judge(results, model, Questions(["score", "pair"], [FAST]), 4) == 36
     assert "temperature" not in server.requests[0]
     assert "score" not in summarize(results).outcomes[FAST].measures
     assert all(record["answer"] == "I would rather not say." for record in results.of("score"))
     server.mute = False
-    assert judge(results, model, ["score", "pair"], [FAST], None, 4) == 0  # asked again
+    assert judge(results, model, Questions(["score", "pair"], [FAST]), 4) == 0  # asked again
     assert summarize(results).outcomes[FAST].measures["score"].value == 5
 
 
@@ -170,7 +170,7 @@ def test_later_turns_are_shown_with_what_was_before(server: Server) -> None:
             for seed in range(2):
                 text = f"{setting.name} answers {turn}, {seed}"
                 results.append(made_up.generation(setting.name, 0, seed, turn=turn, text=text))
-    judge(results, Judge(server.url, "strong", "NO_KEY"), ["score"], [FAST], None, 1)
+    judge(results, Judge(server.url, "strong", "NO_KEY"), Questions(["score"], [FAST]), 1)
     asked = next(q for q in server.questions if f"{FAST} answers 1, 0" in q)
     assert "### Beginning\nUSER: Compose. \n" in asked
     assert f"{FAST} answers 0, 0\n\nUSER: Rhyme. {FAST} answers 1, 0" in asked

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dynamo_evaluate import perplexity_tables as tables
-from dynamo_evaluate.perplexity import Window, score_document, window_size, windows
+from dynamo_evaluate.perplexity import Scoring, Window, score_document, window_size, windows
 from dynamo_evaluate.results import Results
 from dynamo_export.source import load_model
 from dynamo_runtime import Engine
@@ -59,7 +59,7 @@ def nll(logits: np.ndarray, target: int) -> float:
 
 
 def test_equals_torch_in_windows(logits: dict[int, np.ndarray], engines: tuple[Engine, Engine]) -> None:
-    found = score_document(engines[0].session, TOKENS, size=SIZE, stride=STRIDE)
+    found = score_document(engines[0].session, TOKENS, Scoring(SIZE, STRIDE))
     assert found["positions"] == len(TOKENS) - 3
     for head in range(3):
         torchs = sum(nll(rows[head], TOKENS[t + 1 + head]) for t, rows in logits.items())
@@ -78,9 +78,8 @@ def test_dynamic_perplexity_equals_a_dense_walk_on_torch(
     counts = dense.Counts.from_npz(pair.checkpoint / "cooccurrence.npz")
     begins = {t: w.begin for w in windows(len(TOKENS) - 3, SIZE, STRIDE) for t in range(w.first, w.end)}
     thresholds = [0.0, 0.05, 0.3, 1.0] if alpha else [0.05, 0.3, 1.0]
-    found = score_document(
-        engines[0].session, TOKENS, size=SIZE, stride=STRIDE, thresholds=thresholds, sampling=sampling
-    )["dynamic"]
+    scoring = Scoring(SIZE, STRIDE, thresholds=thresholds, sampling=sampling)
+    found = score_document(engines[0].session, TOKENS, scoring)["dynamic"]
     lengths = set()
     for epsilon in thresholds:
         options = dense.Options(k=8, temperature=1.3, epsilon_b=epsilon, alpha_c=alpha)
@@ -103,14 +102,14 @@ def test_dynamic_perplexity_equals_a_dense_walk_on_torch(
 
 
 def test_one_token_a_pass_is_perplexity_of_the_first_head(engines: tuple[Engine, Engine]) -> None:
-    found = score_document(engines[0].session, TOKENS, size=SIZE, stride=STRIDE, thresholds=[1.0])
+    found = score_document(engines[0].session, TOKENS, Scoring(SIZE, STRIDE, thresholds=[1.0]))
     assert found["dynamic"]["1"]["tokens"] == found["positions"]
     assert found["dynamic"]["1"]["nll"] == pytest.approx(found["nll"][0])
 
 
 def test_plain_bundle_has_one_perplexity(engines: tuple[Engine, Engine]) -> None:
-    multi = score_document(engines[0].session, TOKENS, size=SIZE, stride=STRIDE)
-    plain = score_document(engines[1].session, TOKENS, size=SIZE, stride=STRIDE, ahead=3, thresholds=[0.5])
+    multi = score_document(engines[0].session, TOKENS, Scoring(SIZE, STRIDE))
+    plain = score_document(engines[1].session, TOKENS, Scoring(SIZE, STRIDE, ahead=3, thresholds=[0.5]))
     assert plain["positions"] == multi["positions"] and plain["dynamic"] == {}
     assert plain["nll"] == pytest.approx(multi["nll"][:1], rel=1e-5)
 
@@ -126,7 +125,7 @@ def test_window_must_fit(engines: tuple[Engine, Engine]) -> None:
 
 def test_parameters_are_checked(engines: tuple[Engine, Engine]) -> None:
     with pytest.raises(ParameterError, match="top_k"):
-        score_document(engines[0].session, TOKENS, size=9, stride=9, thresholds=[0.5], sampling={"top_k": 0})
+        score_document(engines[0].session, TOKENS, Scoring(9, 9, thresholds=[0.5], sampling={"top_k": 0}))
 
 
 def results_of(path: Path | None, *bundles: str, scale: float = 1.0) -> Results:
