@@ -34,6 +34,7 @@ class Server(ThreadingHTTPServer):
         self.keys: set[str] = set()
         self.fail_after = 10**9
         self.mute = False
+        self.page = b""  # put out instead of an answer
 
     @property
     def url(self) -> str:
@@ -68,9 +69,9 @@ class Handler(BaseHTTPRequestHandler):
         message = {"role": "assistant", "content": self.server.answer(question)}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         reply = {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [choice]}
-        data = json.dumps(reply).encode()
+        data = self.server.page or json.dumps(reply).encode()
         self.send_response(200)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "text/html" if self.server.page else "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -176,9 +177,9 @@ def test_later_turns_are_shown_with_what_was_before(server: Server) -> None:
     assert f"{FAST} answers 0, 0\n\nUSER: Rhyme. {FAST} answers 1, 0" in asked
 
 
-def test_answers_in_another_protocol(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_in_another_protocol(server: Server) -> None:
     model = Judge(server.url, "strong", "NO_KEY")
-    monkeypatch.setattr(model._client.chat.completions, "create", lambda **request: "<html>")
+    server.page = b"<html>"
     with pytest.raises(EvaluationError, match="not as OpenAI's protocol has it"):
         model.ask("?")
 

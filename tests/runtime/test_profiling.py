@@ -16,6 +16,7 @@ from dynamo_runtime.device.inspection import device_key, inspect_device
 from dynamo_runtime.device.plan import Acceptances, Curve, Planner
 from dynamo_runtime.device.profile import Profile, cached_path, profiles_folder
 from dynamo_runtime.errors import ParameterError, ProfileError
+from dynamo_runtime.interval import Interval
 from dynamo_runtime.parameters import SamplingParameters
 from dynamo_runtime.profiling.measure import QUICK, STAGES, measure
 from dynamo_runtime.profiling.passes import PassTimer
@@ -146,7 +147,7 @@ def test_everything_is_measured(measured: Profile, multi: Path) -> None:
     names = [each.name for each in measured.strategies]
     assert names == ["plain", "speculative, 1 draft", "speculative, 2 drafts", "auto", "dynamo"]
     plain = measured.strategies[0]
-    assert plain.ratio.value == 1 and plain.tokens_per_pass.value == 1
+    assert plain.ratio == Interval(1.0, 1.0, 1.0) and plain.tokens_per_pass.value == 1
     for each in measured.strategies:
         assert each.tokens_per_s.low <= each.tokens_per_s.value <= each.tokens_per_s.high
         assert 1 <= each.tokens_per_pass.value <= 3
@@ -185,7 +186,7 @@ def test_a_kept_profile_is_planned_with(measured: Profile, multi: Path, caplog: 
 def test_auto_writes_the_plain_text(profiled: bool, measured: Profile, multi: Path, plain: Path) -> None:
     """With the profile, by rules of thumb, and with one that makes drafting pay whatever it costs."""
     passes = [replace(each, time=profiles.quantiles(1.0)) for each in measured.passes]
-    free = replace(measured, passes=passes, overhead=0.0, acceptance=[])
+    free = replace(measured, passes=passes, resume=[], drafting=0.0, overhead=0.0, acceptance=[])
     expected = Engine(plain, threads=1).generate("def fib(n):", seed=5, max_new_tokens=80, ignore_eos=True)
     for profile in (measured, free) if profiled else (None,):
         engine = Engine(multi, threads=1, profile=profile)
