@@ -31,8 +31,8 @@ from .compare import Row, table
 from .errors import ExportError
 from .genai import genai_config
 from .graph import Subject, inspect, simplify, trace
-from .qkv import pack_qkv
-from .reshapes import simplify_reshapes
+from .passes.pack_qkv import pack_qkv
+from .passes.simplify_reshapes import simplify_reshapes
 from .source import Drafter, find_checkpoint, load_model
 from .tail import TOP_K, JointHead, finish
 from .weights import WeightStore, shorten_names, transpose_weights

@@ -17,13 +17,13 @@ from dynamo_runtime.bundle import Bundle
 
 from .blocks import Blocks, Format, round_to_nearest
 from .calibration import cache_ranges, hessians
-from .dynamic import put_dynamic
 from .errors import QuantizeError
 from .gptq import gptq
-from .half import to_half
-from .kv_cache import quantize_cache
-from .nbits import CONTRIB, put_blocks
 from .parts import Product, find_products
+from .passes.quantize_cache import quantize_cache
+from .passes.store_blocks import CONTRIB, put_blocks
+from .passes.store_dynamic import put_dynamic
+from .passes.to_half import to_half
 from .schemes import Part, Scheme
 
 HESSIAN_SHARE, HESSIAN_BYTES = 0.4, 256 << 20  # held at once: of the weights' bytes, but at least so many

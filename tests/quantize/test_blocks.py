@@ -16,8 +16,8 @@ from dynamo_graph.initializers import drop_unused
 from dynamo_quantize import blocks as blocks_module
 from dynamo_quantize.blocks import Blocks, Format, round_to_nearest
 from dynamo_quantize.gptq import gptq
-from dynamo_quantize.nbits import put_blocks
 from dynamo_quantize.parts import Product
+from dynamo_quantize.passes.store_blocks import put_blocks
 from dynamo_quantize.schemes import Part
 
 Quantizer = Callable[[np.ndarray, Format], Blocks]

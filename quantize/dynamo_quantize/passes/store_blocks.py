@@ -7,8 +7,8 @@ import onnx_ir as ir
 
 from dynamo_graph.initializers import initializer, replace_node, sizes
 
-from .blocks import Blocks
-from .parts import Product
+from ..blocks import Blocks
+from ..parts import Product
 
 CONTRIB = "com.microsoft"
 ACCURACY_LEVEL = 4  # int8 activations, quantized row by row; level 0 is many times slower on CPU

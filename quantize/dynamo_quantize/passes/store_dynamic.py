@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from dynamo_graph.initializers import initializer, replace_node
 
-from .parts import Product
+from ..parts import Product
 
 INT8_MAX = 127
 

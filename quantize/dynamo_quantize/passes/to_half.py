@@ -7,10 +7,10 @@ import onnx_ir as ir
 
 from dynamo_graph.initializers import is_weight, lazily
 
-from .errors import QuantizeError
-from .kv_cache import is_cache
-from .parts import Product
-from .schemes import Part
+from ..errors import QuantizeError
+from ..parts import Product
+from ..schemes import Part
+from .quantize_cache import is_cache
 
 HALF = ir.DataType.FLOAT16
 

@@ -1,0 +1,1 @@
+"""Changes of the traced graph, each on its own."""

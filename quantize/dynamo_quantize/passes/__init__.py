@@ -1,0 +1,1 @@
+"""Changes that make a graph smaller, each on its own."""
