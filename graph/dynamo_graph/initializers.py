@@ -1,8 +1,8 @@
-"""Weights and nodes of an ONNX graph."""
+"""Initializers of an ONNX graph: its weights and constants, and the defaults of its optional inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -10,38 +10,10 @@ import onnx_ir as ir
 BIG_BYTES = 4096  # constants above this are weights: never folded or copied by an optimizer
 
 
-def lazily(
-    name: str,
-    sources: list[ir.Value],
-    compute: Callable[..., np.ndarray],
-    shape: tuple[int, ...],
-    dtype: ir.DataType | None = None,
-) -> ir.Value:
-    """Makes an initializer that is computed from others when the file is written, and not before.
-
-    Args:
-        name: Its name.
-        sources: Initializers whose arrays `compute` takes.
-        compute: From the arrays of `sources` to the new array.
-        shape: Shape of the result.
-        dtype: Its type; None for that of the first source.
-    """
-    tensors = [source.const_value for source in sources]
-    assert all(tensor is not None for tensor in tensors)
-    dtype = dtype or tensors[0].dtype  # type: ignore[union-attr]
-
-    def evaluate() -> ir.Tensor:
-        array = compute(*(tensor.numpy() for tensor in tensors))  # type: ignore[union-attr]
-        return ir.Tensor(np.ascontiguousarray(array), name=name)
-
-    tensor = ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name)
-    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape), const_value=tensor)
-
-
 def sizes(value: ir.Value) -> tuple[int, ...]:
     """Shape of an initializer."""
     assert value.shape is not None
-    return tuple(int(dim) for dim in value.shape.numpy())
+    return tuple(int(dim) for dim in value.shape)  # type: ignore[arg-type]
 
 
 def is_weight(value: ir.Value | None) -> bool:
@@ -49,35 +21,78 @@ def is_weight(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and not value.is_graph_input()
 
 
-def drop_unused(model: ir.Model) -> None:
-    """Removes nodes nobody reads and initializers nobody uses."""
-    graph = model.graph
-    outputs = set(graph.outputs)
-    for node in reversed(list(graph)):
-        if not any(value.uses() or value in outputs for value in node.outputs):
-            graph.remove(node, safe=True)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and not value.is_graph_input():
-            del graph.initializers[name]
-
-
 def initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
     """The initializer of that name, made of an array if there is none."""
+    return _registered(model, name, lambda: ir.Tensor(array, name=name))
+
+
+def lazily(
+    model: ir.Model,
+    name: str,
+    sources: Sequence[ir.Value],
+    compute: Callable[..., np.ndarray],
+    shape: tuple[int, ...],
+) -> ir.Value:
+    """The initializer of that name; if there is none, one that is computed when the file is written, and not before.
+
+    Args:
+        model: The graph.
+        name: Its name.
+        sources: See `lazy_tensor`.
+        compute: See `lazy_tensor`.
+        shape: See `lazy_tensor`.
+    """
+    return _registered(model, name, lambda: lazy_tensor(name, sources, compute, shape))
+
+
+def option(model: ir.Model, name: str, default: np.ndarray, shape: Sequence[str | int]) -> ir.Value:
+    """Adds an optional input to the graph: an initializer of the same name is its default.
+
+    Args:
+        model: The graph.
+        name: Its name.
+        default: What it is if nobody gives it.
+        shape: What it may be.
+    """
+    value = initializer(model, name, default)
+    value.shape = ir.Shape(shape)
+    model.graph.inputs.append(value)
+    return value
+
+
+def lazy_tensor(
+    name: str,
+    sources: Sequence[ir.Value],
+    compute: Callable[..., np.ndarray],
+    shape: tuple[int, ...],
+    dtype: ir.DataType | None = None,
+) -> ir.LazyTensor:
+    """An array that is computed from others each time it is asked for.
+
+    Args:
+        name: Its name.
+        sources: Initializers whose arrays, as they are now, `compute` takes.
+        compute: From the arrays of `sources` to the new array.
+        shape: Shape of the result.
+        dtype: Its type; None for that of the first source.
+    """
+    tensors = [source.const_value for source in sources if source.const_value is not None]
+    assert len(tensors) == len(sources)
+
+    def evaluate() -> ir.Tensor:
+        array = compute(*(tensor.numpy() for tensor in tensors))
+        return ir.Tensor(np.ascontiguousarray(array), name=name)
+
+    return ir.LazyTensor(evaluate, dtype=dtype or tensors[0].dtype, shape=ir.Shape(shape), name=name)
+
+
+def _registered(model: ir.Model, name: str, make: Callable[[], ir.TensorProtocol]) -> ir.Value:
+    """The graph's own value of that name."""
     found = model.graph.initializers.get(name)
     if found is None:
-        tensor = ir.Tensor(array, name=name)
-        found = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        tensor = make()
+        found = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+        )
         model.graph.register_initializer(found)
     return found
-
-
-def replace_node(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
-    """Puts a node in another's place; its outputs take over names, types and readers."""
-    model.graph.insert_before(old, new)
-    names = [value.name for value in old.outputs]
-    for before, after in zip(old.outputs, new.outputs, strict=True):
-        after.type, after.shape = before.type, before.shape
-        before.replace_all_uses_with(after, replace_graph_outputs=True)
-    model.graph.remove(old, safe=True)
-    for value, name in zip(new.outputs, names, strict=True):
-        value.name = name

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from dynamo_runtime.wire import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, field, fields
 
-from .branches import unfold_heads
+from .passes import UnfoldHeads
 from .errors import WriteError
 from .initializers import BIG_BYTES
 
@@ -40,7 +40,7 @@ def read_model(path: Path) -> ir.Model:
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = _lazy(value.const_value, path.parent)
-    unfold_heads(model)
+    UnfoldHeads()(model)
     return model
 
 

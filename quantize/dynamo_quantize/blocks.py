@@ -65,12 +65,13 @@ def _pack(numbers: np.ndarray, bits: int) -> np.ndarray:
     return np.ascontiguousarray(numbers[..., ::2] | numbers[..., 1::2] << 4)
 
 
-def round_to_nearest(weight: np.ndarray, form: Format) -> Blocks:
+def round_to_nearest(weight: np.ndarray, form: Format, at_once: int = SLICE_ELEMENTS) -> Blocks:
     """Scales from the largest (symmetric) or from smallest and largest weight of a block; onnxruntime's kernel.
 
     Args:
         weight: float32 [K, N].
         form: How to store it.
+        at_once: Weights quantized at once, by whole outputs.
     """
     config = _nbits().DefaultWeightOnlyQuantConfig(
         bits=form.bits, block_size=form.block_size, is_symmetric=form.symmetric
@@ -81,12 +82,12 @@ def round_to_nearest(weight: np.ndarray, form: Format) -> Blocks:
         packed, scales, zero_points = quantizer.qbits_block_quant(np.ascontiguousarray(part))
         return Blocks(packed, scales, None if form.symmetric else zero_points, form)
 
-    return _in_slices(weight, quantize)
+    return _in_slices(weight, quantize, at_once)
 
 
-def _in_slices(weight: np.ndarray, quantize: Callable[[np.ndarray], Blocks]) -> Blocks:
+def _in_slices(weight: np.ndarray, quantize: Callable[[np.ndarray], Blocks], at_once: int) -> Blocks:
     """Quantizes some outputs at a time."""
-    step = max(1, SLICE_ELEMENTS // weight.shape[0])
+    step = max(1, at_once // weight.shape[0])
     slices = [quantize(weight[:, at : at + step]) for at in range(0, weight.shape[1], step)]
     zero_points = [part.zero_points for part in slices if part.zero_points is not None]
     return Blocks(

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from tqdm import tqdm
 
 from dynamo_graph.initializers import sizes
+from dynamo_graph.walk import attentions
 from dynamo_graph.write import write_model
 from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.providers import import_onnxruntime
@@ -121,13 +122,12 @@ def cache_ranges(
 def _rotated(model: ir.Model) -> dict[int, list[tuple[int, int]]]:
     """Pairs of channels that attention rotates into each other, by layer; none where it does not rotate."""
     found = {}
-    for node in model.graph:
+    for layer, node in attentions(model):
         given = {name: attribute.value for name, attribute in node.attributes.items()}
-        if node.op_type != "GroupQueryAttention" or not given.get("do_rotary"):
+        if not given.get("do_rotary"):
             continue
-        past, cosines = node.inputs[3], node.inputs[7]
-        assert past is not None and past.name is not None and cosines is not None
+        cosines = node.inputs[7]
+        assert cosines is not None
         half, interleaved = sizes(cosines)[1], given.get("rotary_interleaved")
-        pairs = [(2 * i, 2 * i + 1) if interleaved else (i, i + half) for i in range(half)]
-        found[int(past.name.split(".")[1])] = pairs
+        found[layer] = [(2 * i, 2 * i + 1) if interleaved else (i, i + half) for i in range(half)]
     return found

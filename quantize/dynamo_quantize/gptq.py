@@ -16,13 +16,14 @@ CLIPS = np.linspace(1.0, 0.7, 13)  # shares of a block's range that are tried fo
 OUTPUTS_AT_ONCE = 2048
 
 
-def gptq(weight: np.ndarray, hessian: np.ndarray, form: Format) -> Blocks:
+def gptq(weight: np.ndarray, hessian: np.ndarray, form: Format, outputs_at_once: int = OUTPUTS_AT_ONCE) -> Blocks:
     """Quantizes a weight for the inputs that it meets.
 
     Args:
         weight: float32 [K, N].
         hessian: Σ x xᵀ of those inputs, [K, K].
         form: How to store it.
+        outputs_at_once: Bounds the working copies.
     """
     inverse = _inverse_factor(hessian)
     importance = np.diag(hessian) / max(float(np.diag(hessian).mean()), 1e-30) + DAMPING
@@ -30,8 +31,8 @@ def gptq(weight: np.ndarray, hessian: np.ndarray, form: Format) -> Blocks:
     n = weight.shape[1]
     q = np.zeros((n, k_blocks, form.block_size), np.uint8)
     scales, zeros = np.zeros((n, k_blocks), np.float32), np.zeros((n, k_blocks), np.float32)
-    for at in range(0, n, OUTPUTS_AT_ONCE):
-        part = slice(at, at + OUTPUTS_AT_ONCE)
+    for at in range(0, n, outputs_at_once):
+        part = slice(at, at + outputs_at_once)
         _round(weight[:, part].astype(np.float64), inverse, importance, form, q[part], scales[part], zeros[part])
     return Blocks.pack(q, scales, zeros, form)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from tqdm import tqdm
 
-from dynamo_graph.branches import fold_heads
-from dynamo_graph.initializers import drop_unused, sizes
+from dynamo_graph.passes import FoldHeads, run_passes
 from dynamo_graph.read import read_model
 from dynamo_graph.write import weight_bytes, write_model
 from dynamo_runtime.bundle import Bundle
@@ -20,10 +20,7 @@ from .calibration import cache_ranges, hessians
 from .errors import QuantizeError
 from .gptq import gptq
 from .parts import Product, find_products
-from .passes.quantize_cache import quantize_cache
-from .passes.store_blocks import CONTRIB, put_blocks
-from .passes.store_dynamic import put_dynamic
-from .passes.to_half import to_half
+from .passes import QuantizeCache, StoreBlocks, StoreDynamic, ToHalf
 from .schemes import Part, Scheme
 
 HESSIAN_SHARE, HESSIAN_BYTES = 0.4, 256 << 20  # held at once: of the weights' bytes, but at least so many
@@ -48,22 +45,18 @@ def write_graph(
     """
     model = read_model(bundle.graph_path)
     ranges = cache_ranges(bundle, model, texts) if scheme.kv_cache == "int8" else None
-    model.opset_imports.setdefault(CONTRIB, 1)
     products = find_products(model, bundle.kv_layers)
     formats = _formats(products, scheme)
     jobs = [(product, form) for product, form in zip(products, formats, strict=True) if form is not None]
-    blocks = _all_blocks(bundle, model, [job for job in jobs if job[0].is_lookup or not scheme.dynamic], scheme, texts)
-    for product, chosen in jobs:
-        if (product.name, chosen) in blocks:
-            put_blocks(model, product, blocks[product.name, chosen])
-        else:
-            put_dynamic(model, product)
-    drop_unused(model)
+    made = _all_blocks(bundle, model, [job for job in jobs if job[0].is_lookup or not scheme.dynamic], scheme, texts)
+    blocks = [(product, made[product.name, form]) for product, form in jobs if (product.name, form) in made]
+    dynamic = [product for product, form in jobs if (product.name, form) not in made]
+    passes = [StoreBlocks(blocks), StoreDynamic(dynamic), RemoveUnusedNodesPass()]
     if ranges is not None:
-        quantize_cache(model, ranges)
+        passes.append(QuantizeCache(ranges))
     if scheme.activations == "fp16":
-        to_half(model, products)
-    fold_heads(model)
+        passes.append(ToHalf(next(product for product in products if product.part is Part.OUTPUT)))
+    run_passes(model, [*passes, FoldHeads()])
     write_model(model, path, external)
     stored: dict[Part, set[str]] = {product.part: set() for product in products}
     for product, form in zip(products, formats, strict=True):
@@ -85,11 +78,10 @@ def _formats(products: list[Product], scheme: Scheme) -> list[Format | None]:
             if product.part in scheme.given and form != scheme.formats[Part.OUTPUT]:
                 raise QuantizeError("input and output embedding are one weight here and have the output's precision")
             form = scheme.formats[Part.OUTPUT]
-        inputs, outputs = _matrix_shape(product)
-        if outputs < LEAST_OUTPUTS:
+        if product.outputs < LEAST_OUTPUTS:
             form = None
         elif form is not None and product.transposed:  # the look-up has no room for padding
-            fitting = [size for size in _halves(form.block_size) if inputs % size == 0]
+            fitting = [size for size in _halves(form.block_size) if product.inputs % size == 0]
             form = replace(form, block_size=fitting[0]) if fitting else None
         found.append(form)
     return found
@@ -106,44 +98,35 @@ def _all_blocks(
     made: dict[tuple[str, Format], Blocks] = {}
     calibrated = [job for job in jobs if scheme.algorithm == "gptq" and job[1].bits == 4 and not job[0].is_lookup]
     with tqdm(total=len(jobs), desc="quantizing", unit="weight", leave=False, disable=None) as bar:
-        for group in _groups(calibrated, weight_bytes(model)):
+        for group in in_groups(calibrated, max(HESSIAN_BYTES, int(HESSIAN_SHARE * weight_bytes(model)))):
             sums = hessians(bundle, model, [product for product, _ in group], texts)
             for product, form in group:
-                made[product.name, form] = gptq(_matrix(product), sums.of(product), form)
+                made[product.name, form] = gptq(product.matrix(), sums.of(product), form)
                 bar.update()
         for product, form in jobs:  # a tied weight is rounded for its product
             if (product.name, form) not in made:
-                made[product.name, form] = round_to_nearest(_matrix(product), form)
+                made[product.name, form] = round_to_nearest(product.matrix(), form)
                 bar.update()
     return made
 
 
-def _groups(jobs: list[tuple[Product, Format]], weights: int) -> list[list[tuple[Product, Format]]]:
-    """Cuts jobs into runs whose Hessians fit into memory together; every run reads the calibration text once."""
-    limit = max(HESSIAN_BYTES, int(HESSIAN_SHARE * weights))
+def in_groups(jobs: Sequence[tuple[Product, Format]], limit: int) -> list[list[tuple[Product, Format]]]:
+    """Cuts jobs into runs whose Hessians fit into memory together; every run reads the calibration text once.
+
+    Args:
+        jobs: Products and their formats.
+        limit: Most bytes of Hessians, which one alone may exceed.
+    """
     groups: list[list[tuple[Product, Format]]] = []
     held = 0
-    for job in jobs:
-        inputs = _matrix_shape(job[0])[0]
-        held += 4 * inputs**2
+    for product, form in jobs:
+        needed = 4 * product.inputs**2
+        held += needed
         if not groups or held > limit:
             groups.append([])
-            held = 4 * inputs**2
-        groups[-1].append(job)
+            held = needed
+        groups[-1].append((product, form))
     return groups
-
-
-def _matrix_shape(product: Product) -> tuple[int, int]:
-    """Inputs K and outputs N."""
-    rows, columns = sizes(product.weight)
-    return (columns, rows) if product.transposed else (rows, columns)
-
-
-def _matrix(product: Product) -> np.ndarray:
-    """The weight [K, N]."""
-    assert product.weight.const_value is not None
-    weight = product.weight.const_value.numpy()
-    return weight.T if product.transposed else weight
 
 
 def _described(form: Format | None, scheme: Scheme, product: Product) -> str:

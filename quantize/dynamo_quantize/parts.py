@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from dynamo_graph.initializers import is_weight, sizes
+from dynamo_graph.walk import attentions, upstream
 
 from .errors import QuantizeError
 from .schemes import Part
@@ -39,6 +41,22 @@ class Product:
         """Whether rows are looked up instead of multiplied."""
         return self.node.op_type == "Gather"
 
+    @property
+    def inputs(self) -> int:
+        """Inputs K that the weight has."""
+        return sizes(self.weight)[1 if self.transposed else 0]
+
+    @property
+    def outputs(self) -> int:
+        """Outputs N that the weight has."""
+        return sizes(self.weight)[0 if self.transposed else 1]
+
+    def matrix(self) -> np.ndarray:
+        """The weight [K, N]; read anew each time where it is lazy."""
+        assert self.weight.const_value is not None
+        weight = self.weight.const_value.numpy()
+        return weight.T if self.transposed else weight
+
 
 def find_products(model: ir.Model, kv_layers: int) -> list[Product]:
     """Every weight matrix that is multiplied with or looked up, in the order of the graph.
@@ -58,10 +76,10 @@ def find_products(model: ir.Model, kv_layers: int) -> list[Product]:
     graph = model.graph
     products = {node: found for node in graph if (found := _weight_of(node)) is not None}
     outputs = {value.name: value for value in graph.outputs}
-    attentions = {_layer(node): node for node in graph if node.op_type == "GroupQueryAttention"}
-    if sorted(attentions) != list(range(kv_layers)):
-        raise QuantizeError(f"the graph has attention layers {sorted(attentions)} where {kv_layers} are expected")
-    output = next((node for node in _upstream(outputs["logits"]) if node in products), None)
+    layers = dict(attentions(model))
+    if sorted(layers) != list(range(kv_layers)):
+        raise QuantizeError(f"the graph has attention layers {sorted(layers)} where {kv_layers} are expected")
+    output = next((node for node in upstream(outputs["logits"]) if node in products), None)
     if output is None or output.op_type == "Gather":
         raise QuantizeError("there is no product with an output embedding before the graph's logits")
     first_state = output.inputs[0]
@@ -70,10 +88,11 @@ def find_products(model: ir.Model, kv_layers: int) -> list[Product]:
     if stacked is not None and stacked.op_type == "Concat":
         first_state = stacked.inputs[0]
         assert first_state is not None
-    seen = _upstream(first_state)
+    seen = upstream(first_state)
     # With parallel heads the base's last layer is the first of the heads' attentions, else the last one it has.
-    last = max(layer for layer, node in attentions.items() if node in seen)
-    before = set(_upstream(*attentions[last].inputs)) - _projections(attentions[last], products)
+    last = layers[max(layer for layer, node in layers.items() if node in seen)]
+    projections = upstream(*last.inputs, until=products).keys() & products.keys()
+    before = upstream(*last.inputs).keys() - projections
     parts = []
     for node, (weight, transposed) in products.items():
         if node is output:
@@ -104,46 +123,3 @@ def _weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
     if not is_weight(weight) or weight is None or weight.dtype != ir.DataType.FLOAT or len(sizes(weight)) != 2:
         return None
     return weight, transposed
-
-
-def _layer(attention: ir.Node) -> int:
-    """Number of the KV cache that an attention reads: `past_key_values.N.key`."""
-    past = attention.inputs[3]
-    try:
-        assert past is not None and past.name is not None
-        return int(past.name.split(".")[1])
-    except (AssertionError, IndexError, ValueError) as error:
-        raise QuantizeError(f"{attention.name} does not read past_key_values.N.key") from error
-
-
-def _upstream(*values: ir.Value | None) -> dict[ir.Node, None]:
-    """Every node that the values depend on, the nearest first."""
-    found: dict[ir.Node, None] = {}
-    todo = [value for value in values if value is not None]
-    while todo:
-        following = []
-        for value in todo:
-            node = value.producer()
-            if node is not None and node not in found:
-                found[node] = None
-                following += [read for read in node.inputs if read is not None]
-        todo = following
-    return found
-
-
-def _projections(attention: ir.Node, products: dict[ir.Node, tuple[ir.Value, bool]]) -> set[ir.Node]:
-    """The products an attention reads without another product in between: its query, key and value."""
-    found: set[ir.Node] = set()
-    todo = [value for value in attention.inputs if value is not None]
-    seen: set[ir.Value] = set()
-    while todo:
-        value = todo.pop()
-        node = value.producer()
-        if value in seen or node is None:
-            continue
-        seen.add(value)
-        if node in products:
-            found.add(node)
-        else:
-            todo += [read for read in node.inputs if read is not None]
-    return found

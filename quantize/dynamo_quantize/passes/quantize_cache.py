@@ -7,47 +7,47 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from dynamo_graph.initializers import initializer, replace_node
+from dynamo_graph.initializers import initializer
+from dynamo_graph.nodes import replace_node
+from dynamo_graph.walk import attentions, is_cache
 
 INT8_MAX = 127
+KEY_SCALE = 12  # among the inputs of GroupQueryAttention; that of the values follows
 
 
-def is_cache(value: ir.Value) -> bool:
-    """Whether an input or output of the graph holds keys or values."""
-    return value.name is not None and value.name.startswith(("past_key_values.", "present."))
-
-
-def make_cache(model: ir.Model, dtype: ir.DataType) -> None:
-    """Gives the caches among the graph's inputs and outputs another type, which every attention must accept."""
-    for value in [*model.graph.inputs, *model.graph.outputs]:
-        if is_cache(value):
-            value.type = ir.TensorType(dtype)
-
-
-def quantize_cache(model: ir.Model, ranges: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+class QuantizeCache(ir.passes.InPlacePass):
     """Makes every attention keep its keys and values as int8.
 
     The scales are the same for every position, so what a row writes and reads does not depend on the other rows of
     its pass.
-
-    Args:
-        model: The graph.
-        ranges: Largest magnitude of the keys' and of the values' channels, [kv_heads, head_size] each, by layer.
     """
-    for node in [node for node in model.graph if node.op_type == "GroupQueryAttention"]:
-        past = node.inputs[3]
-        assert past is not None and past.name is not None
-        layer = int(past.name.split(".")[1])
-        inputs = [*node.inputs, *[None] * (12 - len(node.inputs))]
-        for name, largest in zip(("key", "value"), ranges[layer], strict=True):
+
+    def __init__(self, ranges: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Takes the largest magnitude of the keys' and of the values' channels, [kv_heads, head_size], by layer."""
+        super().__init__()
+        self.ranges = ranges
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Changes every attention, and the types of the caches among the graph's inputs and outputs."""
+        found = [(layer, node) for layer, node in attentions(model) if "kv_cache_bit_width" not in node.attributes]
+        for layer, node in found:
+            replace_node(model, node, self._with_scales(model, layer, node))
+        if found:
+            for value in filter(is_cache, [*model.graph.inputs, *model.graph.outputs]):
+                value.type = ir.TensorType(ir.DataType.INT8)
+        return ir.passes.PassResult(model, bool(found))
+
+    def _with_scales(self, model: ir.Model, layer: int, node: ir.Node) -> ir.Node:
+        scales = []
+        for name, largest in zip(("key", "value"), self.ranges[layer], strict=True):
             scale = np.where(largest > 0, largest, 1.0).astype(np.float32)[None, :, None] / INT8_MAX
-            inputs.insert(12 if name == "key" else 13, initializer(model, f"cache.{layer}.{name}.scale", scale))
+            scales.append(initializer(model, f"cache.{layer}.{name}.scale", scale))
+        inputs = [*node.inputs, *[None] * (KEY_SCALE - len(node.inputs))]
+        inputs[KEY_SCALE:KEY_SCALE] = scales
         attributes = dict(node.attributes)
-        for name, setting in (("k_quant_type", "PER_CHANNEL"), ("v_quant_type", "PER_CHANNEL")):
-            attributes[name] = ir.AttrString(name, setting)
+        for name in ("k_quant_type", "v_quant_type"):
+            attributes[name] = ir.AttrString(name, "PER_CHANNEL")
         attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", 8)
-        new = ir.Node(
+        return ir.Node(
             node.domain, node.op_type, inputs, attributes.values(), num_outputs=len(node.outputs), name=node.name
         )
-        replace_node(model, node, new)
-    make_cache(model, ir.DataType.INT8)

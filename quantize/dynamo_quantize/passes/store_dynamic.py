@@ -2,47 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
-from dynamo_graph.initializers import initializer, replace_node
+from dynamo_graph.initializers import initializer
+from dynamo_graph.nodes import insert_behind, make, replace_node
 
 from ..parts import Product
 
 INT8_MAX = 127
 
 
-def put_dynamic(model: ir.Model, product: Product) -> None:
-    """Replaces a product by one of integers.
+class StoreDynamic(ir.passes.InPlacePass):
+    """Replaces products by products of integers.
 
     The same nodes as onnxruntime's `quantize_dynamic` makes, which onnxruntime fuses into one when it loads the graph;
-    but that function holds the model in memory several times over.
-
-    Args:
-        model: The graph.
-        product: What is replaced; the full weight stays in the graph for others.
+    but that function holds the model in memory several times over. The full weights stay in the graph, for others that
+    may read them.
     """
-    assert product.weight.const_value is not None and product.node.inputs[0] is not None
-    weight = product.weight.const_value.numpy()
-    weight = weight.T if product.transposed else weight
+
+    def __init__(self, products: Sequence[Product]) -> None:
+        """Takes the products to replace."""
+        super().__init__()
+        self.products = products
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Replaces them."""
+        for product in self.products:
+            _replace(model, product)
+        return ir.passes.PassResult(model, bool(self.products))
+
+
+def _replace(model: ir.Model, product: Product) -> None:
+    weight, node = product.matrix(), product.node
     scales = np.abs(weight).max(axis=0) / INT8_MAX
     scales[scales == 0] = 1.0
-    name, node = f"{product.name}.q8", product.node
+    name = f"{product.name}.q8"
     numbers = initializer(model, name, np.ascontiguousarray(np.round(weight / scales).astype(np.int8)))
     by_output = initializer(model, f"{name}.scales", scales.astype(np.float32))
-    activations, scale, zero_point = _quantized(model, product.node)
-    steps = [
-        ir.node("MatMulInteger", [activations, numbers, zero_point], name=f"{node.name}/integer"),
-        ir.node("Mul", [scale, by_output], name=f"{node.name}/scales"),
-    ]
-    steps.append(
-        ir.node("Cast", [steps[0].outputs[0]], attributes={"to": ir.DataType.FLOAT.value}, name=f"{node.name}/cast")
-    )
-    for step in steps:
-        step.outputs[0].name = f"{step.name}/output"
-        model.graph.insert_before(node, step)
-    new = ir.node("Mul", [steps[2].outputs[0], steps[1].outputs[0]], name=node.name)
-    replace_node(model, node, new)
+    activations, scale, zero_point = _quantized(model, node)
+
+    def step(op: str, inputs: Sequence[ir.Value], what: str, attributes: dict[str, int] | None = None) -> ir.Node:
+        called = f"{node.name}/{what}"
+        return make(op, inputs, called, [f"{called}/output"], attributes)
+
+    integers = step("MatMulInteger", [activations, numbers, zero_point], "integer")
+    both = step("Mul", [scale, by_output], "scales")
+    cast = step("Cast", integers.outputs, "cast", {"to": ir.DataType.FLOAT.value})
+    model.graph.insert_before(node, [integers, both, cast])
+    assert node.name is not None
+    replace_node(model, node, make("Mul", [cast.outputs[0], both.outputs[0]], node.name))
 
 
 def _quantized(model: ir.Model, reader: ir.Node) -> tuple[ir.Value, ...]:
@@ -52,12 +63,7 @@ def _quantized(model: ir.Model, reader: ir.Node) -> tuple[ir.Value, ...]:
     for use in source.uses():
         if use.node.op_type == "DynamicQuantizeLinear":
             return tuple(use.node.outputs)
-    node = ir.node("DynamicQuantizeLinear", [source], num_outputs=3, name=f"{source.name}/quantize")
-    for value, name in zip(node.outputs, ("integers", "scale", "zero_point"), strict=True):
-        value.name = f"{source.name}/{name}"
-    producer = source.producer()
-    if producer is None:
-        model.graph.insert_before(model.graph[0], node)
-    else:
-        model.graph.insert_after(producer, node)
+    names = [f"{source.name}/{what}" for what in ("integers", "scale", "zero_point")]
+    node = make("DynamicQuantizeLinear", [source], f"{source.name}/quantize", names)
+    insert_behind(model.graph, source, node)
     return tuple(node.outputs)
