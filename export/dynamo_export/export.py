@@ -11,11 +11,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from dynamo_graph.branches import fold_heads, pass_bytes, take_skipped_states
+from dynamo_graph.branches import pass_bytes
 from dynamo_graph.files import listed_files, read_json, write_json
 from dynamo_graph.read import read_model
 from dynamo_graph.staging import Target, discard
@@ -27,15 +26,13 @@ from dynamo_runtime.errors import DynamoError
 from dynamo_runtime.parameters import SamplingParameters
 
 from . import parity
+from .build import build_graph
 from .compare import Row, table
 from .errors import ExportError
 from .genai import genai_config
-from .graph import Subject, inspect, simplify, trace
-from .passes.pack_qkv import pack_qkv
-from .passes.simplify_reshapes import simplify_reshapes
-from .source import Drafter, find_checkpoint, load_model
-from .tail import TOP_K, JointHead, finish
-from .weights import WeightStore, shorten_names, transpose_weights
+from .graph import Subject, inspect
+from .source import find_checkpoint, load_model
+from .tail import TOP_K
 
 OLDER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")  # transformers can convert these
 log = logging.getLogger("dynamo_export")
@@ -141,42 +138,6 @@ def _load(folder: Path, heads: int | None, kind: str | None, context_length: int
     if not least <= context <= longest:
         raise ExportError(f"--context-length must be {least} to {longest}, not {context}")
     return inspect(base, drafter, context)
-
-
-def build_graph(subject: Subject) -> tuple[ir.Model, WeightStore]:
-    """The graph of the contract, and its weights, which are still torch's memory."""
-    model, weights = trace(subject)
-    transpose_weights(model)
-    simplify(model)
-    simplify_reshapes(model)
-    pack_qkv(model)
-    embedding = subject.base.get_output_embeddings()
-    bias = getattr(embedding, "bias", None)
-    finish(
-        model,
-        weights,
-        subject.n_states,
-        embedding.weight.detach().numpy(),
-        None if bias is None else bias.detach().numpy().copy(),
-        embedding.weight is subject.base.get_input_embeddings().weight,
-        _joint_head(subject.drafter),
-    )
-    shorten_names(model)
-    for node in model.graph:
-        node.metadata_props.clear()
-    if subject.n_states > 1 and take_skipped_states(model):
-        fold_heads(model)
-    for value in model.graph.initializers.values():
-        value.metadata_props.clear()
-    model.producer_name, model.producer_version = "dynamo-edge", _version("dynamo-edge")
-    return model, weights
-
-
-def _joint_head(drafter: Drafter | None) -> JointHead | None:
-    if not isinstance(drafter, CPModel):
-        return None
-    gate, factors = (linear.weight.detach().numpy() for linear in (drafter.gate, drafter.factors))
-    return JointHead(gate, factors, drafter.n_tokens)
 
 
 def _gate(staged: Path, cases: list[parity.Case], left_out: list[str]) -> list[Row]:

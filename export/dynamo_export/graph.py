@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,12 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
-import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dynamo_graph.initializers import BIG_BYTES
 from dynamo_model import CPModel, LookAheadModel, MultiTokenModel
 
 from .attention import Emitter, LayerAttention, PassThroughCache, emitting, probe_attention
@@ -276,13 +273,3 @@ def _name_ends(model: ir.Model, n_states: int) -> None:
     for i, value in enumerate(graph.outputs):
         j = i - n_states
         value.name = f"states_{i + 1}" if j < 0 else f"present.{j // 2}.{('key', 'value')[j % 2]}"
-
-
-def simplify(model: ir.Model) -> None:
-    """Folds constants, merges what is computed twice, drops what is unused; never touches a weight."""
-    for node in model.graph:
-        scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
-        where = [scope for scope in scopes[1:-1] if scope]
-        if where:
-            node.name = f"/{where[-1].replace('.', '/')}/{node.name}"
-    onnxscript.optimizer.optimize_ir(model, input_size_limit=BIG_BYTES, output_size_limit=BIG_BYTES)

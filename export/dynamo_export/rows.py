@@ -11,6 +11,8 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from dynamo_graph.initializers import is_weight
+from dynamo_graph.nodes import insert_behind
+from dynamo_graph.walk import has_features
 
 UNARY = {"Gelu", "FastGelu", "QuickGelu", "Sigmoid", "Tanh", "Relu", "Erf", "Identity", "Cast", "Neg", "Sqrt"}
 UNARY |= {"Reciprocal", "Exp", "Softplus", "Elu", "LeakyRelu", "HardSigmoid", "HardSwish", "Mish"}
@@ -18,13 +20,6 @@ BINARY = {"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min"}
 NORMS = {"LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"}
 
 Select = Callable[[ir.Value], ir.Node]
-
-
-def _has_rows(value: ir.Value | None) -> bool:
-    """Whether a value is [batch, seq, features]."""
-    if value is None or value.shape is None or len(value.shape) != 3:
-        return False
-    return not isinstance(value.shape[1], int) and value.shape[1].value == "seq"
 
 
 def _is_shared(value: ir.Value | None) -> bool:
@@ -36,17 +31,17 @@ def _is_shared(value: ir.Value | None) -> bool:
 
 def _row_wise(node: ir.Node) -> bool:
     """Whether row r of the node's output depends on row r of its inputs only."""
-    if not _has_rows(node.outputs[0]):
+    if not has_features(node.outputs[0]):
         return False
     if node.op_type in UNARY:
-        return _has_rows(node.inputs[0])
+        return has_features(node.inputs[0])
     if node.op_type in BINARY:
-        return all(_has_rows(value) or _is_shared(value) for value in node.inputs)
+        return all(has_features(value) or _is_shared(value) for value in node.inputs)
     if node.op_type == "MatMul":
-        return _has_rows(node.inputs[0]) and is_weight(node.inputs[1])
+        return has_features(node.inputs[0]) and is_weight(node.inputs[1])
     if node.op_type in NORMS:
         axis = node.attributes.get("axis")
-        return _has_rows(node.inputs[0]) and (axis is None or axis.as_int() in (-1, 2))
+        return has_features(node.inputs[0]) and (axis is None or axis.as_int() in (-1, 2))
     return False
 
 
@@ -84,11 +79,7 @@ def select_rows(
             node = select(value)
             out = node.outputs[0]
             out.type, out.shape = value.type, _rows_shape(value, axis)
-            maker = value.producer()
-            if maker is None:  # an input of the graph
-                graph.insert_before(graph[0], node)
-            else:
-                graph.insert_after(maker, node)
+            insert_behind(graph, value, node)
             cuts[value] = out
         return cuts[value]
 
@@ -96,7 +87,7 @@ def select_rows(
         return selected(states)
     for node in [node for node in graph if node in cone]:
         for i, value in enumerate(node.inputs):
-            if value is not None and _has_rows(value) and value.producer() not in cone:
+            if value is not None and has_features(value) and value.producer() not in cone:
                 node.replace_input_with(i, selected(value))
     for node in cone:
         for value in node.outputs:

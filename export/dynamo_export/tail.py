@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from dynamo_graph.initializers import drop_unused, lazily, sizes
+from dynamo_graph.initializers import initializer, lazily, option, sizes
+from dynamo_graph.nodes import make
+from dynamo_runtime.names import HEAD_ROWS, KEPT_ROWS
 
-from .errors import ExportError
 from .rows import select_rows
 from .weights import WeightStore
 
@@ -52,29 +53,17 @@ class Tail:
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         """An initializer."""
-        value = ir.Value(
-            name=name,
-            type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-            shape=ir.Shape(array.shape),
-            const_value=ir.Tensor(array, name=name),
-        )
-        self.graph.register_initializer(value)
-        return value
+        return initializer(self.model, name, array)
 
     def turned(self, name: str, weight: np.ndarray) -> ir.Value:
         """The initializer [in, out] of a linear layer whose weight is [out, in]; turned when it is written."""
         source = ir.Value(name=name, const_value=ir.Tensor(weight))
         self.store.adopt(source)
-        value = lazily(name, [source], lambda array: array.T, (weight.shape[1], weight.shape[0]))
-        self.graph.register_initializer(value)
-        return value
+        return lazily(self.model, name, [source], lambda array: array.T, (weight.shape[1], weight.shape[0]))
 
     def make(self, op: str, inputs: list[ir.Value], outputs: list[str], **attributes: int) -> ir.Node:
-        """A node `/outputs/…`, not yet placed."""
-        node = ir.node(op, inputs, attributes=attributes or None, num_outputs=len(outputs), name=f"/out/{outputs[0]}")
-        for value, name in zip(node.outputs, outputs, strict=True):
-            value.name = name
-        return node
+        """A node `/out/…`, not yet placed."""
+        return make(op, inputs, f"/out/{outputs[0]}", outputs, attributes)
 
     def add(self, op: str, inputs: list[ir.Value], outputs: list[str], **attributes: int) -> ir.Node:
         """A node at the end of the graph."""
@@ -82,20 +71,13 @@ class Tail:
         self.graph.append(node)
         return node
 
-    def option(self, name: str, default: np.ndarray, shape: list[str]) -> ir.Value:
-        """An optional graph input: an initializer of the same name is its default."""
-        value = self.constant(name, default)
-        value.shape = ir.Shape(shape)
-        self.graph.inputs.append(value)
-        return value
-
     def chosen_states(self) -> list[ir.Value]:
         """The rows of every state that something is wanted of."""
         one, last, axis = (
             self.constant(f"out_{name}", np.array([number], np.int64))
             for name, number in (("one", 1), ("end", INT64_MAX), ("axis", 1))
         )
-        keep = self.option("num_logits_to_keep", np.array(0, np.int64), [])
+        keep = option(self.model, KEPT_ROWS, np.array(0, np.int64), [])
         negative = self.make("Neg", [keep], ["out_minus_rows"])
         start = self.make("Reshape", [negative.outputs[0], one], ["out_start"])
         self.graph.insert_before(self.graph[0], [negative, start])
@@ -105,7 +87,7 @@ class Tail:
 
         chosen = [select_rows(self.model, self.states[0], last_rows, {}, "rows")]
         if len(self.states) > 1:  # none of them by default: who does not know of further heads does not pay for them
-            rows = self.option("head_rows", np.zeros(0, np.int64), ["head_rows"])
+            rows = option(self.model, HEAD_ROWS, np.zeros(0, np.int64), [HEAD_ROWS])
 
             def gathered(value: ir.Value) -> ir.Node:
                 return self.make("Gather", [value, rows], [f"{value.name}_head_rows"], axis=1)
@@ -139,7 +121,6 @@ class Tail:
         top.outputs[1].type = ir.TensorType(ir.DataType.INT64)
         self.graph.outputs.extend(self.presents)
         self.graph.sort()
-        drop_unused(self.model)
 
     def logits(self, chosen: list[ir.Value], embedding: ir.Value, tied: bool, bias: ir.Value | None) -> ir.Value:
         """Logits of the rows of all heads [batch, all their rows, vocab], the first head's first, by one product.
@@ -188,35 +169,3 @@ class Tail:
         value.shape = ir.Shape(shape)
         value.type = ir.TensorType(ir.DataType.FLOAT)
         self.graph.outputs.append(value)
-
-
-def finish(
-    model: ir.Model,
-    store: WeightStore,
-    n_states: int,
-    weight: np.ndarray,
-    bias: np.ndarray | None,
-    tied: bool,
-    joint: JointHead | None = None,
-) -> None:
-    """Adds the end of the graph to a traced model.
-
-    Args:
-        model: As `trace` leaves it, simplified.
-        store: Its weights; added to.
-        n_states: States among its outputs: of every token head, or of the first and of the joint head's layer.
-        weight: The output embedding [vocab, hidden].
-        bias: Its bias [vocab], or None.
-        tied: Whether `weight` is the input embedding too.
-        joint: The joint head, if there is one.
-    """
-    tail = Tail(model, store, n_states, weight.shape[0])
-    embedding = _input_embedding(model) if tied else tail.turned("lm_head.weight", weight)
-    tail.build(embedding, tied, None if bias is None else tail.constant("lm_head.bias", bias), joint)
-
-
-def _input_embedding(model: ir.Model) -> ir.Value:
-    for use in model.graph.inputs[0].uses():
-        if use.node.op_type == "Gather" and use.idx == 1 and use.node.inputs[0] is not None:
-            return use.node.inputs[0]
-    raise ExportError("the tied input embedding is not in the traced graph")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -40,3 +41,11 @@ def listed_files(staged: Path) -> dict[str, dict[str, Any]]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON object."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def version(distribution: str) -> str:
+    """Version of an installed distribution, "unknown" if it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -14,9 +14,9 @@ import onnx_ir as ir
 
 from dynamo_runtime.wire import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, field, fields
 
-from .passes import UnfoldHeads
 from .errors import WriteError
 from .initializers import BIG_BYTES
+from .passes import UnfoldHeads
 
 
 def read_model(path: Path) -> ir.Model:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import shutil
@@ -10,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dynamo_graph.branches import pass_bytes
-from dynamo_graph.files import listed_files, write_json
+from dynamo_graph.files import listed_files, version, write_json
 from dynamo_graph.read import read_model
 from dynamo_graph.staging import Target, discard
 from dynamo_runtime.bundle import MANIFEST, Bundle, load_bundle
@@ -159,7 +158,7 @@ def write_bundle(
             "kv_cache": scheme.kv_cache if scheme.kv_cache != "fp32" else scheme.activations,
             "calibration": used if texts else None,
             "lossless": not scheme.dynamic,
-            "versions": {name: importlib.metadata.version(name) for name in ("dynamo-edge", "onnx", "onnxruntime")},
+            "versions": {name: version(name) for name in ("dynamo-edge", "onnx", "onnxruntime")},
         },
         "pass_bytes": pass_bytes(read_model(folder / graph)),
         "files": listed_files(folder),

@@ -1,1 +1,21 @@
 """Changes of the traced graph, each on its own."""
+
+from .add_outputs import AddOutputs
+from .clear_metadata import ClearMetadata
+from .name_by_scope import NameByScope
+from .optimize import Optimize
+from .pack_qkv import PackQKV
+from .shorten_names import ShortenNames
+from .simplify_reshapes import SimplifyReshapes
+from .transpose_weights import TransposeWeights
+
+__all__ = [
+    "AddOutputs",
+    "ClearMetadata",
+    "NameByScope",
+    "Optimize",
+    "PackQKV",
+    "ShortenNames",
+    "SimplifyReshapes",
+    "TransposeWeights",
+]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from dynamo_graph.initializers import drop_unused, is_weight, lazily, sizes
+from dynamo_graph.initializers import is_weight, lazily, sizes
+from dynamo_graph.nodes import make
 
 
 @dataclass
@@ -23,6 +24,52 @@ class Projection:
     x: ir.Value
     weight: ir.Value
     bias: ir.Value | None
+
+
+class PackQKV(ir.passes.InPlacePass):
+    """Feeds GroupQueryAttention packed queries, keys and values from a single product.
+
+    The same numbers in another order: the weights' columns are joined or permuted, lazily. It saves two products a
+    layer (Llama) or five copies (GPT-NeoX).
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Packs what can be packed; weights that two layers share are packed once."""
+        modified = False
+        for node in list(model.graph):
+            if node.op_type == "GroupQueryAttention" and node.inputs[1] is not None:
+                packed = _packed(model, node)
+                if packed is not None:
+                    _feed(model.graph, node, packed)
+                    modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+def _packed(model: ir.Model, attention: ir.Node) -> Projection | None:
+    """The one projection that does what an attention's three do, where there is one."""
+    heads = attention.attributes["num_heads"].as_int()
+    if (parts := _separate(attention)) is not None:
+        return _join(model, attention, parts)
+    one = _interleaved(attention)
+    if one is not None and attention.attributes["kv_num_heads"].as_int() == heads:
+        return _unmix(model, one, heads)
+    return None
+
+
+def _feed(graph: ir.Graph, attention: ir.Node, packed: Projection) -> None:
+    """Has an attention read a projection instead of three."""
+    x, weight, bias = packed.x, packed.weight, packed.bias
+    prefix = f"{(attention.name or '').rpartition('/')[0]}/qkv"
+    nodes = [make("MatMul", [x, weight], f"{prefix}/MatMul", [f"{prefix}/MatMul/output"])]
+    if bias is not None:
+        nodes.append(make("Add", [nodes[0].outputs[0], bias], f"{prefix}/Add", [f"{prefix}/Add/output"]))
+    for node in nodes:
+        node.outputs[0].type = x.type
+        node.outputs[0].shape = ir.Shape([*x.shape[:2], sizes(weight)[1]]) if x.shape else None
+    graph.insert_before(attention, nodes)
+    attention.replace_input_with(0, nodes[-1].outputs[0])
+    attention.replace_input_with(1, None)
+    attention.replace_input_with(2, None)
 
 
 def _projection(value: ir.Value | None) -> Projection | None:
@@ -84,67 +131,26 @@ def _interleaved(attention: ir.Node) -> Projection | None:
     return _projection(reshape.inputs[0])
 
 
-def pack_qkv(model: ir.Model) -> None:
-    """Feeds GroupQueryAttention packed queries, keys and values from a single product.
-
-    The same numbers in another order: the weights' columns are joined or permuted, lazily. It saves two products a
-    layer (Llama) or five copies (GPT-NeoX).
-    """
-    graph = model.graph
-    for node in list(graph):
-        if node.op_type != "GroupQueryAttention" or node.inputs[1] is None:
-            continue
-        heads = node.attributes["num_heads"].as_int()
-        if (parts := _separate(node)) is not None:
-            weight, bias, x = _join(node, parts)
-        elif (one := _interleaved(node)) is not None and node.attributes["kv_num_heads"].as_int() == heads:
-            weight, bias, x = _unmix(one, heads)
-        else:
-            continue
-        prefix = (node.name or "").rpartition("/")[0]
-        weight = _registered(graph, weight)
-        width = ir.Shape([*x.shape[:2], weight.shape[1]]) if x.shape and weight.shape else None
-        product = ir.node("MatMul", [x, weight], name=f"{prefix}/qkv/MatMul")
-        new = [product]
-        if bias is not None:
-            bias = _registered(graph, bias)
-            new.append(ir.node("Add", [product.outputs[0], bias], name=f"{prefix}/qkv/Add"))
-        for made in new:
-            made.outputs[0].name = f"{made.name}/output"
-            made.outputs[0].shape, made.outputs[0].type = width, x.type
-        graph.insert_before(node, new)
-        node.replace_input_with(0, new[-1].outputs[0])
-        node.replace_input_with(1, None)
-        node.replace_input_with(2, None)
-    drop_unused(model)
-
-
-def _registered(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    """The graph's own value of that name: weights that two layers share are packed once."""
-    assert value.name is not None
-    if value.name not in graph.initializers:
-        graph.register_initializer(value)
-    return graph.initializers[value.name]
-
-
-def _join(node: ir.Node, parts: tuple[Projection, ...]) -> tuple[ir.Value, ir.Value | None, ir.Value]:
-    prefix = node.name or "attention"  # not the weights' own names: layers may share some of the three
+def _join(model: ir.Model, attention: ir.Node, parts: tuple[Projection, ...]) -> Projection:
+    prefix = attention.name or "attention"  # not the weights' own names: layers may share some of the three
     rows = sizes(parts[0].weight)[0]
     columns = sum(sizes(p.weight)[1] for p in parts)
     weights = [p.weight for p in parts]
-    weight = lazily(f"{prefix}.qkv.weight", weights, lambda *w: np.concatenate(w, axis=1), (rows, columns))
+    weight = lazily(model, f"{prefix}.qkv.weight", weights, lambda *w: np.concatenate(w, axis=1), (rows, columns))
     biases = [p.bias for p in parts if p.bias is not None]
-    bias = lazily(f"{prefix}.qkv.bias", biases, lambda *b: np.concatenate(b), (columns,)) if biases else None
-    return weight, bias, parts[0].x
+    bias = None
+    if biases:
+        bias = lazily(model, f"{prefix}.qkv.bias", biases, lambda *b: np.concatenate(b), (columns,))
+    return Projection(parts[0].x, weight, bias)
 
 
-def _unmix(one: Projection, heads: int) -> tuple[ir.Value, ir.Value | None, ir.Value]:
+def _unmix(model: ir.Model, one: Projection, heads: int) -> Projection:
     def order(array: np.ndarray) -> np.ndarray:
         """[…, heads · 3 · size] → […, 3 · heads · size]."""
         lead = array.shape[:-1]
         return array.reshape(*lead, heads, 3, -1).swapaxes(-3, -2).reshape(*lead, -1)
 
-    def made(value: ir.Value) -> ir.Value:
-        return lazily(f"{value.name}.qkv", [value], order, sizes(value))
+    def unmixed(value: ir.Value) -> ir.Value:
+        return lazily(model, f"{value.name}.qkv", [value], order, sizes(value))
 
-    return made(one.weight), None if one.bias is None else made(one.bias), one.x
+    return Projection(one.x, unmixed(one.weight), None if one.bias is None else unmixed(one.bias))
