@@ -28,7 +28,19 @@ from .weights import WeightStore
 def build_graph(subject: Subject) -> tuple[ir.Model, WeightStore]:
     """The graph of the contract, and its weights, which are still torch's memory."""
     model, weights = trace(subject)
-    passes = [
+    run_passes(model, passes_of(subject, weights))
+    model.producer_name, model.producer_version = "dynamo-edge", version("dynamo-edge")
+    return model, weights
+
+
+def passes_of(subject: Subject, weights: WeightStore) -> list[ir.passes.PassBase]:
+    """What makes the graph of the contract of the traced one, in order.
+
+    Args:
+        subject: What is exported.
+        weights: Those of the traced graph; added to.
+    """
+    return [
         TransposeWeights(),
         RemoveUnusedNodesPass(),
         NameByScope(),
@@ -43,9 +55,6 @@ def build_graph(subject: Subject) -> tuple[ir.Model, WeightStore]:
         TakeSkippedStates(),
         FoldHeads(),
     ]
-    run_passes(model, passes)
-    model.producer_name, model.producer_version = "dynamo-edge", version("dynamo-edge")
-    return model, weights
 
 
 def _outputs(subject: Subject, weights: WeightStore) -> AddOutputs:

@@ -49,14 +49,17 @@ def write_graph(
     formats = _formats(products, scheme)
     jobs = [(product, form) for product, form in zip(products, formats, strict=True) if form is not None]
     made = _all_blocks(bundle, model, [job for job in jobs if job[0].is_lookup or not scheme.dynamic], scheme, texts)
-    blocks = [(product, made[product.name, form]) for product, form in jobs if (product.name, form) in made]
-    dynamic = [product for product, form in jobs if (product.name, form) not in made]
-    passes = [StoreBlocks(blocks), StoreDynamic(dynamic), RemoveUnusedNodesPass()]
+    passes: list[ir.passes.PassBase] = [
+        StoreBlocks(product, made[product.name, form]) if (product.name, form) in made else StoreDynamic(product)
+        for product, form in jobs
+    ]
+    passes.append(RemoveUnusedNodesPass())
     if ranges is not None:
         passes.append(QuantizeCache(ranges))
     if scheme.activations == "fp16":
         passes.append(ToHalf(next(product for product in products if product.part is Part.OUTPUT)))
-    run_passes(model, [*passes, FoldHeads()])
+    passes.append(FoldHeads())
+    run_passes(model, passes)
     write_model(model, path, external)
     stored: dict[Part, set[str]] = {product.part: set() for product in products}
     for product, form in zip(products, formats, strict=True):

@@ -16,8 +16,9 @@ from dynamo_export import ExportError, export_bundle, parity
 from dynamo_export import export as pipeline
 from dynamo_export.graph import inspect
 from dynamo_export.source import load_model
-from dynamo_graph import branches
+from dynamo_graph.branches import STACKED
 from dynamo_runtime.bundle import Bundle, load_bundle
+from dynamo_runtime.names import PENULTIMATE
 
 FolderOf = Callable[[str], Path]
 CasesOf = Callable[[str], list[parity.Case]]
@@ -94,7 +95,7 @@ def swapped_caches(model: onnx.ModelProto) -> None:
 
 def swapped_heads(model: onnx.ModelProto) -> None:
     """The second and third head change places."""
-    stacked = next(node for node in checkpoints.all_nodes(model.graph) if node.name == branches.STACKED)
+    stacked = next(node for node in checkpoints.all_nodes(model.graph) if node.name == STACKED)
     stacked.input[1], stacked.input[2] = stacked.input[2], stacked.input[1]
 
 
@@ -116,11 +117,11 @@ def penultimate_of_another_layer(model: onnx.ModelProto) -> None:
     embedded = next(node for node in model.graph.node if "input_ids" in node.input)
     for node in checkpoints.all_nodes(model.graph):
         for i, name in enumerate(node.input):
-            if name == branches.PENULTIMATE:
+            if name == PENULTIMATE:
                 node.input[i] = "penultimate"
-    maker = next(node for node in model.graph.node if branches.PENULTIMATE in node.output)
-    maker.output[list(maker.output).index(branches.PENULTIMATE)] = "penultimate"
-    model.graph.node.append(onnx.helper.make_node("Identity", [embedded.output[0]], [branches.PENULTIMATE]))
+    maker = next(node for node in model.graph.node if PENULTIMATE in node.output)
+    maker.output[list(maker.output).index(PENULTIMATE)] = "penultimate"
+    model.graph.node.append(onnx.helper.make_node("Identity", [embedded.output[0]], [PENULTIMATE]))
 
 
 def not_a_number(model: onnx.ModelProto) -> None:

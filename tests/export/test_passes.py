@@ -13,11 +13,15 @@ import pytest
 import torch
 
 from dynamo_export.attention import window_of
+from dynamo_export.build import passes_of
 from dynamo_export.errors import ExportError
+from dynamo_export.graph import inspect, trace
+from dynamo_export.passes import AddOutputs, ClearMetadata, PackQKV, ShortenNames, SimplifyReshapes, TransposeWeights
 from dynamo_export.rotary import rotated
 from dynamo_export.rows import select_rows
-from dynamo_export.weights import transpose_weights
+from dynamo_export.source import load_model
 from dynamo_graph.initializers import lazily
+from dynamo_graph.nodes import make
 from dynamo_graph.write import write_model
 
 Rule = Callable[..., torch.Tensor]
@@ -95,7 +99,8 @@ def test_rows_are_selected_before_the_work(tmp_path: Path) -> None:
     """The selection moves up to the operation that mixes rows, and the numbers stay."""
     model, state, weights = small_graph()
     model.graph.outputs.append(state)  # or else nothing is needed, and all is dropped
-    transpose_weights(model)
+    assert TransposeWeights()(model).modified
+    assert not TransposeWeights()(model).modified
     model.graph.outputs.clear()
     assert all(node.op_type != "Transpose" for node in model.graph)
     rows = ir.Value(name="rows", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["r"]))
@@ -126,27 +131,125 @@ def test_rows_stop_where_someone_else_reads() -> None:
     assert chosen is not state and str(state.shape) == "[batch,seq,4]"
 
 
+@pytest.mark.parametrize("name", ["neox", "qwen2", "cp-neox", "lookahead-llama-tied"])
+def test_every_pass_says_whether_it_changed_the_graph(name: str, checkpoint: Callable[[str], Path]) -> None:
+    """The first time, and the second time, when there is nothing left to do.
+
+    But the end of a graph is added once, and Llama's own names begin like those of a wrapper.
+    """
+    subject = inspect(*load_model(checkpoint(name), None), 96)
+    model, weights = trace(subject)
+
+    def content() -> bytes:
+        return ir.to_proto(model).SerializeToString(deterministic=True)
+
+    changed = set()
+    for change in passes_of(subject, weights):
+        before = content()
+        modified = change(model).modified
+        if type(change).__module__.startswith("dynamo_"):
+            assert modified == (content() != before), change
+            changed |= {type(change).__name__} if modified else set()
+        if not isinstance(change, AddOutputs | ShortenNames):
+            before = content()
+            assert not change(model).modified, change
+            assert content() == before, change
+    always = {"TransposeWeights", "NameByScope", "Optimize", "SimplifyReshapes", "PackQKV", "AddOutputs"}
+    heads = set() if name.startswith("lookahead") else {"TakeSkippedStates", "FoldHeads"}
+    assert changed == always | {"ShortenNames", "ClearMetadata"} | heads
+
+
+def graph_of(nodes: list[ir.Node], inputs: list[ir.Value], outputs: list[ir.Value], *weights: ir.Value) -> ir.Model:
+    """A model."""
+    graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=weights, opset_imports={"": 20}, name="g")
+    return ir.Model(graph, ir_version=10)
+
+
+def reshape(x: ir.Value, shape: list[int | str], name: str) -> ir.Node:
+    """A Reshape whose target is computed."""
+    size = make("Shape", [x], f"{name}/shape", [f"{name}_shape"])
+    node = make("Reshape", [x, size.outputs[0]], name, [name])
+    node.outputs[0].shape, node.outputs[0].type = ir.Shape(shape), x.type
+    return node
+
+
+def test_reshapes_become_constants() -> None:
+    """Of two in a row the first is skipped; what changes nothing, or the leading axes, is told apart."""
+    x = value("x", ["batch", "seq", 12])
+    first = reshape(x, ["batch", "seq", 4, 3], "first")
+    second = reshape(first.outputs[0], ["batch", "seq", 2, 6], "second")
+    third = reshape(second.outputs[0], ["batch", "seq", 12], "third")
+    other = reshape(x, ["rows", 12], "other")
+    last = make("Neg", [third.outputs[0]], "last", ["y"])
+    model = graph_of([first, second, third, other, last], [x], [last.outputs[0], second.outputs[0], other.outputs[0]])
+    target = other.inputs[1]
+    assert SimplifyReshapes()(model).modified
+    assert second.inputs[0] is x and other.inputs[1] is target
+    shape = second.inputs[1]
+    assert shape is not None and shape.const_value is not None
+    assert shape.const_value.numpy().tolist() == [0, 0, 2, 6] and shape.name == "shape_2x6"
+    assert last.inputs[0] is x, "back to what it was"
+    assert not SimplifyReshapes()(model).modified
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_projections_are_packed_once(bias: bool) -> None:
+    """Two attentions with the same three weights read one packed weight each, which says what the three say."""
+    rng = np.random.default_rng(0)
+    x = value("x", ["batch", "seq", 8])
+    weights = [value(f"w{i}", [8, 4], rng.normal(size=(8, 4)).astype(np.float32)) for i in range(3)]
+    biases = [value(f"b{i}", [4], rng.normal(size=4).astype(np.float32)) for i in range(3)] if bias else []
+    nodes, ends = [], []
+    for i, weight in enumerate(weights):
+        nodes.append(make("MatMul", [x, weight], f"product{i}", [f"p{i}"]))
+        if bias:
+            nodes.append(make("Add", [nodes[-1].outputs[0], biases[i]], f"sum{i}", [f"s{i}"]))
+        ends.append(nodes[-1].outputs[0])
+    attributes = {"num_heads": 2, "kv_num_heads": 2}
+    attention = make("GroupQueryAttention", ends, "a/attention", ["y"], attributes, "com.microsoft")
+    model = graph_of([*nodes, attention], [x], [attention.outputs[0]], *weights, *biases)
+    assert PackQKV()(model).modified
+    assert not PackQKV()(model).modified
+    packed = attention.inputs[0]
+    assert packed is not None and list(attention.inputs[1:3]) == [None, None]
+    found = {name: v.const_value.numpy() for name, v in model.graph.initializers.items() if v.const_value}
+    joined = np.concatenate([weight.const_value.numpy() for weight in weights if weight.const_value], axis=1)
+    np.testing.assert_array_equal(found["a/attention.qkv.weight"], joined)
+    assert ("a/attention.qkv.bias" in found) == bias
+    assert str(packed.shape) == "[batch,seq,12]"
+
+
+def test_names_of_the_checkpoint() -> None:
+    """Wrappers go; a weight that is there in both layouts keeps two names. What the tracer noted goes too."""
+    x = value("x", ["n", 2])
+    arrays = {"model.base.w": np.eye(2), "model.base.w.transposed": np.eye(2), "model.heads.0.v.transposed": np.eye(2)}
+    weights = [value(name, [2, 2], array.astype(np.float32)) for name, array in arrays.items()]
+    nodes = [make("MatMul", [x, weight], f"/model/base/n{i}", [f"y{i}"]) for i, weight in enumerate(weights)]
+    model = graph_of(nodes, [x], [node.outputs[0] for node in nodes], *weights)
+    weights[0].metadata_props["told"] = nodes[0].metadata_props["told"] = "by the tracer"
+    assert ShortenNames()(model).modified and ClearMetadata()(model).modified
+    assert set(model.graph.initializers) == {"w", "model.base.w.transposed", "heads.0.v"}
+    assert [node.name for node in nodes] == ["/n0", "/n1", "/n2"]
+    assert not weights[0].metadata_props and not nodes[0].metadata_props
+    assert not ShortenNames()(model).modified and not ClearMetadata()(model).modified
+
+
 @pytest.mark.parametrize("external", [False, True])
 def test_written_files_hold_the_weights(external: bool, tmp_path: Path) -> None:
     """What is written piece by piece is what onnx reads; lazy weights are computed on the way."""
     array = np.arange(6000, dtype=np.float32).reshape(60, 100)
     source = value("source", [60, 100], array)
-    turned = lazily("turned", [source], lambda a: a.T, (100, 60))
     whole = value("whole", [60, 100], array)
     small = value("small", [3], np.array([1, 2, 3], np.float32))
     x = value("x", ["n", 100])
+    graph = ir.Graph([x], [], nodes=[], initializers=[whole, small], opset_imports={"": 20}, name="g")
+    model = ir.Model(graph, ir_version=10)
+    turned = lazily(model, "turned", [source], lambda a: a.T, (100, 60))
     first = ir.node("MatMul", [x, turned])
     second = ir.node("MatMul", [first.outputs[0], whole])
     second.outputs[0].name, second.outputs[0].type, second.outputs[0].shape = "y", x.type, x.shape
-    graph = ir.Graph(
-        [x],
-        [second.outputs[0]],
-        nodes=[first, second],
-        initializers=[turned, whole, small],
-        opset_imports={"": 20},
-        name="g",
-    )
-    model = ir.Model(graph, ir_version=10)
+    graph.extend([first, second])
+    graph.outputs.append(second.outputs[0])
     files = write_model(model, tmp_path / "m.onnx", external)
     assert [file.name for file in files] == ["m.onnx"] + (["m.onnx.data"] if external else [])
     assert set(graph.initializers) == {"small", "turned", "whole"}

@@ -11,13 +11,12 @@ import onnxruntime
 import pytest
 from naive import dequantize, relative, unpack
 from onnx import TensorProto, helper, numpy_helper
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from dynamo_graph.initializers import drop_unused
-from dynamo_quantize import blocks as blocks_module
 from dynamo_quantize.blocks import Blocks, Format, round_to_nearest
 from dynamo_quantize.gptq import gptq
 from dynamo_quantize.parts import Product
-from dynamo_quantize.passes.store_blocks import put_blocks
+from dynamo_quantize.passes import StoreBlocks, StoreDynamic
 from dynamo_quantize.schemes import Part
 
 Quantizer = Callable[[np.ndarray, Format], Blocks]
@@ -165,12 +164,11 @@ def test_rows_do_not_depend_on_each_other(form: Format) -> None:
 
 
 @pytest.mark.parametrize("form", [Format(4, 32), Format(4, 32, False), Format(8, 64)], ids=str)
-def test_slices_are_put_together(form: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_are_put_together(form: Format) -> None:
     """Quantizing some outputs at a time is quantizing them all at once."""
     weight = random_weight(96, 50)
     expected = round_to_nearest(weight, form)
-    monkeypatch.setattr(blocks_module, "SLICE_ELEMENTS", 96 * 7)
-    found = round_to_nearest(weight, form)
+    found = round_to_nearest(weight, form, at_once=96 * 7)
     np.testing.assert_array_equal(found.packed, expected.packed)
     np.testing.assert_array_equal(found.scales, expected.scales)
     assert (found.zero_points is None) == (expected.zero_points is None)
@@ -217,9 +215,11 @@ def test_one_stored_weight_for_look_up_and_product(form: Format) -> None:
     weight = random_weight(80, 64)
     model, products = _tied_model(weight)
     stored = round_to_nearest(weight.T.copy(), form)
-    for each in products:
-        put_blocks(model, each, stored if each.transposed else round_to_nearest(2 * weight.T.copy(), form))
-    drop_unused(model)
+    other = round_to_nearest(2 * weight.T.copy(), form)
+    changes = [StoreBlocks(each, stored if each.transposed else other) for each in products]
+    assert all(change(model).modified for change in changes)
+    assert not any(change(model).modified for change in changes), "a second time there is nothing to do"
+    assert RemoveUnusedNodesPass()(model).modified, "the full weights"
     arrays = [tensor.const_value.numpy() for tensor in model.graph.initializers.values() if tensor.const_value]
     assert sum(array.nbytes for array in arrays if array.size == stored.packed.size) == 2 * stored.packed.nbytes
     assert [node.op_type for node in model.graph] == ["GatherBlockQuantized", "Reshape", "MatMulNBits", "MatMulNBits"]
@@ -230,3 +230,20 @@ def test_one_stored_weight_for_look_up_and_product(form: Format) -> None:
     np.testing.assert_allclose(rows, dense[ids], atol=1e-6)
     assert relative(y, x @ dense.T) < 1.5e-2
     assert relative(z, 2 * x @ dense.T) < 1.5e-2
+
+
+def test_products_of_integers() -> None:
+    """Products of one input share its rounding; the outputs are those of the rounded weight, within the input's."""
+    weight = random_weight(80, 64)
+    model, products = _tied_model(weight)
+    changes = [StoreDynamic(each) for each in products if not each.is_lookup]
+    assert all(change(model).modified for change in changes)
+    assert not any(change(model).modified for change in changes), "a second time there is nothing to do"
+    ops = [node.op_type for node in model.graph]
+    assert ops.count("DynamicQuantizeLinear") == 1 and ops.count("MatMulInteger") == 2
+    x = np.random.default_rng(3).normal(size=(4, 64)).astype(np.float32)
+    rows, y, z = run(ir.to_proto(model), {"input_ids": np.array([3]), "x": x})
+    np.testing.assert_array_equal(rows, weight[[3]])
+    scales = np.abs(weight).max(axis=1, keepdims=True) / 127
+    rounded = np.round(weight / np.where(scales == 0, 1, scales)) * scales
+    assert relative(y, x @ rounded.T) < 1.5e-2 and relative(z, 2 * x @ rounded.T) < 1.5e-2

@@ -12,10 +12,11 @@ import onnx
 import pytest
 from naive import all_nodes, outputs
 
-from dynamo_graph.branches import SKIPPED, fold_heads, unfold_heads
+from dynamo_graph.passes import FoldHeads, TakeSkippedStates, UnfoldHeads
 from dynamo_graph.read import read_model
 from dynamo_graph.write import write_model
 from dynamo_runtime import Session
+from dynamo_runtime.names import SKIPPED
 
 TOKENS = [5, 250, 3, 91, 18, 7, 7, 30, 111, 62]
 
@@ -34,10 +35,11 @@ def test_fold_and_unfold_are_inverse(name: str, export: Callable[[str], Any], tm
     model = read_model(bundle.graph_path)
     assert not any(node.op_type == "If" for node in model.graph)
     assert inside <= {node.name for node in model.graph}
-    for fold in (False, True, False):
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    for turn, change in enumerate((UnfoldHeads(), FoldHeads(), UnfoldHeads())):
+        folder = tmp_path / str(turn)
         folder.mkdir()
-        fold_heads(model) if fold else unfold_heads(model)
+        assert change(model).modified == (turn > 0), "read_model unfolds"
+        assert not change(model).modified, "a second time there is nothing to do"
         write_model(model, folder / "model.onnx")
         if name == "cp":  # the checker does not know onnxruntime's RMS norm
             onnx.checker.check_model(str(folder / "model.onnx"))
@@ -53,8 +55,18 @@ def test_a_graph_that_takes_no_skipped_states_stays(export: Callable[[str], Any]
         model = read_model(export(name).bundle.graph_path)
         assert SKIPPED not in {value.name for value in model.graph.inputs}
         before = len(model.graph)
-        fold_heads(model)
+        for change in (TakeSkippedStates(), FoldHeads(), UnfoldHeads()):
+            assert not change(model).modified
         assert len(model.graph) == before
+
+
+@pytest.mark.parametrize("name", ["parallel", "cp"])
+def test_skipped_states_are_taken_once(name: str, export: Callable[[str], Any]) -> None:
+    """An exported graph takes them already."""
+    model = read_model(export(name).bundle.graph_path)
+    before = [node.name for node in model.graph]
+    assert not TakeSkippedStates()(model).modified
+    assert [node.name for node in model.graph] == before
 
 
 def test_a_pass_without_heads_costs_no_heads(export: Callable[[str], Any]) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from dynamo_graph.read import read_model
-from dynamo_quantize import graph
 from dynamo_quantize.blocks import Format
 from dynamo_quantize.calibration import cache_ranges, hessians
+from dynamo_quantize.graph import in_groups
 from dynamo_quantize.parts import find_products
 from dynamo_quantize.schemes import Part
 from dynamo_runtime.session import Session
@@ -39,15 +39,13 @@ def test_ranges_hold_at_every_position(name: str, export: Callable[[str], Any]) 
     assert beyond > 1.2, "at other positions some channels reach further than in the text itself"
 
 
-def test_hessians_in_groups(export: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hessians_in_groups(export: Callable[[str], Any]) -> None:
     """Groups hold no more than they may, lose nothing, and give the sums that one run over all gives."""
     bundle = export("parallel").bundle
     model = read_model(bundle.graph_path)
     products = [p for p in find_products(model, bundle.kv_layers) if not p.is_lookup and p.part is not Part.OUTPUT]
     whole = hessians(bundle, model, products, [TEXT, OTHER])
-    monkeypatch.setattr(graph, "HESSIAN_BYTES", 4 * 96**2 + 1)
-    monkeypatch.setattr(graph, "HESSIAN_SHARE", 0.0)
-    groups = graph._groups([(product, Format(4)) for product in products], 0)
+    groups = in_groups([(product, Format(4)) for product in products], 4 * 96**2 + 1)
     assert len(groups) > 2
     assert [product for group in groups for product, _ in group] == products
     for group in groups[:3]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 
@@ -18,23 +16,24 @@ ACCURACY_LEVEL = 4  # int8 activations, quantized row by row; level 0 is many ti
 
 
 class StoreBlocks(ir.passes.InPlacePass):
-    """Replaces products by their block-quantized counterparts; weights of the same name and format are stored once.
+    """Replaces a product by its block-quantized counterpart; weights of the same name and format are stored once.
 
-    The full weights stay in the graph, for others that may read them.
+    The full weight stays in the graph, for others that may read it.
     """
 
-    def __init__(self, jobs: Sequence[tuple[Product, Blocks]]) -> None:
-        """Takes the products to replace, each with its weight in blocks."""
+    def __init__(self, product: Product, blocks: Blocks) -> None:
+        """Takes the product to replace, and its weight in blocks."""
         super().__init__()
-        self.jobs = jobs
+        self.product = product
+        self.blocks = blocks
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Replaces them."""
-        if self.jobs:
-            model.opset_imports.setdefault(CONTRIB, 1)
-        for product, blocks in self.jobs:
-            replace_node(model, product.node, _counterpart(model, product, blocks))
-        return ir.passes.PassResult(model, bool(self.jobs))
+        """Replaces it, unless that was done before."""
+        if self.product.node.graph is None:
+            return ir.passes.PassResult(model, False)
+        model.opset_imports.setdefault(CONTRIB, 1)
+        replace_node(model, self.product.node, _counterpart(model, self.product, self.blocks))
+        return ir.passes.PassResult(model, True)
 
 
 def _counterpart(model: ir.Model, product: Product, blocks: Blocks) -> ir.Node:

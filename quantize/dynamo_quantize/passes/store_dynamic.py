@@ -16,23 +16,24 @@ INT8_MAX = 127
 
 
 class StoreDynamic(ir.passes.InPlacePass):
-    """Replaces products by products of integers.
+    """Replaces a product by a product of integers.
 
     The same nodes as onnxruntime's `quantize_dynamic` makes, which onnxruntime fuses into one when it loads the graph;
-    but that function holds the model in memory several times over. The full weights stay in the graph, for others that
-    may read them.
+    but that function holds the model in memory several times over. The full weight stays in the graph, for others that
+    may read it.
     """
 
-    def __init__(self, products: Sequence[Product]) -> None:
-        """Takes the products to replace."""
+    def __init__(self, product: Product) -> None:
+        """Takes the product to replace."""
         super().__init__()
-        self.products = products
+        self.product = product
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Replaces them."""
-        for product in self.products:
-            _replace(model, product)
-        return ir.passes.PassResult(model, bool(self.products))
+        """Replaces it, unless that was done before."""
+        if self.product.node.graph is None:
+            return ir.passes.PassResult(model, False)
+        _replace(model, self.product)
+        return ir.passes.PassResult(model, True)
 
 
 def _replace(model: ir.Model, product: Product) -> None:
