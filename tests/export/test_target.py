@@ -107,6 +107,28 @@ def test_the_embedded_default_into_the_current_folder(
     assert bundle.has_cooccurrence and bundle.tokenizer.encode("def").ids
 
 
+@pytest.mark.parametrize(("output", "graph"), [("out", "model.onnx"), ("out/small.onnx", "small.onnx")])
+def test_output_by_its_folder(output: str, graph: str, checkpoint: FolderOf, tmp_path: Path) -> None:
+    """`-o FOLDER` is the folder of the bundle."""
+    assert cli.main(["-m", str(checkpoint("neox")), "-o", str(tmp_path / output), "--heads", "0"]) == 0
+    assert load_bundle(tmp_path / "out", verify=True).graph == graph
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "one of the arguments OUT/model.onnx -o/--output is required"),
+        (["m.onnx", "-o", "out"], "not allowed with"),
+    ],
+)
+def test_exactly_one_output(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, and argparse's exit status."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert complaint in capsys.readouterr().err.splitlines()[-1]
+
+
 def _plain(folder: Path) -> Path:
     return checkpoints.save_plain(folder / "checkpoint", checkpoints.CONFIGS["neox"])
 
