@@ -71,7 +71,7 @@ def find_products(model: ir.Model, kv_layers: int) -> list[Product]:
         kv_layers: Attention layers.
 
     Raises:
-        QuantizeError: The graph is not built like that.
+        WriteError: The graph is not built like that.
     """
     graph = model.graph
     products = {node: found for node in graph if (found := _weight_of(node)) is not None}

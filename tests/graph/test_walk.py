@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dynamo_graph.errors import WriteError
 from dynamo_graph.initializers import initializer, is_weight, lazily, option, sizes
@@ -116,3 +117,26 @@ def test_passes_are_run_in_order() -> None:
     with pytest.raises(WriteError, match=r"^not this graph$") as raised:
         run_passes(model, [Idle(), Complaining()])
     assert not isinstance(raised.value.__cause__, ir.passes.PassError)
+
+
+def test_unused_weights_go_unread() -> None:
+    """onnx-ir's pass, which we rely on: defaults of inputs stay, and nothing is computed to find out."""
+    model, (a, *_) = diamond()
+
+    def never() -> ir.Tensor:
+        raise AssertionError("read")
+
+    lazy = ir.LazyTensor(never, dtype=ir.DataType.FLOAT, shape=ir.Shape([4]), name="lazy")
+    for name in ("unused", "used"):
+        model.graph.register_initializer(
+            ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([4]), const_value=lazy)
+        )
+    option(model, "rows", np.zeros(0, np.int64), ["rows"])
+    model.graph.append(make("Abs", [a.outputs[0]], "idle", ["idle"]))
+    total = make("Add", [model.graph.outputs[0], model.graph.initializers["used"]], "total", ["total"])
+    model.graph.append(total)
+    model.graph.outputs[0] = total.outputs[0]
+    assert run_passes(model, [RemoveUnusedNodesPass()])
+    assert [node.name for node in model.graph] == ["a", "b", "c", "d", "total"]
+    assert set(model.graph.initializers) == {"used", "rows"}
+    assert not run_passes(model, [RemoveUnusedNodesPass()])
