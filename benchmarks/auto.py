@@ -24,9 +24,8 @@ from ratios import Interval, interval, ratio, speed_ratio
 from tqdm import tqdm
 
 from dynamo_quantize.texts import pieces
-from dynamo_runtime import Engine, Step, load_bundle
+from dynamo_runtime import Backend, Engine, Step, load_bundle
 from dynamo_runtime.device.profile import Profile
-from dynamo_runtime.parameters import resolve_parameters
 from dynamo_runtime.profiling.measure import FULL, QUICK, measure
 from dynamo_runtime.sampling import Candidates, Context, Target
 from dynamo_runtime.statistics import Statistics
@@ -59,7 +58,7 @@ def settings(multi: Engine, plain: Engine) -> dict[str, tuple[Engine, str, dict[
     """Ways to decode: an engine, a strategy and its options."""
     fixed = {
         f"speculative, {d} draft{'s' * (d > 1)}": (multi, "speculative", {"draft_tokens": d})
-        for d in range(1, multi.bundle.n_tokens)
+        for d in range(1, multi.bundle.topology.n_tokens)
     }
     return {
         "plain": (plain, "autoregressive", {}),
@@ -74,8 +73,7 @@ def decode(
 ) -> Statistics:
     """Decode one prompt."""
     engine.reset()
-    counts = engine.bundle.has_cooccurrence
-    parameters = resolve_parameters(engine.bundle.sampling, options, has_counts=counts)
+    parameters = engine.bundle.parameters(options)
     strategy = make_strategy(name, engine.bundle, parameters, knowledge=engine.knowledge)
     if forced is not None:
         assert isinstance(strategy, Autoregressive | Speculative)
@@ -202,7 +200,7 @@ def main() -> None:
     if arguments.profile and arguments.profile.is_file():
         profile = Profile.load(arguments.profile)
     else:
-        profile = measure(bundle, effort=QUICK if arguments.quick else FULL, threads=arguments.threads)
+        profile = measure(bundle, Backend(threads=arguments.threads), effort=QUICK if arguments.quick else FULL)
         if arguments.profile:
             profile.save(arguments.profile)
     multi = Engine(bundle, threads=arguments.threads, profile=profile)
@@ -211,7 +209,7 @@ def main() -> None:
     print(table(rows))
     conditions = (
         f"{arguments.prompts} prompts × {arguments.new_tokens} tokens × {arguments.rounds} rounds; "
-        f"{bundle.precision}, {bundle.n_tokens} tokens a pass; {describe_machine()}"
+        f"{bundle.precision}, {bundle.topology.n_tokens} tokens a pass; {describe_machine()}"
     )
     print(f"\n{conditions}.")
     if arguments.json:

@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 from dynamo_evaluate.prompts import held_out_prompts
 from dynamo_export import export_bundle
-from dynamo_model import DEFAULT_CHECKPOINT, CPModel, LookAheadModel, MultiTokenModel, has_heads
-from dynamo_runtime import Engine
+from dynamo_model import DEFAULT_CHECKPOINT, CPModel, LookAheadModel, MultiTokenModel, has_drafter
+from dynamo_runtime import Engine, Last
 from dynamo_runtime.bundle import load_bundle
 
 PLAIN = "plain"
@@ -77,16 +77,16 @@ class Exported:
 def export_all(model: Path, also: dict[str, Path], folder: Path) -> dict[str, Exported]:
     """Export the plain model and every drafter; parallel heads at every number there is."""
     plan: list[tuple[str, Path, dict[str, Any], int]] = [(PLAIN, model, {"heads": 0}, 0)]
-    if has_heads(model, "parallel"):
+    if has_drafter(model, "parallel"):
         heads = MultiTokenModel.load(model)
         each = heads.head_parameters() // (heads.n_heads - 1)
         for n in range(2, heads.n_heads + 1):
             plan.append((f"T{n} heads", model, {"heads": n, "drafter": "parallel"}, each * (n - 1)))
     for name, source in {"": model, **also}.items():
-        if has_heads(source, "cp"):
+        if has_drafter(source, "cp"):
             cp = CPModel.load(source)
             plan.append((name or f"CP, rank {cp.rank}", source, {"drafter": "cp"}, cp.head_parameters()))
-    if has_heads(model, "lookahead"):
+    if has_drafter(model, "lookahead"):
         ahead = LookAheadModel.load(model)
         plan.append((f"PaSS, L {ahead.n_look_ahead}", model, {"drafter": "lookahead"}, ahead.head_parameters()))
     bundles = {}
@@ -155,7 +155,7 @@ def pass_difference(engine: Engine, prompts: list[str], width: int) -> float:
         tokens = engine.encode(prompt)
         engine.reset()
         engine.session.step(tokens[:-width])
-        at_once = engine.session.step(tokens[-width:], rows=width).logits()
+        at_once = engine.session.step(tokens[-width:], rows=Last(width)).logits()
         engine.session.cache.rollback(len(tokens) - width)
         one_by_one = np.concatenate([engine.session.step([token]).logits() for token in tokens[-width:]])
         worst = max(worst, float(np.abs(at_once - one_by_one).max()))
@@ -196,7 +196,7 @@ def summarize(
     """The table's figures."""
 
     def size(name: str) -> int:
-        return sum(file["bytes"] for file in engines[name].bundle.files.values())
+        return sum(file.bytes for file in engines[name].bundle.files.values())
 
     noise = {name: pass_difference(engine, prompts[:20], 6) for name, engine in engines.items()}
     summary = {}

@@ -35,6 +35,7 @@ from dynamo_graph.read import read_model
 from dynamo_runtime.bundle import Bundle, load_bundle
 from dynamo_runtime.names import PENULTIMATE
 from dynamo_runtime.session import Session
+from dynamo_runtime.step import ALL, LAST, Last
 
 PAST, MOST = 256, 5
 _NORMS = ("LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization")
@@ -66,7 +67,7 @@ def second_graph(multi: Path, bundle: Bundle) -> tuple[onnx.ModelProto, str]:
     stem = PENULTIMATE
     states = next(node for node in graph.node if "out_states" in node.output)
     del states.input[0]  # the first head's rows
-    further = range(bundle.kv_layers - bundle.n_heads + 1, bundle.kv_layers)
+    further = range(bundle.kv_layers - bundle.topology.n_heads + 1, bundle.kv_layers)
     presents = [f"present.{layer}.{part}" for layer in further for part in ("key", "value")]
     wanted = ["logits", "topk_logits", "topk_ids", *presents]
     maker = {output: node for node in graph.node for output in node.output}
@@ -161,10 +162,10 @@ def measure(
             for m in range(1, MOST + 1):
                 tokens = rng.integers(0, bundle.vocab_size, m)
                 found: dict[str, float] = {}
-                for name, head_rows in (("known", [m - 1]), ("one", list(range(m)))):
+                for name, head_rows in (("known", LAST), ("one", ALL)):
                     whole.cache.rollback(PAST)
                     before = whole.ort_seconds
-                    whole.step(tokens.tolist(), rows=m, head_rows=head_rows)
+                    whole.step(tokens.tolist(), rows=Last(m), heads=head_rows)
                     found[name] = whole.ort_seconds - before
                 mask = np.ones((1, PAST + m), np.int64)
                 keep = np.array(m, np.int64)
@@ -203,7 +204,7 @@ def main() -> None:
         elif plain is None:
             parser.error("name the plain bundle too")
         token, rows = measure(multi, plain, arguments.rounds, arguments.threads)
-        heads = load_bundle(multi).n_heads
+        heads = load_bundle(multi).topology.n_heads
     print("| m | known row, ms | one graph ÷ known | two graphs ÷ known | one graph ÷ plain token |")
     print("|---|---|---|---|---|")
     for m, known, one, two in rows:

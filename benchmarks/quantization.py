@@ -43,7 +43,7 @@ from dynamo_quantize.gates import Samples, measure
 from dynamo_quantize.quantize import write_bundle
 from dynamo_quantize.schemes import Options, Part, resolve
 from dynamo_quantize.texts import pieces
-from dynamo_runtime import Bundle, Engine, load_bundle
+from dynamo_runtime import ALL, Bundle, Engine, load_bundle
 
 PAST, WIDEST = 512, 6
 FP32 = "fp32"
@@ -132,7 +132,7 @@ def time_passes(engines: dict[str, dict[str, Engine]], rounds: int, outcomes: di
                 session = engines[name]["multi" if m else "plain"].session
                 width = max(m, 1)
                 started = time.perf_counter()
-                session.step(text[PAST : PAST + width], rows=width, head_rows=range(width))
+                session.step(text[PAST : PAST + width], rows=ALL, heads=ALL)
                 if turn > 1:  # the first warm up
                     outcomes[name].pass_seconds[m].append(time.perf_counter() - started)
                 session.cache.rollback(PAST)
@@ -169,7 +169,7 @@ def summarize(
 ) -> dict[str, dict[str, Any]]:
     """The tables' figures."""
     reference = measure(bundles[FP32]["multi"], samples)
-    length = len(samples.texts[0]) - bundles[FP32]["multi"].n_tokens if meaningful else 0
+    length = len(samples.texts[0]) - bundles[FP32]["multi"].topology.n_tokens if meaningful else 0
     summary: dict[str, dict[str, Any]] = {}
     for name, bundle in tqdm(bundles.items(), desc="measuring"):
         found = reference if name == FP32 else measure(bundle["multi"], samples, reference)
@@ -190,7 +190,7 @@ def summarize(
                 [each.reshape(len(samples.texts), length).mean(1) for each in (scores.nll[0], scores.joint)]
                 for scores in (found.scores, reference.scores)
             ]
-            n = bundle["multi"].n_tokens
+            n = bundle["multi"].topology.n_tokens
             figures |= {
                 "perplexities": found.scores.perplexities(),
                 "ppl_1_ratio": interval(perplexity_ratio, by_text[0][0], by_text[1][0]),
@@ -357,7 +357,7 @@ def main() -> int:
     machine = f"{describe_machine()}; onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}"
     print(size_table(summary, timed))
     if meaningful:
-        print("\n" + quality_table(summary, list(summary), full["multi"].n_tokens))
+        print("\n" + quality_table(summary, list(summary), full["multi"].topology.n_tokens))
         print("\n" + speed_table(summary, timed))
         print(f"\n{len(samples.texts)} texts × 512 tokens; {len(prompts)} prompts × {arguments.new_tokens} new tokens.")
     print(f"\n{machine}.")

@@ -9,7 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from dynamo_runtime import Engine
-from dynamo_runtime.engine import Generation
+from dynamo_runtime.strategies import read_by
+from dynamo_runtime.stream import Generation
 
 from .errors import EvaluationError
 from .measures import measure
@@ -65,7 +66,8 @@ class Experiment:
     def options(self, setting: Setting) -> dict[str, Any]:
         """Of `Engine.generate`."""
         limits = {"max_new_tokens": self.max_new_tokens, "ignore_eos": self.ignore_eos}
-        return {**limits, **self.sampling, **setting.sampling, "strategy": setting.strategy}
+        sampling = read_by(setting.strategy, {**self.sampling, **setting.sampling})
+        return {**limits, **sampling, "strategy": setting.strategy}
 
     def draws(self) -> Iterator[Draw]:
         """All settings of one prompt at one seed before the next, in an order that rotates."""
@@ -136,9 +138,9 @@ def run(results: Results, multi: Engine, plain: Engine, experiment: Experiment) 
 def _warm_up(multi: Engine, plain: Engine, experiment: Experiment) -> None:
     """The first passes of a session are slow."""
     text = fill(experiment.template, experiment.prompts[0].turns[0])
-    for strategy, is_plain in dict.fromkeys((setting.strategy, setting.plain) for setting in experiment.settings):
-        engine = plain if is_plain else multi
-        engine.generate(text, strategy=strategy, max_new_tokens=_WARM_UP_TOKENS, seed=0, **experiment.sampling)
+    for setting in {(setting.strategy, setting.plain): setting for setting in experiment.settings}.values():
+        engine = plain if setting.plain else multi
+        engine.generate(text, **experiment.options(setting) | {"max_new_tokens": _WARM_UP_TOKENS, "seed": 0})
 
 
 def _converse(engine: Engine, draw: Draw, experiment: Experiment) -> Iterator[tuple[int, str, Generation]]:

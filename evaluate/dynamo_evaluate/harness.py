@@ -15,8 +15,8 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from dynamo_runtime import Engine
-from dynamo_runtime.parameters import resolve_parameters
 from dynamo_runtime.scoring import score_base
+from dynamo_runtime.strategies import check_reads
 
 from .errors import EvaluationError
 
@@ -65,8 +65,8 @@ class DynamoLM(TemplateLM):
         backend = {name: options.pop(name) for name in _BACKEND if name in options}
         length = None if max_length is None else int(max_length)
         self._engine = Engine(bundle, max_length=length, **backend)
-        loaded = self._engine.bundle
-        resolve_parameters(loaded.sampling, options, has_counts=loaded.has_cooccurrence)  # are there such parameters?
+        self._engine.bundle.parameters(options)  # are there such parameters?
+        check_reads(strategy, options)
         self._strategy, self._sampling = strategy, options
         self._max_gen_toks, self._add_bos_token = int(max_gen_toks), add_bos_token
         self._draws = 0

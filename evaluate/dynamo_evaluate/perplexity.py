@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.corpus import Document
-from dynamo_runtime.parameters import resolve_parameters
 from dynamo_runtime.sampling import Context
 from dynamo_runtime.scoring import LOOK_AHEAD_STRIDE, Stretch, score_window
 from dynamo_runtime.session import Session
@@ -117,9 +116,9 @@ def score_document(session: Session, tokens: Sequence[int], scoring: Scoring) ->
     """
     bundle = session.bundle
     thresholds, sampling = scoring.thresholds, scoring.sampling
-    walks = {f"{e:g}": Walk(dynamo(bundle, e, sampling)) for e in thresholds if bundle.kind == "parallel"}
-    nll, joint, positions = np.zeros(bundle.n_tokens), 0.0, 0
-    for window in windows(len(tokens) - max(scoring.ahead, bundle.n_tokens), scoring.size, scoring.stride):
+    walks = {f"{e:g}": Walk(dynamo(bundle, e, sampling)) for e in thresholds if Dynamo.fits(bundle)}
+    nll, joint, positions = np.zeros(bundle.topology.n_tokens), 0.0, 0
+    for window in windows(len(tokens) - max(scoring.ahead, bundle.topology.n_tokens), scoring.size, scoring.stride):
         for stretch in score_window(session, tokens, window.begin, window.first, window.end):
             nll += stretch.scores.nll.sum(1)
             joint += float(stretch.scores.joint.sum())
@@ -155,7 +154,7 @@ def run(
         scoring: How.
         limit_tokens: Of every text the first so many; None means all.
     """
-    scoring = replace(scoring, ahead=max(session.bundle.n_tokens for session in sessions))
+    scoring = replace(scoring, ahead=max(session.bundle.topology.n_tokens for session in sessions))
     done = results.done(DOCUMENT, lambda record: (record["bundle"], record["document"]))
     for document in tqdm(documents, desc="texts", disable=None):
         for number, session in enumerate(sessions):
@@ -173,7 +172,7 @@ def long_enough(documents: Sequence[Document], bundles: Sequence[Bundle], limit_
         EvaluationError: There is none.
     """
     # A look-ahead bundle scores only some positions.
-    least = max(bundle.n_tokens for bundle in bundles) + LOOK_AHEAD_STRIDE
+    least = max(bundle.topology.n_tokens for bundle in bundles) + LOOK_AHEAD_STRIDE
     found = [
         document
         for document in documents
@@ -207,4 +206,4 @@ def dynamo(bundle: Bundle, threshold: float, sampling: Mapping[str, Any]) -> Dyn
         ParameterError: The parameters do not fit the bundle.
     """
     given = {**sampling, "backoff_threshold": threshold}
-    return Dynamo(bundle, resolve_parameters(bundle.sampling, given, has_counts=bundle.has_cooccurrence))
+    return Dynamo(bundle, bundle.parameters(given))

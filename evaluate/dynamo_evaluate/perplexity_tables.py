@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dynamo_runtime.interval import Interval
+from dynamo_runtime.registry import TOPOLOGIES
 from dynamo_runtime.tables import MISSING, Table, number
 from dynamo_runtime.tables import interval as with_ends
 
@@ -61,7 +62,7 @@ def _figures(bundle: Mapping[str, Any], names: list[str], records: list[Record])
     nll = np.array([record["nll"] for record in records]).T  # [n_tokens, documents]
     n = len(nll)
     logs = {f"PPL_{i}": Quotient(row[None], positions) for i, row in enumerate(nll, 1)}
-    if bundle["kind"] != "cp":  # a joint head is no product
+    if TOPOLOGIES[bundle["kind"]].independent:
         for m in range(2, n):
             logs[f"PPL_1:{m}"] = Quotient(nll[:m].sum(0)[None], m * positions)
     if n > 1:

@@ -23,11 +23,11 @@ Record = dict[str, Any]
 
 def describe_bundle(bundle: Bundle) -> Record:
     """What tells one bundle from another, wherever it lies."""
-    content = {name: entry.get("sha256") for name, entry in sorted(bundle.files.items())}
+    content = {name: record.sha256 for name, record in sorted(bundle.files.items())}
     return {
         "name": bundle.folder.resolve().name,
-        "kind": bundle.kind,
-        "n_tokens": bundle.n_tokens,
+        "kind": bundle.topology.kind,
+        "n_tokens": bundle.topology.n_tokens,
         "precision": bundle.precision,
         "sha256": hashlib.sha256(json.dumps([content, dict(bundle.sampling)]).encode()).hexdigest(),
     }

@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dynamo_runtime.bundle import Bundle
-from dynamo_runtime.errors import ParameterError
-from dynamo_runtime.parameters import resolve_parameters
-from dynamo_runtime.strategies import make_strategy
+from dynamo_runtime.strategies import refusal
 
 from .errors import EvaluationError
 
@@ -109,13 +107,10 @@ def possible(settings: Sequence[Setting], bundle: Bundle, shared: Mapping[str, A
     """
     found, refused = [], []
     for setting in settings:
-        try:
-            given = {**shared, **setting.sampling}
-            parameters = resolve_parameters(bundle.sampling, given, has_counts=bundle.has_cooccurrence)
-            make_strategy(setting.strategy, bundle, parameters)
+        if why := refusal(setting.strategy, bundle, {**shared, **setting.sampling}):
+            refused.append(f"{setting.name}: {why}")
+        else:
             found.append(setting)
-        except ParameterError as error:
-            refused.append(f"{setting.name}: {error}")
     if not found:
         raise EvaluationError(f"{bundle.folder} can run none of the settings ({refused[0]})")
     return found, refused

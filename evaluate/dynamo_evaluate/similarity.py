@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from dynamo_runtime.bundle import MANIFEST
 from dynamo_runtime.names import PENULTIMATE
+from dynamo_runtime.providers import Backend
 from dynamo_runtime.session import Session
+from dynamo_runtime.step import NONE
 
 from .cells import MAUVE, Cells
 from .errors import EvaluationError
@@ -23,7 +24,7 @@ Features = Callable[[str], np.ndarray]
 """A text's features, [size]."""
 
 
-def features_of(source: str, backend: dict[str, Any]) -> Features:
+def features_of(source: str, backend: Backend) -> Features:
     """Features of the last token of a text.
 
     Args:
@@ -42,11 +43,11 @@ def features_of(source: str, backend: dict[str, Any]) -> Features:
     raise EvaluationError(f"{source} is neither a bundle nor a folder of a Hugging Face model")
 
 
-def _bundle_features(path: Path, backend: dict[str, Any]) -> Features:
+def _bundle_features(path: Path, backend: Backend) -> Features:
     from dynamo_runtime.bundle import load_bundle
 
     bundle = load_bundle(path)
-    session = Session(bundle, **backend)
+    session = Session(bundle, backend)
     if not session.skips_heads:
         raise EvaluationError(
             f"{path} puts out no states ({PENULTIMATE}): give a bundle with heads, or a model's folder"
@@ -55,7 +56,7 @@ def _bundle_features(path: Path, backend: dict[str, Any]) -> Features:
     def features(text: str) -> np.ndarray:
         tokens = bundle.tokenizer.encode(text).ids[-session.max_length :]
         session.cache.reset()
-        session.step(tokens, head_rows=())
+        session.step(tokens, heads=NONE)
         state: np.ndarray = session.cache.skipped[-1][-1]
         return state.astype(np.float32)
 

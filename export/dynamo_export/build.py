@@ -7,7 +7,6 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dynamo_graph.files import version
 from dynamo_graph.passes import FoldHeads, TakeSkippedStates, run_passes
-from dynamo_model import CPModel
 
 from .graph import Subject, trace
 from .passes import (
@@ -20,8 +19,6 @@ from .passes import (
     SimplifyReshapes,
     TransposeWeights,
 )
-from .source import Drafter
-from .tail import JointHead
 from .weights import WeightStore
 
 
@@ -62,16 +59,9 @@ def _outputs(subject: Subject, weights: WeightStore) -> AddOutputs:
     bias = getattr(embedding, "bias", None)
     return AddOutputs(
         weights,
-        subject.n_states,
+        subject.exported.n_states,
         embedding.weight.detach().numpy(),
         None if bias is None else bias.detach().numpy().copy(),
         embedding.weight is subject.base.get_input_embeddings().weight,
-        _joint_head(subject.drafter),
+        subject.exported.joint,
     )
-
-
-def _joint_head(drafter: Drafter | None) -> JointHead | None:
-    if not isinstance(drafter, CPModel):
-        return None
-    gate, factors = (linear.weight.detach().numpy() for linear in (drafter.gate, drafter.factors))
-    return JointHead(gate, factors, drafter.n_tokens)

@@ -11,6 +11,8 @@ from dynamo_graph.errors import WriteError
 from dynamo_quantize import cli as quantization
 from dynamo_quantize.schemes import SCHEMES
 from dynamo_runtime.bundle import MANIFEST
+from dynamo_runtime.registry import TOPOLOGIES
+from dynamo_runtime.topology import Plain
 
 DESCRIPTION = "Export a multi-token model as a bundle: an ONNX graph and everything a device needs to run it."
 
@@ -31,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--drafter",
-        choices=["parallel", "cp", "lookahead"],
+        choices=[kind for kind, topology in TOPOLOGIES.items() if topology is not Plain],
         help="what predicts further tokens, where the checkpoint has several (default: its parallel heads, or else "
         "the only one it has)",
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dynamo_runtime.session import Step
+from dynamo_runtime.step import Step
 
 from .errors import ExportError
 
@@ -18,6 +19,39 @@ Values = dict[str, np.ndarray]
 
 # What one pass put out, and what torch says of the same positions.
 Passed = tuple[Step, Values]
+
+# Reads one output of a pass by name, and its top-K logits and ids if it has any, as [rows, parts, width] each.
+PutOut = Callable[[Step, str], tuple[np.ndarray, ...]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two sequences around one boundary and what torch says of them.
+
+    Attributes:
+        name: What the boundary is.
+        tokens: int64 [length].
+        other: As `tokens` up to `fork`, other tokens from there on.
+        start: First position whose logits are compared.
+        fork: First position in which `other` differs.
+        expected: What torch puts out at positions from `start` on.
+        expected_other: The same for `other`.
+        implementation: transformers' attention that made them.
+    """
+
+    name: str
+    tokens: np.ndarray
+    other: np.ndarray
+    start: int
+    fork: int
+    expected: Values
+    expected_other: Values
+    implementation: str
+
+
+def between(values: Values, begin: int, end: int) -> Values:
+    """Some positions of all outputs."""
+    return {name: array[begin:end] for name, array in values.items()}
 
 
 @dataclass
@@ -51,14 +85,14 @@ class Row:
     passed: bool
 
 
-def compare(case: str, length: int, run: str, steps: list[Passed]) -> list[Row]:
+def compare(case: Case, run: str, steps: list[Passed], put_out: PutOut) -> list[Row]:
     """Compares one way of running a case.
 
     Args:
-        case: Its name.
-        length: Tokens of its sequence.
+        case: What is run.
         run: How it was run.
         steps: Its passes.
+        put_out: How the bundle's outputs are read.
 
     Returns:
         One row an output.
@@ -68,7 +102,7 @@ def compare(case: str, length: int, run: str, steps: list[Passed]) -> list[Row]:
     """
     rows = []
     for name in steps[0][1]:
-        found = [_put_out(step, name) for step, _ in steps]
+        found = [put_out(step, name) for step, _ in steps]
         theirs = [expected[name] for _, expected in steps]
         if [values.shape for values, *_ in found] != [values.shape for values in theirs]:
             raise ExportError(f"{name} is {found[0][0].shape} where {theirs[0].shape} is expected")
@@ -76,22 +110,11 @@ def compare(case: str, length: int, run: str, steps: list[Passed]) -> list[Row]:
         for part in range(theirs[0].shape[1]):  # one at a time: a joint head's factors are many vocabularies
             ours, *top = (np.concatenate([values[:, part] for values in kind]) for kind in zip(*found, strict=True))
             expected = np.concatenate([values[:, part] for values in theirs])
-            parts.append(_row(case, length, run, name, ours, expected, _is_top(ours, *top) if top else True))
+            parts.append(_row(case, run, name, ours, expected, _is_top(ours, *top) if top else True))
         worst = max(parts, key=lambda row: (not row.passed, row.difference / row.limit))
         decided, argmax = sum(row.decided for row in parts), sum(row.argmax for row in parts)
         rows.append(replace(worst, decided=decided, argmax=argmax, topk=all(row.topk for row in parts)))
     return rows
-
-
-def _put_out(step: Step, name: str) -> tuple[np.ndarray, ...]:
-    """One output of a pass, and its top-K logits and ids if it has any, as [rows, parts, width] each."""
-    if name == "gate":
-        return (step.gate()[:, None],)
-    if name == "factor_logits":
-        arrays = (step.factors(), *step.factor_topk())
-        return tuple(array.reshape(len(array), -1, array.shape[-1]) for array in arrays)
-    head = int(name.partition("_")[2] or 1)
-    return tuple(array[:, None] for array in (step.logits(head), *step.topk(head)))
 
 
 def _is_top(logits: np.ndarray, values: np.ndarray, ids: np.ndarray) -> bool:
@@ -102,7 +125,7 @@ def _is_top(logits: np.ndarray, values: np.ndarray, ids: np.ndarray) -> bool:
     return bool(np.array_equal(values, largest) and np.array_equal(np.take_along_axis(logits, ids, 1), values))
 
 
-def _row(case: str, length: int, run: str, name: str, ours: np.ndarray, theirs: np.ndarray, topk: bool) -> Row:
+def _row(case: Case, run: str, name: str, ours: np.ndarray, theirs: np.ndarray, topk: bool) -> Row:
     delta = np.abs(ours - theirs)
     difference = float(delta.max())
     limit = TOLERANCE * max(1.0, float(np.abs(theirs).max()))
@@ -114,8 +137,8 @@ def _row(case: str, length: int, run: str, name: str, ours: np.ndarray, theirs: 
     agree = (ours.argmax(1) == theirs.argmax(1)) & decided
     finite = bool(np.isfinite(ours).all())
     return Row(
-        case=case,
-        length=length,
+        case=case.name,
+        length=len(case.tokens),
         run=run,
         output=name,
         difference=difference,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import logging
 import shutil
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,14 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from dynamo_graph.branches import pass_bytes
-from dynamo_graph.files import listed_files, read_json, write_json
+from dynamo_graph.files import read_json, version, write_json, write_report
 from dynamo_graph.read import read_model
 from dynamo_graph.staging import Target, discard
 from dynamo_graph.write import write_model
-from dynamo_model import CPModel, LookAheadModel
 from dynamo_quantize import check_request, quantize_bundle
-from dynamo_runtime.bundle import FORMAT_VERSION, MANIFEST, load_bundle
+from dynamo_runtime.bundle import Bundle, list_files, load_bundle
 from dynamo_runtime.errors import DynamoError
+from dynamo_runtime.manifest import Source
 from dynamo_runtime.parameters import SamplingParameters
 
 from . import parity
@@ -31,6 +30,7 @@ from .compare import Row, table
 from .errors import ExportError
 from .genai import genai_config
 from .graph import Subject, inspect
+from .registry import exported
 from .source import find_checkpoint, load_model
 from .tail import TOP_K
 
@@ -57,8 +57,8 @@ def export_bundle(
         output: The `.onnx` file; its folder becomes the bundle.
         model: Checkpoint folder or Hub id; None for the default that ships with the package.
         heads: Parallel token heads; 0 for the plain language model, None for all there are.
-        drafter: What predicts further tokens: "parallel", "cp" or "lookahead"; None for the parallel heads, or else the
-            only drafter the checkpoint has.
+        drafter: Kind of what predicts further tokens (`dynamo_runtime.registry.TOPOLOGIES`); None for the parallel
+            heads, or else the only drafter the checkpoint has.
         overwrite: Replace an earlier export of the same name.
         external_data: Weights in a file of their own even where one file would do.
         context_length: Positions to cover; None for all the model was built for.
@@ -80,12 +80,13 @@ def export_bundle(
     folder = find_checkpoint(model)
     clock = _Clock()
     subject = _load(folder, heads, drafter, context_length)
+    topology = subject.exported.topology
     clock.lap(
-        f"loaded {folder.name}: {type(subject.base).__name__}, {subject.kind}, {subject.n_tokens} token(s) a pass"
+        f"loaded {folder.name}: {type(subject.base).__name__}, {topology.kind}, {topology.n_tokens} token(s) a pass"
     )
     staged = target.stage()
     try:
-        manifest = write_rest(folder, staged, target.graph, subject)
+        bundle = write_rest(folder, staged, target.graph, subject)
         cases, left_out = parity.reference(subject, parity_length)
         clock.lap("ran the torch model")
         graph, weights = build_graph(subject)
@@ -95,13 +96,13 @@ def export_bundle(
         weights.clear()
         del graph, subject  # the session's weights come instead of torch's
         gc.collect()
-        manifest["files"] = listed_files(staged)
-        manifest["pass_bytes"] = pass_bytes(read_model(staged / target.graph))
-        write_json(staged / MANIFEST, manifest)
+        read = pass_bytes(read_model(staged / target.graph))
+        bundle = replace(bundle, pass_bytes=read, files=list_files(staged))
+        bundle.write_manifest()
         rows = _gate(staged, cases, left_out)
         clock.lap("passed the parity gate")
-        manifest["parity"] = parity.as_json(rows, cases, left_out)
-        write_json(staged / MANIFEST, manifest)
+        write_report(staged, parity=parity.as_json(rows, cases, left_out))
+        replace(bundle, files=list_files(staged)).write_manifest()
         if quantize is not None:
             return quantize_bundle(
                 staged, output, quantize, overwrite=overwrite, external_data=external_data, **quantization
@@ -132,12 +133,11 @@ def _load(folder: Path, heads: int | None, kind: str | None, context_length: int
     longest = getattr(base.config, "max_position_embeddings", None)
     if not isinstance(longest, int) or longest < 2:
         raise ExportError(f"{folder / 'config.json'} does not say how long the model's context is")
-    # The gate has to see every look-ahead token behind a token.
-    least = 2 + drafter.n_look_ahead if isinstance(drafter, LookAheadModel) else 2
+    model = exported(base, drafter)
     context = longest if context_length is None else context_length
-    if not least <= context <= longest:
-        raise ExportError(f"--context-length must be {least} to {longest}, not {context}")
-    return inspect(base, drafter, context)
+    if not model.least_context <= context <= longest:
+        raise ExportError(f"--context-length must be {model.least_context} to {longest}, not {context}")
+    return inspect(model, context)
 
 
 def _gate(staged: Path, cases: list[parity.Case], left_out: list[str]) -> list[Row]:
@@ -158,11 +158,11 @@ def _gate(staged: Path, cases: list[parity.Case], left_out: list[str]) -> list[R
     return rows
 
 
-def write_rest(folder: Path, staged: Path, graph: str, subject: Subject) -> dict[str, Any]:
+def write_rest(folder: Path, staged: Path, graph: str, subject: Subject) -> Bundle:
     """Writes everything beside the graph.
 
     Returns:
-        The manifest, without the files and the gate's results.
+        What the manifest will say, but for the files.
 
     Raises:
         ExportError: The checkpoint's tokenizer or configuration does not fit its weights.
@@ -174,46 +174,36 @@ def write_rest(folder: Path, staged: Path, graph: str, subject: Subject) -> dict
         subject.base.generation_config.save_pretrained(staged)
     vocab_size = int(subject.base.get_output_embeddings().weight.shape[0])
     tokenizer_size = write_tokenizer(folder, staged, vocab_size)
-    if (folder / "cooccurrence.npz").is_file() and subject.drafter is not None:
+    if (folder / "cooccurrence.npz").is_file() and subject.exported.topology.n_tokens > 1:
         shutil.copyfile(folder / "cooccurrence.npz", staged / "cooccurrence.npz")
     config = subject.base.config
     generation = read_json(staged / "generation_config.json")
     first = subject.attention[0]
-    manifest: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "graph": graph,
-        "kind": subject.kind,
-        "n_heads": subject.n_heads,
-        **({"n_tokens": subject.n_tokens} if isinstance(subject.drafter, CPModel | LookAheadModel) else {}),
-        **({"rank": subject.drafter.rank} if isinstance(subject.drafter, CPModel) else {}),
-        "model_type": config.model_type,
-        "vocab_size": vocab_size,
-        "tokenizer_size": tokenizer_size,
-        "context_length": subject.context_length,
-        "kv_layers": len(subject.attention),
-        "kv_heads": first.kv_heads,
-        "head_size": first.head_size,
-        "precision": "fp32",
-        "top_k_outputs": min(TOP_K, vocab_size),
-        "bos_token_id": _special(generation, config, "bos_token_id", vocab_size)[:1] or None,
-        "eos_token_ids": _special(generation, config, "eos_token_id", vocab_size),
-        "sampling": _sampling(generation),
-        "parity": None,
-        "source": {
-            "model": folder.name,
-            "architecture": type(subject.base).__name__,
-            "rotary": "inside" if subject.rotary.inside else "outside",
-            "versions": {
-                name: _version(name) for name in ("dynamo-edge", "torch", "transformers", "onnx", "onnxruntime")
-            },
-        },
-    }
-    if manifest["bos_token_id"] is not None:
-        manifest["bos_token_id"] = manifest["bos_token_id"][0]
-    pad = _special(generation, config, "pad_token_id", vocab_size)
-    interop = genai_config(manifest, int(config.hidden_size), first.heads, pad[0] if pad else None)
-    write_json(staged / "genai_config.json", interop)
-    return manifest
+    bundle = Bundle(
+        folder=staged,
+        graph=graph,
+        topology=subject.exported.topology,
+        model_type=config.model_type,
+        vocab_size=vocab_size,
+        tokenizer_size=tokenizer_size,
+        context_length=subject.context_length,
+        kv_layers=len(subject.attention),
+        kv_heads=first.kv_heads,
+        head_size=first.head_size,
+        top_k_outputs=min(TOP_K, vocab_size),
+        bos_token_id=_first(_special(generation, config, "bos_token_id", vocab_size)),
+        eos_token_ids=tuple(_special(generation, config, "eos_token_id", vocab_size)),
+        sampling=_sampling(generation),
+        source=Source(
+            model=folder.name,
+            architecture=type(subject.base).__name__,
+            rotary="inside" if subject.rotary.inside else "outside",
+            versions={name: version(name) for name in ("dynamo-edge", "torch", "transformers", "onnx", "onnxruntime")},
+        ),
+    )
+    pad = _first(_special(generation, config, "pad_token_id", vocab_size))
+    write_json(staged / "genai_config.json", genai_config(bundle, int(config.hidden_size), first.heads, pad))
+    return bundle
 
 
 def write_tokenizer(folder: Path, staged: Path, vocab_size: int) -> int:
@@ -269,8 +259,5 @@ def _special(generation: dict[str, Any], config: Any, name: str, vocab_size: int
     return [int(i) for i in ids if isinstance(i, int) and 0 <= i < vocab_size]
 
 
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+def _first(ids: list[int]) -> int | None:
+    return ids[0] if ids else None

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dynamo_model import CPModel, LookAheadModel, MultiTokenModel
-
 from .attention import Emitter, LayerAttention, PassThroughCache, emitting, probe_attention
 from .errors import ExportError
+from .exported import Exported
 from .norm import rms_norms_fused
 from .rotary import Rotary, read_rotary, rotary_replaced
-from .source import Drafter
 from .weights import WeightStore
 
 OPSET = 20
@@ -28,106 +26,42 @@ OPSET = 20
 
 @dataclass
 class Subject:
-    """What is exported: a base model, and what predicts further tokens with it.
+    """What is exported, and how it is expressed.
 
     Attributes:
-        base: The transformers language model.
-        drafter: The model around it that predicts further tokens, or None for the plain export.
+        exported: The model.
         context_length: Positions the bundle covers.
         attention: What every layer asks of its attention, in the order of the KV caches.
         rotary: The rotary embedding.
     """
 
-    base: PreTrainedModel
-    drafter: Drafter | None
+    exported: Exported
     context_length: int
     attention: dict[int, LayerAttention]
     rotary: Rotary
 
     @property
-    def kind(self) -> str:
-        """Kind of the bundle, as its manifest names it."""
-        names = {MultiTokenModel: "parallel", CPModel: "cp", LookAheadModel: "lookahead"}
-        return "plain" if self.drafter is None else names[type(self.drafter)]
-
-    @property
-    def n_heads(self) -> int:
-        """Token heads in the graph that put out logits of their own."""
-        return self.drafter.n_heads if isinstance(self.drafter, MultiTokenModel) else 1
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens that one pass predicts."""
-        if isinstance(self.drafter, CPModel):
-            return self.drafter.n_tokens
-        return 1 + self.drafter.n_look_ahead if isinstance(self.drafter, LookAheadModel) else self.n_heads
-
-    @property
-    def n_states(self) -> int:
-        """States that one pass ends with: one of every head, or of the base and of the joint head's layer."""
-        return 2 if isinstance(self.drafter, CPModel) else self.n_heads
-
-    @property
-    def layered(self) -> nn.Module:
-        """The module that is traced, which holds every decoder layer: the base, or it with layers of a drafter."""
-        return layered(self.base, self.drafter)
-
-    def states(self, input_ids: Tensor, **inputs: Any) -> tuple[Tensor, ...]:
-        """Normed hidden states [batch, seq, hidden] of every head, or of the base and of the joint head's layer."""
-        return states(self.layered, input_ids, **inputs)
+    def base(self) -> PreTrainedModel:
+        """The transformers language model."""
+        return self.exported.base
 
 
-def layered(base: PreTrainedModel, drafter: Drafter | None) -> MultiTokenModel | PreTrainedModel:
-    """The part of an export that has layers, and runs up to the output embedding."""
-    if isinstance(drafter, CPModel):
-        return drafter.multi
-    return drafter if isinstance(drafter, MultiTokenModel) else base
-
-
-def states(model: nn.Module, input_ids: Tensor, **inputs: Any) -> tuple[Tensor, ...]:
-    """Normed hidden states [batch, seq, hidden] of every head; of the base alone where there are no further heads."""
-    if isinstance(model, MultiTokenModel):
-        return model.states(input_ids, **inputs)
-    inputs.setdefault("use_cache", inputs.get("past_key_values") is not None)
-    return (model.base_model(input_ids=input_ids, **inputs).last_hidden_state,)  # type: ignore[operator]
-
-
-def inspect(base: PreTrainedModel, drafter: Drafter | None, context_length: int) -> Subject:
+def inspect(exported: Exported, context_length: int) -> Subject:
     """Finds out whether and how the model can be expressed.
 
     Raises:
         ExportError: If something in it cannot be expressed exactly.
     """
-    if isinstance(drafter, LookAheadModel):
-        _check_look_up(base)
-    model = layered(base, drafter)
-    layers = probe_attention(model, lambda ids: states(model, ids, use_cache=False), context_length)
+    exported.check()
+    base = exported.base
+    layers = probe_attention(exported.layered, lambda ids: exported.states(ids, use_cache=False), context_length)
     if sorted(layers) != list(range(len(layers))):
         raise ExportError(f"the layers' cache indices are {sorted(layers)}, not 0 to {len(layers) - 1}: not supported")
     shapes = {(spec.kv_heads, spec.head_size) for spec in layers.values()}
     if len(shapes) > 1:
         raise ExportError(f"the layers' caches differ in shape {sorted(shapes)}: not supported")
     rotary = read_rotary(base, base.base_model, layers[0].head_size, context_length)
-    return Subject(base, drafter, context_length, dict(sorted(layers.items())), rotary)
-
-
-def _check_look_up(base: PreTrainedModel) -> None:
-    """Makes sure that the input embedding does nothing but look a row up, and that its rows are the vocabulary's."""
-    own = base.get_input_embeddings()
-    table: Tensor = own.weight  # type: ignore[assignment]
-    rows, outputs = len(table), len(base.get_output_embeddings().weight)
-    if rows != outputs:
-        raise ExportError(
-            f"{type(base).__name__} embeds {rows} tokens and predicts {outputs}: look-ahead tokens would not follow "
-            "the vocabulary"
-        )
-    ids = torch.arange(0, rows, max(1, rows // 256))[None]
-    with torch.no_grad():
-        if not torch.equal(own(ids), nn.functional.embedding(ids, table)):
-            raise ExportError(
-                f"{type(base).__name__} does more to its input embedding than look it up (scaling): look-ahead "
-                "embeddings are not supported on it"
-            )
+    return Subject(exported, context_length, dict(sorted(layers.items())), rotary)
 
 
 class Traced(nn.Module):
@@ -135,7 +69,7 @@ class Traced(nn.Module):
 
     def __init__(self, subject: Subject, emitter: Emitter) -> None:
         super().__init__()
-        self.model = subject.layered
+        self.model = subject.exported.layered
         self.subject = subject
         self.emitter = emitter
         if subject.rotary.inside:
@@ -167,7 +101,7 @@ class Traced(nn.Module):
         else:  # the rows are the last positions that the mask covers
             seq = input_ids.shape[1]
             inputs["position_ids"] = (lengths - seq)[:, None] + torch.arange(seq)
-        all_states = self.subject.states(input_ids, **inputs)
+        all_states = self.subject.exported.states(input_ids, **inputs)
         return (*all_states, *(x for layer in sorted(emitter.present) for x in emitter.present[layer]))
 
 
@@ -183,21 +117,6 @@ def output_embedding_aside(base: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         base.set_output_embeddings(own)
-
-
-@contextmanager
-def input_embedding_extended(subject: Subject) -> Iterator[None]:
-    """Puts the look-ahead embeddings behind the vocabulary's for the duration: one table, one look-up."""
-    if not isinstance(subject.drafter, LookAheadModel):
-        yield
-        return
-    own = subject.base.get_input_embeddings()
-    table = subject.drafter.table().detach()
-    try:
-        subject.base.set_input_embeddings(nn.Embedding.from_pretrained(table))
-        yield
-    finally:
-        subject.base.set_input_embeddings(own)
 
 
 @contextmanager
@@ -241,10 +160,10 @@ def trace(subject: Subject) -> tuple[ir.Model, WeightStore]:
         stack.enter_context(quiet())
         stack.enter_context(torch.no_grad())
         stack.enter_context(output_embedding_aside(subject.base))
-        stack.enter_context(input_embedding_extended(subject))
-        stack.enter_context(rms_norms_fused(subject.layered))
+        stack.enter_context(subject.exported.tracing())
+        stack.enter_context(rms_norms_fused(subject.exported.layered))
         stack.enter_context(rotary_replaced(subject.base, subject.base.base_model, subject.rotary))
-        stack.enter_context(emitting(subject.layered, emitter))
+        stack.enter_context(emitting(subject.exported.layered, emitter))
         program = torch.onnx.export(
             module,
             (ids, mask, past),
@@ -256,7 +175,7 @@ def trace(subject: Subject) -> tuple[ir.Model, WeightStore]:
         )
     assert program is not None
     model = program.model
-    _name_ends(model, subject.n_states)
+    _name_ends(model, subject.exported.n_states)
     store = WeightStore()
     for value in model.graph.initializers.values():
         store.adopt(value)

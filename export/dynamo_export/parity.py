@@ -11,21 +11,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from dynamo_model import CPModel, LookAheadModel
 from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.errors import DynamoError
 from dynamo_runtime.session import Session
+from dynamo_runtime.step import ALL, NONE, At, Last
 
 from .attention import attention_implementation
-from .compare import TOLERANCE, Passed, Row, Values, compare
+from .compare import TOLERANCE, Case, Passed, Row, Values, between, compare
 from .errors import ExportError
 from .graph import Subject
+from .registry import EXPORTS
 
 SHORT = 24  # tokens of the case that crosses nothing
 DEFAULT_LENGTH = 16_384
@@ -47,31 +49,6 @@ class Boundary:
     name: str
     position: int
     must: bool
-
-
-@dataclass(frozen=True)
-class Case:
-    """Two sequences around one boundary and what torch says of them.
-
-    Attributes:
-        name: What the boundary is.
-        tokens: int64 [length].
-        other: As `tokens` up to `fork`, other tokens from there on.
-        start: First position whose logits are compared.
-        fork: First position in which `other` differs.
-        expected: What torch puts out at positions from `start` on.
-        expected_other: The same for `other`.
-        implementation: transformers' attention that made them.
-    """
-
-    name: str
-    tokens: np.ndarray
-    other: np.ndarray
-    start: int
-    fork: int
-    expected: Values
-    expected_other: Values
-    implementation: str
 
 
 def boundaries(subject: Subject, longest: int) -> list[Boundary]:
@@ -105,7 +82,7 @@ def boundaries(subject: Subject, longest: int) -> list[Boundary]:
 
 def _span(subject: Subject) -> int:
     """Positions compared on each side of a boundary: room for a pass of every size."""
-    return max(8, 2 * (subject.n_tokens + 1))
+    return max(8, 2 * (subject.exported.topology.n_tokens + 1))
 
 
 def reference(subject: Subject, longest: int, seed: int = 0) -> tuple[list[Case], list[str]]:
@@ -138,8 +115,7 @@ def reference(subject: Subject, longest: int, seed: int = 0) -> tuple[list[Case]
         tokens = rng.integers(0, vocab, length)
         other = tokens.copy()
         other[fork:] = (other[fork:] + rng.integers(1, vocab, length - fork)) % vocab
-        if isinstance(subject.drafter, LookAheadModel):
-            _put_look_ahead(tokens, other, fork, vocab, subject.drafter.n_look_ahead)
+        subject.exported.prepare(tokens, other, fork)
         implementation = _implementation(subject, length)
         expected, expected_other = (torch_values(subject, ids, start, implementation) for ids in (tokens, other))
         if short:
@@ -148,27 +124,15 @@ def reference(subject: Subject, longest: int, seed: int = 0) -> tuple[list[Case]
     return cases, left_out
 
 
-def _put_look_ahead(tokens: np.ndarray, other: np.ndarray, fork: int, vocab: int, count: int) -> None:
-    """Writes all look-ahead ids into `tokens` from `fork` on, and at the end of `other`.
-
-    So rolling back to `fork` is what the runtime does: drop look-ahead tokens, go on with tokens, look ahead again.
-    """
-    ids = vocab + np.arange(count)
-    tokens[fork : fork + count] = ids[: len(tokens) - fork]
-    other[-count:] = ids
-
-
 def _implementation(subject: Subject, length: int) -> str:
     """Eager attention where its scores fit into memory, else torch's own fused one."""
     heads = max(spec.heads for spec in subject.attention.values())
-    weights = sum(p.numel() for p in subject.layered.parameters()) * 4
+    weights = sum(p.numel() for p in subject.exported.layered.parameters()) * 4
     return "eager" if 3 * heads * length**2 * 4 <= max(EAGER_BYTES, weights) else "sdpa"
 
 
 def torch_values(subject: Subject, tokens: np.ndarray, start: int, implementation: str) -> Values:
     """Every output that is compared, from one pass of the torch model without a cache.
-
-    What `forward` of the drafter returns, but with the output embedding, and a joint head, on the rows wanted alone.
 
     Args:
         subject: What is exported.
@@ -179,34 +143,15 @@ def torch_values(subject: Subject, tokens: np.ndarray, start: int, implementatio
     Returns:
         Arrays [length - start, parts, width].
     """
-    base, drafter = subject.base, subject.drafter
-    embedding = base.get_output_embeddings()
-    ids = torch.from_numpy(tokens)[None]
-    with attention_implementation(subject.layered, implementation), torch.no_grad():
-        if isinstance(drafter, LookAheadModel):
-            states = [base.base_model(inputs_embeds=drafter.embed(ids), use_cache=False).last_hidden_state]
-        else:
-            states = list(subject.states(ids, use_cache=False))
-        joint = {}
-        if isinstance(drafter, CPModel):
-            log_w, factors = drafter.mixture(states.pop()[0, start:])
-            joint = {"gate": log_w[:, None].numpy(), "factor_logits": embedding(factors.flatten(1, 2)).numpy()}
-        logits = {_name(head): embedding(state[0, start:])[:, None].numpy() for head, state in enumerate(states, 1)}
-        return logits | joint
-
-
-def _name(head: int) -> str:
-    return "logits" if head == 1 else f"logits_{head}"
+    with attention_implementation(subject.exported.layered, implementation), torch.no_grad():
+        return subject.exported.values(torch.from_numpy(tokens)[None], start)
 
 
 def _check_head(subject: Subject, tokens: np.ndarray, expected: np.ndarray, implementation: str) -> None:
     """Makes sure that the base does nothing else to its logits (scaling, soft-capping)."""
     ids = torch.from_numpy(tokens)[None]
-    with attention_implementation(subject.layered, implementation), torch.no_grad():
-        if isinstance(subject.drafter, LookAheadModel):
-            own = subject.drafter(ids, use_cache=False)[0].numpy()
-        else:
-            own = subject.base(ids, use_cache=False).logits[0].numpy()
+    with attention_implementation(subject.exported.layered, implementation), torch.no_grad():
+        own = subject.exported.logits(ids)[0].numpy()
     if own.shape != expected.shape or np.abs(own - expected).max() > TOLERANCE * max(1.0, float(np.abs(own).max())):
         raise ExportError(
             f"{type(subject.base).__name__} changes its logits after the output embedding (scaling or soft-capping): "
@@ -228,23 +173,25 @@ def gate(bundle: Bundle, cases: list[Case]) -> list[Row]:
         ExportError: The bundle does not even run.
     """
     rows: list[Row] = []
+    put_out = partial(EXPORTS[bundle.topology.kind].put_out, bundle.topology)
     try:
         session = Session(bundle, provider="cpu")
         for case in tqdm(cases, desc="parity", unit="case", leave=False, disable=None):
-            for run, steps in _runs(session, case, bundle):
-                rows += compare(case.name, len(case.tokens), run, steps)
+            for run, steps in _runs(session, case):
+                rows += compare(case, run, steps, put_out)
     except (DynamoError, RuntimeError) as error:  # the second is onnxruntime's, when a pass fails
         raise ExportError(f"the exported bundle does not run: {error}") from error
     return rows
 
 
-def _runs(session: Session, case: Case, bundle: Bundle) -> Iterator[tuple[str, list[Passed]]]:
+def _runs(session: Session, case: Case) -> Iterator[tuple[str, list[Passed]]]:
     """Every way of running one case; the name says how many tokens a pass takes."""
     length, start, fork = len(case.tokens), case.start, case.fork
-    most = bundle.n_tokens + 1
+    topology = session.bundle.topology
+    most = topology.n_tokens + 1
     session.cache.reset()
     kept = length - start
-    step = session.step(case.tokens.tolist(), rows=0 if start == 0 else kept, head_rows=list(range(start - length, 0)))
+    step = session.step(case.tokens.tolist(), rows=Last(kept), heads=Last(kept))
     yield "prefill", [(step, case.expected)]
     begin = max(start, 1)
     for size in range(1, most + 1):
@@ -257,8 +204,7 @@ def _runs(session: Session, case: Case, bundle: Bundle) -> Iterator[tuple[str, l
         for size in (1, most):
             session.cache.rollback(begin)
             yield f"skip {size}", list(_skipping(session, case, begin, size))
-    if bundle.look_ahead:
-        yield "look-ahead", list(_look_ahead(session, case, min(fork + len(bundle.look_ahead), length)))
+    yield from EXPORTS[topology.kind].runs(session, case)
     session.cache.reset()
     chunk = max(2, -(-length // 3) - 1)
     for at in range(0, begin, chunk):
@@ -278,15 +224,15 @@ def _steps(
         part = tokens[at : at + size].tolist()
         first, last = at - start, at + len(part) - start
         if turn % 3 == 1 and len(part) > 1:
-            yield session.step(part), _rows(expected, last - 1, last)
+            yield session.step(part), between(expected, last - 1, last)
         elif turn % 3 == 2 and len(part) > 1:
             row = len(part) // 2 - 1
-            step = session.step(part, rows=len(part), head_rows=[row])
-            theirs = _rows(expected, first + row, first + row + 1)
+            step = session.step(part, rows=ALL, heads=At([row]))
+            theirs = between(expected, first + row, first + row + 1)
             yield step, theirs | {"logits": expected["logits"][first:last]}
         else:
-            step = session.step(part, rows=len(part), head_rows=list(range(len(part))))
-            yield step, _rows(expected, first, last)
+            step = session.step(part, rows=ALL, heads=ALL)
+            yield step, between(expected, first, last)
 
 
 def _skipping(session: Session, case: Case, begin: int, size: int) -> Iterator[Passed]:
@@ -296,35 +242,16 @@ def _skipping(session: Session, case: Case, begin: int, size: int) -> Iterator[P
     while at < len(tokens):
         part = tokens[at : at + size].tolist()
         if turn % 4 == 3 or at + size >= len(tokens):
-            step = session.step(part, rows=len(part), head_rows=list(range(len(part))))
-            yield step, _rows(expected, at - start, at + len(part) - start)
+            step = session.step(part, rows=ALL, heads=ALL)
+            yield step, between(expected, at - start, at + len(part) - start)
         else:
-            session.step(part, head_rows=())
+            session.step(part, heads=NONE)
             session.cache.rollback(at + (len(part) + 1) // 2)
         at, turn = session.cache.length, turn + 1
 
 
-def _look_ahead(session: Session, case: Case, upto: int) -> Iterator[Passed]:
-    """As the runtime does: look ahead behind a text, drop that, look ahead behind more text, drop it, and again."""
-    fork, start = case.fork, case.start
-    session.cache.reset()
-    for tokens, expected, at, end in (
-        (case.tokens, case.expected, 0, upto),
-        (case.other, case.expected_other, fork, len(case.other)),
-        (case.tokens, case.expected, fork, upto),
-        (case.other, case.expected_other, fork, len(case.other)),
-    ):
-        session.cache.rollback(at)
-        first = max(at, start)
-        yield session.step(tokens[at:end].tolist(), rows=end - first), _rows(expected, first - start, end - start)
-
-
-def _rows(expected: Values, begin: int, end: int) -> Values:
-    return {name: values[begin:end] for name, values in expected.items()}
-
-
 def as_json(rows: list[Row], cases: list[Case], left_out: list[str]) -> dict[str, Any]:
-    """The table for the manifest."""
+    """The table for the report."""
     return {
         "tolerance": TOLERANCE,
         "passed": all(row.passed for row in rows),

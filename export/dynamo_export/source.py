@@ -8,16 +8,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from dynamo_model import DEFAULT_CHECKPOINT, CheckpointError, CPModel, LookAheadModel, MultiTokenModel, has_heads
-from dynamo_model.checkpoint import COMMANDS, FILES, load_base
+from dynamo_model import DEFAULT_CHECKPOINT, DRAFTERS, CheckpointError, DrafterModel, drafters_of
+from dynamo_model.checkpoint import load_base
 
 from .errors import ExportError
+from .registry import PREFERRED, exported
 
 HUB_FILES = ["*.json", "*.safetensors", "cooccurrence.npz"]  # never a pickle
 log = logging.getLogger("dynamo_export")
-
-Drafter = MultiTokenModel | CPModel | LookAheadModel
-LOADERS: dict[str, type[Drafter]] = {"parallel": MultiTokenModel, "cp": CPModel, "lookahead": LookAheadModel}
 
 
 def find_checkpoint(name: str | Path | None) -> Path:
@@ -64,14 +62,13 @@ def _fetch(repository: str) -> Path:
         hub_log.setLevel(level)
 
 
-def load_model(folder: Path, heads: int | None, kind: str | None = None) -> tuple[PreTrainedModel, Drafter | None]:
+def load_model(folder: Path, heads: int | None, kind: str | None = None) -> tuple[PreTrainedModel, DrafterModel | None]:
     """Loads what is to be exported, in fp32.
 
     Args:
         folder: The checkpoint.
         heads: Parallel token heads wanted; 0 for the plain language model, None for all there are.
-        kind: Drafter wanted, "parallel", "cp" or "lookahead"; None for parallel heads where there are any, else for
-            the only drafter of the checkpoint.
+        kind: Drafter wanted; None for parallel heads where there are any, else for the only one of the checkpoint.
 
     Returns:
         The base, and the drafter around it unless the export is plain.
@@ -79,38 +76,33 @@ def load_model(folder: Path, heads: int | None, kind: str | None = None) -> tupl
     Raises:
         ExportError: If it does not load, has no such drafter, or fewer heads than wanted.
     """
-    if kind is not None and kind not in LOADERS:
-        raise ExportError(f"--drafter must be one of {', '.join(LOADERS)}, not {kind}")
+    if kind is not None and kind not in DRAFTERS:
+        raise ExportError(f"--drafter must be one of {', '.join(DRAFTERS)}, not {kind}")
     try:
         if heads == 0:
             return load_base(folder, torch.float32).eval(), None
-        kind = _choose(folder, heads, kind)
-        model = LOADERS[kind].load(folder, torch.float32).eval()
+        model = DRAFTERS[_choose(folder, heads, kind)].load(folder, torch.float32).eval()
     except CheckpointError as error:
         raise ExportError(str(error)) from error
-    if heads is not None and isinstance(model, MultiTokenModel):
-        if not 2 <= heads <= model.n_heads:
-            raise ExportError(f"--heads must be 0 (the plain model) or 2 to {model.n_heads} here, not {heads}")
-        model.heads = model.heads[: heads - 1]
+    if heads is not None:
+        exported(model.base, model).keep_heads(heads)
     return model.base, model
 
 
 def _choose(folder: Path, heads: int | None, wanted: str | None) -> str:
     """The kind of drafter to export from a checkpoint that may hold several."""
-    if heads is not None and wanted not in (None, "parallel"):
-        raise ExportError(f"--heads {heads} means parallel heads: leave it out with --drafter {wanted}")
-    there = [kind for kind in FILES if has_heads(folder, kind)]
+    there = drafters_of(folder)
     if not there and wanted is None:
         raise ExportError(
             f"{folder} is a plain base model without token heads: train them first with "
-            f"`dynamo-train heads`, or export the plain model with --heads 0"
+            f"`dynamo-train {DRAFTERS[PREFERRED].command}`, or export the plain model with --heads 0"
         )
-    if wanted is None and heads is None and "parallel" not in there and len(there) > 1:
+    if wanted is None and heads is None and PREFERRED not in there and len(there) > 1:
         raise ExportError(f"{folder} has the drafters {' and '.join(there)}: choose one with --drafter")
-    kind = wanted or ("parallel" if heads is not None or "parallel" in there else there[0])
+    kind = wanted or (PREFERRED if heads is not None or PREFERRED in there else there[0])
     if kind not in there:
         others = f"only {' and '.join(there)}" if there else "nor any other"
         raise ExportError(
-            f"{folder} has no {kind} drafter, {others}: train it first with `dynamo-train {COMMANDS[kind]}`"
+            f"{folder} has no {kind} drafter, {others}: train it first with `dynamo-train {DRAFTERS[kind].command}`"
         )
     return kind

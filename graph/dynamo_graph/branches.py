@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from dynamo_runtime.manifest import PassBytes
+
 from .errors import WriteError
 from .walk import upstream
 
@@ -46,8 +48,8 @@ def head_nodes(model: ir.Model) -> set[ir.Node]:
     return {node for node in upstream(*further, *ends) if node not in always and node is not stacked}
 
 
-def pass_bytes(model: ir.Model) -> dict[str, int]:
-    """Bytes of weights that a pass reads: "plain" without the further heads, "heads" for them besides.
+def pass_bytes(model: ir.Model) -> PassBytes:
+    """Bytes of weights that a pass reads.
 
     Weights that are only looked up do not count, as a pass reads a few of their rows.
 
@@ -55,10 +57,9 @@ def pass_bytes(model: ir.Model) -> dict[str, int]:
         model: A graph whose heads are not folded.
     """
     of_heads = head_nodes(model) if find_node(model, STACKED) is not None else set()
-    sizes = {"plain": 0, "heads": 0}
+    read = {False: 0, True: 0}  # by whether heads alone read them
     for value in model.graph.initializers.values():
         readers = [use.node for use in value.uses() if use.node.op_type not in _LOOKUPS]
         if value.const_value is not None and readers:
-            kind = "heads" if all(node in of_heads for node in readers) else "plain"
-            sizes[kind] += value.const_value.nbytes
-    return sizes
+            read[all(node in of_heads for node in readers)] += value.const_value.nbytes
+    return PassBytes(plain=read[False], heads=read[True])

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dynamo_runtime.bundle import MANIFEST, sha256
+from dynamo_runtime.manifest import MANIFEST, REPORT
 
 from .errors import WriteError
 
@@ -29,13 +29,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def listed_files(staged: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file but the manifest."""
-    return {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(staged.iterdir())
-        if path.name != MANIFEST
-    }
+def read_report(folder: Path) -> dict[str, Any]:
+    """What proves a bundle so far; {} if nothing does.
+
+    Raises:
+        WriteError: There is a report, and it is not readable.
+    """
+    if (folder / REPORT).is_file():
+        return read_json(folder / REPORT)
+    older = read_json(folder / MANIFEST)  # of version 2, which held the proofs itself
+    return {"parity": older["parity"]} if older.get("parity") else {}
+
+
+def write_report(folder: Path, **proofs: Any) -> None:
+    """Adds proofs to a bundle's report, by name: "parity", "gates"."""
+    before = read_json(folder / REPORT)
+    if before or proofs:
+        write_json(folder / REPORT, before | proofs)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

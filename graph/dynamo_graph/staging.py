@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from dynamo_runtime.bundle import MANIFEST
+from dynamo_runtime.manifest import REPORT
 
 from .errors import WriteError
 from .files import read_json
@@ -18,6 +19,7 @@ TEXT_FILES = (
     "genai_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    REPORT,
 )
 REPLACED = ".dynamo_config.replaced.json"  # the earlier manifest while its files are being replaced
 

@@ -85,7 +85,7 @@ def _feed(bundle: Bundle, tokens: Sequence[int]) -> dict[str, np.ndarray]:
         "attention_mask": np.ones((1, length), np.int64),
     }
     feed |= {f"past_key_values.{i}.{part}": cache for i in range(bundle.kv_layers) for part in ("key", "value")}
-    return feed | ({"head_rows": np.arange(length)} if bundle.has_head_rows else {})
+    return feed | ({"head_rows": np.arange(length)} if bundle.topology.has_head_rows else {})
 
 
 def cache_ranges(

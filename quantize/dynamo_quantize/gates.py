@@ -21,6 +21,8 @@ from dynamo_runtime import Engine
 from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.scoring import Scores, score_texts
 from dynamo_runtime.session import Session
+from dynamo_runtime.step import ALL
+from dynamo_runtime.strategies import refusal
 
 from .memory import peak_memory
 from .schemes import Limits
@@ -119,10 +121,10 @@ def measure(bundle: Bundle, samples: Samples, reference: Measured | None = None)
             for seed, prompt in enumerate(_bar(samples.prompts, f"acceptance, {name}"))
         ]
         for name, options in STRATEGIES.items()
-        if bundle.n_tokens > 1 and (name != "dynamo" or bundle.kind == "parallel")
+        if bundle.topology.n_tokens > 1 and refusal(name, bundle) is None
     }
     del engine, session
-    graph_bytes = sum(entry["bytes"] for name, entry in bundle.files.items() if name.startswith(bundle.graph))
+    read = pass_bytes(read_model(bundle.graph_path))
     return Measured(
         scores,
         gaps,
@@ -130,9 +132,9 @@ def measure(bundle: Bundle, samples: Samples, reference: Measured | None = None)
         compared,
         difference,
         tokens,
-        graph_bytes,
-        sum(entry["bytes"] for entry in bundle.files.values()),
-        sum(pass_bytes(read_model(bundle.graph_path)).values()),
+        bundle.graph_bytes,
+        sum(record.bytes for record in bundle.files.values()),
+        read.plain + read.heads,
         peak_memory(bundle.folder),
     )
 
@@ -153,8 +155,8 @@ def _widths(
     session: Session, texts: Sequence[Sequence[int]], reference: Measured | None
 ) -> tuple[list[np.ndarray], dict[int, int], int, float]:
     """Gaps, flips by width, positions compared and largest difference; see `Measured`."""
-    heads = range(1, session.bundle.n_heads + 1)
-    widths = range(2, session.bundle.n_tokens + 2)
+    heads = range(1, session.bundle.topology.n_heads + 1)
+    widths = range(2, session.bundle.topology.n_tokens + 2)
     flips, compared, worst, gaps = dict.fromkeys(widths, 0), 0, 0.0, []
     for text in _bar(texts, "width"):
         narrow = _in_passes(session, text, 1, heads)
@@ -179,7 +181,7 @@ def _in_passes(session: Session, text: Sequence[int], width: int, heads: range) 
     found: dict[int, list[np.ndarray]] = {head: [] for head in heads}
     for at in range(0, len(text), width):
         part = text[at : at + width]
-        step = session.step(part, rows=0, head_rows=range(len(part)))
+        step = session.step(part, rows=ALL, heads=ALL)
         for head in heads:
             found[head].append(step.logits(head).copy())
     return {head: np.concatenate(rows) for head, rows in found.items()}

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from dynamo_graph.branches import pass_bytes
-from dynamo_graph.files import listed_files, version, write_json
+from dynamo_graph.files import read_report, version, write_json, write_report
 from dynamo_graph.read import read_model
 from dynamo_graph.staging import Target, discard
-from dynamo_runtime.bundle import MANIFEST, Bundle, load_bundle
+from dynamo_runtime.bundle import Bundle, list_files, load_bundle
 from dynamo_runtime.corpus import read_documents
 from dynamo_runtime.errors import DynamoError
+from dynamo_runtime.manifest import Quantization
 
 from . import gates
 from .errors import QuantizeError
@@ -149,26 +150,28 @@ def write_bundle(
     parts = write_graph(bundle, scheme, folder / graph, texts, external)
     _copy_rest(bundle, folder, graph)
     used = {"text": OWN if calibration is None else Path(calibration).name, "tokens": sum(map(len, texts))}
-    manifest = dict(bundle.manifest) | {
-        "graph": graph,
-        "precision": scheme.name,
-        "quantization": {
-            "scheme": scheme.name,
-            "parts": {str(part): names for part, names in parts.items()},
-            "kv_cache": scheme.kv_cache if scheme.kv_cache != "fp32" else scheme.activations,
-            "calibration": used if texts else None,
-            "lossless": not scheme.dynamic,
-            "versions": {name: version(name) for name in ("dynamo-edge", "onnx", "onnxruntime")},
-        },
-        "pass_bytes": pass_bytes(read_model(folder / graph)),
-        "files": listed_files(folder),
-    }
-    write_json(folder / MANIFEST, manifest)
+    made = replace(
+        bundle,
+        folder=folder,
+        graph=graph,
+        precision=scheme.name,
+        quantization=Quantization(
+            scheme=scheme.name,
+            parts={str(part): names for part, names in parts.items()},
+            kv_cache=scheme.kv_cache if scheme.kv_cache != "fp32" else scheme.activations,
+            calibration=used if texts else None,
+            lossless=not scheme.dynamic,
+            versions={name: version(name) for name in ("dynamo-edge", "onnx", "onnxruntime")},
+        ),
+        pass_bytes=pass_bytes(read_model(folder / graph)),
+        files=list_files(folder),
+    )
+    made.write_manifest()
     return load_bundle(folder)
 
 
 def _pass_gates(full: Bundle, small: Bundle, scheme: Scheme, samples: gates.Samples, allow_degraded: bool) -> None:
-    """Runs both bundles, prints the table, and puts it into the manifest of the smaller one.
+    """Runs both bundles, prints the table, and puts it into the report of the smaller one.
 
     Raises:
         QuantizeError: A limit is not kept, and that is not allowed.
@@ -185,13 +188,11 @@ def _pass_gates(full: Bundle, small: Bundle, scheme: Scheme, samples: gates.Samp
             f"{failed[0].figure}, {failed[0].value:.4g} where {failed[0].limit:.4g} is allowed): nothing was written "
             "(--allow-degraded writes it all the same)"
         )
-    manifest = dict(small.manifest)
-    manifest["quantization"] |= {
-        "lossless": not scheme.dynamic and not any(row.gate == "width" for row in failed),
-        "degraded": bool(failed),
-        "gates": {"limits_percent": asdict(scheme.limits)} | gates.as_json(rows, samples),
-    }
-    write_json(small.folder / MANIFEST, manifest)
+    assert small.quantization is not None
+    flipped = any(row.gate == "width" for row in failed)
+    quantization = replace(small.quantization, lossless=not scheme.dynamic and not flipped, degraded=bool(failed))
+    write_report(small.folder, gates={"limits_percent": asdict(scheme.limits)} | gates.as_json(rows, samples))
+    replace(small, quantization=quantization, files=list_files(small.folder)).write_manifest()
 
 
 def _samples(bundle: Bundle, source: str | Path | None) -> gates.Samples:
@@ -211,6 +212,7 @@ def _copy_rest(bundle: Bundle, staged: Path, graph: str) -> None:
     for name in bundle.files:
         if not name.startswith(bundle.graph):
             shutil.copyfile(bundle.folder / name, staged / name)
+    write_report(staged, **read_report(bundle.folder))
     interop = staged / "genai_config.json"
     if interop.is_file():
         config = json.loads(interop.read_text(encoding="utf-8"))

@@ -82,10 +82,19 @@ class Cooccurrence:
         parent, rank = np.divmod(kept, len(tokens))
         return parent, order[rank], found[kept]
 
-    def frequency(self, order: int, nodes: np.ndarray) -> np.ndarray:
-        """p̂(x1..xn) of counted n-grams, [S]: the numerator of Eq. 6."""
-        frequency: np.ndarray = self._levels[order - 2].counts[nodes] / self._totals[order - 1]
-        return frequency
+    def mask(self, order: int, nodes: np.ndarray, chance: np.ndarray, alpha: float) -> np.ndarray:
+        """m^α_c of counted n-grams, [S]: ``(p̂(x_1..x_n) / Π p̂(x_i))^α_c`` (DynaMo, Eq. 3 and 6).
+
+        Args:
+            order: n, from 2.
+            nodes: The n-grams, [S].
+            chance: Π p̂(x_i), how often they would be there by chance, [S]. A factor that all of them share may be left
+                out, if what the mask is put on is normalised afterwards.
+            alpha: α_c.
+        """
+        frequency = self._levels[order - 2].counts[nodes] / self._totals[order - 1]
+        ratio = np.divide(frequency, chance, out=np.zeros(len(nodes)), where=chance > 0)
+        return ratio if alpha == 1 else ratio**alpha
 
 
 def load_cooccurrence(path: Path, vocab_size: int | None = None) -> Cooccurrence:

@@ -54,12 +54,14 @@ class CountedGrams:
 
     Attributes:
         cells: Their cells in the top-k grid, numbered in row-major order, [S].
-        weights: Π f^i(x_i) / p̂(x_i)^α_c, [S].
+        product: Π f^i(x_i), [S].
+        chance: Π p̂(x_i), [S].
         nodes: Where they are in the trie of counts, [S].
     """
 
     cells: np.ndarray
-    weights: np.ndarray
+    product: np.ndarray
+    chance: np.ndarray
     nodes: np.ndarray
 
 
@@ -164,7 +166,7 @@ def back_off(
         longest = 1  # by definition: J = 1 can be reached by a sole survivor
     if parameters.cooccurrence_weight > 0 and counts is not None:
         longest = min(longest, counts.orders)
-        walk = walk_counts(heads[:longest], counts, parameters.cooccurrence_weight)
+        walk = walk_counts(heads[:longest], counts)
     else:
         walk = []
     for n in range(longest, 1, -1):
@@ -197,9 +199,8 @@ def surviving_joint(
     if counted is None or counts is None:
         cells, values = _product_above(heads, threshold)
     else:
-        frequency = counts.frequency(n, counted.nodes)
-        alpha = parameters.cooccurrence_weight
-        cells, values = counted.cells, counted.weights * (frequency if alpha == 1 else frequency**alpha)
+        mask = counts.mask(n, counted.nodes, counted.chance, parameters.cooccurrence_weight)
+        cells, values = counted.cells, counted.product * mask
         total = values.sum()
         if not total > 0:
             return None  # no n-gram was ever seen
@@ -232,32 +233,26 @@ def surviving_joint(
     return Joint(ranks, tokens, values)
 
 
-def walk_counts(heads: Sequence[Candidates], counts: Cooccurrence, alpha: float) -> list[CountedGrams]:
+def walk_counts(heads: Sequence[Candidates], counts: Cooccurrence) -> list[CountedGrams]:
     """Counted n-grams made of the heads' top-k tokens, for n = 1 … len(heads): back-off finds them ready.
 
     Args:
         heads: f^1 … f^n.
         counts: The trie to walk.
-        alpha: α_c > 0.
     """
-    weights = [_unmasked_weight(head, counts, alpha) for head in heads]
     first = heads[0]
-    grams = CountedGrams(np.arange(len(first.ids)), weights[0], first.ids)
+    grams = CountedGrams(np.arange(len(first.ids)), first.probabilities, counts.unigram[first.ids], first.ids)
     walk = [grams]
     for n, head in enumerate(heads[1:], 2):
         parent, rank, nodes = counts.extend(n, grams.nodes, head.ids)
-        cells = grams.cells[parent] * len(head.ids) + rank
-        grams = CountedGrams(cells, grams.weights[parent] * weights[n - 1][rank], nodes)
+        grams = CountedGrams(
+            cells=grams.cells[parent] * len(head.ids) + rank,
+            product=grams.product[parent] * head.probabilities[rank],
+            chance=grams.chance[parent] * counts.unigram[head.ids[rank]],
+            nodes=nodes,
+        )
         walk.append(grams)
     return walk
-
-
-def _unmasked_weight(head: Candidates, counts: Cooccurrence, alpha: float) -> np.ndarray:
-    """f(x) / p̂(x)^α_c, [k]; 0 for a token that was never seen."""
-    unigram = counts.unigram[head.ids]
-    if alpha != 1:
-        unigram = unigram**alpha
-    return np.divide(head.probabilities, unigram, out=np.zeros(len(unigram)), where=unigram > 0)
 
 
 def count_repeats(tokens: np.ndarray, seen: np.ndarray) -> np.ndarray:

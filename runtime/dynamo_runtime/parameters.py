@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from .errors import ParameterError
 
@@ -12,6 +12,28 @@ ADAPTIVE = ("blur", "otsu", "none")
 PREMASK_TESTS = ("sole", "all", "none")
 FIRST_TOKENS = ("joint", "base")
 DRAFT_CHOICES = ("argmax", "sample")
+
+
+TARGET = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty"})
+"""Parameters of plain decoding's choice of a token."""
+
+DYNAMO_ONLY = frozenset(
+    {
+        "backoff_threshold",
+        "cooccurrence_weight",
+        "adaptive_threshold",
+        "otsu_zeros",
+        "normalize_joint",
+        "premask_test",
+        "first_token",
+    }
+)
+"""Parameters of the paper's Algorithm 1."""
+
+DRAFTS_ONLY = frozenset({"draft_tokens", "draft_choice", "draft_cooccurrence_weight", "draft_confidence"})
+"""Parameters of drafts that the target verifies."""
+
+_OF_COUNTS = ("cooccurrence_weight", "draft_cooccurrence_weight")
 
 
 @dataclass(frozen=True)
@@ -110,27 +132,60 @@ class SamplingParameters:
             raise ParameterError(f"{name} must be a finite number, {least}{most}, not {value}")
 
 
-def resolve_parameters(
-    defaults: Mapping[str, Any], given: Mapping[str, Any], *, has_counts: bool
-) -> SamplingParameters:
-    """The parameters of one generation: given ones, else the bundle's, else the paper's.
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `SamplingParameters` as keywords; None is as good as absent."""
 
-    Without counts there is no mask to weigh, so α_c is then 0 unless it is given.
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    backoff_threshold: float | None
+    cooccurrence_weight: float | None
+    adaptive_threshold: str | None
+    otsu_zeros: bool | None
+    normalize_joint: bool | None
+    premask_test: str | None
+    first_token: str | None
+    draft_tokens: int | None
+    draft_choice: str | None
+    draft_cooccurrence_weight: float | None
+    draft_confidence: float | None
+
+
+def resolve_parameters(
+    defaults: Mapping[str, Any] | SamplingParameters, given: Mapping[str, Any], *, has_counts: bool
+) -> SamplingParameters:
+    """The parameters of one generation: given ones, else the defaults, else the paper's.
+
+    Without counts there is no mask to weigh, so its exponents are then 0 unless they are given.
 
     Args:
-        defaults: The manifest's "sampling"; fields it has beyond ours belong to other programs and are left
-            alone.
+        defaults: The manifest's "sampling", whose fields beyond ours belong to other programs and are left alone; or
+            the caller's own, in place of those.
         given: What the caller named; None means not given.
         has_counts: Whether the bundle has n-gram counts.
 
     Raises:
-        ParameterError: An unknown name among `given`, or a value out of range.
+        ParameterError: An unknown name among `given`, a value out of range, or a mask without counts.
     """
     names = {field.name for field in dataclasses.fields(SamplingParameters)}
     if unknown := sorted(set(given) - names):
         raise ParameterError(f"unknown parameter {unknown[0]}; there are {', '.join(sorted(names))}")
-    values = {name: value for name, value in defaults.items() if name in names}
-    if not has_counts:
-        values["cooccurrence_weight"] = 0.0
+    without = {} if has_counts else dict.fromkeys(_OF_COUNTS, 0.0)
+    if isinstance(defaults, SamplingParameters):
+        values = without | changed(defaults)
+    else:
+        values = {name: value for name, value in defaults.items() if name in names} | without
     values |= {name: value for name, value in given.items() if value is not None}
-    return SamplingParameters(**values)
+    resolved = SamplingParameters(**values)
+    for name in without:
+        if getattr(resolved, name) > 0:
+            raise ParameterError(f"this bundle has no n-gram counts (cooccurrence.npz): {name} must be 0")
+    return resolved
+
+
+def changed(parameters: SamplingParameters) -> dict[str, Any]:
+    """The fields that are not the paper's defaults: what whoever made it named."""
+    paper = dataclasses.asdict(SamplingParameters())
+    return {name: value for name, value in dataclasses.asdict(parameters).items() if value != paper[name]}

@@ -3,10 +3,10 @@
 import importlib.metadata
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypedDict
 
 from .errors import BundleError, ParameterError, ProviderError
 from .wire import without_ends
@@ -177,6 +177,29 @@ class Backend:
                 "the fp32 one with `dynamo-export -m FP32-BUNDLE GPU/model.onnx --quantize fp16`"
             )
         return self.provider
+
+
+class BackendOptions(TypedDict, total=False):
+    """The fields of `Backend` as keywords."""
+
+    provider: str
+    provider_options: Mapping[str, str]
+    threads: int | None
+    spinning: bool
+    optimization: str
+    profile_prefix: str | None
+
+
+def backend_of(backend: Backend | None, options: BackendOptions) -> Backend:
+    """A backend with some fields put in place of its own.
+
+    Raises:
+        ParameterError: A field is unknown or out of range.
+    """
+    names = [each.name for each in fields(Backend)]
+    if unknown := sorted(set(options) - set(names)):
+        raise ParameterError(f"unknown option {unknown[0]} of the backend; there are {', '.join(names)}")
+    return replace(backend or Backend(), **options)
 
 
 def _short(name: str) -> str:

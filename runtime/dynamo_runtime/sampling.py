@@ -7,7 +7,7 @@ import numpy as np
 
 from .errors import ParameterError
 from .parameters import SamplingParameters
-from .session import Step
+from .step import Step
 
 LogitsProcessor = Callable[[Sequence[int], np.ndarray], np.ndarray]
 """Maps (context tokens, logits [V]) to new logits [V]; -inf forbids a token."""

@@ -1,18 +1,22 @@
 """Decoding strategies: what to ask of a forward pass, and which tokens it lets through."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from .bundle import Bundle
-from .device.plan import Acceptances, Knowledge, Planner
-from .drafters import make_drafter, propose
+from .device.costs import Knowledge
+from .device.plan import Planner
+from .drafting import NOTHING, Ask, Drafter, Passed, Proposer
 from .dynamo import check_dynamo, emitted_length, sample_ngram
 from .errors import ParameterError
-from .parameters import SamplingParameters
+from .parameters import DRAFTS_ONLY, DYNAMO_ONLY, TARGET, SamplingParameters
+from .registry import can_draft, make_drafter
 from .sampling import (
     Candidates,
     Context,
@@ -22,19 +26,23 @@ from .sampling import (
     sort_logits,
     truncate,
 )
-from .session import Step
+from .step import Step
 from .verification import Draft, verify
+
+TARGET_SPEEDUP = "target_speedup"
+"""What may be given instead of a back-off threshold."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a strategy makes of one pass.
+    """What a strategy makes of one pass, and what it wants of the next.
 
     Attributes:
         tokens: New tokens, final. Their keys and values are not in the cache yet: the next pass feeds them.
         accepted: How many of the drafts that the pass was fed are final as well; the cache rolls back behind
             them.
         drafts: Guesses for the tokens after `tokens`, to be fed with them and judged by the next turn.
+        ask: What the next pass is to be fed and to compute besides.
         weighed: Further tokens that were guessed and judged on the spot, without being fed; those let through
             are in `tokens`, behind the first.
     """
@@ -42,25 +50,27 @@ class Turn:
     tokens: list[int]
     accepted: int = 0
     drafts: list[Draft] = field(default_factory=list)
+    ask: Ask = NOTHING
     weighed: int = 0
 
 
 class Strategy(Protocol):
     """A drafter and an acceptance rule on the step that all strategies share.
 
-    Every pass is fed the final tokens that the cache does not hold yet, then the drafts, then `look_ahead`. The step
-    has one row of the first head for the last final token, one for every draft and one for every id of `look_ahead`;
-    of the further heads it has those of them that stand before `look_ahead`.
+    Every pass is fed the final tokens that the cache does not hold yet, then the drafts, then look-ahead ids if they
+    were asked for. The step has one row of the first head for the last final token, one for every draft and one for
+    every look-ahead id; of further heads, if asked for, those that stand before the look-ahead ids.
 
     Attributes:
         name: What the user calls it.
-        look_ahead: Ids fed behind the text for the drafter's sake, and never kept.
-        reads_heads: Whether the next step is read for more than the first head; else further heads are left out of it.
+        ask: What the first pass is to be fed and to compute besides.
     """
 
     name: str
-    look_ahead: Sequence[int]
-    reads_heads: bool
+
+    @property
+    def ask(self) -> Ask:
+        """See above."""
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
         """Judge the drafts by this pass and go on from the last accepted one.
@@ -73,8 +83,8 @@ class Autoregressive:
     """One token a pass, from the first head."""
 
     name = "autoregressive"
-    look_ahead: Sequence[int] = ()
-    reads_heads = False
+    reads: ClassVar[Collection[str]] = TARGET
+    ask = NOTHING
 
     def __init__(self, bundle: Bundle, parameters: SamplingParameters, processors: Sequence[LogitsProcessor] = ()):
         self._target = Target(parameters, processors)
@@ -91,24 +101,42 @@ class Speculative:
     """
 
     name = "speculative"
+    reads: ClassVar[Collection[str]] = TARGET | DRAFTS_ONLY
 
-    def __init__(self, bundle: Bundle, parameters: SamplingParameters, processors: Sequence[LogitsProcessor] = ()):
+    def __init__(
+        self,
+        bundle: Bundle,
+        parameters: SamplingParameters,
+        processors: Sequence[LogitsProcessor] = (),
+        drafter: str | Drafter | None = None,
+    ):
+        """Take a drafter: one of `registry.DRAFTERS` by name, or one of your own; None is the bundle's."""
         self._target = Target(parameters, processors)
-        self._drafter = make_drafter(bundle, parameters)
-        self.look_ahead = self._drafter.look_ahead
-        self.reads_heads = bundle.has_head_rows
+        self._drafter = make_drafter(bundle, parameters, drafter)
         masked = parameters.draft_cooccurrence_weight > 0 and bundle.has_cooccurrence
-        self._counts = bundle.cooccurrence if masked else None
+        self._proposer = Proposer(self._drafter, parameters, bundle.cooccurrence if masked else None)
         self._parameters = parameters
+
+    @property
+    def ask(self) -> Ask:
+        """What the drafter wants."""
+        return self._drafter.ask
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
         """Verify the drafts, add the token that follows them, and draft on from there."""
+        passed = self._judge(step, context, drafts, rng)
+        following = self._proposer.propose(passed, rng, self._worth)
+        return Turn(passed.final[-1:], passed.accepted, following, self.ask)
+
+    def _judge(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Passed:
+        """Drafts that stand become final, and the token that the target puts behind them."""
         accepted, token = self._verify(step, context, drafts, rng)
-        return Turn([token], accepted, self._propose(step, len(drafts), accepted, token, rng))
+        return Passed(step, context, [*(draft.token for draft in drafts[:accepted]), token], len(drafts))
 
     def _verify(
         self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator
     ) -> tuple[int, int]:
+        """How many drafts stand, and the token behind them."""
         if not drafts:
             return 0, self._target.sample(step, context, rng.random(), 0)
         trial = context.fork()
@@ -119,11 +147,6 @@ class Speculative:
             return self._target.distribution(step, trial, accepted)
 
         return verify(drafts, target, rng.random)
-
-    def _propose(self, step: Step, judged: int, accepted: int, token: int, rng: np.random.Generator) -> list[Draft]:
-        if not self._drafter.start(step, judged, accepted):
-            return []
-        return propose(self._drafter, token, self._parameters, self._counts, rng, self._worth)
 
     def _worth(self, confidences: Sequence[float]) -> bool:
         return math.prod(confidences) >= self._parameters.draft_confidence
@@ -139,74 +162,78 @@ class Auto(Speculative):
         bundle: Bundle,
         parameters: SamplingParameters,
         processors: Sequence[LogitsProcessor] = (),
+        drafter: str | Drafter | None = None,
         knowledge: Knowledge | None = None,
     ):
         """Plan with what the device has been measured to cost, or else with what such devices usually do.
 
         Args:
-            bundle: With a drafter.
+            bundle: What runs.
             parameters: Those whose names begin with draft_, and the target's.
             processors: Of the target's logits.
+            drafter: See `Speculative`.
             knowledge: Of the device and the drafter.
         """
-        super().__init__(bundle, parameters, processors)
-        depth = min(parameters.draft_tokens or self._drafter.depth, self._drafter.depth)
-        self._ahead = self.look_ahead
+        super().__init__(bundle, parameters, processors, drafter)
         knowledge = knowledge or Knowledge.of(bundle, None)
-        acceptances = Acceptances(depth, knowledge.drafts_at(parameters.temperature))
-        self._planner = Planner(knowledge.costs, acceptances, len(self._ahead))
-        self._has_heads = bundle.has_head_rows
-        self._follow()
+        acceptances = knowledge.acceptances(self._proposer.depth, parameters.temperature)
+        self._planner = Planner(knowledge.costs, acceptances, self._drafter.ask)
+
+    @property
+    def ask(self) -> Ask:
+        """What the drafter wants, if the next pass is to yield drafts."""
+        return self._drafter.ask if self._planner.drafting else NOTHING
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
         """Verify what drafts there are, draft on if the pass was asked for drafts, and plan the next."""
         planner = self._planner
-        accepted, token = self._verify(step, context, drafts, rng)
+        passed = self._judge(step, context, drafts, rng)
+        token, accepted = passed.final[-1:], passed.accepted
         if drafts:
             planner.acceptances.add([draft.confidence for draft in drafts], accepted)
         if not planner.drafting:
-            if planner.wait():
-                self._follow()
-            return Turn([token], accepted)
-        following = self._propose(step, len(drafts), accepted, token, rng)
+            planner.wait()
+            return Turn(token, accepted, ask=self.ask)
+        following = self._proposer.propose(passed, rng, self._worth)
         planner.plan([draft.confidence for draft in following], len(context.tokens) + len(drafts))
-        self._follow()
-        return Turn([token], accepted, following)
+        return Turn(token, accepted, following, self.ask)
 
     def _worth(self, confidences: Sequence[float]) -> bool:
         return super()._worth(confidences) and self._planner.worth(confidences)
-
-    def _follow(self) -> None:
-        """Have the next pass computed as planned."""
-        drafting = self._planner.drafting
-        self.reads_heads = drafting and self._has_heads
-        self.look_ahead = self._ahead if drafting else ()
 
 
 class Dynamo:
     """Dynamic multi-token sampling (DynaMo, Alg. 1): 1 to n tokens a pass, emitted without verification."""
 
     name = "dynamo"
-    look_ahead: Sequence[int] = ()
-    reads_heads = True
+    reads: ClassVar[Collection[str]] = TARGET | DYNAMO_ONLY | {TARGET_SPEEDUP}
+    ask = Ask(heads=True)
 
     def __init__(self, bundle: Bundle, parameters: SamplingParameters, processors: Sequence[LogitsProcessor] = ()):
-        if bundle.n_heads < 2:
-            raise ParameterError("strategy dynamo needs a graph with several heads, and this one has only the first")
+        n_heads = bundle.topology.n_heads
+        if not self.fits(bundle):
+            raise ParameterError(
+                "strategy dynamo needs a graph with several heads (parallel ones), and this one has only the first"
+            )
         counted = parameters.cooccurrence_weight > 0 and bundle.has_cooccurrence
         self._counts = bundle.cooccurrence if counted else None
-        check_dynamo(parameters, bundle.n_heads, self._counts)
-        self._heads = range(1, bundle.n_heads + 1)
+        check_dynamo(parameters, n_heads, self._counts)
+        self._heads = range(1, n_heads + 1)
         self._parameters = parameters
         self._processors = processors
         # Without processors the truncated set is exactly the first k of the graph's top-K outputs.
         self._full_rows = bool(processors) or parameters.top_k > bundle.top_k_outputs
 
+    @staticmethod
+    def fits(bundle: Bundle) -> bool:
+        """Whether a bundle has heads whose joint Alg. 1 is about."""
+        return bundle.topology.n_heads > 1
+
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
         """Run Alg. 1 on the last row of every head."""
         heads = self._candidates(step, context, -1)
         ngram = sample_ngram(heads, context.seen, rng.random(), self._parameters, self._counts)
-        return Turn(ngram.tokens, weighed=len(heads) - 1)
+        return Turn(ngram.tokens, ask=self.ask, weighed=len(heads) - 1)
 
     def length(self, step: Step, context: Context, row: int, following: int) -> int:
         """How many tokens Alg. 1 emits between `context`, which ends with one row of a pass, and a `following` text."""
@@ -235,6 +262,8 @@ def make_strategy(
     bundle: Bundle,
     parameters: SamplingParameters,
     processors: Sequence[LogitsProcessor] = (),
+    *,
+    drafter: str | Drafter | None = None,
     knowledge: Knowledge | None = None,
 ) -> Strategy:
     """A strategy by name.
@@ -245,15 +274,66 @@ def make_strategy(
         bundle: What it runs on.
         parameters: Of all strategies.
         processors: Of the logits.
+        drafter: For "auto" and "speculative": see `Speculative`.
         knowledge: Of the device, for "auto".
 
     Raises:
         ParameterError: There is none of that name, or it does not fit the bundle or the parameters.
     """
+    strategy = _named(name)
+    if issubclass(strategy, Auto):
+        if bundle.lossless and can_draft(bundle, drafter):
+            return strategy(bundle, parameters, processors, drafter, knowledge)
+        return Autoregressive(bundle, parameters, processors)
+    if issubclass(strategy, Speculative):
+        return strategy(bundle, parameters, processors, drafter)
+    if drafter is not None:
+        raise ParameterError(f"strategy {name} drafts nothing: a drafter is for auto and speculative")
+    return strategy(bundle, parameters, processors)
+
+
+def refusal(name: str, bundle: Bundle, given: Mapping[str, Any] | None = None) -> str | None:
+    """Why a strategy cannot run on a bundle; None if it can.
+
+    Args:
+        name: Of the strategy.
+        bundle: What is to run.
+        given: Sampling parameters in place of the bundle's own.
+    """
+    try:
+        make_strategy(name, bundle, bundle.parameters(given))
+    except ParameterError as error:
+        return str(error)
+    return None
+
+
+def check_reads(name: str, named: Collection[str]) -> None:
+    """See that a strategy reads what the caller named: what it does not read would silently do nothing.
+
+    Args:
+        name: Of the strategy.
+        named: Names of parameters.
+
+    Raises:
+        ParameterError: There is no such strategy, or it does not read one of them.
+    """
+    for unread in sorted(set(named) - set(_named(name).reads)):
+        readers = [each.name for each in STRATEGIES.values() if unread in each.reads]
+        if readers:  # else nobody knows it, which is told elsewhere
+            raise ParameterError(f"strategy {name} does not read {unread}: it is for {' and '.join(readers)}")
+
+
+def read_by(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a strategy reads of some parameters: for one side of a comparison.
+
+    Args:
+        name: Of the strategy.
+        given: Parameters by name, perhaps of several strategies.
+    """
+    return {parameter: value for parameter, value in given.items() if parameter in _named(name).reads}
+
+
+def _named(name: str) -> type[Autoregressive] | type[Dynamo] | type[Speculative]:
     if name not in STRATEGIES:
         raise ParameterError(f"unknown strategy {name!r}: choose {' or '.join(STRATEGIES)}")
-    if name == Auto.name:
-        if bundle.kind == "plain" or not bundle.lossless:
-            return Autoregressive(bundle, parameters, processors)
-        return Auto(bundle, parameters, processors, knowledge)
-    return STRATEGIES[name](bundle, parameters, processors)
+    return STRATEGIES[name]

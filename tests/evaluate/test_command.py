@@ -48,7 +48,7 @@ def test_perplexity(pair: Any, text: Path, tmp_path: Path, capsys: pytest.Captur
     command += ["--thresholds", "0.2", "1", "--out", str(out), "--json", str(figures), *BACKEND]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert "PPL_1:3" in shown and "multi: PPL_d" in shown and "3 texts (text0)" in shown and "every 20" in shown
+    assert "PPL_1:3" in shown and "multi: PPL_d" in shown and f"3 texts ({text.name})" in shown and "every 20" in shown
     written = json.loads(figures.read_text())
     first, second = written["perplexities"]
     assert first["bundle"] == "multi" and second["bundle"] == "multi-plain"
@@ -133,7 +133,7 @@ def wrong_inputs(pair: Any, folder: Path) -> list[tuple[list[str], str]]:
     (folder / "empty.txt").write_text("\n")
     return [
         (["generate", "nowhere", *out], "nowhere does not exist"),
-        (["generate", plain, *out], "is a plain bundle: strategy dynamo needs parallel heads"),
+        (["generate", plain, *out], "strategy dynamo needs a graph with several heads"),
         (["generate", multi, "--plain", multi, *out], "is not a plain bundle: export one with --heads 0"),
         (["generate", multi, "--seeds", "1", *out], "--seeds must be at least 2"),
         (["generate", multi, "--template", "x", *out], "{prompt}"),

@@ -17,9 +17,10 @@ from dynamo_evaluate.results import Results
 from dynamo_evaluate.settings import PLAIN
 from dynamo_evaluate.summary import summarize
 from dynamo_export.source import load_model
+from dynamo_runtime import Backend
 
 TEXT = "def fib(n):\n    return"
-BACKEND: dict[str, Any] = {"provider": "cpu", "threads": 1}
+BACKEND = Backend(provider="cpu", threads=1)
 
 
 def test_features_of_a_bundle_are_its_penultimate_states(pair: Any) -> None:
@@ -36,7 +37,7 @@ def test_features_of_a_bundle_are_its_penultimate_states(pair: Any) -> None:
 def test_features_of_a_model_folder(pair: Any) -> None:
     with torch.inference_mode():
         states = AutoModel.from_pretrained(pair.checkpoint)(torch.tensor([similarity_ids(pair)])).last_hidden_state
-    assert similarity.features_of(str(pair.checkpoint), {})(TEXT) == pytest.approx(states[0, -1].numpy(), abs=1e-5)
+    assert similarity.features_of(str(pair.checkpoint), BACKEND)(TEXT) == pytest.approx(states[0, -1].numpy(), abs=1e-5)
 
 
 def similarity_ids(pair: Any) -> list[int]:

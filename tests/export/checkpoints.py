@@ -200,6 +200,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "dynamo_config.json").read_text())
 
 
+def read_report(folder: Path) -> dict[str, Any]:
+    """What proves a bundle."""
+    return json.loads((folder / "report.json").read_text())
+
+
 def all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     """Every node of a graph, those of the further heads' branch included."""
     found = list(graph.node)

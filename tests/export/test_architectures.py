@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 from dynamo_export import ExportError, export_bundle
 from dynamo_model import MultiTokenModel
 from dynamo_runtime.bundle import load_bundle
+from dynamo_runtime.parallel import ParallelHeads
 from dynamo_runtime.session import Session
+from dynamo_runtime.topology import Plain, Topology
 
 FolderOf = Callable[[str], Path]
 
@@ -44,9 +46,9 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
 def test_architecture(name: str, bundle: FolderOf, checkpoint: FolderOf) -> None:
     """Passes the gate, has the features in the graph, and decodes greedily as transformers does."""
     folder = bundle(name)
-    manifest = checkpoints.read_manifest(folder)
-    assert manifest["parity"]["passed"] and manifest["parity"]["reference"] == ["eager"]
-    cases = {row["case"] for row in manifest["parity"]["rows"]}
+    parity = checkpoints.read_report(folder)["parity"]
+    assert parity["passed"] and parity["reference"] == ["eager"]
+    cases = {row["case"] for row in parity["rows"]}
     assert cases == {"short", "context 96", *([BOUNDARIES[name]] if name in BOUNDARIES else [])}
     _check_graph(name, folder)
     _check_greedy(folder, checkpoint(name))
@@ -100,13 +102,12 @@ def test_bf16_checkpoint_is_exported_in_fp32(tmp_path: Path) -> None:
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(embedding), stored.detach().float().numpy())
 
 
-@pytest.mark.parametrize(("heads", "layers"), [(0, 2), (2, 3)])
-def test_fewer_heads(heads: int, layers: int, checkpoint: FolderOf, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("heads", "topology", "layers"), [(0, Plain(), 2), (2, ParallelHeads(2), 3)])
+def test_fewer_heads(heads: int, topology: Topology, layers: int, checkpoint: FolderOf, tmp_path: Path) -> None:
     """`--heads 0` is the plain language model, and one head can be left out."""
     graph = export_bundle(tmp_path / "out" / "model.onnx", checkpoint("neox"), heads=heads)
-    manifest = checkpoints.read_manifest(graph.parent)
-    assert (manifest["kind"], manifest["n_heads"]) == (("plain", 1) if heads == 0 else ("parallel", 2))
-    assert manifest["kv_layers"] == layers
+    bundle = load_bundle(graph)
+    assert (bundle.topology, bundle.kv_layers) == (topology, layers)
     session = onnxruntime.InferenceSession(graph)
     outputs = {output.name for output in session.get_outputs()}
     assert ("penultimate_states" in outputs) == (heads > 0)
@@ -118,7 +119,7 @@ def test_plain_export_of_a_plain_base(tmp_path: Path) -> None:
     """`--heads 0` needs no heads in the checkpoint."""
     source = checkpoints.save_plain(tmp_path / "base", checkpoints.CONFIGS["qwen2"])
     graph = export_bundle(tmp_path / "out" / "model.onnx", source, heads=0)
-    assert checkpoints.read_manifest(graph.parent)["kind"] == "plain"
+    assert load_bundle(graph).topology == Plain()
 
 
 def test_optional_inputs_have_defaults(bundle: FolderOf) -> None:
@@ -173,7 +174,7 @@ def test_longrope_within_its_short_context(tmp_path: Path) -> None:
     )
     source = checkpoints.save_multi(tmp_path / "checkpoint", LlamaConfig(**checkpoints.SIZES, rope_parameters=rope))
     graph = export_bundle(tmp_path / "out" / "model.onnx", source, context_length=32)
-    assert checkpoints.read_manifest(graph.parent)["context_length"] == 32
+    assert load_bundle(graph).context_length == 32
 
 
 @pytest.mark.parametrize("name", ["neox", "llama-grouped"])

@@ -16,11 +16,15 @@ from transformers import Gemma3TextConfig
 
 from dynamo_export import ExportError, cli, export_bundle
 from dynamo_export.graph import inspect
+from dynamo_export.registry import exported
 from dynamo_export.source import load_model
 from dynamo_model import CPModel, LookAheadModel, MultiTokenModel
 from dynamo_runtime.bundle import load_bundle
 from dynamo_runtime.errors import PromptError
+from dynamo_runtime.joint import JointHead
+from dynamo_runtime.look_ahead import LookAhead
 from dynamo_runtime.session import Session
+from dynamo_runtime.step import ALL, At, Last
 
 FolderOf = Callable[[str], Path]
 VOCAB = checkpoints.VOCAB
@@ -40,31 +44,31 @@ def test_joint_head(name: str, bundle: FolderOf, checkpoint: FolderOf) -> None:
     """Gate and every factor at several rows, a rolled-back token before them, are `CPModel.forward`'s."""
     _, n_tokens, rank = checkpoints.JOINT[name]
     folder = bundle(name)
-    manifest = checkpoints.read_manifest(folder)
-    assert [manifest[key] for key in ("kind", "n_heads", "n_tokens", "rank")] == ["cp", 1, n_tokens, rank]
-    assert (manifest["kv_layers"], manifest["vocab_size"]) == (3, VOCAB)
-    assert manifest["parity"]["passed"]
-    assert {row["output"] for row in manifest["parity"]["rows"]} == {"logits", "gate", "factor_logits"}
+    parity = checkpoints.read_report(folder)["parity"]
+    assert parity["passed"]
+    assert {row["output"] for row in parity["rows"]} == {"logits", "gate", "factor_logits"}
     loaded = load_bundle(folder, verify=True)
+    joint = JointHead(n_tokens, rank)
+    assert (loaded.topology, loaded.kv_layers, loaded.vocab_size) == (joint, 3, VOCAB)
     assert loaded.has_cooccurrence
     session = Session(loaded)
     session.step([*TOKENS[:4], 11])
     session.cache.rollback(4)
     rows = [2, 0, -1]
-    step = session.step(TOKENS[4:], rows=2, head_rows=rows)
+    step = session.step(TOKENS[4:], rows=Last(2), heads=At(rows))
     with torch.no_grad():
         logits, log_w, factors = (x[0, 4:].numpy() for x in CPModel.load(checkpoint(name))(torch.tensor([TOKENS])))
     np.testing.assert_allclose(step.logits(), logits[-2:], atol=3e-5)
-    np.testing.assert_allclose(step.gate(), log_w[rows], atol=3e-5)
-    np.testing.assert_allclose(np.exp(step.gate()).sum(-1), 1, atol=1e-6)
-    assert step.factors().shape == (3, n_tokens, rank, VOCAB)
-    np.testing.assert_allclose(step.factors(), factors[rows], atol=3e-5)
-    values, ids = step.factor_topk()
+    np.testing.assert_allclose(joint.gate(step), log_w[rows], atol=3e-5)
+    np.testing.assert_allclose(np.exp(joint.gate(step)).sum(-1), 1, atol=1e-6)
+    assert joint.factors(step).shape == (3, n_tokens, rank, VOCAB)
+    np.testing.assert_allclose(joint.factors(step), factors[rows], atol=3e-5)
+    values, ids = joint.factor_topk(step)
     assert values.shape == ids.shape == (3, n_tokens, rank, 128) and ids.dtype == np.int64
-    np.testing.assert_array_equal(values, -np.sort(-step.factors())[..., :128])
-    np.testing.assert_array_equal(np.take_along_axis(step.factors(), ids, -1), values)
+    np.testing.assert_array_equal(values, -np.sort(-joint.factors(step))[..., :128])
+    np.testing.assert_array_equal(np.take_along_axis(joint.factors(step), ids, -1), values)
     last = session.step([9])
-    assert last.gate().shape == (1, rank)
+    assert joint.gate(last).shape == (1, rank)
 
 
 def test_joint_graph(bundle: FolderOf) -> None:
@@ -85,13 +89,15 @@ def test_look_ahead(name: str, bundle: FolderOf, checkpoint: FolderOf) -> None:
     """Looking ahead, rolling back and looking ahead again is `LookAheadModel.forward`; no logit is about the ids."""
     config, count = checkpoints.LOOK_AHEAD[name]
     folder = bundle(name)
-    manifest = checkpoints.read_manifest(folder)
-    assert [manifest[key] for key in ("kind", "n_heads", "n_tokens")] == ["lookahead", 1, count + 1]
-    assert (manifest["kv_layers"], manifest["vocab_size"]) == (2, VOCAB) and "rank" not in manifest
-    assert {row["run"] for row in manifest["parity"]["rows"]} >= {"prefill", "look-ahead", f"decode {count + 2}"}
+    assert {row["run"] for row in checkpoints.read_report(folder)["parity"]["rows"]} >= {
+        "prefill",
+        "look-ahead",
+        f"decode {count + 2}",
+    }
     tied = checkpoints.CONFIGS[config].tie_word_embeddings
     assert weights_like_embeddings(folder) == [[64, VOCAB]] * (not tied) + [[64, VOCAB + count]]
     loaded = load_bundle(folder, verify=True)
+    assert (loaded.topology, loaded.kv_layers, loaded.vocab_size) == (LookAhead(count), 2, VOCAB)
     assert loaded.has_cooccurrence and loaded.tokenizer.encode("def").ids
     ids = [*loaded.look_ahead]
     assert ids == [*range(VOCAB, VOCAB + count)]
@@ -99,7 +105,7 @@ def test_look_ahead(name: str, bundle: FolderOf, checkpoint: FolderOf) -> None:
     session = Session(loaded)
     for known, upto in ((0, 5), (5, 8)):
         session.cache.rollback(known)
-        step = session.step([*TOKENS[known:upto], *ids], rows=0)
+        step = session.step([*TOKENS[known:upto], *ids], rows=ALL)
         with torch.no_grad():
             theirs = model(torch.tensor([[*TOKENS[:upto], *ids]]))[0, known:].numpy()
         assert step.logits().shape == (upto - known + count, VOCAB)
@@ -193,7 +199,7 @@ def test_command_with_a_short_context(everything: Path, tmp_path: Path) -> None:
     arguments = ["-m", str(everything), "--drafter", "lookahead", "--context-length", "3"]
     assert cli.main([str(tmp_path / "model.onnx"), *arguments]) == 0
     bundle = load_bundle(tmp_path)
-    assert (bundle.kind, bundle.n_tokens, bundle.context_length) == ("lookahead", 2, 3)
+    assert (bundle.topology, bundle.context_length) == (LookAhead(1), 3)
 
 
 def test_joint_head_of_another_size(everything: Path, tmp_path: Path) -> None:
@@ -212,8 +218,8 @@ def test_embeddings_that_are_no_table() -> None:
     """A base that scales what it looks up, or embeds more tokens than it predicts, is refused."""
     base = checkpoints.random_base(Gemma3TextConfig(**checkpoints.SIZES, num_key_value_heads=2, head_dim=16))
     with pytest.raises(ExportError, match="does more to its input embedding than look it up"):
-        inspect(base, LookAheadModel(base, 2), 96)
+        inspect(exported(base, LookAheadModel(base, 2)), 96)
     base = checkpoints.random_base(checkpoints.CONFIGS["llama-grouped"])
     base.set_output_embeddings(torch.nn.Linear(64, VOCAB - 4, bias=False))
     with pytest.raises(ExportError, match="embeds 320 tokens and predicts 316"):
-        inspect(base, LookAheadModel(base, 2), 96)
+        inspect(exported(base, LookAheadModel(base, 2)), 96)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -15,9 +16,10 @@ import pytest
 from dynamo_export import ExportError, export_bundle, parity
 from dynamo_export import export as pipeline
 from dynamo_export.graph import inspect
+from dynamo_export.registry import exported
 from dynamo_export.source import load_model
 from dynamo_graph.branches import STACKED
-from dynamo_runtime.bundle import Bundle, load_bundle
+from dynamo_runtime.bundle import Bundle, list_files, load_bundle
 from dynamo_runtime.names import PENULTIMATE
 
 FolderOf = Callable[[str], Path]
@@ -31,7 +33,7 @@ def answers(checkpoint: FolderOf) -> CasesOf:
 
     @cache
     def get(name: str) -> list[parity.Case]:
-        subject = inspect(*load_model(checkpoint(name), None), 96)
+        subject = inspect(exported(*load_model(checkpoint(name), None)), 96)
         return parity.reference(subject, parity.DEFAULT_LENGTH)[0]
 
     return get
@@ -262,9 +264,8 @@ def damaged_copy(folder: Path, to: Path, damage: Damage) -> Bundle:
     damage(model)
     (copy / "model.onnx").unlink()
     onnx.save(model, copy / "model.onnx")
-    manifest = checkpoints.read_manifest(copy)
-    manifest["files"]["model.onnx"]["bytes"] = (copy / "model.onnx").stat().st_size
-    pipeline.write_json(copy / "dynamo_config.json", manifest)
+    bundle = replace(load_bundle(folder), folder=copy, files=list_files(copy))
+    bundle.write_manifest()
     return load_bundle(copy)
 
 
@@ -351,4 +352,4 @@ def test_a_boundary_out_of_reach_is_not_skipped(checkpoint: FolderOf, tmp_path: 
     with pytest.raises(ExportError, match="cross window 20: allow it with --parity-length 36"):
         export_bundle(tmp_path / "out" / "model.onnx", checkpoint("mistral-window"), parity_length=30)
     graph = export_bundle(tmp_path / "out" / "model.onnx", checkpoint("mistral-window"), parity_length=40)
-    assert checkpoints.read_manifest(graph.parent)["parity"]["not_run"] == ["context 96"]
+    assert checkpoints.read_report(graph.parent)["parity"]["not_run"] == ["context 96"]

@@ -17,6 +17,7 @@ from dynamo_export.build import passes_of
 from dynamo_export.errors import ExportError
 from dynamo_export.graph import inspect, trace
 from dynamo_export.passes import AddOutputs, ClearMetadata, PackQKV, ShortenNames, SimplifyReshapes, TransposeWeights
+from dynamo_export.registry import exported
 from dynamo_export.rotary import rotated
 from dynamo_export.rows import select_rows
 from dynamo_export.source import load_model
@@ -137,7 +138,7 @@ def test_every_pass_says_whether_it_changed_the_graph(name: str, checkpoint: Cal
 
     But the end of a graph is added once, and Llama's own names begin like those of a wrapper.
     """
-    subject = inspect(*load_model(checkpoint(name), None), 96)
+    subject = inspect(exported(*load_model(checkpoint(name), None)), 96)
     model, weights = trace(subject)
 
     def content() -> bytes:

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from dynamo_export import cli, export_bundle, source
-from dynamo_export import export as pipeline
+from dynamo_export import cli, export_bundle, parity, source
 from dynamo_graph.errors import WriteError
 from dynamo_runtime.bundle import load_bundle
+from dynamo_runtime.parallel import ParallelHeads
+from dynamo_runtime.topology import Plain
 
 FolderOf = Callable[[str], Path]
 
@@ -45,12 +46,12 @@ def test_overwrite_rules(checkpoint: FolderOf, tmp_path: Path) -> None:
         export_bundle(out / "other.onnx", model, overwrite=True)
     assert contents(out) == before
     export_bundle(out / "model.onnx", model, overwrite=True)
-    assert load_bundle(out, verify=True).n_heads == 3
+    assert load_bundle(out, verify=True).topology == ParallelHeads(3)
     assert sorted(path.name for path in out.iterdir()) == sorted({*before} - {"model.onnx.data"})
     assert (out / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "cooccurrence.npz", "model.onnx.data"])
+@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "cooccurrence.npz", "model.onnx.data", "report.json"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_foreign_files_are_not_touched(name: str, overwrite: bool, checkpoint: FolderOf, tmp_path: Path) -> None:
     """A file that no earlier export wrote is in the way, with --overwrite too."""
@@ -64,13 +65,13 @@ def test_a_file_that_appears_meanwhile_is_not_touched(
     checkpoint: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check is repeated when the bundle moves in."""
-    gate = pipeline._gate
+    gate = parity.gate
 
     def gate_and_write(*arguments):  # type: ignore[no-untyped-def]
         (tmp_path / "config.json").write_text("mine")
         return gate(*arguments)
 
-    monkeypatch.setattr(pipeline, "_gate", gate_and_write)
+    monkeypatch.setattr(parity, "gate", gate_and_write)
     with pytest.raises(WriteError, match=r"config\.json already exists"):
         export_bundle(tmp_path / "model.onnx", checkpoint("neox"))
     assert contents(tmp_path) == {"config.json": b"mine"}
@@ -260,7 +261,7 @@ def test_optimum_command(checkpoint: FolderOf, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert load_bundle(out, verify=True).kind == "plain"
+    assert load_bundle(out, verify=True).topology == Plain()
     again = subprocess.run(
         [*command, str(out), "-m", str(checkpoint("neox"))],
         env=environment,

@@ -11,7 +11,9 @@ import torch
 
 from dynamo_model import CPModel, LookAheadModel, MultiTokenModel
 from dynamo_runtime.bundle import Bundle
+from dynamo_runtime.joint import JointHead
 from dynamo_runtime.session import Session
+from dynamo_runtime.step import ALL
 
 
 def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
@@ -134,13 +136,14 @@ def in_passes(session: Session, tokens: list[int], width: int | None = None) -> 
     """See `outputs`; goes on behind what the session's cache holds."""
     found: dict[str, list[np.ndarray]] = {}
     width = width or len(tokens)
-    bundle = session.bundle
+    topology = session.bundle.topology
     for at in range(0, len(tokens), width):
         part = tokens[at : at + width]
-        step = session.step(part, rows=0, head_rows=range(len(part)))
-        here = {"logits" if head == 1 else f"logits_{head}": step.logits(head) for head in range(1, bundle.n_heads + 1)}
-        if bundle.kind == "cp":
-            here |= {"gate": step.gate(), "factor_logits": step.factors()}
+        step = session.step(part, rows=ALL, heads=ALL)
+        heads = range(1, topology.n_heads + 1)
+        here = {"logits" if head == 1 else f"logits_{head}": step.logits(head) for head in heads}
+        if isinstance(topology, JointHead):
+            here |= {"gate": topology.gate(step), "factor_logits": topology.factors(step)}
         for name, array in here.items():
             found.setdefault(name, []).append(array.copy())
     return {name: np.concatenate(arrays) for name, arrays in found.items()}

@@ -15,7 +15,7 @@ from naive import all_nodes, outputs
 from dynamo_graph.passes import FoldHeads, TakeSkippedStates, UnfoldHeads
 from dynamo_graph.read import read_model
 from dynamo_graph.write import write_model
-from dynamo_runtime import Session
+from dynamo_runtime import NONE, Session
 from dynamo_runtime.names import SKIPPED
 
 TOKENS = [5, 250, 3, 91, 18, 7, 7, 30, 111, 62]
@@ -72,7 +72,7 @@ def test_skipped_states_are_taken_once(name: str, export: Callable[[str], Any]) 
 def test_a_pass_without_heads_costs_no_heads(export: Callable[[str], Any]) -> None:
     """The heads' caches are not even written."""
     session = Session(export("parallel").bundle, provider="cpu", threads=1)
-    session.step(TOKENS, head_rows=())
+    session.step(TOKENS, heads=NONE)
     assert not np.any(session.cache.buffers[-1][0])
     session.step([4])
     assert np.any(session.cache.buffers[-1][0][:, :, : len(TOKENS) + 1], axis=(1, 3)).all()

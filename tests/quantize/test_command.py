@@ -14,12 +14,13 @@ import pytest
 from naive import outputs, relative
 
 from dynamo_export import cli
-from dynamo_graph.files import version
+from dynamo_graph.files import read_report, version
 from dynamo_quantize import cli as quantize_cli
 from dynamo_quantize import gates
 from dynamo_quantize.gates import Row
 from dynamo_quantize.schemes import Options
 from dynamo_runtime.bundle import load_bundle
+from dynamo_runtime.topology import Plain
 
 ExportOf = Callable[[str], Any]
 TOKENS = np.random.default_rng(0).integers(1, 320, 24).tolist()
@@ -38,8 +39,9 @@ def test_from_checkpoint_to_small_bundle(export: ExportOf) -> None:
     place = exported.folder.parent / "command"
     assert [path.name for path in place.iterdir()] == ["out"]
     bundle = load_bundle(place / "out" / "small.onnx", verify=True)
-    assert (bundle.precision, bundle.kind) == ("int8", "plain")
-    assert bundle.manifest["parity"]["passed"] and bundle.manifest["quantization"]["gates"]["passed"]
+    assert (bundle.precision, bundle.topology) == ("int8", Plain())
+    report = read_report(bundle.folder)
+    assert report["parity"]["passed"] and report["gates"]["passed"]
     found = relative(outputs(bundle, TOKENS)["logits"], outputs(exported.bundle, TOKENS)["logits"])
     assert 0 < found < 0.1
 

@@ -19,8 +19,10 @@ from dynamo_quantize.gates import Measured, Samples, judge, measure
 from dynamo_quantize.schemes import Limits
 from dynamo_runtime import Engine
 from dynamo_runtime.bundle import Bundle
-from dynamo_runtime.scoring import Scores
+from dynamo_runtime.look_ahead import LookAhead
+from dynamo_runtime.scores import Scores
 from dynamo_runtime.session import Session
+from dynamo_runtime.step import Rows
 
 LIMITS = Limits(perplexity=2.0, tokens_per_pass=4.0)
 TEXTS = np.random.default_rng(0).integers(1, 320, (3, 24)).tolist()
@@ -134,14 +136,14 @@ class Crooked:
 
     def __init__(self, differs: dict[int, dict[int, float]], gap: float = 1.0):
         """A gap of `gap` everywhere; `differs[width][position]` is added to the second choice."""
-        self.bundle = SimpleNamespace(n_heads=1, n_tokens=2)
+        self.bundle = SimpleNamespace(topology=LookAhead(1))
         self.cache = self
         self.differs, self.gap, self.position = differs, gap, 0
 
     def reset(self) -> None:
         self.position = 0
 
-    def step(self, tokens: Sequence[int], rows: int, head_rows: range) -> Any:
+    def step(self, tokens: Sequence[int], rows: Rows, heads: Rows) -> Any:
         logits = np.zeros((len(tokens), 5), np.float32)
         logits[:, 1] = self.gap
         for i in range(len(tokens)):
@@ -198,7 +200,7 @@ def test_measured_of_a_bundle(export: Callable[[str], Any]) -> None:
     np.testing.assert_allclose(found.gaps[3], top[:, -1] - top[:, -2], atol=1e-5)
     sizes = {path.name: path.stat().st_size for path in bundle.folder.iterdir() if path.name != "dynamo_config.json"}
     assert (found.graph_bytes, found.bundle_bytes) == (sizes["model.onnx"], sum(sizes.values()))
-    assert found.pass_bytes == sum(pass_bytes(read_model(bundle.graph_path)).values())
+    assert found.pass_bytes == read_bytes(bundle)
     assert set(found.tokens_per_pass) == {"speculative", "dynamo"}
     engine = Engine(bundle, provider="cpu")
     for text, (new_tokens, passes) in zip(TEXTS, found.tokens_per_pass["speculative"], strict=True):
@@ -218,17 +220,23 @@ def test_strategies_of_the_kinds(name: str, strategies: set[str], export: Callab
     assert min(found.flips) == 2 and len(found.gaps) == 1
 
 
+def read_bytes(bundle: Bundle) -> int:
+    """What a pass with heads reads."""
+    read = pass_bytes(read_model(bundle.graph_path))
+    return read.plain + read.heads
+
+
 def test_bytes_of_a_pass(export: Callable[[str], Any], smaller: Callable[..., Bundle]) -> None:
     """A weight that is only looked up does not count; one that is multiplied with as well does, in whole."""
     for bundle in (export("parallel").bundle, smaller("parallel", "int8")):
         weights = initializers(bundle.graph_path)
-        found = sum(pass_bytes(read_model(bundle.graph_path)).values())
+        found = read_bytes(bundle)
         assert found == pytest.approx(
             sum(array.nbytes for array in weights.values()), abs=64
         )  # but for small constants
     for bundle in (export("cp").bundle, smaller("cp", "int4", symmetric=False, algorithm="rtn")):
         weights = initializers(bundle.graph_path)
-        found = sum(pass_bytes(read_model(bundle.graph_path)).values())
+        found = read_bytes(bundle)
         expected = sum(array.nbytes for name, array in weights.items() if "embed_in" not in name)
         assert found == pytest.approx(expected, abs=64)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_weights_of_torch(
     small = stored_weights(bundle.graph_path)
     assert with_weights(model, initializers(exported.bundle.graph_path), small) > 60_000
     expected = torch_outputs(model, TOKENS)
-    as_fp32 = Bundle(**(vars(bundle) | {"folder": exact(bundle, tmp_path / "exact")}))
+    as_fp32 = replace(bundle, folder=exact(bundle, tmp_path / "exact"))
     for output, theirs in outputs(as_fp32, TOKENS).items():
         np.testing.assert_allclose(theirs, expected[output], atol=2e-4)
         # The weights' own error is what the comparison above must not be blind to.
@@ -164,7 +165,7 @@ def test_too_large_for_half(export: ExportOf, tmp_path: Path) -> None:
     tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
     (tmp_path / "source").mkdir()
     onnx.save(model, tmp_path / "source" / source.graph)
-    bundle = Bundle(**(vars(source) | {"folder": tmp_path / "source"}))
+    bundle = replace(source, folder=tmp_path / "source")
     (tmp_path / "out").mkdir()
     with pytest.raises(QuantizeError, match=r"dense_4h_to_h\.weight holds 7e\+04, which is too large for fp16"):
         quantize.write_bundle(bundle, resolve("fp16", Options()), tmp_path / "out")
@@ -231,7 +232,7 @@ def test_formats_of_the_parts(smaller: SmallerOf) -> None:
     assert not [name for name in found if name.startswith(("heads.", "cp."))]
     assert {found[name] for name in found if ".layers.0." in name} == {"q8b32"}
     assert {found[name] for name in found if ".layers.1." in name} == {"q4b32"} == {found["lm_head.weight"]}
-    assert changed.manifest["quantization"]["parts"] == {
+    assert changed.quantization.parts == {
         "stem": ["int8, blocks of 32"],
         "first_head": ["int4, blocks of 32, symmetric, rtn"],
         "heads": ["fp32"],

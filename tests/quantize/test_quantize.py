@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,17 @@ import onnx_ir as ir
 import pytest
 from naive import initializers, outputs
 
-from dynamo_graph.files import listed_files
+from dynamo_graph.files import read_report
 from dynamo_graph.write import write_model
 from dynamo_quantize import Options, QuantizeError, WriteError, gates, quantize, quantize_bundle, texts
 from dynamo_quantize.gates import Row
 from dynamo_quantize.texts import pieces
-from dynamo_runtime.bundle import Bundle, load_bundle
+from dynamo_runtime.bundle import Bundle, list_files, load_bundle
 from dynamo_runtime.corpus import Document
 
 ExportOf = Callable[[str], Any]
 TOKENS = np.random.default_rng(0).integers(1, 320, 24).tolist()
+CHANGED = ("folder", "pass_bytes", "graph", "precision", "files", "quantization")
 ROWS = [Row("quality", "PPL_1", 4.0, 4.5, 4.1, False), Row("size", "all files, MB", 2.0, 1.0)]
 
 
@@ -64,27 +66,28 @@ def test_a_smaller_bundle(
     assert graph == tmp_path / "out" / "small.onnx" and [path.name for path in tmp_path.iterdir()] == ["out"]
     bundle = load_bundle(graph, verify=True)
     assert set(contents(bundle.folder)) == set(before) - {"model.onnx"} | {"small.onnx"}
-    unchanged = {"model.onnx", "dynamo_config.json", "genai_config.json"}
+    unchanged = {"model.onnx", "dynamo_config.json", "genai_config.json", "report.json"}
     after = contents(bundle.folder)
     assert all(after[file] == digest for file, digest in before.items() if file not in unchanged)
     decoder = [
         json.loads((f / "genai_config.json").read_text())["model"]["decoder"] for f in (graph.parent, source.folder)
     ]
     assert decoder[0] == decoder[1] | {"filename": "small.onnx"}
-    full = source.bundle.manifest
-    changed = {"pass_bytes", "graph", "precision", "files", "quantization"}
-    assert {k: v for k, v in bundle.manifest.items() if k not in changed} == {
-        k: v for k, v in full.items() if k not in changed
-    }
+    assert replace(bundle, **{name: None for name in CHANGED}) == replace(
+        source.bundle, **{name: None for name in CHANGED}
+    )
     assert (bundle.precision, bundle.lossless, bundle.degraded) == (scheme, True, False)
-    made = bundle.manifest["quantization"]
-    assert made["kv_cache"] == ("fp16" if scheme == "fp16" else "int8")
-    assert made["calibration"] == (None if scheme == "fp16" else {"text": "code.py", "tokens": 6 * 96})
-    assert made["gates"]["limits_percent"] == {"perplexity": 60.0, "tokens_per_pass": 60.0}
-    assert made["gates"]["passed"] and made["gates"]["scored_tokens"] == 2 * 48
+    made, report = bundle.quantization, read_report(bundle.folder)
+    assert made is not None and made.kv_cache == ("fp16" if scheme == "fp16" else "int8")
+    assert made.calibration == (None if scheme == "fp16" else {"text": "code.py", "tokens": 6 * 96})
+    assert report["parity"] == read_report(source.folder)["parity"]
+    judged = report["gates"]
+    assert judged["limits_percent"] == {"perplexity": 60.0, "tokens_per_pass": 60.0}
+    assert judged["passed"] and judged["scored_tokens"] == 2 * 48
+    assert (graph.parent / "dynamo_config.json").stat().st_size < 4096
     printed = capsys.readouterr().out.splitlines()
-    assert [row["figure"] for row in made["gates"]["rows"]] == [line[12:58].strip() for line in printed[1:]]
-    assert {row["gate"] for row in made["gates"]["rows"]} == {"width", "quality", "acceptance", "size"}
+    assert [row["figure"] for row in judged["rows"]] == [line[12:58].strip() for line in printed[1:]]
+    assert {row["gate"] for row in judged["rows"]} == {"width", "quality", "acceptance", "size"}
     assert outputs(bundle, TOKENS)["logits"].shape == (24, 320)
     weights = {b.folder: initializers(b.graph_path) for b in (bundle, source.bundle)}
     saved = [sum(array.nbytes for array in arrays.values()) for arrays in weights.values()]
@@ -117,8 +120,8 @@ def _with_external_data(source: Path, to: Path) -> None:
     shutil.copytree(source, to)
     (to / "model.onnx").unlink()
     write_model(ir.load(source / "model.onnx"), to / "model.onnx", external=True)
-    manifest = json.loads((to / "dynamo_config.json").read_text())
-    (to / "dynamo_config.json").write_text(json.dumps(manifest | {"files": listed_files(to)}))
+    copied = load_bundle(source)
+    replace(copied, folder=to, files=list_files(to)).write_manifest()
 
 
 @pytest.mark.usefixtures("failing_gates")
@@ -151,8 +154,9 @@ def test_degraded(
     graph = quantize_bundle(export("cp").folder, tmp_path / "m.onnx", "fp16", gate_text=text, allow_degraded=True)
     bundle = load_bundle(graph, verify=True)
     assert (bundle.degraded, bundle.lossless) == (True, lossless)
-    assert not bundle.manifest["quantization"]["gates"]["passed"]
-    assert bundle.manifest["quantization"]["gates"]["rows"] == [
+    judged = read_report(bundle.folder)["gates"]
+    assert not judged["passed"]
+    assert judged["rows"] == [
         {"gate": gate, "figure": "figure", "reference": 1.0, "value": 2.0, "limit": 1.5, "passed": False}
     ]
 
@@ -339,6 +343,6 @@ def test_without_torch(export: ExportOf, text: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     bundle = load_bundle(graph, verify=True)
-    rows = {row["figure"]: row for row in bundle.manifest["quantization"]["gates"]["rows"]}
+    rows = {row["figure"]: row for row in read_report(bundle.folder)["gates"]["rows"]}
     if sys.platform.startswith("linux"):  # here the memory was really measured, in a process of its own
         assert 1 < rows["peak memory, MB"]["value"] < 500

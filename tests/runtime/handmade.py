@@ -11,6 +11,10 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dynamo_runtime.bundle import Bundle, sha256
+from dynamo_runtime.joint import JointHead
+from dynamo_runtime.look_ahead import LookAhead
+from dynamo_runtime.parallel import ParallelHeads
+from dynamo_runtime.topology import Plain, Topology
 
 KV_HEADS, QUERY_HEADS, HEAD_SIZE, HIDDEN = 1, 2, 16, 32
 CONTEXT_LENGTH = 640
@@ -179,22 +183,30 @@ def small_bundle(folder: Path, kind: str, n_tokens: int, *, vocab: int, rank: in
     n_heads = 1 if kind == "plain" else n_tokens
     model = build_graph(vocab, n_heads, kind="parallel" if kind == "plain" else kind, rank=rank, **graph)
     onnx.save(model, str(folder / "model.onnx"))
-    n_heads = n_tokens if kind == "parallel" else 1
     if n_tokens > 1:
         random_counts(folder / "cooccurrence.npz", vocab, 3, branching=vocab // 2)
+    topology = topology_of(kind, n_tokens, rank)
     return Bundle(
         folder=folder,
-        n_heads=n_heads,
+        topology=topology,
         vocab_size=vocab,
         context_length=CONTEXT_LENGTH,
-        kv_layers=n_heads + 1 + (kind == "cp"),
+        kv_layers=2 + topology.layers,
         kv_heads=KV_HEADS,
         head_size=HEAD_SIZE,
-        kind=kind,
-        n_tokens=n_tokens if kind in ("cp", "lookahead") else 0,
-        rank=rank,
         top_k_outputs=min(TOP_K_OUTPUTS, vocab),
     )
+
+
+def topology_of(kind: str, n_tokens: int, rank: int = 0) -> Topology:
+    """What predicts `n_tokens` tokens a pass."""
+    made = {
+        "plain": lambda: Plain(),
+        "parallel": lambda: ParallelHeads(n_tokens),
+        "cp": lambda: JointHead(n_tokens, rank),
+        "lookahead": lambda: LookAhead(n_tokens - 1),
+    }
+    return made[kind]()
 
 
 def random_counts(path: Path, vocab: int, orders: int, *, seed: int = 0, branching: int = 24) -> None:
@@ -224,10 +236,10 @@ def write_manifest(folder: Path, **changes: Any) -> None:
         for path in sorted(folder.iterdir())
         if path.name != "dynamo_config.json"
     }
-    n_heads = changes.get("n_heads", 1)
+    n_heads = changes.pop("n_heads", 1)
     manifest = {
-        "format_version": 2,
-        "kind": "plain" if n_heads == 1 else "parallel",
+        "format_version": 3,
+        "topology": {"kind": "plain"} if n_heads == 1 else {"kind": "parallel", "n_heads": n_heads},
         "model_type": "handmade",
         "context_length": CONTEXT_LENGTH,
         "kv_layers": n_heads + 1,

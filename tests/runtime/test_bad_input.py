@@ -58,9 +58,20 @@ DAMAGES: dict[str, tuple[Callable, str]] = {
         lambda c: (c.folder / "dynamo_config.json").write_text("[1]"),
         "not a JSON object",
     ),
-    "later format": (lambda c: c.edit(format_version=3), "format version 3"),
-    "unknown kind": (lambda c: c.edit(kind="psychic"), "kind 'psychic'"),
-    "kind against heads": (lambda c: c.edit(kind="plain"), "a plain bundle cannot have 3 heads"),
+    "later format": (lambda c: c.edit(format_version=4), "has format version 4; this program reads 2 and 3"),
+    "unknown kind": (lambda c: c.edit(topology={"kind": "psychic"}), "kind 'psychic'"),
+    "no topology": (lambda c: c.edit(topology=None), "field 'topology' is missing"),
+    "topology without its size": (lambda c: c.edit(topology={"kind": "parallel"}), "field 'n_heads' is missing"),
+    "topology too small": (lambda c: c.edit(topology={"kind": "parallel", "n_heads": 1}), "field 'n_heads' is 1"),
+    "more heads than layers": (lambda c: c.edit(kv_layers=2), "field 'kv_layers' is 2, less than 3"),
+    "quantization of wrong type": (
+        lambda c: c.edit(quantization={"lossless": "no"}),
+        "field 'lossless' is not true or false",
+    ),
+    "kind against heads, in version 2": (
+        lambda c: c.edit(format_version=2, kind="plain", n_heads=3),
+        "a plain bundle cannot have 3 heads",
+    ),
     "field missing": (lambda c: c.edit(kv_heads=None), "field 'kv_heads' is missing"),
     "field of wrong type": (lambda c: c.edit(vocab_size="320"), "field 'vocab_size'"),
     "field too small": (lambda c: c.edit(head_size=0), "'head_size' is 0"),
@@ -144,8 +155,12 @@ def test_verify_finds_a_changed_byte(copied, capsys, name: str) -> None:
         (["--strategy", "dynamo", "--top-k", "0"], "top_k of at least 1"),
         (["--top-p", "0"], "top_p"),
         (["--repetition-penalty", "inf"], "repetition_penalty"),
-        (["--backoff-threshold", "1.5"], "backoff_threshold"),
-        (["--cooccurrence-weight", "2"], "cooccurrence_weight"),
+        (["--strategy", "dynamo", "--backoff-threshold", "1.5"], "backoff_threshold must be"),
+        (["--strategy", "dynamo", "--cooccurrence-weight", "2"], "cooccurrence_weight must be"),
+        (["--backoff-threshold", "0.5"], "strategy auto does not read backoff_threshold: it is for dynamo"),
+        (["--target-speedup", "2"], "strategy auto does not read target_speedup: it is for dynamo"),
+        (["--strategy", "dynamo", "--draft-tokens", "2"], "does not read draft_tokens: it is for auto and speculative"),
+        (["--strategy", "dynamo", "--target-speedup", "2", "--backoff-threshold", "1"], "give one of them"),
         (["--max-new-tokens", "0"], "max_new_tokens"),
         (["--seed", "-3"], "seed"),
         (["--stop", ""], "stop string"),
@@ -174,7 +189,8 @@ def test_bad_prompts_and_paths(multi: Path, copied, capsys) -> None:
 def test_mask_without_counts(copied, capsys) -> None:
     (copied.folder / "cooccurrence.npz").unlink()
     copied.relist()
-    assert_refused(capsys, [str(copied.folder), "x", "--cooccurrence-weight", "1"], "no n-gram counts")
+    for flags in (["dynamo", "--cooccurrence-weight", "1"], ["speculative", "--draft-cooccurrence-weight", "1"]):
+        assert_refused(capsys, [str(copied.folder), "x", "--strategy", *flags], "no n-gram counts")
     assert main([str(copied.folder), "x", "--max-new-tokens", "3"]) == 0
 
 

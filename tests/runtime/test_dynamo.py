@@ -60,7 +60,7 @@ def assert_equal_joint(heads, context, options, table) -> bool:
     for n in range(2, len(heads) + 1):
         if options.alpha_c > 0 and n > counts.orders:
             continue
-        walk = walk_counts(heads[:n], counts, options.alpha_c)[-1] if options.alpha_c > 0 else None
+        walk = walk_counts(heads[:n], counts)[-1] if options.alpha_c > 0 else None
         ours = surviving_joint(heads[:n], seen, parameters, counts, walk)
         theirs = dense.joint(pairs[:n], context, options, literal if options.alpha_c > 0 else None)
         assert (ours is None) == (theirs is None)

@@ -1,12 +1,17 @@
 """Generation end to end on a real graph: strategies, limits, stops, prefix reuse, cancelling, statistics."""
 
+import dataclasses
+import inspect
 from pathlib import Path
 
 import dense_dynamo as dense
 import numpy as np
 import pytest
 
-from dynamo_runtime import Engine, ParameterError, PromptError, Session
+from dynamo_runtime import Autoregressive, Backend, Engine, ParameterError, PromptError, SamplingParameters, Session
+from dynamo_runtime.engine import StreamOptions
+from dynamo_runtime.parameters import SamplingOptions
+from dynamo_runtime.providers import BackendOptions
 
 PROMPT = "def fib(n):\n    if n < 2:\n        return n\n"
 
@@ -15,7 +20,7 @@ def uncached_logits(engine: Engine, tokens: list[int]) -> np.ndarray:
     """Last rows of all heads, computed from nothing."""
     engine.reset()
     step = engine.session.step(tokens)
-    return np.stack([step.logits(head)[-1] for head in range(1, engine.bundle.n_heads + 1)])
+    return np.stack([step.logits(head)[-1] for head in range(1, engine.bundle.topology.n_heads + 1)])
 
 
 def test_autoregressive_greedy_equals_the_argmax_of_whole_passes(engine: Engine) -> None:
@@ -63,12 +68,9 @@ def test_dynamo_equals_the_dense_algorithm_step_by_step(engine: Engine, temperat
 
 @pytest.mark.parametrize("strategy", ["autoregressive", "dynamo"])
 def test_seeds_reproduce_and_differ(engine: Engine, strategy: str) -> None:
-    options = {
-        "strategy": strategy,
-        "cooccurrence_weight": 0.0,
-        "backoff_threshold": 0.05,
-        "max_new_tokens": 40,
-    }
+    options = {"strategy": strategy, "max_new_tokens": 40}
+    if strategy == "dynamo":
+        options |= {"cooccurrence_weight": 0.0, "backoff_threshold": 0.05}
     texts = []
     for seed in (1, 1, 2):
         engine.reset()
@@ -110,8 +112,10 @@ def test_end_of_sequence_cuts_inside_a_step(copied) -> None:
 
 
 def test_stop_strings_cut_inside_a_step_and_nothing_is_taken_back(engine: Engine) -> None:
-    options = {"seed": 3, "backoff_threshold": 0.0, "max_new_tokens": 60, "ignore_eos": True}
-    full = engine.generate(PROMPT, **options).text
+    options = {"seed": 3, "strategy": "dynamo", "backoff_threshold": 0.0, "max_new_tokens": 60, "ignore_eos": True}
+    whole = engine.generate(PROMPT, **options)
+    full = whole.text
+    assert set(whole.statistics.steps) == {3}  # so that most stops fall inside a step
     cuts = 0
     for start in range(0, len(full) - 3, 5):
         stop = full[start : start + 3]
@@ -243,9 +247,8 @@ def test_logits_processors_reach_every_head(engine: Engine, strategy: str) -> No
         strategy=strategy,
         seed=1,
         max_new_tokens=20,
-        cooccurrence_weight=0.0,
-        backoff_threshold=0.1,
         logits_processors=[only_allowed],
+        **({"cooccurrence_weight": 0.0, "backoff_threshold": 0.1} if strategy == "dynamo" else {}),
     )
     assert set(result.tokens) <= set(allowed)
     assert contexts[0] == result.statistics.prompt_tokens
@@ -261,8 +264,11 @@ def test_top_k_beyond_the_graphs_outputs_reads_the_full_rows(engine: Engine) -> 
 
 
 def test_statistics_add_up(engine: Engine) -> None:
-    result = engine.generate(PROMPT, seed=2, max_new_tokens=90, ignore_eos=True, backoff_threshold=0.7)
+    result = engine.generate(
+        PROMPT, seed=2, strategy="dynamo", max_new_tokens=90, ignore_eos=True, backoff_threshold=0.7
+    )
     s = result.statistics
+    assert len(s.steps) > 1 and s.draft_tokens_accepted > 0
     assert s.new_tokens == len(result.tokens) == 90 == sum(size * count for size, count in s.steps.items())
     assert s.rounds == sum(s.steps.values())
     assert s.tokens_per_pass == 90 / s.rounds
@@ -293,6 +299,9 @@ def test_wrong_arguments_are_refused_before_anything_runs(engine: Engine) -> Non
         {"temperature": float("nan")},
         {"top_k": 0, "strategy": "dynamo"},
         {"warmth": 1},
+        {"drafter": "psychic"},
+        {"strategy": "speculative", "drafter": "cp"},
+        {"strategy": "dynamo", "drafter": "parallel"},
     ):
         with pytest.raises(ParameterError):
             engine.stream(PROMPT, **wrong)
@@ -300,3 +309,113 @@ def test_wrong_arguments_are_refused_before_anything_runs(engine: Engine) -> Non
         with pytest.raises(PromptError):
             engine.stream(prompt)
     assert engine.session.cache.length == 0
+
+
+@pytest.mark.parametrize(
+    ("strategy", "unread"),
+    [
+        ("auto", {"backoff_threshold": 0.4}),
+        ("auto", {"target_speedup": 1.5}),
+        ("autoregressive", {"draft_tokens": 2}),
+        ("autoregressive", {"target_speedup": 1.5}),
+        ("speculative", {"cooccurrence_weight": 0.0}),
+        ("speculative", {"first_token": "base"}),
+        ("dynamo", {"draft_choice": "sample"}),
+    ],
+)
+def test_a_parameter_that_the_strategy_does_not_read_is_an_error(engine: Engine, strategy: str, unread: dict) -> None:
+    (name,) = unread
+    with pytest.raises(ParameterError, match=f"strategy {strategy} does not read {name}: it is for "):
+        engine.stream(PROMPT, strategy=strategy, **unread)
+    if name != "target_speedup":
+        with pytest.raises(ParameterError, match=f"strategy {strategy} does not read {name}"):
+            engine.stream(PROMPT, SamplingParameters(**unread), strategy=strategy)
+
+
+def test_what_nobody_named_is_never_an_error(copied) -> None:
+    """Neither the manifest's defaults nor a field left as it is."""
+    copied.edit(sampling={"backoff_threshold": 0.3, "draft_tokens": 1, "temperature": 0})
+    engine = Engine(copied.folder, threads=1)
+    for strategy in ("auto", "autoregressive", "dynamo", "speculative"):
+        for given in (None, SamplingParameters(temperature=0)):
+            engine.stream(PROMPT, given, strategy=strategy, top_k=None, backoff_threshold=None)
+
+
+def test_parameters_are_an_object_or_keywords(engine: Engine) -> None:
+    options = {"strategy": "autoregressive", "seed": 4, "max_new_tokens": 30, "ignore_eos": True}
+    keywords = engine.generate(PROMPT, temperature=1.1, top_k=9, top_p=0.9, **options)
+    engine.reset()
+    # What the object does not name is the paper's, not the bundle's: here both have a penalty of 1.1.
+    found = engine.generate(PROMPT, SamplingParameters(temperature=1.1, top_k=9, top_p=0.9), **options)
+    assert found.tokens == keywords.tokens
+    engine.reset()
+    found = engine.generate(PROMPT, SamplingParameters(temperature=0.2, top_p=0.9), temperature=1.1, top_k=9, **options)
+    assert found.tokens == keywords.tokens
+
+
+def test_an_object_replaces_the_bundles_defaults(copied) -> None:
+    copied.edit(sampling={"temperature": 5.0, "top_k": 2})
+    engine = Engine(copied.folder, threads=1)
+    options = {"strategy": "autoregressive", "seed": 4, "max_new_tokens": 30, "ignore_eos": True}
+    theirs = engine.generate(PROMPT, SamplingParameters(), **options).tokens
+    engine.reset()
+    assert engine.generate(PROMPT, temperature=0.7, top_k=50, **options).tokens == theirs
+    engine.reset()
+    assert engine.generate(PROMPT, **options).tokens != theirs
+
+
+def test_keywords_are_typed_completely() -> None:
+    """What editors complete is what there is."""
+    fields = {field.name for field in dataclasses.fields(SamplingParameters)}
+    assert set(SamplingOptions.__annotations__) == fields
+    assert set(BackendOptions.__annotations__) == {field.name for field in dataclasses.fields(Backend)}
+    named = set(inspect.signature(Engine.stream).parameters) - {"self", "prompt", "parameters", "sampling"}
+    assert set(StreamOptions.__annotations__) == named | fields
+
+
+def test_a_strategy_of_ones_own_has_its_own_parameters(engine: Engine) -> None:
+    own = Autoregressive(engine.bundle, SamplingParameters(temperature=0))
+    assert len(engine.generate(PROMPT, strategy=own, max_new_tokens=3, ignore_eos=True).tokens) == 3
+    for named in ({"temperature": 1.0}, {"parameters": SamplingParameters()}, {"drafter": "parallel"}):
+        with pytest.raises(ParameterError, match="a strategy of your own"):
+            engine.stream(PROMPT, strategy=own, **named)
+
+
+@pytest.mark.parametrize("strategy", ["autoregressive", "dynamo", "speculative", "auto"])
+def test_log_probabilities_are_the_base_models(engine: Engine, strategy: str) -> None:
+    """Of every token, in whatever way it came, as from passes over all of the text before it."""
+    options = {"strategy": strategy, "seed": 6, "max_new_tokens": 31, "ignore_eos": True, "temperature": 0.9}
+    if strategy == "dynamo":
+        options |= {"backoff_threshold": 0.2}
+    silent = engine.generate(PROMPT, **options)
+    assert silent.log_probabilities == []
+    engine.reset()
+    found = engine.generate(PROMPT, log_probabilities=True, **options)
+    assert found.tokens == silent.tokens  # asking changes nothing
+    assert found.statistics.steps == silent.statistics.steps
+    assert strategy != "dynamo" or found.statistics.tokens_per_pass > 1.3
+    context, expected = engine.encode(PROMPT), []
+    for token in found.tokens:
+        logits = uncached_logits(engine, context)[0].astype(np.float64)
+        expected.append(logits[token] - np.log(np.exp(logits - logits.max()).sum()) - logits.max())
+        context.append(token)
+    assert found.log_probabilities == pytest.approx(expected, abs=1e-4)
+
+
+def test_log_probabilities_end_with_the_text(multi: Path, engine: Engine) -> None:
+    """Where a stop, a limit or the context ends a text inside a step, and where the engine goes on afterwards."""
+    options = {"strategy": "dynamo", "seed": 3, "backoff_threshold": 0.0, "ignore_eos": True, "log_probabilities": True}
+    whole = engine.generate(PROMPT, max_new_tokens=30, **options)
+    for limit in (1, 2, 3, 5, 7):
+        engine.reset()
+        cut = engine.generate(PROMPT, max_new_tokens=limit, **options)
+        assert len(cut.log_probabilities) == len(cut.tokens) == limit
+        assert cut.log_probabilities == pytest.approx(whole.log_probabilities[:limit], abs=1e-4)
+    engine.reset()
+    stopped = engine.generate(PROMPT, max_new_tokens=30, stop=whole.text[10:13], **options)
+    assert len(stopped.log_probabilities) == len(stopped.tokens) < 30
+    after = engine.generate(PROMPT, max_new_tokens=30, **options)
+    assert after.tokens == whole.tokens
+    short = Engine(multi, threads=1, max_length=30)
+    full = short.generate(list(range(20, 40)), max_new_tokens=None, **options)
+    assert full.finish_reason == "context" and len(full.log_probabilities) == len(full.tokens) == 11

@@ -8,12 +8,16 @@ import numpy as np
 import profiles
 import pytest
 
-from dynamo_runtime.device.plan import Acceptances, Curve, Knowledge, Planner, Prior, bin_of, middle_of, threshold_for
+from dynamo_runtime.device.acceptance import Acceptances, bin_of, middle_of
+from dynamo_runtime.device.costs import Curve, Knowledge, Prior
+from dynamo_runtime.device.plan import Planner, threshold_for
 from dynamo_runtime.device.profile import Backoff
+from dynamo_runtime.drafting import Ask
 from dynamo_runtime.errors import ParameterError
 from dynamo_runtime.interval import Interval
 
 DEPTH = 4
+HEADS = Ask(heads=True)
 
 
 @dataclass
@@ -110,7 +114,7 @@ TEXTS = {
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_the_plan_reaches_the_best_fixed_setting(device: Device, text: Text) -> None:
     rng = np.random.default_rng(0)
-    planner = Planner(device, Acceptances(DEPTH))
+    planner = Planner(device, Acceptances(DEPTH), HEADS)
     decode(planner, device, text, 300, rng)
     tokens, spent = decode(planner, device, text, 4000, rng)
     assert tokens / spent > 0.97 * best_fixed(device, text)
@@ -121,14 +125,16 @@ def test_a_short_text_that_does_not_pay_loses_little(device: Device) -> None:
     """From nothing but the rule of thumb that half of the drafts are right."""
     text, ratios = TEXTS["shuffled"], []
     for seed in range(20):
-        tokens, spent = decode(Planner(device, Acceptances(DEPTH)), device, text, 200, np.random.default_rng(seed))
+        tokens, spent = decode(
+            Planner(device, Acceptances(DEPTH), HEADS), device, text, 200, np.random.default_rng(seed)
+        )
         ratios.append(tokens / spent / best_fixed(device, text))
     assert np.mean(ratios) > 0.97
 
 
 def test_it_follows_a_text_that_changes() -> None:
     device, rng = DEVICES["usual"], np.random.default_rng(1)
-    planner = Planner(device, Acceptances(DEPTH))
+    planner = Planner(device, Acceptances(DEPTH), HEADS)
     drafting = []
     for text, share in zip(
         (TEXTS["predictable"], TEXTS["shuffled"], TEXTS["predictable"]), (0.97, 0.96, 0.93), strict=True
@@ -142,7 +148,7 @@ def test_it_follows_a_text_that_changes() -> None:
 
 def test_nothing_is_drafted_where_every_row_costs_a_pass() -> None:
     device = Device(1.0, 0.3)
-    planner = Planner(device, Acceptances(DEPTH))
+    planner = Planner(device, Acceptances(DEPTH), HEADS)
     assert not planner.drafting
     tokens, spent = decode(planner, device, TEXTS["predictable"], 1000, np.random.default_rng(2))
     assert tokens / spent > 0.98
@@ -152,7 +158,7 @@ def test_looking_again_costs_little() -> None:
     """However dear a look is, and whatever coming back costs, the waits between looks make up for it."""
     for device in (Device(1.0, 0.1), Device(1.0, 1.0), Device(1.0, 0.1, resumed=0.004)):
         tokens, spent = decode(
-            Planner(device, Acceptances(DEPTH)), device, Text(0, 0, 1), 3000, np.random.default_rng(3)
+            Planner(device, Acceptances(DEPTH), HEADS), device, Text(0, 0, 1), 3000, np.random.default_rng(3)
         )
         assert 0.98 < tokens / spent <= 1
 
@@ -165,10 +171,10 @@ def test_a_draft_may_pay_only_with_those_behind_it() -> None:
             return 1.0 + 0.9 * (rows > 1)
 
     sure = Acceptances(3, {(depth, 4): (100, 95) for depth in (1, 2, 3)})
-    planner = Planner(Stairs(0, 0), sure)
+    planner = Planner(Stairs(0, 0), sure, HEADS)
     assert planner.drafting
     assert planner.worth([0.9])
-    assert not Planner(Stairs(0, 0), Acceptances(1, {(1, 4): (100, 80)})).worth([0.9])
+    assert not Planner(Stairs(0, 0), Acceptances(1, {(1, 4): (100, 80)}), HEADS).worth([0.9])
 
 
 def test_confidence_is_corrected_by_what_became_of_it() -> None:
@@ -213,8 +219,11 @@ def test_a_profile_is_planned_with() -> None:
     knowledge = Knowledge.of(None, replace(profile, acceptance=[*profile.acceptance, *greedy]))  # type: ignore[arg-type]
     assert knowledge.costs.step(3, True, 512) == curve.step(3, True, 512)
     for temperature, counted in ((0.7, profile.acceptance), (0.0, greedy)):
-        found = knowledge.drafts_at(temperature)
-        assert found == {(each.depth, bin_of(each.confidence)): (each.seen, each.accepted) for each in counted}
+        known = {(each.depth, bin_of(each.confidence)): (each.seen, each.accepted) for each in counted}
+        found, expected = knowledge.acceptances(DEPTH, temperature), Acceptances(DEPTH, known)
+        for depth in range(1, DEPTH + 1):
+            assert found.usual(depth) == expected.usual(depth)
+            assert all(found.of(depth, middle_of(b)) == expected.of(depth, middle_of(b)) for b in range(5))
 
 
 def test_target_speedup_is_the_largest_threshold_that_is_fast_enough() -> None:
@@ -237,5 +246,5 @@ def test_the_prior_grows_with_the_model() -> None:
         costs = [prior.step(rows, heads, 0) for heads in (False, True) for rows in (1, 2, 4)]
         assert costs == sorted(costs) or costs[2] > costs[3]
         assert prior.resume(10) > 0
-    assert not Planner(small, Acceptances(2)).drafting
-    assert Planner(large, Acceptances(2)).drafting
+    assert not Planner(small, Acceptances(2), HEADS).drafting
+    assert Planner(large, Acceptances(2), HEADS).drafting

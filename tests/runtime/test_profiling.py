@@ -10,16 +10,21 @@ import numpy as np
 import profiles
 import pytest
 
-from dynamo_runtime import Engine, load_bundle
+from dynamo_runtime import LAST, Backend, Engine, load_bundle
 from dynamo_runtime.cli import profile as cli
+from dynamo_runtime.device.acceptance import Acceptances
+from dynamo_runtime.device.costs import Curve
 from dynamo_runtime.device.inspection import device_key, inspect_device
-from dynamo_runtime.device.plan import Acceptances, Curve, Planner
+from dynamo_runtime.device.plan import Planner
 from dynamo_runtime.device.profile import Profile, cached_path, profiles_folder
+from dynamo_runtime.drafting import Ask
 from dynamo_runtime.errors import ParameterError, ProfileError
 from dynamo_runtime.interval import Interval
+from dynamo_runtime.parallel import ParallelHeads
 from dynamo_runtime.parameters import SamplingParameters
 from dynamo_runtime.profiling.measure import QUICK, STAGES, measure
 from dynamo_runtime.profiling.passes import PassTimer
+from dynamo_runtime.step import Rows
 from dynamo_runtime.strategies import Autoregressive
 
 
@@ -31,7 +36,7 @@ class FakeDevice:
         self.now = 0.0
         self.ort_seconds = 0.0
         self.skips_heads = True
-        self.bundle = SimpleNamespace(has_head_rows=True)
+        self.bundle = SimpleNamespace(topology=ParallelHeads(2))
         self.cache = SimpleNamespace(length=0, rollback=self.rollback)
         self.skipped = 0
         self.rng = np.random.default_rng(0)
@@ -40,12 +45,12 @@ class FakeDevice:
         self.skipped = max(self.skipped - (self.cache.length - length), 0)
         self.cache.length = length
 
-    def step(self, tokens: Sequence[int], rows: int = 1, head_rows: Sequence[int] | None = None) -> SimpleNamespace:
-        heads = head_rows is None or len(head_rows) > 0
-        spent = self.cost(len(tokens), heads, self.cache.length) / 1e3
-        if heads:
+    def step(self, tokens: Sequence[int], rows: Rows = LAST, heads: Rows = LAST) -> SimpleNamespace:
+        with_heads = len(heads.of(len(tokens))) > 0
+        spent = self.cost(len(tokens), with_heads, self.cache.length) / 1e3
+        if with_heads:
             spent += self.resume(self.skipped) / 1e3
-        self.skipped = 0 if heads else self.skipped + len(tokens)
+        self.skipped = 0 if with_heads else self.skipped + len(tokens)
         spent *= 1 + 0.02 * self.rng.random() + 3 * (self.rng.random() < 0.02)  # with jitter, and now and then a hiccup
         self.now += spent
         self.ort_seconds += 0.9 * spent
@@ -105,7 +110,7 @@ def test_the_plan_made_of_the_measured_curve_is_the_best_one(device: FakeDevice,
             rates[drafts] = sum(accepted**i for i in range(drafts + 1)) / device.cost(1 + drafts, True, 64)
         best = max(rates, key=lambda drafts: rates[drafts])
         known = {(depth, 2): (10_000, int(10_000 * accepted)) for depth in range(1, 5)}
-        planner = Planner(curve, Acceptances(4, known))
+        planner = Planner(curve, Acceptances(4, known), Ask(heads=True))
         drafts = 0
         while planner.drafting and drafts < 4 and planner.worth([0.5] * (drafts + 1)):
             drafts += 1
@@ -125,7 +130,10 @@ def measured(multi: Path) -> Profile:
     """A real profile of a tiny bundle, in as little time as can be."""
     stages: list[tuple[str, float]] = []
     profile = measure(
-        load_bundle(multi), effort=LEAST, threads=1, progress=lambda stage, share: stages.append((stage, share))
+        load_bundle(multi),
+        Backend(threads=1),
+        effort=LEAST,
+        progress=lambda stage, share: stages.append((stage, share)),
     )
     assert stages == [("loading", 0.0), *((stage.name, stage.begins) for stage in STAGES), ("done", 1.0)]
     shares = [share for _, share in stages]
@@ -136,7 +144,7 @@ def measured(multi: Path) -> Profile:
 def test_everything_is_measured(measured: Profile, multi: Path) -> None:
     bundle = load_bundle(multi)
     assert (measured.bundle.kind, measured.bundle.n_tokens, measured.threads) == ("parallel", 3, 1)
-    assert measured.bundle.graph_sha256 == bundle.files["model.onnx"]["sha256"]
+    assert measured.bundle.graph_sha256 == bundle.files["model.onnx"].sha256
     assert measured.device == inspect_device("cpu")
     assert measured.load_s > 0 and measured.bandwidth > 1e8 and measured.peak_bytes >= measured.steady_bytes > 1e7
     assert {each.rows for each in measured.passes} == set(range(1, 9))
@@ -234,7 +242,8 @@ def canned(measured: Profile, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """The command measures nothing, and what it would have measured with is noted."""
     asked: list[dict] = []
 
-    def fake(bundle, **options):
+    def fake(bundle, backend, **options):
+        options["backend"] = backend
         options["progress"]("passes", 0.5)
         asked.append(options)
         return measured
@@ -258,7 +267,7 @@ def test_the_command_writes_and_keeps(
     assert files[1].read_text().startswith("section,name,variant,unit,value")
     assert files[2].read_text().lstrip().lower().startswith("<!doctype html>")
     asked = canned[0]
-    assert (asked["effort"], asked["prompts"], asked["threads"]) == (QUICK, ["one", "two"], 1)
+    assert (asked["effort"], asked["prompts"], asked["backend"].threads) == (QUICK, ["one", "two"], 1)
     path = cached_path(device_key("cpu"), load_bundle(multi), 1)
     try:
         assert str(path) in written.err
@@ -328,4 +337,4 @@ def test_bad_commands(
 def test_too_short_a_context(multi: Path) -> None:
     bundle = replace(load_bundle(multi), context_length=10)
     with pytest.raises(ProfileError, match="context of 10, too short"):
-        measure(bundle, effort=LEAST, threads=1)
+        measure(bundle, Backend(threads=1), effort=LEAST)

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from dynamo_runtime import Session, load_bundle, providers
+from dynamo_runtime import ALL, Session, load_bundle, providers
 from dynamo_runtime.errors import BundleError, ParameterError, ProviderError
 from dynamo_runtime.providers import Backend
 from dynamo_runtime.wire import without_ends
@@ -125,9 +125,9 @@ def test_wrong_settings() -> None:
 
 def test_spinning_and_optimization_change_no_number(multi: Path) -> None:
     tokens = [7, 30, 111, 250]
-    expected = Session(load_bundle(multi), threads=1).step(tokens, rows=0).logits()
+    expected = Session(load_bundle(multi), threads=1).step(tokens, rows=ALL).logits()
     for options in ({"spinning": True}, {"optimization": "basic"}, {"optimization": "none"}):
-        found = Session(load_bundle(multi), threads=1, **options).step(tokens, rows=0).logits()
+        found = Session(load_bundle(multi), threads=1, **options).step(tokens, rows=ALL).logits()
         assert abs(found - expected).max() < 2e-5
 
 

@@ -46,7 +46,7 @@ def test_flags_reach_the_engine(multi: Path) -> None:
     assert done.stderr.startswith(b"autoregressive: ")
     text = Engine(multi, threads=1).generate("x", strategy="autoregressive", temperature=0, max_new_tokens=20).text
     assert done.stdout.decode() == text
-    one = run(str(multi), "x", "--backoff-threshold", "1", *FLAGS)
+    one = run(str(multi), "x", "--strategy", "dynamo", "--backoff-threshold", "1", *FLAGS)
     assert re.search(rb"steps 1:\d+\)", one.stderr)
 
 
@@ -90,13 +90,13 @@ def test_a_closed_pipe_is_no_error(multi: Path) -> None:
 
 def test_an_interrupt_ends_the_text_and_still_reports(multi: Path) -> None:
     code = (
-        "import signal, sys, dynamo_runtime.cli.run as run, dynamo_runtime.engine as engine\n"
+        "import signal, sys, dynamo_runtime.cli.run as run, dynamo_runtime.stream as stream\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
-        "accept = engine.TextStream._accept\n"
+        "accept = stream.TextStream._accept\n"
         "def once(self, tokens):\n"
         "    if len(self.tokens) > 20: signal.raise_signal(signal.SIGINT)\n"
         "    return accept(self, tokens)\n"
-        "engine.TextStream._accept = once\n"
+        "stream.TextStream._accept = once\n"
         "sys.exit(run.main(sys.argv[1:]))\n"
     )
     arguments = [

@@ -1,11 +1,8 @@
 """Plain sampling: truncation, penalties, the certificate for the top-K outputs, and the draws themselves."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from dynamo_runtime import Bundle
 from dynamo_runtime.errors import ParameterError
 from dynamo_runtime.parameters import SamplingParameters, resolve_parameters
 from dynamo_runtime.sampling import (
@@ -17,7 +14,8 @@ from dynamo_runtime.sampling import (
     sort_logits,
     truncate,
 )
-from dynamo_runtime.session import Step
+from dynamo_runtime.step import Step
+from dynamo_runtime.topology import Plain
 
 VOCAB, K = 60, 12
 
@@ -25,8 +23,7 @@ VOCAB, K = 60, 12
 def step_of(logits: np.ndarray) -> Step:
     values, ids = sort_logits(logits, K)
     rows = {"logits": logits, "topk_logits": values, "topk_ids": ids}
-    bundle = Bundle(Path(), n_heads=1, vocab_size=VOCAB, context_length=9, kv_layers=1, kv_heads=1, head_size=1)
-    return Step({name: row[None, None] for name, row in rows.items()}, bundle, 0)
+    return Step({name: row[None, None] for name, row in rows.items()}, Plain(), 0)
 
 
 def exact_distribution(logits: np.ndarray, seen: np.ndarray, p: SamplingParameters) -> np.ndarray:

@@ -11,8 +11,10 @@ import pytest
 
 from dynamo_runtime import scoring
 from dynamo_runtime.errors import PromptError
-from dynamo_runtime.scoring import LOOK_AHEAD_STRIDE, Scores, score_base, score_texts, score_window
+from dynamo_runtime.scores import Scores
+from dynamo_runtime.scoring import LOOK_AHEAD_STRIDE, score_base, score_texts, score_window
 from dynamo_runtime.session import Session
+from dynamo_runtime.step import Last
 
 VOCAB, N, RANK = 12, 3, 2
 TEXTS = [np.random.default_rng(seed).integers(1, VOCAB, 23).tolist() for seed in range(2)]
@@ -30,6 +32,11 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Session]:
     return made
 
 
+def rows_bytes(session: Session) -> int:
+    """Bytes of the logits of one position."""
+    return 4 * VOCAB * (1 + session.bundle.topology.parts)
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Probabilities of one row."""
     powers = np.exp(logits.astype(np.float64) - logits.max())
@@ -40,20 +47,20 @@ def after(session: Session, prefix: list[int]) -> np.ndarray:
     """p(x_{t+1}, …, x_{t+n} | prefix) of every continuation, [vocab] * n, from a single pass over the prefix."""
     bundle = session.bundle
     session.cache.reset()
-    if bundle.kind == "lookahead":
-        rows = session.step([*prefix, *bundle.look_ahead], rows=bundle.n_tokens).logits()
+    if bundle.topology.kind == "lookahead":
+        rows = session.step([*prefix, *bundle.look_ahead], rows=Last(bundle.topology.n_tokens)).logits()
         each = [softmax(row) for row in rows]
-    elif bundle.kind == "cp":
+    elif bundle.topology.kind == "cp":
         step = session.step(prefix)
-        weights = np.exp(step.gate()[0].astype(np.float64))
+        weights = np.exp(bundle.topology.gate(step)[0].astype(np.float64))
         joint = np.zeros([VOCAB] * N)
         for component in range(RANK):
-            p = [softmax(step.factors()[0, i, component]) for i in range(N)]
+            p = [softmax(bundle.topology.factors(step)[0, i, component]) for i in range(N)]
             joint += weights[component] * p[0][:, None, None] * p[1][None, :, None] * p[2][None, None, :]
         return joint
     else:
         step = session.step(prefix)
-        each = [softmax(step.logits(head)[0]) for head in range(1, bundle.n_heads + 1)]
+        each = [softmax(step.logits(head)[0]) for head in range(1, bundle.topology.n_heads + 1)]
     product = each[0]
     for row in each[1:]:
         product = np.multiply.outer(product, row)
@@ -67,10 +74,10 @@ def first(session: Session, prefix: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["plain", "parallel", "cp", "lookahead"])
-def test_against_whole_distributions(kind: str, sessions: dict[str, Session], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_against_whole_distributions(kind: str, sessions: dict[str, Session]) -> None:
     """Joint and marginals of every position that has n tokens behind it, by summing over all continuations."""
     session = sessions[kind]
-    n = session.bundle.n_tokens
+    n = session.bundle.topology.n_tokens
     nll: list[list[float]] = [[] for _ in range(n)]
     choices: list[list[int]] = [[] for _ in range(n)]
     joints = []
@@ -86,9 +93,8 @@ def test_against_whole_distributions(kind: str, sessions: dict[str, Session], mo
                 nll[i].append(-np.log(p[text[end + i]]))
                 choices[i].append(int(p.argmax()))
     # Passes over a few positions at a time, and over all of them.
-    for size in (scoring._BYTES_AT_ONCE, 4 * VOCAB * (session.bundle.n_heads + session.bundle.rank * n) * 4):
-        monkeypatch.setattr(scoring, "_BYTES_AT_ONCE", size)
-        found = score_texts(session, TEXTS)
+    for size in (scoring.BYTES_AT_ONCE, 4 * rows_bytes(session)):
+        found = Scores.join([each.scores for text in TEXTS for each in score_window(session, text, at_once=size)])
         np.testing.assert_allclose(found.nll, nll, atol=1e-5)
         np.testing.assert_allclose(found.joint, joints, atol=1e-5)
         np.testing.assert_array_equal(found.choices, choices)
@@ -122,7 +128,7 @@ def test_join(sessions: dict[str, Session]) -> None:
 def test_bad_texts(kind: str, sessions: dict[str, Session]) -> None:
     """A text needs a token before those that are predicted, and only tokens of the vocabulary."""
     session = sessions[kind]
-    n = session.bundle.n_tokens
+    n = session.bundle.topology.n_tokens
     for length in range(n + 1):
         with pytest.raises(ValueError, match=f"a text of {length} tokens cannot be scored {n} tokens ahead"):
             score_texts(session, [[1] * length])
@@ -151,17 +157,12 @@ def test_the_cache_is_used_up_to_its_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "parallel", "cp", "lookahead"])
 @pytest.mark.parametrize("rows", [3, 100])
-def test_a_window_sees_nothing_before_it(
-    kind: str, rows: int, sessions: dict[str, Session], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_window_sees_nothing_before_it(kind: str, rows: int, sessions: dict[str, Session]) -> None:
     """Positions 9 … 15 in a window from 5 are scored as in a text that begins there."""
     session = sessions[kind]
-    n = session.bundle.n_tokens
-    monkeypatch.setattr(
-        scoring, "_BYTES_AT_ONCE", rows * 4 * VOCAB * (session.bundle.n_heads + session.bundle.rank * n)
-    )
+    n = session.bundle.topology.n_tokens
     begin, first, end = 5, 9, 16
-    stretches = list(score_window(session, TEXTS[0], begin, first, end))
+    stretches = list(score_window(session, TEXTS[0], begin, first, end, at_once=rows * rows_bytes(session)))
     positions = [t for stretch in stretches for t in stretch.positions]
     stride = LOOK_AHEAD_STRIDE if kind == "lookahead" else 1
     assert positions == [t for t in range(first, end) if (t + 1 - begin) % stride == 0]
@@ -174,11 +175,10 @@ def test_a_window_sees_nothing_before_it(
 
 
 @pytest.mark.parametrize("kind", ["plain", "parallel", "cp", "lookahead"])
-def test_the_base_of_every_kind(kind: str, sessions: dict[str, Session], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_base_of_every_kind(kind: str, sessions: dict[str, Session]) -> None:
     """The first head alone, up to the last token of a text, in passes over a few positions at a time."""
     session, text = sessions[kind], TEXTS[1]
-    monkeypatch.setattr(scoring, "_BYTES_AT_ONCE", 4 * VOCAB * 5)
-    nll, choices = score_base(session, text, 7)
+    nll, choices = score_base(session, text, 7, at_once=4 * VOCAB * 5)
     rows = [first(session, text[: t + 1]) for t in range(7, len(text) - 1)]
     np.testing.assert_allclose(nll, [-np.log(row[text[8 + i]]) for i, row in enumerate(rows)], atol=1e-5)
     np.testing.assert_array_equal(choices, [row.argmax() for row in rows])

@@ -6,9 +6,22 @@ import handmade
 import numpy as np
 import pytest
 
-from dynamo_runtime import Bundle, ParameterError, PromptError, ProviderError, Session, Step, load_bundle
-from dynamo_runtime import session as session_module
+from dynamo_runtime import (
+    ALL,
+    NONE,
+    At,
+    Backend,
+    Bundle,
+    Last,
+    ParameterError,
+    PromptError,
+    ProviderError,
+    Session,
+    Step,
+    load_bundle,
+)
 from dynamo_runtime.kv_cache import KVCache
+from dynamo_runtime.parallel import ParallelHeads
 
 TOKENS = np.random.default_rng(0).integers(1, 300, 90).tolist()
 CLOSE = {"rtol": 0, "atol": 2e-5}
@@ -18,7 +31,7 @@ CLOSE = {"rtol": 0, "atol": 2e-5}
 def whole(multi: Path) -> list[np.ndarray]:
     """All rows of all heads from one pass over TOKENS."""
     session = Session(load_bundle(multi), threads=1)
-    step = session.step(TOKENS, rows=0, head_rows=range(len(TOKENS)))
+    step = session.step(TOKENS, rows=ALL, heads=ALL)
     return [step.logits(head).copy() for head in (1, 2, 3)]
 
 
@@ -33,7 +46,7 @@ def test_passes_of_any_size_equal_one_pass(multi: Path, whole: list[np.ndarray],
         chunk = TOKENS[at : at + m]
         if not chunk:
             break
-        step = session.step(chunk, rows=len(chunk), head_rows=[0, -1])
+        step = session.step(chunk, rows=Last(len(chunk)), heads=At([0, -1]))
         rows = slice(at, at + len(chunk))
         assert np.allclose(step.logits(1), whole[0][rows], **CLOSE)
         for head in (2, 3):
@@ -50,23 +63,23 @@ def test_rollback_is_a_length(multi: Path, whole: list[np.ndarray]) -> None:
     session.step([5, 6, 7, 8])
     session.cache.rollback(38)
     assert session.cache.tokens == TOKENS[:38]
-    assert np.allclose(session.step(TOKENS[38:45], rows=0).logits(), whole[0][38:45], **CLOSE)
+    assert np.allclose(session.step(TOKENS[38:45], rows=ALL).logits(), whole[0][38:45], **CLOSE)
     with pytest.raises(ValueError, match="roll back"):
         session.cache.rollback(46)
 
 
 def test_a_step_outlives_later_steps(multi: Path) -> None:
     session = Session(load_bundle(multi), threads=1)
-    first = session.step(TOKENS[:5], rows=0)
+    first = session.step(TOKENS[:5], rows=ALL)
     kept = [array.copy() for head in (1, 2, 3) for array in (first.logits(head), *first.topk(head))]
-    session.step(TOKENS[5:10], rows=0)
+    session.step(TOKENS[5:10], rows=ALL)
     session.step([1])
     again = [array for head in (1, 2, 3) for array in (first.logits(head), *first.topk(head))]
     assert all(np.array_equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
 def test_topk_outputs_are_the_largest_of_the_rows(multi: Path) -> None:
-    step = Session(load_bundle(multi), threads=1).step(TOKENS, rows=3)
+    step = Session(load_bundle(multi), threads=1).step(TOKENS, rows=Last(3))
     for head, rows in ((1, 3), (2, 1), (3, 1)):
         logits, ids = step.topk(head)
         assert logits.shape == ids.shape == (rows, 128)
@@ -77,7 +90,7 @@ def test_topk_outputs_are_the_largest_of_the_rows(multi: Path) -> None:
 def test_further_heads_differ_from_the_first_which_is_the_plain_model(
     multi: Path, plain: Path, whole: list[np.ndarray]
 ) -> None:
-    alone = Session(load_bundle(plain), threads=1).step(TOKENS, rows=0).logits()
+    alone = Session(load_bundle(plain), threads=1).step(TOKENS, rows=ALL).logits()
     assert np.allclose(alone, whole[0], **CLOSE)
     assert np.abs(whole[0] - whole[1]).max() > 0.1
     assert np.abs(whole[1] - whole[2]).max() > 0.1
@@ -115,7 +128,7 @@ def test_refuses_wrong_arguments(multi: Path) -> None:
         session.step([320])
     with pytest.raises(PromptError, match="11 tokens do not fit"):
         session.step([1] * 11)
-    for wrong in ({"rows": 3}, {"rows": -1}, {"head_rows": [2]}):
+    for wrong in ({"rows": Last(3)}, {"rows": Last(-1)}, {"rows": NONE}, {"heads": At([2])}, {"heads": At([-3])}):
         with pytest.raises(ValueError, match="rows"):
             session.step([1, 2], **wrong)
     assert session.cache.length == 0
@@ -124,11 +137,28 @@ def test_refuses_wrong_arguments(multi: Path) -> None:
             Session(bundle, **wrong)
     with pytest.raises(ProviderError, match="unknown execution provider 'tpu'"):
         Session(bundle, provider="tpu")
+    with pytest.raises(ParameterError, match="unknown option speed of the backend; there are provider"):
+        Session(bundle, speed=3)
+
+
+def test_a_backend_is_an_object_or_keywords(multi: Path) -> None:
+    bundle = load_bundle(multi)
+    given = Session(bundle, Backend(provider="cpu", threads=1))
+    assert given.backend == Session(bundle, provider="cpu", threads=1).backend
+    assert Session(bundle, given.backend, spinning=True).backend == Backend(provider="cpu", threads=1, spinning=True)
 
 
 def test_a_bundle_can_be_built_in_memory(multi: Path) -> None:
     read = load_bundle(multi)
-    built = Bundle(read.folder, 3, read.vocab_size, 640, 4, 1, 16, top_k_outputs=128)
+    built = Bundle(
+        folder=read.folder,
+        topology=ParallelHeads(3),
+        vocab_size=read.vocab_size,
+        context_length=640,
+        kv_layers=4,
+        kv_heads=1,
+        head_size=16,
+    )
     assert Session(built, threads=1).step([1, 2]).logits(3).shape == (1, read.vocab_size)
 
 
@@ -143,30 +173,28 @@ def test_time_inside_onnxruntime_is_counted(multi: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["parallel", "cp"])
 @pytest.mark.parametrize("twin_bytes", [0, 1 << 30])
-def test_heads_catch_up_with_passes_that_left_them_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, twin_bytes: int
-) -> None:
+def test_heads_catch_up_with_passes_that_left_them_out(tmp_path: Path, kind: str, twin_bytes: int) -> None:
     """Whichever passes skip the heads, and whatever is rolled back, the heads then say what they always say."""
-    monkeypatch.setattr(session_module, "TWIN_BYTES", twin_bytes)
     bundle = handmade.small_bundle(tmp_path / kind, kind, 3, vocab=40, rank=2)
     tokens = [token % 40 for token in TOKENS]
 
     def said(step: Step) -> list[np.ndarray]:
-        return [step.logits(2), step.logits(3)] if kind == "parallel" else [step.gate(), step.factors()]
+        joint = bundle.topology
+        return [step.logits(2), step.logits(3)] if kind == "parallel" else [joint.gate(step), joint.factors(step)]
 
-    always, sometimes = Session(bundle, threads=1, growth=8), Session(bundle, threads=1, growth=8)
+    always, sometimes = (Session(bundle, threads=1, growth=8, twin_bytes=twin_bytes) for _ in range(2))
     assert sometimes.skips_heads
     rng = np.random.default_rng(3)
     at = 0
     while at < len(tokens):
         m = int(rng.integers(1, 6))
         part = tokens[at : at + m]
-        expected = always.step(part, rows=0, head_rows=range(len(part)))
+        expected = always.step(part, rows=ALL, heads=ALL)
         if rng.random() < 0.6:
-            step = sometimes.step(part, rows=0, head_rows=())
+            step = sometimes.step(part, rows=ALL, heads=NONE)
             assert sometimes.cache.skipped_length > 0
         else:
-            step = sometimes.step(part, rows=0, head_rows=range(len(part)))
+            step = sometimes.step(part, rows=ALL, heads=ALL)
             assert sometimes.cache.skipped_length == 0
             for ours, theirs in zip(said(step), said(expected), strict=True):
                 assert np.allclose(ours, theirs, **CLOSE)

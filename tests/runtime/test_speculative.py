@@ -1,17 +1,21 @@
 """Strategy `speculative` on real graphs: verified drafts change the speed of the text and nothing else."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import handmade
 import numpy as np
 import pytest
 
-from dynamo_runtime import strategies
-from dynamo_runtime.engine import Engine, decode
+from dynamo_runtime.decoding import decode
+from dynamo_runtime.device.costs import Knowledge, Prior
+from dynamo_runtime.drafting import NOTHING, Guesses, Passed
+from dynamo_runtime.engine import Engine
 from dynamo_runtime.errors import ParameterError
 from dynamo_runtime.parameters import SamplingParameters
 from dynamo_runtime.sampling import Candidates, Context
-from dynamo_runtime.session import Session, Step
+from dynamo_runtime.session import Session
+from dynamo_runtime.step import Step
 from dynamo_runtime.strategies import Autoregressive, Speculative
 
 KINDS = ("parallel", "cp", "lookahead")
@@ -137,17 +141,19 @@ PROMPT = "def fib(n):\n    if n < 2:\n        return n\n"
 class AlwaysRight:
     """Drafts what plain decoding is going to write: every draft is accepted."""
 
-    def __init__(self, text: list[int], depth: int):
-        self.text, self.depth, self.look_ahead = text, depth, ()
-        self.at = 0
+    ask = NOTHING
 
-    def start(self, step: Step, judged: int, accepted: int) -> bool:
-        self.at += accepted + 1
-        return True
+    def __init__(self, prompt: list[int], text: list[int], depth: int):
+        self.whole, self.depth = prompt + text, depth
 
-    def candidates(self, depth: int, token: int) -> Candidates:
-        place = self.at + depth - 1
-        return Candidates(np.array(self.text[place : place + 1]), np.ones(len(self.text[place : place + 1])))
+    def guess(self, passed: Passed) -> Guesses:
+        known = len(passed.context.tokens) + len(passed.final) - 1
+
+        def candidates(chosen: Sequence[int]) -> Candidates:
+            following = self.whole[known + len(chosen) : known + len(chosen) + 1]
+            return Candidates(np.array(following, int), np.ones(len(following)))
+
+        return candidates
 
 
 @pytest.mark.parametrize("strategy", ["autoregressive", "speculative"])
@@ -174,35 +180,38 @@ def test_topk_outputs_stand_in_for_full_rows_exactly(engine: Engine, strategy: s
 
 
 @pytest.fixture
-def oracle(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The plain greedy text, which the engine's drafter now foresees three tokens ahead."""
+def text(engine: Engine) -> list[int]:
+    """The plain greedy text."""
     options = {"strategy": "autoregressive", "temperature": 0, "max_new_tokens": 60, "ignore_eos": True}
-    text = engine.generate(PROMPT, **options).tokens
-    monkeypatch.setattr(strategies, "make_drafter", lambda *_: AlwaysRight(text, 3))
+    tokens = engine.generate(PROMPT, **options).tokens
     engine.reset()
-    return text
+    return tokens
+
+
+@pytest.fixture
+def foreseen(engine: Engine, text: list[int]) -> dict[str, Any]:
+    """Options with which the plain greedy text is drafted three tokens ahead."""
+    drafter = AlwaysRight(engine.encode(PROMPT), text, 3)
+    return {"strategy": "speculative", "drafter": drafter, "temperature": 0, "draft_cooccurrence_weight": 0.0}
 
 
 @pytest.mark.parametrize("limit", [1, 2, 4, 5, 7])
-def test_limits_are_exact_inside_accepted_runs(engine: Engine, oracle: list[int], limit: int) -> None:
-    found = engine.generate(
-        PROMPT,
-        strategy="speculative",
-        temperature=0,
-        max_new_tokens=limit,
-        ignore_eos=True,
-        draft_cooccurrence_weight=0.0,
-    )
-    assert found.tokens == oracle[:limit]
+def test_limits_are_exact_inside_accepted_runs(
+    engine: Engine, text: list[int], foreseen: dict[str, Any], limit: int
+) -> None:
+    found = engine.generate(PROMPT, max_new_tokens=limit, ignore_eos=True, **foreseen)
+    assert found.tokens == text[:limit]
     assert found.finish_reason == "length"
     assert found.statistics.new_tokens == limit
     assert found.statistics.draft_tokens_accepted <= limit - 1
 
 
-def test_stop_strings_cancelling_and_streaming_inside_accepted_runs(engine: Engine, oracle: list[int]) -> None:
-    options = {"strategy": "speculative", "temperature": 0, "draft_cooccurrence_weight": 0.0, "ignore_eos": True}
+def test_stop_strings_cancelling_and_streaming_inside_accepted_runs(
+    engine: Engine, text: list[int], foreseen: dict[str, Any]
+) -> None:
+    options = foreseen | {"ignore_eos": True}
     whole = engine.generate(PROMPT, max_new_tokens=24, **options)
-    assert whole.tokens == oracle[:24]
+    assert whole.tokens == text[:24]
     assert whole.statistics.steps[4] == 5  # 1 + 5 · 4 + the rest
     stop = whole.text[9:12]
     stopped = engine.generate(PROMPT, max_new_tokens=24, stop=stop, **options)
@@ -214,28 +223,36 @@ def test_stop_strings_cancelling_and_streaming_inside_accepted_runs(engine: Engi
     stream.cancel()
     list(stream)
     assert stream.finish_reason == "cancelled"
-    assert stream.tokens == oracle[: len(stream.tokens)]
+    assert stream.tokens == text[: len(stream.tokens)]
 
 
-def test_end_of_sequence_ends_an_accepted_run(engine: Engine, oracle: list[int], monkeypatch) -> None:
-    end = oracle[6]
-    first = oracle.index(end)
+def test_end_of_sequence_ends_an_accepted_run(engine: Engine, text: list[int], foreseen: dict[str, Any]) -> None:
+    end = text[6]
+    first = text.index(end)
     object.__setattr__(engine.bundle, "eos_token_ids", (end,))
     try:
-        found = engine.generate(PROMPT, strategy="speculative", temperature=0, draft_cooccurrence_weight=0.0)
+        found = engine.generate(PROMPT, **foreseen)
     finally:
         object.__setattr__(engine.bundle, "eos_token_ids", (0,))
     assert found.finish_reason == "eos"
-    assert found.tokens == oracle[: first + 1]
+    assert found.tokens == text[: first + 1]
 
 
-def test_statistics_count_drafts_by_depth(engine: Engine, oracle: list[int]) -> None:
-    s = engine.generate(
-        PROMPT, strategy="speculative", temperature=0, max_new_tokens=41, ignore_eos=True, draft_cooccurrence_weight=0.0
-    ).statistics
+def test_statistics_count_drafts_by_depth(engine: Engine, foreseen: dict[str, Any]) -> None:
+    s = engine.generate(PROMPT, max_new_tokens=41, ignore_eos=True, **foreseen).statistics
     assert (s.rounds, s.new_tokens) == (11, 41)
     assert s.proposed_at_depth == s.accepted_at_depth == [10, 10, 10]
     assert (s.draft_tokens_proposed, s.draft_tokens_accepted, s.acceptance_rate) == (30, 30, 1.0)
     assert s.acceptance_rate_at_depth == [1.0, 1.0, 1.0]
     assert s.tokens_per_pass == 41 / 11
     assert "30 of 30 draft tokens accepted (by depth 100% 100% 100%)" in s.line()
+
+
+def test_auto_drafts_with_a_drafter_of_ones_own(
+    engine: Engine, text: list[int], foreseen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "knowledge", Knowledge(Prior(1.0, 0.5, 0.1, 0.0, 0.0), {}))
+    options = foreseen | {"strategy": "auto"}
+    found = engine.generate(PROMPT, max_new_tokens=60, ignore_eos=True, **options)
+    assert found.tokens == text
+    assert found.statistics.draft_tokens_accepted > 20

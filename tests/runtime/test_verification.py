@@ -15,12 +15,14 @@ from scipy import stats
 from dynamo_runtime import strategies, verification
 from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.cooccurrence import Cooccurrence, load_cooccurrence
-from dynamo_runtime.device.plan import Knowledge
-from dynamo_runtime.drafters import ParallelHeads, masked, propose
-from dynamo_runtime.engine import decode
+from dynamo_runtime.decoding import decode
+from dynamo_runtime.device.costs import Knowledge
+from dynamo_runtime.drafting import NO_GUESS, NOTHING, Ask, Combined, Guesses, Passed, Proposer, masked
+from dynamo_runtime.joint import JointDrafter, JointHead
+from dynamo_runtime.parallel import ParallelDrafter
 from dynamo_runtime.parameters import SamplingParameters
 from dynamo_runtime.sampling import Candidates, Context
-from dynamo_runtime.session import Step
+from dynamo_runtime.step import LAST, Last, Rows, Step
 from dynamo_runtime.strategies import Auto, Speculative
 from dynamo_runtime.verification import residual, verify
 
@@ -31,7 +33,7 @@ RANK, CELLS = 3, 5  # CELLS: vocabulary of the tables
 class TableModel:
     """A language model and its drafters as tables of the last two tokens; quacks like a session."""
 
-    def __init__(self, kind: str, seed: int = 0):
+    def __init__(self, kind: str, folder: Path = Path("nowhere"), seed: int = 0):
         rng = np.random.default_rng(seed)
         n = 3
         look_ahead = n - 1 if kind == "lookahead" else 0
@@ -42,16 +44,13 @@ class TableModel:
         self.factors = near[:, :, None] + rng.normal(size=(ids, ids, n, RANK, CELLS))
         self.gate = np.log(rng.dirichlet(np.ones(RANK), size=(ids, ids)))
         self.bundle = Bundle(
-            folder=Path(),
-            n_heads=n if kind == "parallel" else 1,
+            folder=folder,
+            topology=handmade.topology_of(kind, n, RANK),
             vocab_size=CELLS,
             context_length=99,
-            kv_layers=1,
+            kv_layers=9,
             kv_heads=1,
             head_size=1,
-            kind=kind,
-            n_tokens=n,
-            rank=RANK,
             top_k_outputs=CELLS,
         )
         self.max_length = 99
@@ -63,17 +62,17 @@ class TableModel:
         del self.held[length:]
         self.cache.length = length
 
-    def step(self, tokens: list[int], rows: int, head_rows: Sequence[int] | None) -> Step:
+    def step(self, tokens: list[int], rows: Last = LAST, heads: Rows = LAST) -> Step:
         self.held += tokens
         self.cache.length = len(self.held)
         begin = len(self.held) - len(tokens)
         pairs = [(self.held[i - 1] if i else 0, self.held[i]) for i in range(begin, len(self.held))]
-        rows_of_all = [np.array([self.base[pair] for pair in pairs[-rows:]])]
-        wanted = [] if head_rows is None else [pairs[row] for row in head_rows]
+        rows_of_all = [np.array([self.base[pairs[row]] for row in rows.of(len(tokens))])]
+        wanted = [pairs[row] for row in heads.of(len(tokens))]
         values = {}
-        if wanted and self.bundle.kind == "parallel":
+        if wanted and self.bundle.topology.kind == "parallel":
             rows_of_all += [np.array([self.heads[pair][head] for pair in wanted]) for head in (1, 2)]
-        if wanted and self.bundle.kind == "cp":
+        if wanted and self.bundle.topology.kind == "cp":
             factors = np.array([self.factors[pair] for pair in wanted])
             rows_of_all.append(factors.reshape(-1, factors.shape[-1]))
             values["gate"] = np.array([self.gate[pair] for pair in wanted])[None]
@@ -81,7 +80,7 @@ class TableModel:
         order = np.argsort(-logits, axis=-1, kind="stable")
         topk_logits = np.take_along_axis(logits, order, -1)
         values |= {"logits": logits[None], "topk_logits": topk_logits[None], "topk_ids": order[None]}
-        return Step(values, self.bundle, len(wanted))
+        return Step(values, self.bundle.topology, len(wanted))
 
 
 def exact_joint(model: TableModel, prompt: list[int], p: SamplingParameters) -> np.ndarray:
@@ -116,13 +115,15 @@ def exact_joint(model: TableModel, prompt: list[int], p: SamplingParameters) -> 
 
 
 def p_value(
-    kind: str, changes: dict, counts: Cooccurrence | None, draws: int = 4000, make: Any = Speculative
+    kind: str, changes: dict, counted: Path | None, draws: int = 4000, make: Any = Speculative
 ) -> tuple[float, int, int]:
-    """Chi-square of the next three tokens, drafted and verified, against the exact joint; and the draft counts."""
-    model = TableModel(kind)
+    """Chi-square of the next three tokens, drafted and verified, against the exact joint; and the draft counts.
+
+    `counted` is the folder of n-gram counts for the mask on drafts.
+    """
+    model = TableModel(kind, *([counted] if counted else []))
     parameters = SamplingParameters(**({"top_k": 0, "temperature": 1.0} | changes))
     strategy = make(model.bundle, parameters)
-    strategy._counts = counts
     prompt, rng = [1, 3], np.random.default_rng(7)
     seen = np.zeros((CELLS,) * 3)
     proposed = accepted = 0
@@ -148,10 +149,17 @@ def p_value(
 
 
 @pytest.fixture(scope="module")
-def counts(tmp_path_factory: pytest.TempPathFactory) -> Cooccurrence:
-    path = tmp_path_factory.mktemp("counts") / "cooccurrence.npz"
-    handmade.random_counts(path, CELLS, 3, branching=5)
-    return load_cooccurrence(path)
+def counted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with n-gram counts, as a bundle's."""
+    folder = tmp_path_factory.mktemp("counts")
+    handmade.random_counts(folder / "cooccurrence.npz", CELLS, 3, branching=5)
+    return folder
+
+
+@pytest.fixture
+def counts(counted: Path) -> Cooccurrence:
+    """Those counts."""
+    return load_cooccurrence(counted / "cooccurrence.npz")
 
 
 SAMPLING = {
@@ -164,8 +172,8 @@ SAMPLING = {
 @pytest.mark.parametrize("choice", ["argmax", "sample"])
 @pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
 @pytest.mark.parametrize("with_mask", [False, True], ids=["unmasked", "masked"])
-def test_the_next_three_tokens_follow_the_target(kind, choice, sampling, with_mask, counts) -> None:
-    p, proposed, accepted = p_value(kind, sampling | {"draft_choice": choice}, counts if with_mask else None)
+def test_the_next_three_tokens_follow_the_target(kind, choice, sampling, with_mask, counted) -> None:
+    p, proposed, accepted = p_value(kind, sampling | {"draft_choice": choice}, counted if with_mask else None)
     assert p > 1e-3
     assert proposed > accepted > 0
 
@@ -175,8 +183,8 @@ class Uneasy:
 
     drafting = overhead = 0.0
 
-    def step(self, rows: int, heads: bool, past: int) -> float:
-        return 1.0 + 0.06 * (rows - 1) + 0.02 * heads
+    def step(self, rows: int, with_heads: bool, past: int) -> float:
+        return 1.0 + 0.06 * (rows - 1) + 0.02 * with_heads
 
     def resume(self, skipped: int) -> float:
         return 0.0
@@ -184,7 +192,7 @@ class Uneasy:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("choice", ["argmax", "sample"])
-def test_planned_drafts_follow_the_target(kind, choice, counts) -> None:
+def test_planned_drafts_follow_the_target(kind, choice) -> None:
     """Whether a draft is made depends on what is expected of it, and the text must not."""
 
     def auto(bundle, parameters):
@@ -197,6 +205,7 @@ def test_planned_drafts_follow_the_target(kind, choice, counts) -> None:
 
 def test_a_sampled_draft_must_not_be_chosen_by_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """A draft dropped because it turned out unlikely leaves the likely ones, which verification takes for typical."""
+    propose = Proposer.propose
 
     def choosy(*arguments):
         drafts = propose(*arguments)
@@ -207,7 +216,7 @@ def test_a_sampled_draft_must_not_be_chosen_by_what_it_is(monkeypatch: pytest.Mo
     confident = p_value("parallel", changes | {"draft_confidence": 0.3}, None)
     assert confident[0] > 1e-3
     assert confident[1] > 0
-    monkeypatch.setattr(strategies, "propose", choosy)
+    monkeypatch.setattr(Proposer, "propose", choosy)
     assert p_value("parallel", changes, None)[0] < 1e-6
 
 
@@ -246,15 +255,25 @@ def test_residual_is_the_dense_one() -> None:
             assert np.array_equal(residual(p, q), p.probabilities)
 
 
+def passed_over(model: TableModel, prompt: list[int]) -> Passed:
+    """A pass over a prompt, behind which token 0 became final."""
+    model.rollback(0)
+    return Passed(model.step(prompt), Context(prompt, CELLS), [0], 0)
+
+
+def guesses_behind(model: TableModel, prompt: list[int], make: Any) -> Guesses:
+    """What a drafter says behind a prompt."""
+    guesses = make(model.bundle, SamplingParameters(top_k=0, temperature=1.0)).guess(passed_over(model, prompt))
+    assert guesses is not None
+    return guesses
+
+
 def joint_of_drafts(model: TableModel, last: int) -> np.ndarray:
     """What the CP drafter says of (x2, x3) for every x1, by its candidates: [x1, x2, x3]."""
-    drafter = Speculative(model.bundle, SamplingParameters(top_k=0, temperature=1.0))._drafter
     joint = np.zeros((CELLS,) * 3)
+    guesses = guesses_behind(model, [1, last], JointDrafter)
     for x1, x2 in itertools.product(range(CELLS), repeat=2):
-        model.rollback(0)
-        assert drafter.start(model.step([1, last], 1, [-1]), 0, 0)
-        second = dense(drafter.candidates(1, x1))
-        joint[x1, x2] = second[x2] * dense(drafter.candidates(2, x2))
+        joint[x1, x2] = dense(guesses([x1]))[x2] * dense(guesses([x1, x2]))
     return joint
 
 
@@ -272,13 +291,11 @@ def test_the_joint_head_is_sampled_exactly() -> None:
 
 def test_rank_one_is_independent_heads() -> None:
     cp, parallel = TableModel("cp"), TableModel("parallel")
-    cp.bundle = replace(cp.bundle, rank=1)
+    cp.bundle = replace(cp.bundle, topology=JointHead(3, 1))
     cp.gate = np.zeros((CELLS, CELLS, 1))
     cp.factors = parallel.heads[:, :, :, None]
-    step = parallel.step([1, 2], 1, [-1])
-    heads = ParallelHeads(parallel.bundle, SamplingParameters(top_k=0, temperature=1.0))
-    heads.start(step, 0, 0)
-    expected = dense(heads.candidates(1, 0))[:, None] * dense(heads.candidates(2, 0))
+    guesses = guesses_behind(parallel, [1, 2], ParallelDrafter)
+    expected = dense(guesses([0]))[:, None] * dense(guesses([0, 0]))
     assert np.allclose(joint_of_drafts(cp, 2), expected[None])
 
 
@@ -309,12 +326,70 @@ def test_a_token_never_counted_leaves_the_candidates_as_they_are(counts: Cooccur
 
 def test_drafting_stops_at_the_confidence_asked_for() -> None:
     model = TableModel("parallel")
-    rng = np.random.default_rng(0)
-    sure = SamplingParameters(top_k=0, temperature=1.0, draft_cooccurrence_weight=0.0)
-    drafter = ParallelHeads(model.bundle, sure)
-    drafter.start(model.step([1, 2], 1, [-1]), 0, 0)
-    heads = [drafter.candidates(depth, 0).probabilities[0] for depth in (1, 2)]
+    guesses = guesses_behind(model, [1, 2], ParallelDrafter)
+    heads = [guesses([0] * depth).probabilities[0] for depth in (1, 2)]
     for limit, expected in ((0.0, 2), (heads[0] * heads[1] * 1.01, 1), (heads[0] * 1.01, 0)):
-        parameters = SamplingParameters(top_k=0, temperature=1.0, draft_confidence=float(limit))
-        worth = Speculative(model.bundle, parameters)._worth
-        assert len(propose(drafter, 0, parameters, None, rng, worth)) == expected
+        parameters = SamplingParameters(
+            top_k=0, temperature=1.0, draft_confidence=float(limit), draft_cooccurrence_weight=0.0
+        )
+        strategy = Speculative(model.bundle, parameters)
+        model.rollback(0)
+        turn = strategy.advance(model.step([1, 2]), Context([1, 2], CELLS), [], np.random.default_rng(0))
+        assert len(turn.drafts) == expected
+
+
+class Certain:
+    """Drafts one token for certain, at some depths only."""
+
+    def __init__(self, token: int, depths: Sequence[int], depth: int = 3, ask: Ask = NOTHING):
+        self.token, self.depths, self.depth, self.ask = token, depths, depth, ask
+
+    def guess(self, passed: Passed) -> Guesses | None:
+        def candidates(chosen: Sequence[int]) -> Candidates:
+            return Candidates(np.array([self.token]), np.ones(1)) if len(chosen) in self.depths else NO_GUESS
+
+        return candidates if self.depths else None
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (Certain(1, [1, 2, 3]), Certain(2, [1, 2, 3]), [1, 1, 1]),
+        (Certain(1, [1]), Certain(2, [1, 2, 3]), [1, 2, 2]),  # behind the first one's end
+        (Certain(1, [2]), Certain(2, [1, 2, 3]), [2, 1, 2]),
+        (Certain(1, []), Certain(2, [1, 2]), [2, 2]),  # the first one has nothing to say of this pass
+        (Certain(1, [1, 2, 3], depth=1), Certain(2, [1, 2]), [1, 2]),  # nor behind its depth
+        (Certain(1, [1]), Certain(2, [3]), [1]),  # drafts have no gaps
+        (Certain(1, []), Certain(2, []), []),
+    ],
+)
+def test_combined_drafters_take_turns(first: Certain, second: Certain, expected: list[int]) -> None:
+    parameters = SamplingParameters(draft_cooccurrence_weight=0.0)
+    proposer = Proposer(Combined(first, second), parameters, None)
+    passed = passed_over(TableModel("plain"), [1, 2])
+    drafts = proposer.propose(passed, np.random.default_rng(0), lambda confidences: True)
+    assert [draft.token for draft in drafts] == expected
+
+
+def test_combined_drafters_ask_for_what_both_need() -> None:
+    both = Combined(Certain(1, [1], ask=Ask(heads=True)), Certain(2, [1], 5, Ask(look_ahead=range(7, 9))))
+    assert (both.depth, both.ask) == (5, Ask(True, range(7, 9)))
+
+
+@pytest.mark.parametrize("choice", ["argmax", "sample"])
+def test_combined_drafts_follow_the_target(choice) -> None:
+    """The heads behind a drafter that knows nothing and speaks up now and then."""
+
+    class Now:
+        depth, ask = 2, NOTHING
+
+        def guess(self, passed: Passed) -> Guesses | None:
+            whims = Candidates(np.arange(CELLS), np.ones(CELLS) / CELLS)
+            return (lambda chosen: whims if len(chosen) == 1 else NO_GUESS) if sum(passed.final) % 2 else None
+
+    def combined(bundle, parameters):
+        return Speculative(bundle, parameters, drafter=Combined(Now(), ParallelDrafter(bundle, parameters)))
+
+    p, proposed, accepted = p_value("parallel", SAMPLING["plain"] | {"draft_choice": choice}, None, make=combined)
+    assert p > 1e-3
+    assert proposed > accepted > 0

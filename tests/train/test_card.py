@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_train.card import _card
+from dynamo_train.card import card_text
 from dynamo_train.pipeline import RECORD_FILE
 
 FIGURES = {"ppl_1": 5.0, "ppl_2": 20.0, "ppl_1:2": 10.0, "agreement_2": 0.5, "accepted_2": 0.25}
@@ -37,9 +37,10 @@ def card(folder: Path, record: dict[str, Any]) -> str:
         "vocab_size": 4096,
         "max_position_embeddings": 1024,
     }
+    (folder / "heads.safetensors").touch()
     (folder / "config.json").write_text(json.dumps(config))
     (folder / RECORD_FILE).write_text(json.dumps(record))
-    return _card(folder, FIGURES)
+    return card_text(folder, FIGURES)
 
 
 def test_one_text_is_named_once(tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
 """``dynamo-train`` from text to a multi-token checkpoint, on a tiny corpus."""
 
 import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +31,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(corpus: Path) -> list[str]:
+    """The arguments that name the corpus."""
+    return ["--data", str(corpus), "--held-out-percent", "20"]
+
+
+@pytest.fixture(scope="module")
+def base(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("models") / "base"
     shape = ["--hidden-size", "32", "--layers", "2", "--attention-heads", "2", "--vocab-size", "300"]
-    arguments = ["base", "--data", str(corpus), "--out", str(out), "--context-length", "64", *shape, *SMALL]
-    assert main([*arguments, "--held-out-percent", "20"]) == 0
+    arguments = ["base", *data, "--out", str(out), "--context-length", "64", *shape, *SMALL]
+    assert main(arguments) == 0
     return out
 
 
@@ -44,9 +54,8 @@ def test_base_is_an_ordinary_hf_model(base: Path) -> None:
     assert model.config.eos_token_id == tokenizer.eos_token_id == 0
 
 
-def test_heads_and_counts_on_a_base(base: Path, corpus: Path, tmp_path: Path) -> None:
+def test_heads_and_counts_on_a_base(base: Path, data: list[str], tmp_path: Path) -> None:
     out = tmp_path / "t3"
-    data = ["--data", str(corpus), "--held-out-percent", "20"]
     assert main(["heads", str(base), *data, "--out", str(out), "--freeze-base", *SMALL]) == 0
     assert main(["counts", str(out), *data, "--min-counts", "1,1,1"]) == 0
     model = MultiTokenModel.load(out)
@@ -63,9 +72,8 @@ def test_heads_and_counts_on_a_base(base: Path, corpus: Path, tmp_path: Path) ->
         assert counts["totals"][0] == record["heads"]["corpus"]["train_tokens"]
 
 
-def test_drafters_gather_beside_a_frozen_base(base: Path, corpus: Path, tmp_path: Path) -> None:
+def test_drafters_gather_beside_a_frozen_base(base: Path, data: list[str], tmp_path: Path) -> None:
     """heads, then a joint head, then look-ahead embeddings: one folder holds all, and the base as it was."""
-    data = ["--data", str(corpus), "--held-out-percent", "20"]
     heads, joint, whole = tmp_path / "heads", tmp_path / "joint", tmp_path / "whole"
     assert main(["heads", str(base), *data, "--out", str(heads), "--freeze-base", *SMALL]) == 0
     assert main(["counts", str(heads), *data, "--min-counts", "1,1,1"]) == 0
@@ -102,8 +110,7 @@ def test_drafters_gather_beside_a_frozen_base(base: Path, corpus: Path, tmp_path
         assert (tmp_path / "half" / file).is_file()
 
 
-def test_a_trained_base_leaves_the_drafters_of_the_old_one_behind(base: Path, corpus: Path, tmp_path: Path) -> None:
-    data = ["--data", str(corpus), "--held-out-percent", "20"]
+def test_a_trained_base_leaves_the_drafters_of_the_old_one_behind(base: Path, data: list[str], tmp_path: Path) -> None:
     heads, out = tmp_path / "heads", tmp_path / "joint"
     assert main(["heads", str(base), *data, "--out", str(heads), "--freeze-base", *SMALL]) == 0
     assert main(["cp", str(heads), *data, "--out", str(out), "--lr-base", "1e-2", *SMALL]) == 0
@@ -114,14 +121,14 @@ def test_a_trained_base_leaves_the_drafters_of_the_old_one_behind(base: Path, co
 
 
 def test_look_ahead_embeddings_need_a_base_that_sees_the_whole_text(
-    base: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "mistral")
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 300}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     config = MistralConfig(**size, **heads, sliding_window=8)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mistral")
-    data = ["--data", str(corpus), "--held-out-percent", "20", "--out", str(tmp_path / "out")]
+    data = [*data, "--out", str(tmp_path / "out")]
     assert main(["lookahead", str(tmp_path / "mistral"), *data, *SMALL]) == 1
     assert "attends to 8 tokens at a time" in capsys.readouterr().err.strip().splitlines()[-1]
     assert main(["lookahead", str(tmp_path / "mistral"), *data, *SMALL, "--length", "8"]) == 0
@@ -179,3 +186,21 @@ def test_numbers_out_of_range_are_refused(command: str, flag: list[str]) -> None
     with pytest.raises(SystemExit) as exit:
         main([command, "x", "--data", "y", "--out", "z", "--steps", "2", *flag])
     assert exit.value.code == 2
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"dynamo-train {version('dynamo-edge')}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["cp", "--help"]])
+def test_help_needs_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from dynamo_train.train import main\n"
+        f"try: main({arguments})\n"
+        "except SystemExit: assert not {'torch', 'transformers'} & set(sys.modules), 'heavy imports'"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, stdout=subprocess.DEVNULL)

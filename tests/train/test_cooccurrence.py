@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dynamo_train import TrainingError, cooccurrence
+from dynamo_train import TrainingError
 from dynamo_train.cooccurrence import count_ngrams
 
 VOCAB, END = 7, 0
@@ -36,10 +36,9 @@ def unpack(path: Path, order: int) -> dict[tuple[int, ...], int]:
 
 @pytest.mark.parametrize("chunk", [16, 1 << 23])
 @pytest.mark.parametrize("order", [2, 3, 4])
-def test_counts_are_exact(order: int, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cooccurrence, "_CHUNK", chunk)
+def test_counts_are_exact(order: int, chunk: int, tmp_path: Path) -> None:
     tokens = np.random.default_rng(0).integers(0, VOCAB, 500).astype(np.uint16)
-    counts = count_ngrams(tokens, order, vocab_size=VOCAB, end_id=END, min_counts=[1] * order)
+    counts = count_ngrams(tokens, order, vocab_size=VOCAB, end_id=END, min_counts=[1] * order, chunk_tokens=chunk)
     counts.save(tmp_path / "counts.npz")
     for k in range(2, order + 1):
         expected = naive(tokens.tolist(), k)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,26 +16,22 @@ from dynamo_model import CPModel
 from dynamo_train import TrainingError, loop
 from dynamo_train.joint import JointCLM, load_balance
 from dynamo_train.loop import Recipe
+from dynamo_train.objective import Objective
 from dynamo_train.optimizers import make_optimizers
 from dynamo_train.tokens import CorpusRecord, TokenStreams, validation_batches
 
 VOCAB = 7
-RECIPE = Recipe(
-    steps=6,
-    sequences=4,
-    length=12,
-    micro_batch=2,
-    optimizer="adamw",
-    base_lr=1e-3,
-    heads_lr=1e-2,
-    shared_gradient_scale=0.1,
-    freeze_base=False,
-    weight_decay=0.1,
-    warmup=0.01,
-    clip=1.0,
-    precision="no",
-    seed=3,
-)
+WholeAndResumed = Callable[[Callable[[], Objective]], list[dict[str, torch.Tensor]]]
+
+
+@pytest.fixture
+def recipe(recipe: Recipe) -> Recipe:
+    return replace(recipe, length=12)
+
+
+@pytest.fixture
+def streams(record: CorpusRecord) -> TokenStreams:
+    return TokenStreams(twins(200, 0), twins(60, 1), record)
 
 
 def make(n_tokens: int = 3, rank: int = 4) -> CPModel:
@@ -59,10 +56,6 @@ def twins(n: int, seed: int) -> np.ndarray:
     """0 X X 0 X X …, X = 1 or 2 by a fair coin: the two tokens behind a 0 are uncertain, but always the same."""
     coins = np.random.default_rng(seed).integers(1, 3, n)
     return np.stack([np.zeros(n, int), coins, coins], 1).ravel().astype(np.uint16)
-
-
-def streams() -> TokenStreams:
-    return TokenStreams(twins(200, 0), twins(60, 1), CorpusRecord("test", 2, 1, 500, 600, 180, 6.0, "0" * 64))
 
 
 def dense_joint(model: CPModel, tokens: torch.Tensor) -> torch.Tensor:
@@ -186,16 +179,16 @@ def test_balance_brings_a_dead_component_back() -> None:
     assert smallest_gate(1.0, steps=100) > 0.3
 
 
-def test_rank_2_learns_what_independent_heads_cannot(tmp_path: Path) -> None:
+def test_rank_2_learns_what_independent_heads_cannot(recipe: Recipe, streams: TokenStreams, tmp_path: Path) -> None:
     """Behind a 0, X X has one bit of entropy, two for independent heads; behind the second X, 0 X has one."""
     bound = {1: math.exp(3 * math.log(2) / 6), 2: math.exp(2 * math.log(2) / 6)}  # 1.41 and 1.26 a token
+    recipe = replace(recipe, steps=100, heads_lr=1e-2, freeze_base=True)
     found = {}
     for rank in (1, 2):
-        recipe = replace(RECIPE, steps=100, heads_lr=1e-2, freeze_base=True)
         objective = JointCLM(make(2, rank), balance=0.01, freeze_base=True)
         before = {name: tensor.clone() for name, tensor in objective.model.base.state_dict().items()}
-        start = objective.validate(validation_batches(streams().held_out, sequences=2, length=12, extra=2))
-        found[rank] = loop.train(objective, streams(), recipe, tmp_path / str(rank)).figures
+        start = objective.validate(validation_batches(streams.held_out, sequences=2, length=12, extra=2))
+        found[rank] = loop.train(objective, streams, recipe, tmp_path / str(rank)).figures
         assert found[rank]["ppl_1:2"] < start["ppl_1:2"]
         assert found[rank]["ppl_1"] == start["ppl_1"]
         assert all(torch.equal(before[name], p) for name, p in objective.model.base.state_dict().items())
@@ -203,48 +196,31 @@ def test_rank_2_learns_what_independent_heads_cannot(tmp_path: Path) -> None:
     assert bound[2] < found[2]["ppl_1:2"] < 0.5 * (bound[1] + bound[2])
 
 
-def test_training_the_base_along_changes_it_and_lowers_all_losses(tmp_path: Path) -> None:
+def test_training_the_base_along_changes_it_and_lowers_all_losses(
+    recipe: Recipe, streams: TokenStreams, tmp_path: Path
+) -> None:
     model = make(2, 2)
     before = {name: tensor.clone() for name, tensor in model.base.state_dict().items()}
-    recipe = replace(RECIPE, steps=40, base_lr=5e-3)
+    recipe = replace(recipe, steps=40, base_lr=5e-3)
     objective = JointCLM(model, 0.01, shared_gradient_scale=0.1)
-    start = objective.validate(validation_batches(streams().held_out, sequences=2, length=12, extra=2))
-    end = loop.train(objective, streams(), recipe, tmp_path).figures
+    start = objective.validate(validation_batches(streams.held_out, sequences=2, length=12, extra=2))
+    end = loop.train(objective, streams, recipe, tmp_path).figures
     lines = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1][0] < 0.5 * lines[0][0] and lines[-1][1] < 0.5 * lines[0][1]
     assert end["ppl_1"] < 0.5 * start["ppl_1"] and end["ppl_1:2"] < 0.5 * start["ppl_1:2"]
     assert not any(torch.equal(before[name], p) for name, p in model.base.named_parameters())
 
 
-def test_an_interrupted_run_ends_bit_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(folder: Path) -> dict[str, torch.Tensor]:
-        model = make()
-        loop.train(JointCLM(model, 0.01, shared_gradient_scale=0.1), streams(), RECIPE, folder, checkpoint_every=2)
-        return model.state_dict()
-
-    whole = run(tmp_path / "whole")
-    step, calls = loop._train_step, 0
-
-    def interrupted(*arguments: object) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-        return step(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(loop, "_train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut")
-    monkeypatch.undo()
-    resumed = run(tmp_path / "cut")
+def test_an_interrupted_run_ends_bit_equal(whole_and_resumed: WholeAndResumed) -> None:
+    whole, resumed = whole_and_resumed(lambda: JointCLM(make(), 0.01, shared_gradient_scale=0.1))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
-    recipe = replace(RECIPE, steps=1)
-    loop.train(JointCLM(make(), 0.01), streams(), recipe, tmp_path)
+def test_a_checkpoint_of_other_settings_is_refused(recipe: Recipe, streams: TokenStreams, tmp_path: Path) -> None:
+    recipe = replace(recipe, steps=1)
+    loop.train(JointCLM(make(), 0.01), streams, recipe, tmp_path)
     with pytest.raises(TrainingError, match="another recipe"):
-        loop.train(JointCLM(make(), 0.02), streams(), recipe, tmp_path)
+        loop.train(JointCLM(make(), 0.02), streams, recipe, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

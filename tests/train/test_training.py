@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,28 +20,13 @@ from dynamo_train import TrainingError, loop
 from dynamo_train.card import greedy_agreement
 from dynamo_train.corpus import read_corpus
 from dynamo_train.loop import Recipe
-from dynamo_train.objective import ModifiedCLM
-from dynamo_train.optimizers import cosine_schedule, make_optimizers
-from dynamo_train.pipeline import paper_learning_rates
+from dynamo_train.objective import Objective
+from dynamo_train.optimizers import cosine_schedule, make_optimizers, paper_learning_rates
+from dynamo_train.parallel import ModifiedCLM
 from dynamo_train.tokens import CorpusRecord, TokenStreams, batch, validation_batches
 
 VOCAB = 31
-RECIPE = Recipe(
-    steps=6,
-    sequences=4,
-    length=8,
-    micro_batch=2,
-    optimizer="adamw",
-    base_lr=1e-3,
-    heads_lr=1e-2,
-    shared_gradient_scale=0.1,
-    freeze_base=False,
-    weight_decay=0.1,
-    warmup=0.01,
-    clip=1.0,
-    precision="no",
-    seed=3,
-)
+WholeAndResumed = Callable[[Callable[[], Objective]], list[dict[str, torch.Tensor]]]
 
 
 def make(n_heads: int = 3) -> MultiTokenModel:
@@ -51,10 +37,10 @@ def make(n_heads: int = 3) -> MultiTokenModel:
     return MultiTokenModel(AutoModelForCausalLM.from_config(config), n_heads)
 
 
-def streams() -> TokenStreams:
+@pytest.fixture
+def streams(record: CorpusRecord) -> TokenStreams:
     rng = np.random.default_rng(0)
     train, held_out = (np.cumsum(rng.integers(1, 3, n)) % VOCAB for n in (400, 100))
-    record = CorpusRecord("test", 2, 1, 500, 400, 100, 6.0, "0" * 64)
     return TokenStreams(train.astype(np.uint16), held_out.astype(np.uint16), record)
 
 
@@ -70,9 +56,9 @@ def direct_losses(model: MultiTokenModel, tokens: torch.Tensor) -> torch.Tensor:
     )
 
 
-def test_objective_is_equation_1_with_scaled_shared_gradients() -> None:
+def test_objective_is_equation_1_with_scaled_shared_gradients(streams: TokenStreams) -> None:
     model = make()
-    tokens = torch.from_numpy(batch(streams().train, 0, sequences=2, length=8, extra=3, seed=0))
+    tokens = torch.from_numpy(batch(streams.train, 0, sequences=2, length=8, extra=3, seed=0))
     losses = ModifiedCLM(model, shared_gradient_scale=0.1)(tokens)
     expected = direct_losses(model, tokens)
     torch.testing.assert_close(losses, expected)
@@ -93,9 +79,9 @@ def test_objective_is_equation_1_with_scaled_shared_gradients() -> None:
         torch.testing.assert_close(gradient, direct, rtol=1e-4, atol=1e-6)
 
 
-def test_perplexities_are_the_papers() -> None:
+def test_perplexities_are_the_papers(streams: TokenStreams) -> None:
     model = make().eval()
-    batches = validation_batches(streams().held_out, sequences=3, length=8, extra=3)
+    batches = validation_batches(streams.held_out, sequences=3, length=8, extra=3)
     nll = torch.zeros(3)
     for tokens in batches:
         nll += direct_losses(model, torch.from_numpy(tokens)).detach() * tokens.shape[0]
@@ -106,38 +92,20 @@ def test_perplexities_are_the_papers() -> None:
     assert figures["ppl_1:3"] == pytest.approx(math.exp(nll.sum() / 3), rel=1e-5)
 
 
-def test_an_interrupted_run_ends_bit_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(folder: Path) -> dict[str, torch.Tensor]:
-        model = make()
-        loop.train(ModifiedCLM(model, 0.1), streams(), RECIPE, folder, checkpoint_every=2)
-        return model.state_dict()
-
-    whole = run(tmp_path / "whole")
-    step = loop._train_step
-    calls = 0
-
-    def interrupted(*arguments: object) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-        return step(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(loop, "_train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut")
-    monkeypatch.undo()
-    resumed = run(tmp_path / "cut")
+def test_an_interrupted_run_ends_bit_equal(whole_and_resumed: WholeAndResumed, tmp_path: Path) -> None:
+    whole, resumed = whole_and_resumed(lambda: ModifiedCLM(make(), 0.1))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_early_stop_ends_at_the_first_validation_that_is_no_better(tmp_path: Path) -> None:
+def test_early_stop_ends_at_the_first_validation_that_is_no_better(
+    recipe: Recipe, streams: TokenStreams, tmp_path: Path
+) -> None:
     """Labels that are noise: held-out loss cannot keep falling; the run remembers that it has ended."""
     noise = np.random.default_rng(5).integers(0, VOCAB, 500).astype(np.uint16)
-    random = replace(streams(), train=noise[:60], held_out=noise[60:])
-    recipe = replace(RECIPE, steps=400, heads_lr=3e-2, base_lr=3e-2, validate_every=5, early_stop=True)
+    random = replace(streams, train=noise[:60], held_out=noise[60:])
+    recipe = replace(recipe, steps=400, heads_lr=3e-2, base_lr=3e-2, validate_every=5, early_stop=True)
     for _ in range(2):
         outcome = loop.train(ModifiedCLM(make()), random, recipe, tmp_path)
         lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -147,35 +115,37 @@ def test_early_stop_ends_at_the_first_validation_that_is_no_better(tmp_path: Pat
         assert all(later < earlier for earlier, later in itertools.pairwise(seen[:-1]))
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
-    loop.train(ModifiedCLM(make()), streams(), RECIPE, tmp_path)
+def test_a_checkpoint_of_another_recipe_is_refused(recipe: Recipe, streams: TokenStreams, tmp_path: Path) -> None:
+    loop.train(ModifiedCLM(make()), streams, recipe, tmp_path)
     with pytest.raises(TrainingError, match="another recipe"):
-        loop.train(ModifiedCLM(make()), streams(), replace(RECIPE, seed=4), tmp_path)
+        loop.train(ModifiedCLM(make()), streams, replace(recipe, seed=4), tmp_path)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_frozen_base_stays_bit_identical_and_heads_learn(optimizer: str, tmp_path: Path) -> None:
+def test_frozen_base_stays_bit_identical_and_heads_learn(
+    optimizer: str, recipe: Recipe, streams: TokenStreams, tmp_path: Path
+) -> None:
     model = make()
     with torch.no_grad():  # a stem with something to say about its input
         model.decoder.embed_tokens.weight *= 50
         model.output_embedding.weight *= 20
     before = {name: p.clone() for name, p in model.base.state_dict().items()}
-    recipe = replace(RECIPE, freeze_base=True, optimizer=optimizer, steps=60, heads_lr=2e-2)
+    recipe = replace(recipe, freeze_base=True, optimizer=optimizer, steps=60, heads_lr=2e-2)
     objective = ModifiedCLM(model, freeze_base=True)
-    held_out = validation_batches(streams().held_out, sequences=4, length=8, extra=3)
+    held_out = validation_batches(streams.held_out, sequences=4, length=8, extra=3)
     start = objective.validate(held_out)
-    end = loop.train(objective, streams(), recipe, tmp_path).figures
+    end = loop.train(objective, streams, recipe, tmp_path).figures
     assert all(torch.equal(before[name], p) for name, p in model.base.state_dict().items())
     assert end["ppl_1"] == start["ppl_1"]
     assert end["ppl_2"] < 0.8 * start["ppl_2"]
 
 
-def test_accumulated_micro_batches_equal_one_batch(tmp_path: Path) -> None:
+def test_accumulated_micro_batches_equal_one_batch(recipe: Recipe, streams: TokenStreams, tmp_path: Path) -> None:
     results = []
     for micro_batch in (1, 4):
         model = make()
-        recipe = replace(RECIPE, micro_batch=micro_batch, steps=2)
-        loop.train(ModifiedCLM(model, 0.1), streams(), recipe, tmp_path / str(micro_batch))
+        recipe = replace(recipe, micro_batch=micro_batch, steps=2)
+        loop.train(ModifiedCLM(model, 0.1), streams, recipe, tmp_path / str(micro_batch))
         results.append(model.state_dict())
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-3, atol=1e-5)

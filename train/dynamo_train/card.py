@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from dynamo_model import MultiTokenModel, has_heads
-from dynamo_model.checkpoint import FILES
+from dynamo_model import MultiTokenModel, has_drafter
 from dynamo_runtime.corpus import STANDARD_LIBRARY
 
 from .corpus import PACKAGE, held_out_documents
-from .objective import ModifiedCLM
-from .pipeline import RECORD_FILE
+from .parallel import ModifiedCLM
+from .pipeline import BASE, read_record
+from .registry import DRAFTERS
 from .tokens import validation_batches
 
 CARD_FILE = "README.md"
 FIGURES_FILE = "figures.json"
-_TITLES = {"base": "Base", "heads": "Heads", "cp": "Joint head (CP)", "lookahead": "Look-ahead embeddings (PaSS)"}
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 64, 64, 96
 
 
@@ -86,11 +85,11 @@ def write_card(checkpoint: Path, source: str, held_out_percent: float) -> None:
     """Measure a checkpoint and write its card and ``figures.json`` into its folder."""
     figures = measure(checkpoint, source, held_out_percent)
     (checkpoint / FIGURES_FILE).write_text(json.dumps(figures, indent=2) + "\n")
-    (checkpoint / CARD_FILE).write_text(_card(checkpoint, figures))
+    (checkpoint / CARD_FILE).write_text(card_text(checkpoint, figures))
 
 
-def _card(checkpoint: Path, figures: dict[str, float]) -> str:
-    record = json.loads((checkpoint / RECORD_FILE).read_text())
+def card_text(checkpoint: Path, figures: dict[str, float]) -> str:
+    """The card of a checkpoint, from its own record and what :func:`measure` found."""
     config = json.loads((checkpoint / "config.json").read_text())
     n_heads = max(int(name.removeprefix("agreement_")) for name in figures if name.startswith("agreement_"))
     size = sum(path.stat().st_size for path in checkpoint.iterdir() if path.name != CARD_FILE) / 1e6
@@ -106,7 +105,7 @@ def _card(checkpoint: Path, figures: dict[str, float]) -> str:
         "",
         "## Training",
         "",
-        *_training(checkpoint, record),
+        *_training(checkpoint),
         "",
         "## Figures on the held-out modules",
         "",
@@ -120,16 +119,25 @@ def _card(checkpoint: Path, figures: dict[str, float]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _training(checkpoint: Path, record: dict[str, Any]) -> list[str]:
+def _training(checkpoint: Path) -> list[str]:
     """A line for every text that was trained on, and one for every stage of which something is in the folder."""
-    present = [name for name in _TITLES if name in record and (name not in FILES or has_heads(checkpoint, name))]
+    record = read_record(checkpoint)
+    titles, lines = {}, {}
+    if BASE in record:
+        titles[BASE], lines[BASE] = "Base", f"{_run(record[BASE])}, from scratch"
+    for name, command in DRAFTERS.items():
+        drafter = command.load()
+        if name in record and has_drafter(checkpoint, drafter.model.kind):
+            stage = record[name]
+            frozen = "base frozen" if stage["recipe"]["freeze_base"] else "base trained along"
+            titles[name] = drafter.title
+            lines[name] = drafter.card_line(stage, f"{_run(stage)}, {frozen}", _held_out(stage["figures"]))
     texts: dict[str, list[str]] = {}
-    for name in present:
-        texts.setdefault(_text(record[name]), []).append(_TITLES[name])
-    lines = [f"- Text of {', '.join(titles)}: {text}." for text, titles in texts.items()]
-    if len(texts) == 1:
-        lines = [f"- Text: {text}." for text in texts]
-    return lines + [f"- {_TITLES[name]}: {_stage(name, record[name])}." for name in present]
+    for name, title in titles.items():
+        texts.setdefault(_text(record[name]), []).append(title)
+    several = len(texts) > 1
+    of_texts = [f"- Text{' of ' + ', '.join(of) if several else ''}: {text}." for text, of in texts.items()]
+    return of_texts + [f"- {titles[name]}: {line}." for name, line in lines.items()]
 
 
 def _text(stage: dict[str, Any]) -> str:
@@ -149,19 +157,8 @@ def _text(stage: dict[str, Any]) -> str:
     )
 
 
-def _stage(name: str, stage: dict[str, Any]) -> str:
-    """How one part of the checkpoint was trained, and for drafters that have no figures of their own, the result."""
-    run, figures = _run(stage), stage["figures"]
-    if name == "base":
-        return f"{run}, from scratch"
-    run += ", base frozen" if stage["recipe"]["freeze_base"] else ", base trained along"
-    held_out = "held out: " + ", ".join(f"{_ppl(key)} {value:.2f}" for key, value in figures.items() if "ppl" in key)
-    if name == "cp":
-        size = f"rank {stage['rank']} over {stage['n_tokens']} tokens, load balance {stage['balance']:g}"
-        return f"{size}; {run}; {held_out}, smallest mean gate weight {figures['gate_min']:.3f}"
-    if name == "lookahead":
-        return f"{stage['n_look_ahead']}, at {stage['anchors']} positions a sequence; {run}; {held_out}"
-    return run
+def _held_out(figures: dict[str, float]) -> str:
+    return "held out: " + ", ".join(f"{_ppl(name)} {value:.2f}" for name, value in figures.items() if "ppl" in name)
 
 
 def _ppl(name: str) -> str:

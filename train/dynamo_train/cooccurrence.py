@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .errors import TrainingError
 
 FILE = "cooccurrence.npz"
-_CHUNK = 1 << 23  # positions counted at once: bounds the memory on a long stream
+CHUNK = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def count_ngrams(
     vocab_size: int,
     end_id: int | None,
     min_counts: Sequence[int],
+    chunk_tokens: int = CHUNK,
 ) -> NgramCounts:
     """Count all n-grams up to ``order`` that lie within one document.
 
@@ -71,6 +72,7 @@ def count_ngrams(
         vocab_size: number of token ids.
         end_id: the token between documents; it may end an n-gram but nothing follows it.
         min_counts: what is kept, for 1-, 2-, … n-grams; must not fall, since an n-gram needs its prefix.
+        chunk_tokens: positions counted at once, which bounds the memory on a long stream.
 
     Raises:
         TrainingError: ``min_counts`` has another length than ``order`` or falls.
@@ -78,13 +80,13 @@ def count_ngrams(
     if len(min_counts) != order or list(min_counts) != sorted(min_counts):
         raise TrainingError(f"{order} minimal counts that do not fall are needed, not {list(min_counts)}")
     unigrams = np.zeros(vocab_size, dtype=np.int64)
-    for chunk in _chunks(tokens, 1):
+    for chunk in _chunks(tokens, 1, chunk_tokens):
         unigrams += np.bincount(chunk, minlength=vocab_size)
     result = NgramCounts(unigrams, [], [], [len(tokens)], list(min_counts))
     for level in range(2, order + 1):
         keys, counts = np.empty(0, np.int64), np.empty(0, np.int64)
         total = 0
-        for chunk in _chunks(tokens, level):
+        for chunk in _chunks(tokens, level, chunk_tokens):
             node, inside = _walk(chunk, result.keys, level, vocab_size, end_id)
             total += int(inside.sum())
             kept = node >= 0
@@ -118,10 +120,10 @@ def _walk(
     return node, inside
 
 
-def _chunks(tokens: NDArray[np.unsignedinteger], order: int) -> Iterator[NDArray[np.int64]]:
+def _chunks(tokens: NDArray[np.unsignedinteger], order: int, size: int) -> Iterator[NDArray[np.int64]]:
     """Cut a stream so that every n-gram of ``order`` lies in exactly one chunk."""
-    for start in range(0, max(0, len(tokens) - order + 1), _CHUNK):
-        yield tokens[start : start + _CHUNK + order - 1].astype(np.int64)
+    for start in range(0, max(0, len(tokens) - order + 1), size):
+        yield tokens[start : start + size + order - 1].astype(np.int64)
 
 
 def _add(

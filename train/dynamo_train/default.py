@@ -12,8 +12,11 @@ from dynamo_runtime.corpus import HELD_OUT_PERCENT, STANDARD_LIBRARY
 from . import pipeline
 from .card import write_card
 from .corpus import PACKAGE
+from .joint import JointHead
+from .look_ahead import LookAheadEmbeddings
 from .loop import Recipe
-from .pipeline import BaseShape
+from .parallel import TokenHeads
+from .pipeline import BaseShape, Job
 
 N_HEADS = 5
 # The base stops when the standard library has no more to teach it; the heads' stage goes on with the packages that
@@ -61,42 +64,26 @@ def train_default(out: Path, work: Path) -> None:
         out: the new folder.
         work: tokens and checkpoints of the stages.
     """
-    held_out = {"held_out_percent": HELD_OUT_PERCENT}
-    base, heads, cp, last = (work / name for name in ("base", "heads", "cp", "lookahead"))
+    base, heads, joint, last = (work / name for name in ("base", "heads", "cp", "lookahead"))
     if not base.exists():
-        pipeline.train_base(base, STANDARD_LIBRARY, SHAPE, BASE_RECIPE, **held_out, work=work / "base-work")
+        pipeline.train_base(_job(base, STANDARD_LIBRARY), SHAPE, BASE_RECIPE)
     if not heads.exists():
-        pipeline.train_heads(
-            str(base), heads, WIDER_CORPUS, N_HEADS, HEADS_RECIPE, **held_out, work=work / "heads-work"
-        )
-    if not cp.exists():
-        train_default_cp(heads, cp, CP_RANK, work / "cp-work")
+        pipeline.train_drafter(str(base), _job(heads), TokenHeads(N_HEADS), HEADS_RECIPE)
+    if not joint.exists():
+        train_default_cp(heads, joint, CP_RANK, work / "cp-work")
     if not last.exists():
-        pipeline.train_lookahead(
-            str(cp),
-            last,
-            WIDER_CORPUS,
-            N_LOOK_AHEAD,
-            LOOKAHEAD_RECIPE,
-            anchors=ANCHORS,
-            **held_out,
-            work=work / "lookahead-work",
-        )
-    pipeline.add_counts(last, WIDER_CORPUS, MIN_COUNTS, **held_out, work=work / "lookahead-work")
+        embeddings = LookAheadEmbeddings(N_LOOK_AHEAD, ANCHORS)
+        pipeline.train_drafter(str(joint), _job(last), embeddings, LOOKAHEAD_RECIPE)
+    pipeline.add_counts(_job(last), MIN_COUNTS)
     pipeline.convert(last, out, torch.float16)
     write_card(out, STANDARD_LIBRARY, HELD_OUT_PERCENT)
 
 
 def train_default_cp(base: Path, out: Path, rank: int, work: Path) -> None:
     """Train the default's joint head, or one of another rank with the same budget, to compare."""
-    pipeline.train_cp(
-        str(base),
-        out,
-        WIDER_CORPUS,
-        CP_TOKENS,
-        rank,
-        DRAFTER_RECIPE,
-        balance=CP_BALANCE,
-        held_out_percent=HELD_OUT_PERCENT,
-        work=work,
-    )
+    job = Job(out, WIDER_CORPUS, HELD_OUT_PERCENT, work)
+    pipeline.train_drafter(str(base), job, JointHead(CP_TOKENS, rank, CP_BALANCE), DRAFTER_RECIPE)
+
+
+def _job(out: Path, source: str = WIDER_CORPUS) -> Job:
+    return Job(out, source, HELD_OUT_PERCENT, out.with_name(f"{out.name}-work"))

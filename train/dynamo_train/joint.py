@@ -1,9 +1,11 @@
-"""The joint objective of CP heads (Basharin, Chertkov, Oseledets 2024, arXiv 2410.17765)."""
+"""Joint heads and their objective (CP: Basharin, Chertkov, Oseledets 2024, arXiv 2410.17765)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +13,40 @@ from torch import Tensor, nn
 from torch.nn import LinearCrossEntropyOptions
 
 from dynamo_model import CPModel
-from dynamo_model.multi_token import scale_gradient
+from dynamo_model.parallel import scale_gradient
 
+from .drafter import NewDrafter
+from .loop import Recipe
 from .objective import Objective, base_embeddings
+
+
+@dataclass(frozen=True)
+class JointHead(NewDrafter):
+    """A joint head over the next tokens.
+
+    Attributes:
+        n_tokens: tokens of the joint distribution, 2 to 8.
+        rank: components of the mixture, 1 to 32.
+        balance: weight of the load-balancing loss, see :class:`JointCLM`.
+    """
+
+    n_tokens: int
+    rank: int
+    balance: float
+
+    model = CPModel
+    title = "Joint head (CP)"
+
+    def objective(self, base: str, recipe: Recipe) -> JointCLM:
+        """See :class:`NewDrafter`."""
+        model = CPModel.from_base(base, n_tokens=self.n_tokens, rank=self.rank)
+        return JointCLM(model, self.balance, recipe.freeze_base, recipe.shared_gradient_scale)
+
+    @classmethod
+    def card_line(cls, stage: dict[str, Any], run: str, held_out: str) -> str:
+        """See :class:`NewDrafter`."""
+        size = f"rank {stage['rank']} over {stage['n_tokens']} tokens, load balance {stage['balance']:g}"
+        return f"{size}; {run}; {held_out}, smallest mean gate weight {stage['figures']['gate_min']:.3f}"
 
 
 class JointCLM(Objective):

@@ -1,4 +1,4 @@
-"""What training optimises: the interface all objectives share, and DynaMo's modified CLM (Eq. 1)."""
+"""What training optimises: the interface all objectives share, and cross-entropy of heads that each predict a token."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import LinearCrossEntropyOptions
 from transformers import PreTrainedModel
-
-from dynamo_model import MultiTokenModel
-from dynamo_model.multi_token import scale_gradient
 
 
 class Objective(nn.Module):
@@ -69,33 +66,20 @@ class Objective(nn.Module):
             self.train(training)
 
 
-class ModifiedCLM(Objective):
-    """Cross-entropy of every head against the labels shifted to its depth; L_T1 + L_T2 + … (Eq. 1).
+class HeadsCLM(Objective):
+    """Cross-entropy of every head against the labels shifted to its depth; L_T1 + L_T2 + … (DynaMo, Eq. 1).
 
-    Args:
-        model: a multi-token model, or a plain causal LM, which then is the one head.
-        shared_gradient_scale: LR_MB / LR_B, see :meth:`MultiTokenModel.states`.
-        freeze_base: train the further heads alone (the paper's "-H"): the base gets no gradient at all.
+    Attributes:
+        n_heads: heads of the model, its first predicting the next token.
+        freeze_base: train the further heads alone.
     """
 
-    model: MultiTokenModel | PreTrainedModel
+    n_heads: int
+    freeze_base: bool
 
-    def __init__(
-        self,
-        model: MultiTokenModel | PreTrainedModel,
-        shared_gradient_scale: float = 1.0,
-        freeze_base: bool = False,
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.shared_gradient_scale = shared_gradient_scale
-        self.freeze_base = freeze_base
-        self.n_heads = model.n_heads if isinstance(model, MultiTokenModel) else 1
-        self.extra = self.n_losses = self.n_heads
-        self.settings = {}
-        if freeze_base:
-            assert isinstance(model, MultiTokenModel)
-            model.base.requires_grad_(False)
+    @abstractmethod
+    def states(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Every head's normed state [batch, seq, hidden], and the output embedding [vocab, hidden] for it."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Mean negative log-likelihood of every head that is trained, else 0.
@@ -108,7 +92,7 @@ class ModifiedCLM(Objective):
         """
         length = tokens.shape[1] - self.n_heads
         losses = []
-        for depth, (state, weight) in enumerate(self._states(tokens[:, :length]), start=1):
+        for depth, (state, weight) in enumerate(self.states(tokens[:, :length]), start=1):
             if depth == 1 and self.freeze_base:
                 losses.append(state.new_zeros(()))
                 continue
@@ -124,18 +108,10 @@ class ModifiedCLM(Objective):
         """Log p of every head's label: [n_heads, batch, length], for ``tokens`` as in :meth:`forward`."""
         length = tokens.shape[1] - self.n_heads
         result = []
-        for depth, (state, weight) in enumerate(self._states(tokens[:, :length]), start=1):
+        for depth, (state, weight) in enumerate(self.states(tokens[:, :length]), start=1):
             log_p = F.linear(state, weight).float().log_softmax(-1)
             result.append(log_p.gather(-1, tokens[:, depth : depth + length, None])[..., 0])
         return torch.stack(result)
-
-    def new_parameters(self) -> set[nn.Parameter]:
-        """The further heads' layers."""
-        return set(self.model.heads.parameters()) if isinstance(self.model, MultiTokenModel) else set()
-
-    def embeddings(self) -> set[nn.Parameter]:
-        """Input and output embedding of the base."""
-        return base_embeddings(self.model.base if isinstance(self.model, MultiTokenModel) else self.model)
 
     def figures(self, batches: Iterable[Tensor]) -> dict[str, float]:
         """PPL_1 … PPL_n and the joint PPL_1:2 … PPL_1:n (DynaMo, "Evaluation").
@@ -154,15 +130,36 @@ class ModifiedCLM(Objective):
             result[f"ppl_1:{n}"] = math.exp(sum(nll[:n]) / n)
         return result
 
-    def _states(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Every head's normed state and the output embedding, gradients scaled on the further heads' way."""
-        if not isinstance(self.model, MultiTokenModel):
-            state = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            return [(state, self.model.get_output_embeddings().weight)]
-        states = self.model.states(input_ids, shared_gradient_scale=self.shared_gradient_scale)
-        weight = self.model.output_embedding.weight
-        scaled = scale_gradient(weight, self.shared_gradient_scale)
-        return [(state, weight if i == 0 else scaled) for i, state in enumerate(states)]
+
+class NextTokenCLM(HeadsCLM):
+    """Cross-entropy of a plain causal language model, which is one head.
+
+    Args:
+        model: any transformers causal LM.
+    """
+
+    model: PreTrainedModel
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.n_heads = self.extra = self.n_losses = 1
+        self.freeze_base = False
+        self.settings = {}
+
+    def states(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """See :class:`HeadsCLM`."""
+        decoder: Any = self.model.base_model
+        state = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        return [(state, self.model.get_output_embeddings().weight)]
+
+    def new_parameters(self) -> set[nn.Parameter]:
+        """None."""
+        return set()
+
+    def embeddings(self) -> set[nn.Parameter]:
+        """Input and output embedding."""
+        return base_embeddings(self.model)
 
 
 def base_embeddings(base: Any) -> set[nn.Parameter]:

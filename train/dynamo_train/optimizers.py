@@ -14,6 +14,22 @@ from .objective import Objective
 # DynaMo, training section: AdamW with beta 0.9/0.95, epsilon 1e-8.
 _ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8}
 
+# DynaMo, table of learning rates: parameters of the T3 model -> LR_B, LR_M; LR_MB is a tenth of LR_B.
+PAPER_LEARNING_RATES = {
+    77e6: (1e-5, 1e-3),
+    180e6: (6e-6, 6e-4),
+    430e6: (3e-6, 3e-4),
+    1.1e9: (2e-6, 2e-4),
+    2.9e9: (1.6e-6, 1.6e-4),
+    7.3e9: (1.2e-6, 1.2e-4),
+}
+
+
+def paper_learning_rates(parameters: int) -> tuple[float, float]:
+    """LR_B and LR_M of the paper's model that is nearest in size (on a logarithmic scale)."""
+    nearest = min(PAPER_LEARNING_RATES, key=lambda size: abs(math.log(size / parameters)))
+    return PAPER_LEARNING_RATES[nearest]
+
 
 def make_optimizers(
     objective: Objective, *, kind: str, base_lr: float, heads_lr: float, weight_decay: float

@@ -9,8 +9,8 @@ from pathlib import Path
 from dynamo_runtime import Engine
 from dynamo_runtime.bundle import DEFAULT_BUNDLE
 from dynamo_runtime.cli.arguments import add_backend, add_drafts, add_dynamo, add_sampling, backend, given_sampling
-from dynamo_runtime.parameters import resolve_parameters
-from dynamo_runtime.strategies import STRATEGIES, Autoregressive, Dynamo
+from dynamo_runtime.registry import can_draft
+from dynamo_runtime.strategies import STRATEGIES, Autoregressive, Dynamo, refusal
 
 from ..errors import EvaluationError
 from ..prompts import fingerprint, load_prompts
@@ -87,7 +87,7 @@ def _work(args: argparse.Namespace) -> None:
         raise EvaluationError("the template must have {prompt} in it")
     multi, plain = _engines(args)
     prompts = load_prompts(args.prompts, plain, args.limit, args.code)
-    resolved = resolve_parameters(multi.bundle.sampling, given_sampling(args), has_counts=multi.bundle.has_cooccurrence)
+    resolved = multi.bundle.parameters(given_sampling(args))
     shared = asdict(resolved)
     settings = curve(parse_thresholds(args.thresholds), ABLATION | READINGS if args.command == "ablation" else None)
     settings += [Setting(name, name) for name in dict.fromkeys(args.also)]
@@ -117,18 +117,18 @@ def _work(args: argparse.Namespace) -> None:
 def _engines(args: argparse.Namespace) -> tuple[Engine, Engine]:
     """The multi-token bundle, and the plain one beside it, or the same where there is none."""
     options = backend(args)
-    multi = Engine(args.bundle, **options)
-    if multi.bundle.kind != "parallel":
-        raise EvaluationError(f"{args.bundle} is a {multi.bundle.kind} bundle: strategy dynamo needs parallel heads")
+    multi = Engine(args.bundle, options)
+    if why := refusal(Dynamo.name, multi.bundle, given_sampling(args)):
+        raise EvaluationError(f"{args.bundle}: {why}")
     sibling = Path(f"{multi.bundle.folder.resolve()}-plain")
     if args.plain is None and not sibling.is_dir():
         note(
             "no plain bundle is given, so this one's first head is what speed and quality are held against "
             "(export one with --heads 0)"
         )
-        return multi, Engine(multi.bundle, **options)
-    plain = Engine(args.plain or sibling, **options)
-    if plain.bundle.kind != "plain":
+        return multi, Engine(multi.bundle, options)
+    plain = Engine(args.plain or sibling, options)
+    if can_draft(plain.bundle):
         raise EvaluationError(f"{plain.bundle.folder} is not a plain bundle: export one with --heads 0")
     if plain.bundle.vocab_size != multi.bundle.vocab_size:
         raise EvaluationError(f"{plain.bundle.folder} is of another model: it has another vocabulary")

@@ -16,6 +16,7 @@ from dynamo_runtime.cli.arguments import add_backend, add_dynamo, add_sampling, 
 from dynamo_runtime.corpus import STANDARD_LIBRARY, Document, read_documents, standard_library
 from dynamo_runtime.files import check_writable, write_whole
 from dynamo_runtime.session import Session
+from dynamo_runtime.strategies import Dynamo
 
 from ..errors import EvaluationError
 from ..results import Results, describe_bundle, describe_machine
@@ -56,10 +57,10 @@ def _work(args: argparse.Namespace) -> None:
     at_least(1, args, "limit", "limit_tokens")
     bundles, sources = _sort_inputs(args.inputs)
     given, thresholds = given_sampling(args), parse_thresholds(args.thresholds)
-    sessions = [Session(bundle, **backend(args)) for bundle in bundles]
+    sessions = [Session(bundle, backend(args)) for bundle in bundles]
     size, stride = _window(sessions, args)
     for bundle in bundles:
-        if bundle.kind == "parallel":  # are the parameters any good?
+        if Dynamo.fits(bundle):  # are the parameters any good?
             for threshold in thresholds:
                 perplexity.dynamo(bundle, threshold, given)
     found = _documents(sources, args.limit)

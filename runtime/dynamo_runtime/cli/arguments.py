@@ -6,7 +6,8 @@ from typing import Any, NoReturn
 
 from ..errors import ParameterError
 from ..parameters import ADAPTIVE, DRAFT_CHOICES, FIRST_TOKENS, PREMASK_TESTS, SamplingParameters
-from ..providers import OPTIMIZATIONS
+from ..providers import OPTIMIZATIONS, Backend
+from ..version import __version__
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,6 +16,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End with status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """Add `--version`."""
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -91,19 +97,19 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def backend(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of `Backend` from the flags.
+def backend(args: argparse.Namespace) -> Backend:
+    """How a graph is run, from the flags.
 
     Raises:
-        ParameterError: A provider option is not KEY=VALUE.
+        ParameterError: A provider option is not KEY=VALUE, or a value is out of range.
     """
     for option in args.provider_option:
         if "=" not in option:
             raise ParameterError(f"a provider option must be KEY=VALUE, not {option!r}")
-    return {
-        "provider": args.provider,
-        "provider_options": dict(option.split("=", 1) for option in args.provider_option),
-        "threads": args.threads,
-        "spinning": args.spinning,
-        "optimization": args.graph_optimization,
-    }
+    return Backend(
+        provider=args.provider,
+        provider_options=dict(option.split("=", 1) for option in args.provider_option),
+        threads=args.threads,
+        spinning=args.spinning,
+        optimization=args.graph_optimization,
+    )

@@ -14,7 +14,8 @@ from ..errors import DynamoError, OutputError, ProfileError
 from ..files import check_writable, write_whole
 from ..profiling.measure import FULL, QUICK, Progress, measure
 from ..profiling.report import compare, summary, to_csv
-from .arguments import Parser, add_backend, backend
+from ..registry import can_draft
+from .arguments import Parser, add_backend, add_version, backend
 
 PROG = "dynamo-profile"
 
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-keep", action="store_true", help="do not keep the profile for dynamo-run")
     add_backend(parser)
+    add_version(parser)
     return parser
 
 
@@ -87,11 +89,11 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _profile(args: argparse.Namespace) -> int:
-    options = backend(args)
+    running = backend(args)
     prompts = None if args.prompts is None else _read_prompts(Path(args.prompts))
     bundle = load_bundle(args.bundle or DEFAULT_BUNDLE)
     plain = load_bundle(args.plain) if args.plain else None
-    if plain is not None and plain.kind != "plain":
+    if plain is not None and can_draft(plain):
         raise ProfileError(f"{plain.folder} is not a plain bundle: export one with --heads 0")
     if args.html:
         _write_page(None, [], [])  # before the work begins: is what it needs there?
@@ -111,7 +113,7 @@ def _profile(args: argparse.Namespace) -> int:
             ) from error
     with _progress(args.quick) as progress:
         effort = QUICK if args.quick else FULL
-        profile = measure(bundle, effort=effort, prompts=prompts, plain=plain, progress=progress, **options)
+        profile = measure(bundle, running, effort=effort, prompts=prompts, plain=plain, progress=progress)
     print(summary(profile))
     if args.json:
         profile.save(args.json)

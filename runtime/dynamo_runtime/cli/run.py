@@ -10,18 +10,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..bundle import DEFAULT_BUNDLE, MANIFEST, load_bundle
+from ..bundle import DEFAULT_BUNDLE, load_bundle
 from ..device.plan import threshold_for
-from ..engine import Engine, TextStream
-from ..errors import DynamoError, ParameterError, PromptError
-from ..parameters import resolve_parameters
-from ..strategies import Auto, Autoregressive, Dynamo, Speculative
-from .arguments import Parser, add_backend, add_drafts, add_dynamo, add_sampling, backend, given_sampling
+from ..engine import Engine
+from ..errors import DynamoError, PromptError
+from ..manifest import MANIFEST
+from ..registry import can_draft
+from ..strategies import Auto, Autoregressive, Speculative, read_by
+from ..stream import TextStream
+from .arguments import (
+    Parser,
+    add_backend,
+    add_drafts,
+    add_dynamo,
+    add_sampling,
+    add_version,
+    backend,
+    given_sampling,
+)
 
 PROG = "dynamo-run"
-# Parameters that mean something to strategy dynamo alone: whoever gives one wants it.
-DYNAMO_ONLY = {"backoff_threshold", "cooccurrence_weight", "adaptive_threshold"}
-DYNAMO_ONLY |= {"otsu_zeros", "normalize_joint", "premask_test", "first_token"}
 SAMPLE_PROMPT = "class Stack:\n    def __init__(self):\n"
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # as a shell reports the signals
 
@@ -36,10 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
         "that ships with the package)",
     )
     parser.add_argument("prompt", nargs="?", help="text to continue; - reads it from stdin")
+    parser.add_argument("-m", "--model", metavar="BUNDLE", help="the bundle, in place of the first argument")
+    parser.add_argument("-p", "--text", metavar="PROMPT", help="the prompt, in place of the last argument")
     parser.add_argument(
         "--strategy",
+        default=Auto.name,
         help="auto (as many verified drafts as pay on this device); autoregressive; dynamo (parallel heads, not "
-        "verified); speculative (verified drafts in every pass) (default: auto, or dynamo with a flag of it)",
+        "verified); speculative (verified drafts in every pass) (default: auto)",
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="exact limit (default: 128)")
     add_sampling(parser)
@@ -68,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs a side for --compare (default: 3)")
     add_backend(parser)
+    add_version(parser)
     return parser
 
 
@@ -97,24 +109,20 @@ def _fail(message: str) -> int:
 def _run(args: argparse.Namespace) -> int:
     if args.repeats < 1:
         raise PromptError(f"repeats must be at least 1, not {args.repeats}")
-    path, prompt = _bundle_and_prompt(args.bundle, args.prompt)
+    path, prompt = _bundle_and_prompt(args)
     prompt = _read_stdin() if prompt == "-" else prompt
     sampling = given_sampling(args)
-    loading = backend(args) | {"max_length": args.max_length}
-    engine = Engine(path, verify=args.verify, **loading)
+    engine = Engine(path, backend(args), max_length=args.max_length, verify=args.verify)
     options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "stop": args.stop}
-    strategy = args.strategy or (Dynamo.name if DYNAMO_ONLY & set(sampling) else Auto.name)
+    ours = options | sampling | {"target_speedup": args.target_speedup}
+    stream = engine.stream(prompt, strategy=args.strategy, **ours)
     if args.target_speedup is not None:
-        if args.strategy not in (None, Dynamo.name) or args.backoff_threshold is not None:
-            raise ParameterError("--target-speedup chooses --backoff-threshold, and is for strategy dynamo alone")
-        strategy = Dynamo.name
-        threshold = sampling["backoff_threshold"] = threshold_for(engine.profile, args.target_speedup)
+        threshold = threshold_for(engine.profile, args.target_speedup)
         print(f"{PROG}: note: by its profile, a back-off threshold of {threshold:.3g}", file=sys.stderr)
-    stream = engine.stream(prompt, strategy=strategy, **options, **sampling)
-    plain = _plain_engine(args, engine, loading) if args.compare else None
-    if path is DEFAULT_BUNDLE and not args.prompt and args.bundle is None:
+    plain = _plain_engine(args, engine) if args.compare else None
+    if prompt is SAMPLE_PROMPT:  # which the user did not write
         sys.stdout.write(prompt)
-    _warn(engine, strategy)
+    _warn(engine, args.strategy)
     interrupted = _write(stream)
     if sys.stdout.isatty():
         print(file=sys.stderr)
@@ -123,33 +131,60 @@ def _run(args: argparse.Namespace) -> int:
         return _INTERRUPTED
     if plain is not None:
         # The plain side gets the same parameters, whatever defaults its own bundle has.
-        resolved = resolve_parameters(engine.bundle.sampling, sampling, has_counts=engine.bundle.has_cooccurrence)
-        options |= dataclasses.asdict(resolved)
-        print(
-            _compare(engine, strategy, plain, prompt, args.repeats, options),
-            file=sys.stderr,
-        )
+        parameters = dataclasses.asdict(engine.bundle.parameters(sampling))
+        theirs = options | read_by(Autoregressive.name, parameters)
+        plainly = Side(plain, Autoregressive.name, theirs)
+        print(_compare(Side(engine, args.strategy, ours), plainly, prompt, args.repeats), file=sys.stderr)
     return 0
 
 
-def _bundle_and_prompt(bundle: str | None, prompt: str | None) -> tuple[str | Path, str]:
-    """What to run and what to continue: whichever is not given is ours, and a single argument is the prompt."""
-    if bundle is None:
-        return DEFAULT_BUNDLE, SAMPLE_PROMPT
-    if prompt is not None:
-        return bundle, prompt
-    if bundle.endswith(".onnx") or (Path(bundle) / MANIFEST).is_file():
-        raise PromptError(f"there is no prompt behind the bundle {bundle}")
-    return DEFAULT_BUNDLE, bundle
+def _bundle_and_prompt(args: argparse.Namespace) -> tuple[str | Path, str]:
+    """What to run and what to continue: whichever is not given is ours.
+
+    Raises:
+        PromptError: One of them is given twice, or a bundle and no prompt, or a path in place of a prompt.
+    """
+    given = [argument for argument in (args.bundle, args.prompt) if argument is not None]
+    if len(given) + (args.model is not None) + (args.text is not None) > 2:
+        raise PromptError("bundle and prompt are given twice: with -m or -p one argument less is wanted")
+    model, text = args.model, args.text
+    if len(given) == 2:
+        model, text = given
+    elif given and model is not None:
+        text = given[0]
+    elif given and text is not None:
+        model = given[0]
+    elif given:
+        text = _lone(given[0])
+    if model is not None and text is None:
+        raise PromptError(f"there is no prompt behind the bundle {model}")
+    return DEFAULT_BUNDLE if model is None else model, SAMPLE_PROMPT if text is None else text
+
+
+def _lone(argument: str) -> str:
+    """A single argument, which is a prompt unless it can only be meant as a path.
+
+    Raises:
+        PromptError: It is one.
+    """
+    exists = argument != "" and os.path.exists(argument)  # which takes whatever is too long for a path
+    if os.path.isfile(os.path.join(argument, MANIFEST)) or (exists and argument.endswith(".onnx")):
+        raise PromptError(f"there is no prompt behind the bundle {argument}")
+    if exists:
+        raise PromptError(f"{argument} exists and is no bundle: a prompt of that name is given with -p")
+    separated = os.sep in argument or (os.altsep or os.sep) in argument
+    if len(argument.split()) == 1 and argument.strip() == argument and (separated or argument.endswith(".onnx")):
+        raise PromptError(f"{argument} does not exist: a prompt that looks like a path is given with -p")
+    return argument
 
 
 def _warn(engine: Engine, strategy: str) -> None:
     """Say on stderr what the user would not expect of this bundle."""
     bundle = engine.bundle
     command = " ".join(["dynamo-profile", *([] if bundle.folder == DEFAULT_BUNDLE else [str(bundle.folder)])])
-    if engine.threads is not None:
-        command += f" --threads {engine.threads}"
-    if strategy == Auto.name and engine.profile is None and bundle.kind != "plain" and bundle.lossless:
+    if engine.backend.threads is not None:
+        command += f" --threads {engine.backend.threads}"
+    if strategy == Auto.name and engine.profile is None and can_draft(bundle) and bundle.lossless:
         print(
             f"{PROG}: note: this device has not been profiled for this bundle, so drafting is planned by rules of "
             f"thumb; `{command}` measures it, once",
@@ -186,38 +221,49 @@ def _read_stdin() -> str:
         raise PromptError("the prompt on stdin is not valid UTF-8") from None
 
 
-def _plain_engine(args: argparse.Namespace, engine: Engine, loading: dict[str, Any]) -> Engine:
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One side of a comparison: what runs, and the options of `Engine.generate`."""
+
+    engine: Engine
+    strategy: str
+    options: dict[str, Any]
+
+
+def _plain_engine(args: argparse.Namespace, engine: Engine) -> Engine:
     """The engine to compare with; `engine` itself if there is no plain bundle."""
     if args.compare_with:
         plain = load_bundle(args.compare_with, verify=args.verify)
     else:
         folder = engine.bundle.folder.resolve()
         sibling = Path(f"{folder}-plain")
-        if engine.bundle.n_heads == 1 or not sibling.is_dir():
+        if not can_draft(engine.bundle) or not sibling.is_dir():
             return engine
         plain = load_bundle(sibling, verify=args.verify)
-    if plain.n_heads != 1:
-        raise PromptError(f"{plain.folder} is not a plain bundle: it has {plain.n_heads} heads (export with --heads 0)")
-    return Engine(plain, **loading)
+    if can_draft(plain):
+        raise PromptError(
+            f"{plain.folder} is not a plain bundle: it predicts {plain.topology.n_tokens} tokens a pass (export with "
+            "--heads 0)"
+        )
+    return Engine(plain, engine.backend, max_length=args.max_length)
 
 
-def _compare(engine: Engine, strategy: str, plain: Engine, prompt: str, repeats: int, options: dict[str, Any]) -> str:
+def _compare(ours: Side, plain: Side, prompt: str, repeats: int) -> str:
     """Run both sides in turn, each from an empty cache; returns a line with the ratio of median speeds."""
-    sides = [(engine, strategy), (plain, Autoregressive.name)]
-    speeds: list[list[float]] = [[], []]
+    speeds: dict[str, list[float]] = {"ours": [], "plain": []}
+    sides = [("ours", ours), ("plain", plain)]
     for repeat in range(repeats):
-        for index in (0, 1) if repeat % 2 == 0 else (1, 0):
-            side, name = sides[index]
-            side.reset()
-            result = side.generate(prompt, strategy=name, **options)
-            speeds[index].append(result.statistics.tokens_per_second)
-    ours, theirs = (statistics.median(speed) for speed in speeds)
-    what = f"plain ({plain.bundle.folder})"
-    if plain is engine:
+        for name, side in sides if repeat % 2 == 0 else reversed(sides):
+            side.engine.reset()
+            result = side.engine.generate(prompt, strategy=side.strategy, **side.options)
+            speeds[name].append(result.statistics.tokens_per_second)
+    of_ours, of_plain = (statistics.median(speed) for speed in speeds.values())
+    what = f"plain ({plain.engine.bundle.folder})"
+    if plain.engine is ours.engine:
         what = "autoregressive on the same bundle (no plain bundle found: export one with --heads 0)"
     return (
-        f"compare: {strategy} {ours:.1f} tokens/s, {what} {theirs:.1f} tokens/s, "
-        f"ratio {ours / theirs:.2f} (medians of {repeats} interleaved runs)"
+        f"compare: {ours.strategy} {of_ours:.1f} tokens/s, {what} {of_plain:.1f} tokens/s, "
+        f"ratio {of_ours / of_plain:.2f} (medians of {repeats} interleaved runs)"
     )
 
 

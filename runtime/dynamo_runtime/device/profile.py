@@ -347,5 +347,5 @@ def cached_path(device_key: str, bundle: Bundle, threads: int | None) -> Path:
         bundle: Told from others by its graph.
         threads: Within an operator; None is onnxruntime's choice.
     """
-    graph = str(bundle.files.get(bundle.graph, {}).get("sha256", ""))[:16] or bundle.folder.name
+    graph = bundle.graph_sha256[:16] or bundle.folder.name
     return profiles_folder() / f"{device_key}-{threads or 0}-{graph}.json"

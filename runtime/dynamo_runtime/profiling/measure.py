@@ -8,16 +8,16 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from ..bundle import Bundle
+from ..device.acceptance import bin_of, middle_of
 from ..device.inspection import cores, inspect_device
-from ..device.plan import bin_of, middle_of
 from ..device.profile import Acceptance, Conditions, Profile, Subject
 from ..engine import Engine
 from ..errors import ProfileError
+from ..providers import Backend
 from ..session import Session
 from .conditions import memory, watched
 from .passes import ROWS, PassTimer, measure_operators, measure_prefill
@@ -67,7 +67,6 @@ class Bench:
         timer: Of its session.
         texts: Prompts as tokens.
         effort: How thoroughly.
-        backend: Fields of `Backend`.
     """
 
     def __init__(
@@ -76,7 +75,6 @@ class Bench:
         plain: Bundle | None,
         prompts: Sequence[str | Sequence[int]] | None,
         effort: Effort,
-        backend: dict[str, Any],
     ):
         """See that there is something to measure.
 
@@ -89,14 +87,14 @@ class Bench:
             raise ProfileError(
                 f"{engine.bundle.folder} has a context of {session.max_length}, too short to be measured"
             )
-        self.engine, self.effort, self.backend, self._plain = engine, effort, backend, plain
+        self.engine, self.effort, self._plain = engine, effort, plain
         self.timer = PassTimer(session)
         self.texts = encoded(engine, prompts)[: effort.texts if prompts is None else None]
 
     @cached_property
     def base(self) -> Engine:
         """What speeds are compared with; not loaded before it is asked for, as it takes memory."""
-        return self.engine if self._plain is None else Engine(self._plain, **self.backend)
+        return self.engine if self._plain is None else Engine(self._plain, self.engine.backend)
 
     def trials(self, profile: Profile) -> Trials:
         """Prompts to decode, as long as the time allows by what a pass was found to cost."""
@@ -125,23 +123,23 @@ class Stage:
 
 def measure(
     bundle: Bundle,
+    backend: Backend | None = None,
     *,
     effort: Effort = FULL,
     prompts: Sequence[str | Sequence[int]] | None = None,
     plain: Bundle | None = None,
     progress: Progress = lambda stage, share: None,
-    **backend: Any,
 ) -> Profile:
     """Measure everything.
 
     Args:
         bundle: What to run.
+        backend: How.
         effort: `FULL` takes about two minutes, `QUICK` about 20 seconds; more where a single pass takes long.
         prompts: To decode with every strategy; None for built-in ones.
         plain: The same model without further heads, to compare strategies with; None for this bundle's passes without
             heads.
         progress: Told how far it is.
-        **backend: Fields of `Backend`.
 
     Raises:
         ProfileError: There is no room for a measurement, or no prompt.
@@ -150,9 +148,9 @@ def measure(
     progress("loading", 0.0)
     with watched() as watch:
         started = time.perf_counter()
-        engine = Engine(bundle, **backend)
+        engine = Engine(bundle, backend)
         load_s = time.perf_counter() - started
-        bench = Bench(engine, plain, prompts, effort, backend)
+        bench = Bench(engine, plain, prompts, effort)
         profile = _unmeasured(bench, load_s)
         pulses = []  # one and the same pass, behind every stage
         for stage in STAGES:
@@ -166,21 +164,20 @@ def measure(
 def _unmeasured(bench: Bench, load_s: float) -> Profile:
     """A profile that says what is measured, and nothing yet of what that costs."""
     bundle = bench.engine.bundle
-    files = [entry for name, entry in bundle.files.items() if name.startswith(bundle.graph)]
     return Profile(
         device=inspect_device(bench.engine.session.provider),
         bundle=Subject(
             name=bundle.folder.resolve().name,
-            graph_sha256=str(bundle.files.get(bundle.graph, {}).get("sha256", "")),
-            kind=bundle.kind,
+            graph_sha256=bundle.graph_sha256,
+            kind=bundle.topology.kind,
             precision=bundle.precision,
             model_type=bundle.model_type,
-            n_tokens=bundle.n_tokens,
-            graph_bytes=sum(entry["bytes"] for entry in files),
+            n_tokens=bundle.topology.n_tokens,
+            graph_bytes=bundle.graph_bytes,
         ),
         conditions=Conditions(True, None, 1.0),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        threads=bench.backend.get("threads") or 0,
+        threads=bench.engine.backend.threads or 0,
         quick=bench.effort.quick,
         bandwidth=0.0,
         load_s=load_s,
@@ -214,7 +211,7 @@ def _resume(bench: Bench, profile: Profile, seconds: float) -> Profile:
 
 def _operators(bench: Bench, profile: Profile, seconds: float) -> Profile:
     """A few passes, however long they take."""
-    return replace(profile, operators=measure_operators(bench.engine.bundle, bench.backend))
+    return replace(profile, operators=measure_operators(bench.engine))
 
 
 def _strategies(bench: Bench, profile: Profile, seconds: float) -> Profile:

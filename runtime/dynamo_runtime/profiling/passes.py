@@ -8,14 +8,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ..bundle import Bundle
 from ..device.profile import Operator, Pass, Prefill, Quantiles, Resume
 from ..engine import Engine
 from ..session import Session
+from ..step import ALL, NONE
 
 ROWS = range(1, 9)
 _BLOCK = 4  # passes of a kind in a row; the first of them warms up what the kind before has cooled down
@@ -52,16 +51,15 @@ class PassTimer:
         if cache.length < past:
             cache.rollback(0)
             while cache.length < past:
-                self.session.step([1] * min(256, past - cache.length), head_rows=None)
+                self.session.step([1] * min(256, past - cache.length))
         cache.rollback(past)
 
     def step(self, rows: int, heads: bool) -> tuple[float, float]:
         """Run a pass over `rows` tokens and roll it back; milliseconds of it all, and of that inside onnxruntime."""
         session = self.session
         past, inside = session.cache.length, session.ort_seconds
-        wanted = range(rows) if heads else ()
         started = self._clock()
-        step = session.step([1] * rows, rows=rows, head_rows=wanted)
+        step = session.step([1] * rows, rows=ALL, heads=ALL if heads else NONE)
         step.topk()
         elapsed = self._clock() - started
         session.cache.rollback(past)
@@ -74,7 +72,7 @@ class PassTimer:
 
     def passes(self, pasts: Sequence[int], seconds: float) -> list[Pass]:
         """What a pass costs by tokens, past and whether further heads take part; rounds over all, in random order."""
-        with_heads = [False, True] if self.session.bundle.has_head_rows else [False]
+        with_heads = [False, True] if self.session.bundle.topology.has_head_rows else [False]
         kinds = [(heads, m, past) for past in pasts for m in ROWS for heads in with_heads]
         times: dict[tuple[bool, int, int], list[tuple[float, float]]] = {kind: [] for kind in kinds}
         rng = np.random.default_rng(0)
@@ -99,7 +97,7 @@ class PassTimer:
             for length in lengths:
                 session.cache.rollback(0)
                 self.behind(8)
-                session.step([1] * length, head_rows=())
+                session.step([1] * length, heads=NONE)
                 late = self._with_heads()
                 session.cache.rollback(8 + length)  # now the heads have seen all of it
                 extra[length].append(late - self._with_heads())
@@ -135,15 +133,15 @@ def measure_prefill(engine: Engine, lengths: Sequence[int], seconds: float) -> l
     ]
 
 
-def measure_operators(bundle: Bundle, backend: dict[str, Any], count: int = 20, most: int = 12) -> list[Operator]:
+def measure_operators(engine: Engine, count: int = 20, most: int = 12) -> list[Operator]:
     """The slowest operators of a pass over one token, by onnxruntime's own profile, which slows small ones down."""
     with tempfile.TemporaryDirectory(prefix="dynamo-profile-") as folder:
-        session = Session(bundle, **backend, profile_prefix=str(Path(folder) / "ort"))
+        session = Session(engine.bundle, engine.backend, profile_prefix=str(Path(folder) / "ort"))
         timer = PassTimer(session)
         timer.behind(min(256, session.max_length - 9))
         warm = 3
         for _ in range(warm + count):
-            timer.step(1, bundle.has_head_rows)
+            timer.step(1, engine.bundle.topology.has_head_rows)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     kernels = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
     nodes = {event["name"] for event in kernels}

@@ -36,14 +36,13 @@ def read_bandwidth(threads: int, seconds: float, read_bytes: int) -> float:
 
 def roofline(bundle: Bundle, session: Session, passes: Sequence[Pass], bandwidth: float) -> list[Floor]:
     """How close plain passes come to the time that reading weights and cache must take."""
-    weights = bundle.manifest.get("pass_bytes", {}).get("plain", 0)
-    if not weights:
+    if bundle.pass_bytes is None:
         return []
     layers = bundle.kv_layers - len(bundle.head_layers)
     position = 2 * layers * bundle.kv_heads * bundle.head_size * session.cache.dtype.itemsize
     floors = []
     for each in passes:
         if each.rows == 1 and not each.heads:
-            size = int(weights + position * each.past)
+            size = int(bundle.pass_bytes.plain + position * each.past)
             floors.append(Floor(each.past, size, size / bandwidth * 1e3, each.inside))
     return floors

@@ -12,13 +12,14 @@ import numpy as np
 from ..bundle import Bundle
 from ..device.profile import Backoff, Quantiles, StrategyRun
 from ..engine import Engine
-from ..errors import ParameterError, ProfileError
+from ..errors import ProfileError
 from ..interval import Interval
-from ..parameters import SamplingParameters, resolve_parameters
+from ..parameters import SamplingParameters
+from ..registry import can_draft
 from ..sampling import Context
-from ..session import Step
 from ..statistics import Statistics
-from ..strategies import Auto, Autoregressive, Dynamo, Speculative, Strategy, Turn
+from ..step import Step
+from ..strategies import Auto, Autoregressive, Dynamo, Speculative, Strategy, Turn, refusal
 from ..verification import Draft
 
 PROMPTS = (
@@ -131,12 +132,12 @@ def look_outside(trials: Trials) -> Outside:
     bundle = engine.bundle
     plain = _outside_ms(trials, Autoregressive.name)
     found.overhead = sum(spent for spent, _ in plain) / sum(drafts + 1 for _, drafts in plain)
-    if bundle.kind == "plain":
+    if not can_draft(bundle):
         return found
     drafting = []
     for greedy in (False, True):
         given = {"temperature": 0.0} if greedy else {}
-        parameters = resolve_parameters(bundle.sampling, given, has_counts=bundle.has_cooccurrence)
+        parameters = bundle.parameters(given)
         recorded = _Recorded(bundle, parameters)
         drafting += _outside_ms(trials, recorded)
         found.judged[greedy] = recorded.judged
@@ -174,8 +175,8 @@ def run_strategies(trials: Trials, seconds: float) -> list[StrategyRun]:
     ways = {"plain": Way(trials.plain, {"strategy": Autoregressive.name})}
     if trials.plain is not engine:
         ways["autoregressive"] = Way(engine, {"strategy": Autoregressive.name})
-    if engine.bundle.kind != "plain":
-        for depth in range(1, engine.bundle.n_tokens):
+    if can_draft(engine.bundle):
+        for depth in range(1, engine.bundle.topology.n_tokens):
             name = f"speculative, {depth} draft{'s' * (depth > 1)}"
             ways[name] = Way(engine, {"strategy": Speculative.name, "draft_tokens": depth})
         ways["auto"] = Way(engine, {"strategy": Auto.name})
@@ -196,11 +197,7 @@ def run_backoff(trials: Trials, seconds: float, thresholds: Sequence[float]) -> 
 
 
 def _allows_dynamo(engine: Engine) -> bool:
-    try:
-        engine.stream([1], strategy=Dynamo.name)
-    except ParameterError:
-        return False
-    return True
+    return refusal(Dynamo.name, engine.bundle) is None
 
 
 def _take_turns(ways: Mapping[str, Way], trials: Trials, seconds: float) -> list[StrategyRun]:

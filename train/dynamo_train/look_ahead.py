@@ -1,10 +1,11 @@
-"""The objective of look-ahead embeddings (PaSS: Monea, Joulin, Grave 2023, arXiv 2311.13581)."""
+"""Look-ahead embeddings and their objective (PaSS: Monea, Joulin, Grave 2023, arXiv 2311.13581)."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,43 @@ from transformers import DynamicCache
 
 from dynamo_model import LookAheadModel
 
+from .drafter import NewDrafter
 from .errors import TrainingError
+from .loop import Recipe
 from .objective import Objective, base_embeddings
+
+
+@dataclass(frozen=True)
+class LookAheadEmbeddings(NewDrafter):
+    """Embeddings of look-ahead tokens for a base that stays as it is; ``heads_lr`` of a recipe is their rate.
+
+    Attributes:
+        n_look_ahead: L, 1 to 16.
+        anchors: positions a sequence that are trained on, see :class:`LookAheadCLM`.
+    """
+
+    n_look_ahead: int
+    anchors: int
+
+    model = LookAheadModel
+    title = "Look-ahead embeddings (PaSS)"
+    freezes_base = True
+
+    def objective(self, base: str, recipe: Recipe) -> LookAheadCLM:
+        """See :class:`NewDrafter`; a base that attends to fewer tokens than the recipe's sequences is refused."""
+        model = LookAheadModel.from_base(base, n_look_ahead=self.n_look_ahead)
+        window = getattr(model.config, "sliding_window", None)
+        if window is not None and window < recipe.length:
+            raise TrainingError(
+                f"the base attends to {window} tokens at a time: look-ahead embeddings need sequences no longer than "
+                "that"
+            )
+        return LookAheadCLM(model, self.anchors, recipe.seed)
+
+    @classmethod
+    def card_line(cls, stage: dict[str, Any], run: str, held_out: str) -> str:
+        """See :class:`NewDrafter`."""
+        return f"{stage['n_look_ahead']}, at {stage['anchors']} positions a sequence; {run}; {held_out}"
 
 
 class LookAheadCLM(Objective):

@@ -8,22 +8,21 @@ the stem output.  All heads share the base's final norm and output embedding.
 from __future__ import annotations
 
 import copy
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import checkpoint
-from .checkpoint import CheckpointError
+from .drafter import DrafterModel
+from .errors import CheckpointError
+from .limits import MAX_HEADS
 
-MAX_HEADS = 8
 _FINAL_NORM_NAMES = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
 
 
-class MultiTokenModel(nn.Module):
+class MultiTokenModel(DrafterModel):
     """A base language model with further token heads on its penultimate state.
 
     Args:
@@ -35,6 +34,11 @@ class MultiTokenModel(nn.Module):
     Raises:
         CheckpointError: ``n_heads`` is out of range or the decoder has a layout that is not known here.
     """
+
+    kind = "parallel"
+    file = "heads.safetensors"
+    command = "heads"
+    sizes: ClassVar = ("n_heads",)
 
     def __init__(self, base: PreTrainedModel, n_heads: int) -> None:
         super().__init__()
@@ -55,9 +59,9 @@ class MultiTokenModel(nn.Module):
         return 1 + len(self.heads)
 
     @property
-    def config(self) -> Any:
-        """The base's configuration."""
-        return self.base.config
+    def n_tokens(self) -> int:
+        """One for every head."""
+        return self.n_heads
 
     @property
     def decoder(self) -> Any:
@@ -75,10 +79,6 @@ class MultiTokenModel(nn.Module):
     def output_embedding(self) -> nn.Linear:
         """The output embedding that all heads share."""
         return self.base.get_output_embeddings()
-
-    def head_parameters(self) -> int:
-        """Number of parameters that the further heads add to the base."""
-        return sum(p.numel() for p in self.heads.parameters())
 
     def states(
         self, input_ids: Tensor, *, shared_gradient_scale: float = 1.0, **decoder_inputs: Any
@@ -135,30 +135,7 @@ class MultiTokenModel(nn.Module):
         weight, bias = self.output_embedding.weight, self.output_embedding.bias
         return tuple(F.linear(state, weight, bias) for state in self.states(input_ids, **decoder_inputs))
 
-    def save(self, folder: str | Path) -> None:
-        """Write the base as an ordinary HF model and the further heads as ``heads.safetensors`` beside it."""
-        self.base.save_pretrained(folder)
-        checkpoint.save_drafter(Path(folder), "parallel", self.head_state_dict(), n_heads=self.n_heads)
-
-    @classmethod
-    def load(cls, name: str | Path, dtype: torch.dtype = torch.float32) -> MultiTokenModel:
-        """Load a multi-token checkpoint from a folder or from the Hub; safetensors only, no remote code.
-
-        Raises:
-            CheckpointError: nothing there, no heads beside the base, or tensors that do not fit.
-        """
-        base = checkpoint.load_base(name, dtype)
-        heads, shape = checkpoint.read_drafter(name, "parallel")
-        model = cls(base, shape.get("n_heads", 0))
-        checkpoint.fill(model.head_state_dict(), heads, "parallel")
-        return model.eval()
-
-    @classmethod
-    def from_base(cls, name: str | Path, n_heads: int, dtype: torch.dtype = torch.float32) -> MultiTokenModel:
-        """Put ``n_heads - 1`` new heads on a base model from a folder or from the Hub."""
-        return cls(checkpoint.load_base(name, dtype), n_heads)
-
-    def head_state_dict(self) -> dict[str, Tensor]:
+    def drafter_state_dict(self) -> dict[str, Tensor]:
         """The further heads' tensors, named ``<head number>.<parameter>`` with the first further head as 2."""
         return {
             f"{number}.{name}": tensor

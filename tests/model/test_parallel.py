@@ -16,8 +16,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from dynamo_model import CheckpointError, MultiTokenModel, has_heads
-from dynamo_model.multi_token import scale_gradient
+from dynamo_model import CheckpointError, MultiTokenModel, has_drafter
+from dynamo_model.parallel import scale_gradient
 
 SIZE = {
     "hidden_size": 32,
@@ -109,7 +109,7 @@ def test_cached_passes_equal_one_pass(name: str) -> None:
 def test_save_and_load(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = make(CONFIGS[name], dtype=dtype)
     model.save(tmp_path)
-    assert has_heads(tmp_path)
+    assert has_drafter(tmp_path, "parallel")
     base, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True, dtype=dtype)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     loaded = MultiTokenModel.load(tmp_path, dtype=dtype)
@@ -150,7 +150,7 @@ def test_number_of_heads_is_limited(n_heads: int) -> None:
 
 def test_plain_base_is_refused_with_the_way_out(tmp_path: Path) -> None:
     make(CONFIGS["gpt_neox"]).base.save_pretrained(tmp_path)
-    assert not has_heads(tmp_path)
+    assert not has_drafter(tmp_path, "parallel")
     with pytest.raises(CheckpointError, match=r"has no heads\.safetensors: train it first with `dynamo-train heads"):
         MultiTokenModel.load(tmp_path)
 
@@ -165,7 +165,7 @@ def test_broken_checkpoints_are_refused(tmp_path: Path) -> None:
     heads.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="safetensors"):
         MultiTokenModel.load(tmp_path)
-    tensors = {name: t[:1].contiguous() for name, t in model.head_state_dict().items()}
+    tensors = {name: t[:1].contiguous() for name, t in model.drafter_state_dict().items()}
     save_file(tensors, heads, metadata={"kind": "parallel", "n_heads": "3"})
     with pytest.raises(CheckpointError, match="does not fit"):
         MultiTokenModel.load(tmp_path)
@@ -173,7 +173,7 @@ def test_broken_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not say that it holds a drafter of kind parallel"):
         MultiTokenModel.load(tmp_path)
     for shape in ({}, {"n_heads": "1"}, {"n_heads": "9"}, {"n_heads": "-3"}, {"n_heads": "three"}):
-        save_file(model.head_state_dict(), heads, metadata={"kind": "parallel"} | shape)
+        save_file(model.drafter_state_dict(), heads, metadata={"kind": "parallel"} | shape)
         with pytest.raises(CheckpointError, match="2 to 8 heads"):
             MultiTokenModel.load(tmp_path)
 

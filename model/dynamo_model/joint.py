@@ -6,22 +6,20 @@ Independent heads approximate the joint tensor of the next n tokens by one of ra
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import checkpoint
-from .checkpoint import CheckpointError
-from .multi_token import MAX_HEADS, MultiTokenModel
+from .drafter import DrafterModel
+from .errors import CheckpointError
+from .limits import MAX_HEADS, MAX_RANK
+from .parallel import MultiTokenModel
 
-MAX_RANK = 32
 
-
-class CPModel(nn.Module):
+class CPModel(DrafterModel):
     """A base language model with a rank-r joint head over the next n tokens.
 
     The context embedding e_t is the state of one further decoder layer on the stem output, a token head as
@@ -36,6 +34,11 @@ class CPModel(nn.Module):
         CheckpointError: ``n_tokens`` or ``rank`` is out of range, or the base is not supported.
     """
 
+    kind = "cp"
+    file = "cp.safetensors"
+    command = "cp"
+    sizes: ClassVar = ("n_tokens", "rank")
+
     def __init__(self, base: PreTrainedModel, n_tokens: int, rank: int) -> None:
         super().__init__()
         if not 2 <= n_tokens <= MAX_HEADS:
@@ -43,7 +46,7 @@ class CPModel(nn.Module):
         if not 1 <= rank <= MAX_RANK:
             raise CheckpointError(f"the rank of a joint head is 1 to {MAX_RANK}, not {rank}")
         self.multi = MultiTokenModel(base, 2)
-        self.n_tokens, self.rank = n_tokens, rank
+        self._n_tokens, self.rank = n_tokens, rank
         hidden = self.multi.output_embedding.weight.shape[1]
         placement: dict[str, Any] = {"dtype": base.dtype, "device": base.device}
         self.gate = nn.Linear(hidden, rank, bias=False, **placement)
@@ -54,19 +57,14 @@ class CPModel(nn.Module):
             self.factors.weight.view(n_tokens * rank, hidden, hidden).diagonal(dim1=1, dim2=2).add_(1.0)
 
     @property
-    def base(self) -> PreTrainedModel:
+    def base(self) -> PreTrainedModel:  # type: ignore[override]  # it is a module of `multi` already
         """The base language model, whose head verifies."""
         return self.multi.base
 
     @property
-    def config(self) -> Any:
-        """The base's configuration."""
-        return self.base.config
-
-    def head_parameters(self) -> int:
-        """Number of parameters that the joint head adds to the base."""
-        modules = (self.multi.heads, self.gate, self.factors)
-        return sum(p.numel() for module in modules for p in module.parameters())
+    def n_tokens(self) -> int:
+        """Tokens of the joint distribution, the first of which the base predicts as well."""
+        return self._n_tokens
 
     def states(self, input_ids: Tensor, **decoder_inputs: Any) -> tuple[Tensor, Tensor]:
         """Run one pass up to the output embedding; arguments of :meth:`MultiTokenModel.states`.
@@ -106,22 +104,3 @@ class CPModel(nn.Module):
         """What the joint head adds to the base: ``layer.*``, ``gate.weight`` and ``factors.weight``."""
         layer = {f"layer.{name}": tensor for name, tensor in self.multi.heads[0].state_dict().items()}
         return layer | {"gate.weight": self.gate.weight, "factors.weight": self.factors.weight}
-
-    def save(self, folder: str | Path) -> None:
-        """Write the joint head as ``cp.safetensors`` beside its base, which is written as well."""
-        self.base.save_pretrained(folder)
-        shape = {"n_tokens": self.n_tokens, "rank": self.rank}
-        checkpoint.save_drafter(Path(folder), "cp", self.drafter_state_dict(), **shape)
-
-    @classmethod
-    def load(cls, name: str | Path, dtype: torch.dtype = torch.float32) -> CPModel:
-        """Load base and joint head from a folder or from the Hub; safetensors only, no remote code.
-
-        Raises:
-            CheckpointError: nothing there, no joint head beside the base, or tensors that do not fit.
-        """
-        base = checkpoint.load_base(name, dtype)
-        tensors, shape = checkpoint.read_drafter(name, "cp")
-        model = cls(base, shape.get("n_tokens", 0), shape.get("rank", 0))
-        checkpoint.fill(model.drafter_state_dict(), tensors, "cp")
-        return model.eval()

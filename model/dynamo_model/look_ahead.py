@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import checkpoint
-from .checkpoint import CheckpointError
+from .drafter import DrafterModel
+from .errors import CheckpointError
+from .limits import MAX_LOOK_AHEAD
 
-MAX_LOOK_AHEAD = 16
 
-
-class LookAheadModel(nn.Module):
+class LookAheadModel(DrafterModel):
     """A frozen base language model with L trainable look-ahead embeddings.
 
     Fed behind a text, ``[LA]_1 … [LA]_L`` make the base predict further tokens in the same pass: its output at
@@ -28,6 +26,11 @@ class LookAheadModel(nn.Module):
     Raises:
         CheckpointError: L is out of range.
     """
+
+    kind = "lookahead"
+    file = "lookahead.safetensors"
+    command = "lookahead"
+    sizes: ClassVar = ("n_look_ahead",)
 
     def __init__(self, base: PreTrainedModel, n_look_ahead: int) -> None:
         super().__init__()
@@ -46,13 +49,9 @@ class LookAheadModel(nn.Module):
         return self.embeddings.shape[0]
 
     @property
-    def config(self) -> Any:
-        """The base's configuration."""
-        return self.base.config
-
-    def head_parameters(self) -> int:
-        """Number of parameters added to the base."""
-        return self.embeddings.numel()
+    def n_tokens(self) -> int:
+        """One more than look-ahead tokens."""
+        return 1 + self.n_look_ahead
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Logits [batch, seq, vocab]; ids from the vocabulary's end on, V … V + L - 1, are the look-ahead tokens."""
@@ -71,21 +70,6 @@ class LookAheadModel(nn.Module):
         embedding: Any = self.base.get_input_embeddings()
         return embedding.weight
 
-    def save(self, folder: str | Path) -> None:
-        """Write the embeddings as ``lookahead.safetensors`` beside their base, which is written as well."""
-        self.base.save_pretrained(folder)
-        shape = {"n_look_ahead": self.n_look_ahead}
-        checkpoint.save_drafter(Path(folder), "lookahead", {"embeddings": self.embeddings}, **shape)
-
-    @classmethod
-    def load(cls, name: str | Path, dtype: torch.dtype = torch.float32) -> LookAheadModel:
-        """Load base and look-ahead embeddings from a folder or from the Hub; safetensors only, no remote code.
-
-        Raises:
-            CheckpointError: nothing there, no look-ahead embeddings beside the base, or they do not fit it.
-        """
-        base = checkpoint.load_base(name, dtype)
-        tensors, shape = checkpoint.read_drafter(name, "lookahead")
-        model = cls(base, shape.get("n_look_ahead", 0))
-        checkpoint.fill({"embeddings": model.embeddings}, tensors, "lookahead")
-        return model.eval()
+    def drafter_state_dict(self) -> dict[str, Tensor]:
+        """What is added to the base: ``embeddings`` [L, hidden]."""
+        return {"embeddings": self.embeddings}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,35 +13,32 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTr
 
 from dynamo_model import LookAheadModel
 from dynamo_train import TrainingError, loop
-from dynamo_train.lookahead import LookAheadCLM
+from dynamo_train.look_ahead import LookAheadCLM
 from dynamo_train.loop import Recipe
-from dynamo_train.objective import ModifiedCLM
+from dynamo_train.objective import NextTokenCLM, Objective
 from dynamo_train.optimizers import make_optimizers
 from dynamo_train.tokens import CorpusRecord, TokenStreams, validation_batches
 
 VOCAB = 13
+WholeAndResumed = Callable[[Callable[[], Objective]], list[dict[str, torch.Tensor]]]
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 CONFIGS = {
     "gpt_neox": GPTNeoXConfig(**SIZE, vocab_size=VOCAB, attention_dropout=0.5, hidden_dropout=0.5),
     "llama": LlamaConfig(**SIZE, vocab_size=VOCAB, num_key_value_heads=2, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**SIZE, vocab_size=VOCAB, num_key_value_heads=2),
 }
-RECIPE = Recipe(
-    steps=6,
-    sequences=4,
-    length=14,
-    micro_batch=2,
-    optimizer="adamw",
-    base_lr=0.0,
-    heads_lr=1e-2,
-    shared_gradient_scale=1.0,
-    freeze_base=True,
-    weight_decay=0.1,
-    warmup=0.01,
-    clip=1.0,
-    precision="no",
-    seed=3,
-)
+
+
+@pytest.fixture
+def recipe(recipe: Recipe) -> Recipe:
+    return replace(recipe, length=14, base_lr=0.0, shared_gradient_scale=1.0, freeze_base=True)
+
+
+@pytest.fixture
+def streams(record: CorpusRecord) -> TokenStreams:
+    """A text of period 5, as far as the position in the period can be known: every token is in it once."""
+    train, held_out = (np.resize([3, 1, 4, 7, 5], n).astype(np.uint16) for n in (400, 100))
+    return TokenStreams(train, held_out, record)
 
 
 def make(config: PreTrainedConfig, n_look_ahead: int = 3, attention: str = "sdpa") -> LookAheadModel:
@@ -56,12 +54,6 @@ def make(config: PreTrainedConfig, n_look_ahead: int = 3, attention: str = "sdpa
 
 def some_tokens(batch: int, length: int) -> torch.Tensor:
     return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
-
-
-def streams() -> TokenStreams:
-    """A text of period 5, as far as the position in the period can be known: every token is in it once."""
-    train, held_out = (np.resize([3, 1, 4, 7, 5], n).astype(np.uint16) for n in (400, 100))
-    return TokenStreams(train, held_out, CorpusRecord("test", 2, 1, 500, 400, 100, 6.0, "0" * 64))
 
 
 def naive_nll(model: LookAheadModel, tokens: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
@@ -94,10 +86,10 @@ def test_one_pass_over_all_blocks_equals_a_pass_for_each(name: str, attention: s
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_figures_are_perplexities_by_depth_at_the_same_anchors_every_time() -> None:
+def test_figures_are_perplexities_by_depth_at_the_same_anchors_every_time(streams: TokenStreams) -> None:
     model = make(CONFIGS["llama"])
     objective = LookAheadCLM(model, anchors=5)
-    batches = validation_batches(streams().held_out, sequences=3, length=14, extra=1)
+    batches = validation_batches(streams.held_out, sequences=3, length=14, extra=1)
     with torch.no_grad():
         nll = torch.cat([naive_nll(model, t, objective.choose_anchors(t)) for t in map(torch.from_numpy, batches)])
     mean = nll.double().mean((0, 1))
@@ -127,18 +119,20 @@ def test_anchors_depend_on_seed_and_sequence_alone() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_embeddings_learn_and_the_base_stays_bit_identical(optimizer: str, tmp_path: Path) -> None:
+def test_embeddings_learn_and_the_base_stays_bit_identical(
+    optimizer: str, recipe: Recipe, streams: TokenStreams, tmp_path: Path
+) -> None:
     """A base that knows a periodic text is made to say more of it at once."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(LlamaConfig(**SIZE, vocab_size=VOCAB))
-    base_recipe = replace(RECIPE, steps=60, base_lr=1e-2, freeze_base=False)
-    assert loop.train(ModifiedCLM(base), streams(), base_recipe, tmp_path / "base").figures["ppl_1"] < 2
+    base_recipe = replace(recipe, steps=60, base_lr=1e-2, freeze_base=False)
+    assert loop.train(NextTokenCLM(base), streams, base_recipe, tmp_path / "base").figures["ppl_1"] < 2
 
     objective = LookAheadCLM(LookAheadModel(base, 2), anchors=6)
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    start = objective.validate(validation_batches(streams().held_out, sequences=2, length=14, extra=1))
-    recipe = replace(RECIPE, steps=80, heads_lr=2e-2, optimizer=optimizer)
-    end = loop.train(objective, streams(), recipe, tmp_path / "run").figures
+    start = objective.validate(validation_batches(streams.held_out, sequences=2, length=14, extra=1))
+    recipe = replace(recipe, steps=80, heads_lr=2e-2, optimizer=optimizer)
+    end = loop.train(objective, streams, recipe, tmp_path / "run").figures
     assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
     assert end["ppl_2"] < 0.7 * start["ppl_2"] and end["ppl_3"] < 0.7 * start["ppl_3"]
 
@@ -155,44 +149,26 @@ def test_only_the_embeddings_are_optimised_and_never_decay() -> None:
         LookAheadCLM(objective.model, anchors=4)
 
 
-def test_accumulated_micro_batches_equal_one_batch(tmp_path: Path) -> None:
+def test_accumulated_micro_batches_equal_one_batch(recipe: Recipe, streams: TokenStreams, tmp_path: Path) -> None:
     results = []
     for micro_batch in (1, 4):
         model = make(CONFIGS["gpt_neox"])
-        recipe = replace(RECIPE, micro_batch=micro_batch, steps=2)
-        loop.train(LookAheadCLM(model, anchors=4), streams(), recipe, tmp_path / str(micro_batch))
+        recipe = replace(recipe, micro_batch=micro_batch, steps=2)
+        loop.train(LookAheadCLM(model, anchors=4), streams, recipe, tmp_path / str(micro_batch))
         results.append(model.embeddings)
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
-def test_an_interrupted_run_ends_bit_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(folder: Path) -> torch.Tensor:
-        model = make(CONFIGS["gpt_neox"])
-        loop.train(LookAheadCLM(model, anchors=4), streams(), RECIPE, folder, checkpoint_every=2)
-        return model.embeddings
-
-    whole = run(tmp_path / "whole")
-    step, calls = loop._train_step, 0
-
-    def interrupted(*arguments: object) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-        return step(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(loop, "_train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut")
-    monkeypatch.undo()
-    assert torch.equal(run(tmp_path / "cut"), whole)
-    assert not torch.equal(whole, make(CONFIGS["gpt_neox"]).embeddings)
+def test_an_interrupted_run_ends_bit_equal(whole_and_resumed: WholeAndResumed) -> None:
+    whole, resumed = whole_and_resumed(lambda: LookAheadCLM(make(CONFIGS["gpt_neox"]), anchors=4))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not torch.equal(whole["embeddings"], make(CONFIGS["gpt_neox"]).embeddings)
 
 
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
-    recipe = replace(RECIPE, steps=1)
-    loop.train(LookAheadCLM(make(CONFIGS["llama"]), anchors=4), streams(), recipe, tmp_path)
+def test_a_checkpoint_of_other_settings_is_refused(recipe: Recipe, streams: TokenStreams, tmp_path: Path) -> None:
+    recipe = replace(recipe, steps=1)
+    loop.train(LookAheadCLM(make(CONFIGS["llama"]), anchors=4), streams, recipe, tmp_path)
     progress = json.loads((tmp_path / "checkpoint" / "progress.json").read_text())
     assert progress["settings"] == {"n_look_ahead": 3, "anchors": 4}
     with pytest.raises(TrainingError, match="another recipe"):
-        loop.train(LookAheadCLM(make(CONFIGS["llama"]), anchors=5), streams(), recipe, tmp_path)
+        loop.train(LookAheadCLM(make(CONFIGS["llama"]), anchors=5), streams, recipe, tmp_path)

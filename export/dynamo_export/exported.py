@@ -1,0 +1,151 @@
+"""What the export asks of a model, whatever predicts its further tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dynamo_runtime.session import Session
+from dynamo_runtime.step import Step
+from dynamo_runtime.topology import Plain, Topology
+
+from .compare import Case, Passed, Values
+from .errors import ExportError
+from .tail import JointHead
+
+
+class Exported:
+    """A base, and what was put on it; this class itself adds nothing to the base, and a subclass what it adds.
+
+    The two static methods are about a bundle, which is compared when the model is no longer in memory.
+
+    Attributes:
+        kind: What manifests and the command line call it.
+        base: The transformers language model.
+        drafter: The model around it that predicts further tokens, or None.
+    """
+
+    kind: ClassVar[str]
+    drafter: Any
+
+    def __init__(self, base: PreTrainedModel, drafter: Any) -> None:
+        self.base = base
+        self.drafter = drafter
+
+    @property
+    def topology(self) -> Topology:
+        """What the bundle's manifest will say of it."""
+        raise NotImplementedError
+
+    @property
+    def layered(self) -> nn.Module:
+        """The module that is traced, which holds every decoder layer: the base, or it with layers of a drafter."""
+        return self.base
+
+    @property
+    def n_states(self) -> int:
+        """States that one pass ends with: the base's, and one of every layer for further tokens."""
+        return 1 + self.topology.layers
+
+    @property
+    def least_context(self) -> int:
+        """Fewest positions of a bundle: the gate has to see every look-ahead token behind a token."""
+        return 2 + self.topology.look_ahead
+
+    @property
+    def joint(self) -> JointHead | None:
+        """What the end of the graph makes of the second state; None where every state is a token head's."""
+        return None
+
+    def check(self) -> None:
+        """Makes sure that the base can carry it.
+
+        Raises:
+            ExportError: If it cannot.
+        """
+
+    def keep_heads(self, heads: int) -> None:
+        """Drops all token heads but the first ones.
+
+        Args:
+            heads: How many to keep, the base's own among them.
+
+        Raises:
+            ExportError: There are no such heads, or not so many, or only the base's would be left.
+        """
+        raise ExportError(f"--heads {heads} means parallel heads: leave it out with --drafter {self.kind}")
+
+    def tracing(self) -> AbstractContextManager[None]:
+        """What the model needs for the duration of the trace."""
+        return nullcontext()
+
+    def states(self, input_ids: Tensor, **inputs: Any) -> tuple[Tensor, ...]:
+        """Normed hidden states [batch, seq, hidden], `n_states` of them.
+
+        Args:
+            input_ids: int64 [batch, seq].
+            inputs: What the base's decoder takes besides.
+        """
+        inputs.setdefault("use_cache", inputs.get("past_key_values") is not None)
+        return (self.base.base_model(input_ids=input_ids, **inputs).last_hidden_state,)
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """What the base says by its own `forward` [batch, seq, vocab], without a cache."""
+        return self.base(input_ids, use_cache=False).logits
+
+    def values(self, input_ids: Tensor, start: int) -> Values:
+        """Every output that is compared, from one pass without a cache: its output embedding on the rows wanted alone.
+
+        Args:
+            input_ids: int64 [1, seq].
+            start: First row wanted.
+        """
+        return self.head_values(self.states(input_ids, use_cache=False), start)
+
+    def head_values(self, states: tuple[Tensor, ...], start: int) -> Values:
+        """Logits of token heads, of their states [1, seq, hidden]."""
+        embedding = self.base.get_output_embeddings()
+        names = ("logits", *(f"logits_{head}" for head in range(2, len(states) + 1)))
+        return {name: embedding(state[0, start:])[:, None].numpy() for name, state in zip(names, states, strict=True)}
+
+    def prepare(self, tokens: np.ndarray, other: np.ndarray, fork: int) -> None:
+        """Writes into two random sequences what they must have for everything to be compared.
+
+        Args:
+            tokens: int64 [length].
+            other: As `tokens` up to `fork`, other tokens from there on.
+            fork: First position in which they differ.
+        """
+
+    @staticmethod
+    def put_out(topology: Topology, step: Step, name: str) -> tuple[np.ndarray, ...]:
+        """One output of a pass, and its top-K logits and ids if it has any, as [rows, parts, width] each.
+
+        Args:
+            topology: Of the bundle.
+            step: The pass.
+            name: As `values` calls it.
+        """
+        head = int(name.partition("_")[2] or 1)
+        return tuple(array[:, None] for array in (step.logits(head), *step.topk(head)))
+
+    @staticmethod
+    def runs(session: Session, case: Case) -> Iterator[tuple[str, list[Passed]]]:
+        """Ways of running a case that only such a bundle has, by name."""
+        return iter(())
+
+
+class ExportedPlain(Exported):
+    """The base alone."""
+
+    kind = Plain.kind
+
+    @property
+    def topology(self) -> Topology:
+        """See `Exported`."""
+        return Plain()

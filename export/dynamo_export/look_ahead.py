@@ -1,0 +1,106 @@
+"""Look-ahead embeddings (PaSS): rows behind the vocabulary in the input embedding, and nothing else in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dynamo_model import LookAheadModel
+from dynamo_runtime.look_ahead import LookAhead
+from dynamo_runtime.session import Session
+from dynamo_runtime.step import Last
+
+from .compare import Case, Passed, Values, between
+from .errors import ExportError
+from .exported import Exported
+
+
+class ExportedLookAhead(Exported):
+    """A base and look-ahead embeddings."""
+
+    kind = LookAhead.kind
+    drafter: LookAheadModel
+
+    @property
+    def topology(self) -> LookAhead:
+        """See `Exported`."""
+        return LookAhead(self.drafter.n_look_ahead)
+
+    def check(self) -> None:
+        """Makes sure that the input embedding does nothing but look a row up, and that its rows are the vocabulary's.
+
+        Raises:
+            ExportError: If it does more, or has other rows.
+        """
+        own = self.base.get_input_embeddings()
+        table: Tensor = own.weight  # type: ignore[assignment]
+        rows, outputs = len(table), len(self.base.get_output_embeddings().weight)
+        name = type(self.base).__name__
+        if rows != outputs:
+            raise ExportError(
+                f"{name} embeds {rows} tokens and predicts {outputs}: look-ahead tokens would not follow the vocabulary"
+            )
+        ids = torch.arange(0, rows, max(1, rows // 256))[None]
+        with torch.no_grad():
+            if not torch.equal(own(ids), nn.functional.embedding(ids, table)):
+                raise ExportError(
+                    f"{name} does more to its input embedding than look it up (scaling): look-ahead embeddings are "
+                    "not supported on it"
+                )
+
+    @contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Puts the look-ahead embeddings behind the vocabulary's for the duration: one table, one look-up."""
+        own = self.base.get_input_embeddings()
+        table = self.drafter.table().detach()
+        try:
+            self.base.set_input_embeddings(nn.Embedding.from_pretrained(table))
+            yield
+        finally:
+            self.base.set_input_embeddings(own)
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """See `Exported`."""
+        return self.drafter(input_ids, use_cache=False)
+
+    def values(self, input_ids: Tensor, start: int) -> Values:
+        """See `Exported`; with the model's own look-up of look-ahead tokens, not the traced one."""
+        decoder = self.base.base_model
+        embedded = self.drafter.embed(input_ids)
+        state = decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        return self.head_values((state,), start)
+
+    def prepare(self, tokens: np.ndarray, other: np.ndarray, fork: int) -> None:
+        """Writes all look-ahead ids into `tokens` from `fork` on, and at the end of `other`.
+
+        So rolling back to `fork` is what the runtime does: drop look-ahead tokens, go on with tokens, look ahead again.
+        """
+        count = self.drafter.n_look_ahead
+        ids = len(self.drafter.vocabulary()) + np.arange(count)
+        tokens[fork : fork + count] = ids[: len(tokens) - fork]
+        other[-count:] = ids
+
+    @staticmethod
+    def runs(session: Session, case: Case) -> Iterator[tuple[str, list[Passed]]]:
+        """As the runtime does: look ahead behind a text, drop that, look ahead behind more text, and so on."""
+        upto = min(case.fork + len(session.bundle.look_ahead), len(case.tokens))
+        yield "look-ahead", list(_look_ahead(session, case, upto))
+
+
+def _look_ahead(session: Session, case: Case, upto: int) -> Iterator[Passed]:
+    fork, start = case.fork, case.start
+    session.cache.reset()
+    for tokens, expected, at, end in (
+        (case.tokens, case.expected, 0, upto),
+        (case.other, case.expected_other, fork, len(case.other)),
+        (case.tokens, case.expected, fork, upto),
+        (case.other, case.expected_other, fork, len(case.other)),
+    ):
+        session.cache.rollback(at)
+        first = max(at, start)
+        step = session.step(tokens[at:end].tolist(), rows=Last(end - first))
+        yield step, between(expected, first - start, end - start)

@@ -1,0 +1,121 @@
+"""What every drafter on a base has in common: its shape, its tensors, and the file they are kept in."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .checkpoint import find_file, load_base, read_tensors
+from .errors import CheckpointError
+
+
+class DrafterModel(nn.Module):
+    """A base language model and what was put on it to predict further tokens.
+
+    A subclass is made of a base and the whole numbers in :attr:`sizes`, by keyword, and has an attribute for each.
+
+    Attributes:
+        kind: what bundles, reports and the command line call it.
+        file: in which it is kept beside its base.
+        command: the subcommand of ``dynamo-train`` that makes it.
+        sizes: names of the whole numbers that say its shape.
+        base: the base language model, whose own prediction verifies.
+    """
+
+    kind: ClassVar[str]
+    file: ClassVar[str]
+    command: ClassVar[str]
+    sizes: ClassVar[tuple[str, ...]]
+    base: PreTrainedModel
+
+    @property
+    def config(self) -> Any:
+        """The base's configuration."""
+        return self.base.config
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The numbers named by :attr:`sizes`."""
+        return {name: getattr(self, name) for name in self.sizes}
+
+    @property
+    @abstractmethod
+    def n_tokens(self) -> int:
+        """Tokens that one pass predicts, the base's own among them."""
+
+    @abstractmethod
+    def drafter_state_dict(self) -> dict[str, Tensor]:
+        """What the drafter adds to its base, sharing memory with the model."""
+
+    def head_parameters(self) -> int:
+        """Number of parameters that the drafter adds to the base."""
+        return sum(tensor.numel() for tensor in self.drafter_state_dict().values())
+
+    def save(self, folder: str | Path) -> None:
+        """Write the base as an ordinary HF model, and the drafter's :attr:`file` beside it."""
+        self.base.save_pretrained(folder)
+        self.write(Path(folder), self.drafter_state_dict(), self.shape)
+
+    @classmethod
+    def load(cls, name: str | Path, dtype: torch.dtype = torch.float32) -> Self:
+        """Load base and drafter from a folder or from the Hub; safetensors only, no remote code.
+
+        Args:
+            name: folder or Hub id.
+            dtype: the parameters' type after loading, whatever they are stored as.
+
+        Raises:
+            CheckpointError: nothing there, no such drafter beside the base, or tensors that do not fit.
+        """
+        base = load_base(name, dtype)
+        tensors, shape = cls.read(name)
+        model = cls(base, **{size: shape.get(size, 0) for size in cls.sizes})
+        own = model.drafter_state_dict()
+        if own.keys() != tensors.keys() or any(own[k].shape != tensors[k].shape for k in own):
+            raise CheckpointError(f"{cls.file} does not fit the base model's configuration")
+        for key, tensor in own.items():
+            tensor.data.copy_(tensors[key])
+        return model.eval()
+
+    @classmethod
+    def from_base(cls, name: str | Path, dtype: torch.dtype = torch.float32, **sizes: int) -> Self:
+        """Put a new drafter on a base model from a folder or from the Hub."""
+        return cls(load_base(name, dtype), **sizes)
+
+    @classmethod
+    def read(cls, name: str | Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Read what a drafter adds to its base, without the base.
+
+        Args:
+            name: folder or Hub id.
+
+        Returns:
+            Its tensors and its shape, as :meth:`write` takes them.
+
+        Raises:
+            CheckpointError: there is no such drafter, or its file is not what its name says.
+        """
+        path = find_file(name, cls.file)
+        if path is None:
+            raise CheckpointError(
+                f"'{name}' has no {cls.file}: train it first with "
+                f"`dynamo-train {cls.command} {name} --data TEXT --out FOLDER`"
+            )
+        tensors, metadata = read_tensors(path)
+        if metadata.get("kind") != cls.kind:
+            raise CheckpointError(f"{path} does not say that it holds a drafter of kind {cls.kind}")
+        return tensors, {key: int(value) for key, value in metadata.items() if value.isdigit()}
+
+    @classmethod
+    def write(cls, folder: Path, tensors: Mapping[str, Tensor], shape: Mapping[str, int]) -> None:
+        """Write what a drafter adds to its base into the base's folder."""
+        metadata = {"kind": cls.kind, "format": "pt"} | {key: str(value) for key, value in shape.items()}
+        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, folder / cls.file, metadata=metadata)

@@ -1,0 +1,119 @@
+"""The loop that every strategy runs in: forward passes, and what becomes of the cache between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .sampling import Context
+from .scores import negative_log_likelihood
+from .session import Session
+from .step import LAST, NONE, At, Last, Step
+from .strategies import Strategy, Turn
+
+PREFILL_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one forward pass gave.
+
+    Attributes:
+        tokens: Final tokens.
+        proposed: Draft tokens that were judged.
+        accepted: Those of them, from the first, that are among `tokens`.
+        log_probabilities: Of the final tokens that have none yet, in order, as far as the pass tells; empty unless they
+            are wanted.
+    """
+
+    tokens: list[int]
+    proposed: int
+    accepted: int
+    log_probabilities: list[float] = field(default_factory=list)
+
+
+def reuse_prefix(session: Session, prompt: Sequence[int], heads: bool) -> int:
+    """Roll the cache back to what it has in common with the prompt; returns how many positions that are.
+
+    The last token is always left to be computed, as the first pass must have a row to read. What the further heads
+    have not seen is of no use where they are to be `heads` and it is more than they should see in one pass.
+    """
+    common = 0
+    for held, wanted in zip(session.cache.tokens, prompt[:-1], strict=False):
+        if held != wanted:
+            break
+        common += 1
+    session.cache.rollback(common)
+    if heads and session.cache.skipped_length > PREFILL_CHUNK:
+        common -= session.cache.skipped_length
+        session.cache.rollback(common)
+    return common
+
+
+def prefill(session: Session, prompt: Sequence[int], chunk: int, heads: bool) -> Iterator[None]:
+    """Feed the prompt in chunks until at most one chunk is left, which the first decode step feeds.
+
+    Args:
+        session: Rolled back to a prefix of the prompt.
+        prompt: Its tokens.
+        chunk: Most tokens a pass.
+        heads: Whether the further heads will be read later.
+    """
+    while len(prompt) - session.cache.length > chunk:
+        yield
+        held = session.cache.length
+        session.step(prompt[held : held + chunk], heads=LAST if heads else NONE)
+    yield
+
+
+def decode(
+    session: Session, strategy: Strategy, context: Context, rng: np.random.Generator, *, scored: bool = False
+) -> Iterator[Round]:
+    """One round after another, without end.
+
+    Whatever is final but not in the cache is fed, with the strategy's drafts behind it and look-ahead tokens, if it
+    asked for any, behind those; the cache then rolls back behind the drafts that were accepted.
+
+    Args:
+        session: Holding all of the context but its last tokens.
+        strategy: Says what becomes of a pass, and what it wants of the next.
+        context: Final tokens; added to.
+        rng: For everything that is random.
+        scored: Whether log-probabilities of the tokens are wanted.
+    """
+    turn = Turn([], ask=strategy.ask)
+    unscored = 0  # final tokens at the end of the context: the rows in front of them tell their log-probabilities
+    while True:
+        pending = context.tokens[session.cache.length :]
+        room = session.max_length - len(context.tokens)
+        drafts = turn.drafts[:room]
+        look_ahead = list(turn.ask.look_ahead[: room - len(drafts)])
+        fed = pending + [draft.token for draft in drafts] + look_ahead
+        judged = 1 + len(drafts)  # rows: the last final token's, and every draft's
+        last = len(fed) - len(look_ahead)
+        heads = At(range(last - judged, last)) if turn.ask.heads else NONE
+        step = session.step(fed, rows=Last(unscored + judged + len(look_ahead)), heads=heads)
+        turn = strategy.advance(step.without(unscored), context, drafts, rng)
+        session.cache.rollback(len(context.tokens) + turn.accepted)
+        final = [draft.token for draft in drafts[: turn.accepted]] + turn.tokens
+        context.extend(final)
+        logs: list[float] = []
+        if scored:
+            told = unscored + turn.accepted + 1  # rows that tell a final token each
+            logs = log_probabilities(step, context.tokens[-unscored - len(final) :][:told])
+            unscored = len(turn.tokens) - 1
+        yield Round(final, len(drafts) + turn.weighed, turn.accepted + len(turn.tokens) - 1, logs)
+
+
+def score_rest(session: Session, tokens: Sequence[int], unscored: int) -> list[float]:
+    """Log-probabilities of the last `unscored` tokens of a text, which no pass of `decode` told: one pass more."""
+    step = session.step(tokens[session.cache.length : -1], rows=Last(unscored), heads=NONE)
+    return log_probabilities(step, tokens[-unscored:])
+
+
+def log_probabilities(step: Step, tokens: Sequence[int]) -> list[float]:
+    """What the base model makes of tokens, in nats: row i of the first head tells tokens[i]."""
+    found: list[float] = (-negative_log_likelihood(step.logits()[: len(tokens)], np.array(tokens))).tolist()
+    return found

@@ -1,0 +1,107 @@
+"""How often drafts are right: what was known before a text, and what became of them in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .tuning import DEFAULT, Tuning
+
+Counts = Mapping[tuple[int, int], tuple[int, int]]
+"""(depth, bin of confidence) -> drafts seen, and those of them accepted."""
+
+
+def bin_of(confidence: float, bins: int = DEFAULT.bins) -> int:
+    """Which bin a draft's confidence in [0, 1] falls into."""
+    return min(int(confidence * bins), bins - 1)
+
+
+def middle_of(index: int, bins: int = DEFAULT.bins) -> float:
+    """Confidence in the middle of a bin."""
+    return (index + 0.5) / bins
+
+
+@dataclass
+class Record:
+    """How often drafts of a kind were right, recent ones above all."""
+
+    tuning: Tuning = DEFAULT
+    seen: float = 0.0
+    accepted: float = 0.0
+
+    def rate(self, prior: float) -> float:
+        """Expected acceptance, where `prior` is what would be expected without any."""
+        weight = self.tuning.prior_weight
+        return (prior * weight + self.accepted) / (weight + self.seen)
+
+    def add(self, accepted: bool) -> None:
+        """Count a judged draft; older ones fade."""
+        self.seen = self.seen * self.tuning.memory + 1
+        self.accepted = self.accepted * self.tuning.memory + accepted
+
+
+class Acceptances:
+    """Expected acceptance of a draft, by depth and by the drafter's own confidence in it.
+
+    What a drafter says of itself is seldom calibrated; what became of its drafts in this text, and when the device was
+    profiled, tells by how much it is off. Drafts of one confidence inform each other across depths, so that a depth
+    which was never worth trying may become so.
+
+    Attributes:
+        depth: Most drafts a pass.
+    """
+
+    def __init__(self, depth: int, known: Counts | None = None, tuning: Tuning = DEFAULT):
+        """Begin with what is known.
+
+        Args:
+            depth: Most drafts a pass.
+            known: What was counted before.
+            tuning: How fast it is learnt and forgotten.
+        """
+        self.depth = depth
+        self._tuning = tuning
+        known = known or {}
+        bins, depths = range(tuning.bins), range(1, depth + 1)
+        self._kinds = {(d, b): Record(tuning) for d in depths for b in bins}
+        self._bins = [Record(tuning) for _ in bins]
+        self._depths = [Record(tuning) for _ in depths]
+        self._of_bins = [
+            self._known_rate(middle_of(b, tuning.bins), [n for (_, at), n in known.items() if at == b]) for b in bins
+        ]
+        self._of_depths = [
+            self._known_rate(tuning.accepted, [n for (at, _), n in known.items() if at == d]) for d in depths
+        ]
+
+    def of(self, depth: int, confidence: float) -> float:
+        """Of a draft of this confidence at this depth, given that those before it are right."""
+        index = bin_of(confidence, self._tuning.bins)
+        hoped = self._of_bins[index] + self._tuning.untried * (self.usual(depth) - self._of_bins[index])
+        prior = max(self._of_bins[index], hoped)
+        return self._kinds[depth, index].rate(self._bins[index].rate(prior))
+
+    def usual(self, depth: int) -> float:
+        """Of any draft at this depth, given that those before it are right."""
+        return self._depths[depth - 1].rate(self._of_depths[depth - 1])
+
+    def add(self, confidences: Sequence[float], accepted: int) -> None:
+        """Count judged drafts: the first `accepted` were right, the next was not, of the others nothing is known."""
+        for depth, confidence in enumerate(confidences[: accepted + 1], 1):
+            index = bin_of(confidence, self._tuning.bins)
+            for record in (self._kinds[depth, index], self._bins[index], self._depths[depth - 1]):
+                record.add(depth <= accepted)
+
+    def fade(self, share: float) -> None:
+        """Forget some of what was seen in this text, so that what was given up on is tried again.
+
+        Args:
+            share: Of it that stays.
+        """
+        for record in (*self._kinds.values(), *self._bins, *self._depths):
+            record.seen *= share
+            record.accepted *= share
+
+    def _known_rate(self, assumed: float, counts: Sequence[tuple[int, int]]) -> float:
+        """Of a kind of drafts, where `assumed` is what one would think without counts of seen and accepted."""
+        seen, accepted = (sum(count[i] for count in counts) for i in (0, 1))
+        return Record(self._tuning, seen, accepted).rate(assumed)

@@ -1,0 +1,187 @@
+"""Drafts: guesses at the tokens behind the next one, which the first head verifies in the pass that follows.
+
+A drafter may guess in any way, as long as a `Draft` tells what it was drawn from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from .cooccurrence import Cooccurrence
+from .parameters import SamplingParameters
+from .sampling import Candidates, Context, draw
+from .step import Step
+from .verification import Draft
+
+NO_GUESS = Candidates(np.empty(0, np.int64), np.empty(0))
+"""No candidates: a drafter has nothing to say of that place."""
+
+Guesses = Callable[[Sequence[int]], Candidates]
+"""Distribution of the token behind those chosen so far: the newest final token, and then every draft as it is chosen.
+
+Of so many tokens chosen, the guess is at that depth: 1 right behind the newest final token.
+"""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a pass is to be fed and to compute for a drafter's sake.
+
+    Attributes:
+        heads: Whether rows of the further heads are wanted.
+        look_ahead: Ids fed behind the text and never kept.
+    """
+
+    heads: bool = False
+    look_ahead: Sequence[int] = ()
+
+    def __or__(self, other: Ask) -> Ask:
+        """What serves both."""
+        return Ask(self.heads or other.heads, max(self.look_ahead, other.look_ahead, key=len))
+
+
+NOTHING = Ask()
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A pass that has been judged, as a drafter sees it.
+
+    Attributes:
+        step: What it said: rows of the first head for the last token that was final before, for every draft it was
+            fed, and for look-ahead tokens; of further heads the same without the last.
+        context: All tokens that were final before the pass.
+        final: Tokens that are final now: the drafts that were accepted, and one of the target's own.
+        judged: Drafts that the pass was fed.
+    """
+
+    step: Step
+    context: Context
+    final: list[int]
+    judged: int
+
+    @property
+    def accepted(self) -> int:
+        """Drafts that stand; so also the row that gave the newest final token, which the text goes on from."""
+        return len(self.final) - 1
+
+
+class Drafter(Protocol):
+    """Where drafts come from.
+
+    Attributes:
+        depth: Most drafts a pass.
+        ask: What a pass is to be fed and to compute, for drafts behind it.
+    """
+
+    depth: int
+    ask: Ask
+
+    def guess(self, passed: Passed) -> Guesses | None:
+        """Guesses at what follows `passed.final`; None if this pass tells nothing."""
+
+
+class Combined:
+    """Two drafters as one: at every place the first one's guess where it has any, else the second one's.
+
+    Attributes:
+        depth: The larger of theirs.
+        ask: What serves both.
+    """
+
+    def __init__(self, first: Drafter, second: Drafter):
+        self.depth = max(first.depth, second.depth)
+        self.ask = first.ask | second.ask
+        self._drafters = (first, second)
+
+    def guess(self, passed: Passed) -> Guesses | None:
+        """See `Drafter`."""
+        found = [(each.depth, guesses) for each in self._drafters if (guesses := each.guess(passed)) is not None]
+
+        def candidates(chosen: Sequence[int]) -> Candidates:
+            for depth, guesses in found:
+                guess = guesses(chosen) if len(chosen) <= depth else NO_GUESS
+                if len(guess.ids):
+                    return guess
+            return NO_GUESS
+
+        return candidates if found else None
+
+
+class Proposer:
+    """Chooses drafts among a drafter's guesses.
+
+    With counts, what the drafter says of a token is multiplied by the co-occurrence mask of the pair that it would end
+    (DynaMo, Eq. 3 and 6, whose first token is settled here): ``f(x_i) · (p̂(x_{i-1}, x_i) / p̂(x_i))^α_c``.
+    """
+
+    def __init__(self, drafter: Drafter, parameters: SamplingParameters, counts: Cooccurrence | None):
+        """Take a drafter.
+
+        Args:
+            drafter: Whose guesses they are.
+            parameters: Those whose names begin with draft_.
+            counts: For the mask, or None.
+        """
+        self.depth = min(parameters.draft_tokens or drafter.depth, drafter.depth)
+        self._drafter = drafter
+        self._parameters = parameters
+        self._counts = counts
+
+    def propose(
+        self, passed: Passed, rng: np.random.Generator, worth: Callable[[Sequence[float]], bool]
+    ) -> list[Draft]:
+        """Draft what follows a pass as far as it is worth while.
+
+        That is settled before a draft is drawn. If it depended on what was drawn, drafts that are judged would not be
+        distributed as the drafter says, and verification would not be exact.
+
+        Args:
+            passed: The pass.
+            rng: For sampled drafts.
+            worth: From the confidences of all drafts up to the next to whether that is to be drawn.
+        """
+        guesses = self._drafter.guess(passed)
+        drafts: list[Draft] = []
+        confidences: list[float] = []
+        chosen = [passed.final[-1]]
+        certain = self._parameters.draft_choice == "argmax"
+        while guesses is not None and len(drafts) < self.depth:
+            found = guesses(chosen)
+            if self._counts is not None:
+                found = masked(found, chosen[-1], self._counts, self._parameters.draft_cooccurrence_weight)
+            if len(found.ids) == 0:
+                break
+            best = int(np.argmax(found.probabilities))
+            # Of a draft still to be drawn: how likely two draws are the same.
+            agreement = found.probabilities[best] if certain else (found.probabilities**2).sum()
+            confidences.append(float(agreement))
+            if not worth(confidences):
+                break
+            index = best if certain else draw(found.probabilities, rng.random())
+            chosen.append(int(found.ids[index]))
+            drafts.append(Draft(chosen[-1], None if certain else found, confidences[-1]))
+        return drafts
+
+
+def masked(candidates: Candidates, before: int, counts: Cooccurrence, alpha: float) -> Candidates:
+    """Candidates weighed by how much more often than by chance they were counted behind the token `before`.
+
+    If none of them ever was, they stay as they are.
+
+    Args:
+        candidates: f.
+        before: x_(i-1).
+        counts: n-grams.
+        alpha: α_c.
+    """
+    _, rank, nodes = counts.extend(2, np.array([before]), candidates.ids)
+    ids = candidates.ids[rank]
+    weights = candidates.probabilities[rank] * counts.mask(2, nodes, counts.unigram[ids], alpha)
+    if not weights.any():
+        return candidates
+    return Candidates(ids, weights / weights.sum())

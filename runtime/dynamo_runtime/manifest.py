@@ -1,0 +1,289 @@
+"""The manifest `dynamo_config.json`: what a device has to know of a bundle, as one typed record.
+
+Its table of fields is in docs/bundle.md. What proves a bundle (parity rows, gates) is in `report.json` beside it, which
+a device never reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import BundleError
+from .registry import TOPOLOGIES
+from .topology import Plain, Topology
+
+MANIFEST = "dynamo_config.json"
+REPORT = "report.json"
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, 3)
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a bundle: its size, and the SHA-256 of its content as hex digits."""
+
+    bytes: int
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class PassBytes:
+    """Bytes of weights that a pass reads: without further heads, and for those besides."""
+
+    plain: int
+    heads: int = 0
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a bundle was made smaller.
+
+    Attributes:
+        scheme: Its name.
+        parts: What the weights of every part are stored as.
+        kv_cache: Type of keys and values.
+        calibration: Text that numbers were found with, and its tokens; None if there was none.
+        lossless: Whether passes over several tokens say what passes over one say, as verified decoding relies on.
+        degraded: Whether it was written although it failed a gate.
+        versions: Of what made it.
+    """
+
+    scheme: str
+    parts: Mapping[str, list[str]] = field(default_factory=dict)
+    kv_cache: str = "fp32"
+    calibration: Mapping[str, Any] | None = None
+    lossless: bool = True
+    degraded: bool = False
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a bundle was exported from.
+
+    Attributes:
+        model: Name of the checkpoint.
+        architecture: Class of the base.
+        rotary: Whether attention rotates "inside" the operator or "outside" it.
+        versions: Of what made it.
+    """
+
+    model: str = ""
+    architecture: str = ""
+    rotary: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a device has to know of a bundle.
+
+    Attributes:
+        graph: File name of the ONNX graph.
+        topology: What predicts further tokens.
+        model_type: Architecture of the base, as Hugging Face names it.
+        vocab_size: V, the last axis of `logits`.
+        tokenizer_size: Tokens that the tokenizer knows; None if that is not checked.
+        context_length: Positions the model was built for, an upper bound of every cache.
+        kv_layers: KV caches of the graph: stem, first head, further heads, numbered in that order.
+        kv_heads: Key/value heads per layer.
+        head_size: Width of one key/value head.
+        precision: "fp32", or the scheme of quantization.
+        top_k_outputs: K, the last axis of the `topk_*` outputs.
+        bos_token_id: Token that begins a text, if there is one.
+        eos_token_ids: Tokens that end a text.
+        sampling: Sampling defaults by field name (see `SamplingParameters`).
+        pass_bytes: What a pass reads; None if that is not known.
+        quantization: None in full precision.
+        source: Where it comes from.
+        files: Every file but the manifest, by name.
+    """
+
+    graph: str = "model.onnx"
+    topology: Topology = field(default_factory=Plain)
+    model_type: str = ""
+    vocab_size: int
+    tokenizer_size: int | None = None
+    context_length: int
+    kv_layers: int
+    kv_heads: int
+    head_size: int
+    precision: str = "fp32"
+    top_k_outputs: int = 128
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    pass_bytes: PassBytes | None = None
+    quantization: Quantization | None = None
+    source: Source = Source()
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The manifest as it is written."""
+        content: dict[str, Any] = {"format_version": FORMAT_VERSION}
+        for each in fields(Manifest):  # a subclass may know more
+            value = getattr(self, each.name)
+            if each.name == "topology":
+                value = {"kind": value.kind} | asdict(value)
+            elif each.name == "files":
+                value = {name: asdict(record) for name, record in value.items()}
+            elif isinstance(value, Quantization | PassBytes | Source):
+                value = asdict(value)
+            content[each.name] = value
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest of any version that is understood.
+
+    Raises:
+        BundleError: It is unreadable, of another version, or a field is missing or of the wrong type; the message names
+            file and field.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} is not readable: {error}") from error
+    if not isinstance(content, dict):
+        raise BundleError(f"{path} is not a JSON object")
+    version = _Fields(path, content).integer("format_version", 1)
+    if version not in READABLE_VERSIONS:
+        raise BundleError(
+            f"{path} has format version {version}; this program reads {' and '.join(map(str, READABLE_VERSIONS))}: "
+            "export the bundle again"
+        )
+    read = _Fields(path, _from_version_2(path, content) if version == 2 else content)
+    manifest = Manifest(
+        graph=read.text("graph", "model.onnx"),
+        topology=_topology(read.object("topology")),
+        model_type=read.text("model_type", ""),
+        vocab_size=read.integer("vocab_size", 1),
+        tokenizer_size=read.optional_integer("tokenizer_size", 0),
+        context_length=read.integer("context_length", 1),
+        kv_layers=read.integer("kv_layers", 1),
+        kv_heads=read.integer("kv_heads", 1),
+        head_size=read.integer("head_size", 1),
+        precision=read.text("precision", "fp32"),
+        top_k_outputs=read.integer("top_k_outputs", 1),
+        bos_token_id=read.optional_integer("bos_token_id", 0),
+        eos_token_ids=tuple(read.get("eos_token_ids", list, [])),
+        sampling=read.get("sampling", dict, {}),
+        pass_bytes=_pass_bytes(read.object("pass_bytes")) if read.has("pass_bytes") else None,
+        quantization=_quantization(read.object("quantization")) if read.has("quantization") else None,
+        source=_source(read.object("source")) if read.has("source") else Source(),
+        files=_files(path, read.get("files", dict)),
+    )
+    _check(path, manifest)
+    return manifest
+
+
+def _from_version_2(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of version 2 under today's names: what predicts further tokens stood among the others there."""
+    kind, heads, tokens = content.get("kind"), content.get("n_heads"), content.get("n_tokens")
+    if kind in TOPOLOGIES and isinstance(heads, int) and (kind == "parallel") != (heads > 1):
+        raise BundleError(f"{path}: a {kind} bundle cannot have {heads} heads")
+    topology: dict[str, Any] = {"kind": kind}
+    if kind == "parallel":
+        topology["n_heads"] = heads
+    elif kind == "cp":
+        topology |= {"n_tokens": tokens, "rank": content.get("rank")}
+    elif kind == "lookahead":
+        topology["n_look_ahead"] = tokens - 1 if isinstance(tokens, int) else tokens
+    return {**content, "topology": topology}
+
+
+def _topology(read: _Fields) -> Topology:
+    kind = read.text("kind")
+    if kind not in TOPOLOGIES:
+        raise BundleError(f"{read.path}: kind {kind!r} is not one of {', '.join(TOPOLOGIES)}")
+    chosen = TOPOLOGIES[kind]
+    return chosen(**{name: read.integer(name, least) for name, least in chosen.least.items()})
+
+
+def _pass_bytes(read: _Fields) -> PassBytes:
+    return PassBytes(read.integer("plain", 0), read.integer("heads", 0))
+
+
+def _quantization(read: _Fields) -> Quantization:
+    return Quantization(
+        scheme=read.text("scheme", ""),
+        parts=read.get("parts", dict, {}),
+        kv_cache=read.text("kv_cache", "fp32"),
+        calibration=read.get("calibration", dict) if read.has("calibration") else None,
+        lossless=read.flag("lossless", True),
+        degraded=read.flag("degraded", False),
+        versions=read.get("versions", dict, {}),
+    )
+
+
+def _source(read: _Fields) -> Source:
+    model, architecture, rotary = (read.text(name, "") for name in ("model", "architecture", "rotary"))
+    return Source(model, architecture, rotary, read.get("versions", dict, {}))
+
+
+def _files(path: Path, listed: Mapping[str, Any]) -> dict[str, FileRecord]:
+    files = {}
+    for name, entry in listed.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int):
+            raise BundleError(f"{path} does not give the size of {name}")
+        files[name] = FileRecord(entry["bytes"], str(entry.get("sha256", "")))
+    return files
+
+
+def _check(path: Path, manifest: Manifest) -> None:
+    """What no single field tells.
+
+    Raises:
+        BundleError: Two fields do not go together.
+    """
+    if manifest.kv_layers <= manifest.topology.layers:
+        raise BundleError(
+            f"{path}: field 'kv_layers' is {manifest.kv_layers}, less than {manifest.topology.layers + 1}"
+        )
+    special = [*manifest.eos_token_ids, *([] if manifest.bos_token_id is None else [manifest.bos_token_id])]
+    if not all(isinstance(i, int) and 0 <= i < manifest.vocab_size for i in special):
+        raise BundleError(f"{path}: bos or eos token outside the vocabulary of {manifest.vocab_size}")
+    if manifest.top_k_outputs > manifest.vocab_size:
+        raise BundleError(f"{path}: top_k_outputs {manifest.top_k_outputs} exceeds vocab_size {manifest.vocab_size}")
+
+
+class _Fields:
+    """Typed access to a JSON object whose every complaint names the file and the field."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any]):
+        self.path, self._values = path, values
+
+    def has(self, name: str) -> bool:
+        return self._values.get(name) is not None
+
+    def get(self, name: str, kind: type, default: Any = None) -> Any:
+        value = self._values.get(name, default)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise BundleError(f"{self.path}: field {name!r} is missing or not a {kind.__name__}")
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        value: str = self.get(name, str, default)
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self._values.get(name, default)
+        if not isinstance(value, bool):
+            raise BundleError(f"{self.path}: field {name!r} is not true or false")
+        return value
+
+    def integer(self, name: str, least: int) -> int:
+        value: int = self.get(name, int)
+        if value < least:
+            raise BundleError(f"{self.path}: field {name!r} is {value}, less than {least}")
+        return value
+
+    def optional_integer(self, name: str, least: int) -> int | None:
+        return self.integer(name, least) if self.has(name) else None
+
+    def object(self, name: str) -> _Fields:
+        return _Fields(self.path, self.get(name, dict))

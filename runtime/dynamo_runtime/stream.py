@@ -1,0 +1,173 @@
+"""A running generation: rounds of tokens in, pieces of text out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .decoding import Round, decode, prefill, reuse_prefix, score_rest
+from .sampling import Context
+from .session import Session
+from .statistics import Statistics
+from .strategies import Strategy
+from .text import Detokenizer, StopStrings
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished generation.
+
+    Attributes:
+        text: The continuation, without end-of-sequence token and stop string.
+        tokens: New tokens, a final end-of-sequence token included.
+        log_probabilities: Of every token, in nats, by the base model itself: before temperature, penalty, truncation
+            and processors. Empty unless they were asked for.
+        finish_reason: "eos", "stop" (a stop string), "length" (`max_new_tokens`), "context" (the context is
+            full) or "cancelled".
+        statistics: What it cost.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    statistics: Statistics
+    log_probabilities: list[float]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a generation ends.
+
+    Attributes:
+        tokens: Most new tokens.
+        reason: What ends it there: see `Generation.finish_reason`.
+        stops: Strings that end the text in front of them.
+        end_tokens: Tokens that end it.
+    """
+
+    tokens: int
+    reason: str
+    stops: Sequence[str] = ()
+    end_tokens: frozenset[int] = frozenset()
+
+
+class TextStream(Iterator[str]):
+    """Pieces of text of one running generation; never a broken character, never anything taken back.
+
+    Attributes:
+        tokens: New tokens so far.
+        log_probabilities: See `Generation`; of several tokens that one pass gave, some may come with the next.
+        text: Text given out so far.
+        finish_reason: See `Generation`; empty while it runs.
+        statistics: What it has cost so far; time in which the consumer kept it waiting is left out.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        strategy: Strategy,
+        prompt: list[int],
+        rng: np.random.Generator,
+        limits: Limits,
+        *,
+        scored: bool,
+        prefill_chunk: int,
+        started: float,
+    ):
+        """Use `Engine.stream`."""
+        self.tokens: list[int] = []
+        self.log_probabilities: list[float] = []
+        self.text = ""
+        self.finish_reason = ""
+        self.statistics = Statistics(strategy.name, prompt_tokens=len(prompt))
+        self._session, self._strategy, self._prompt, self._rng = session, strategy, prompt, rng
+        self._limits, self._scored = limits, scored
+        self._detokenizer = Detokenizer(session.bundle.tokenizer, prompt)
+        self._stops = StopStrings(limits.stops)
+        self._prefill_chunk = prefill_chunk
+        self._cancelled = self._started = False
+        self._busy_s = time.perf_counter() - started
+        self._pieces = self._run()
+
+    def __next__(self) -> str:
+        """The next piece of text, not empty.
+
+        Raises:
+            RuntimeError: Another generation has begun on this engine, and the cache is no longer this one's.
+        """
+        if self._started and not self.finish_reason and self._session.user is not self:
+            raise RuntimeError("another generation has begun on this engine: this one cannot go on")
+        self._resumed = time.perf_counter()
+        try:
+            piece = next(self._pieces)
+        finally:
+            self.statistics.total_s = self._elapsed()
+            self._busy_s = self.statistics.total_s
+        self.text += piece
+        return piece
+
+    def cancel(self) -> None:
+        """End the generation after the forward pass that runs now (callable from another thread)."""
+        self._cancelled = True
+
+    def result(self) -> Generation:
+        """The generation as it stands."""
+        reason = self.finish_reason or "cancelled"
+        return Generation(self.text, list(self.tokens), reason, self.statistics, list(self.log_probabilities))
+
+    def _elapsed(self) -> float:
+        return self._busy_s + time.perf_counter() - self._resumed
+
+    def _run(self) -> Iterator[str]:
+        self._started, self._session.user = True, self
+        self._ort_before = self._session.ort_seconds
+        context = Context(self._prompt, self._session.bundle.vocab_size)
+        heads = self._strategy.ask.heads
+        self.statistics.reused_tokens = reuse_prefix(self._session, self._prompt, heads)
+        for _ in prefill(self._session, self._prompt, self._prefill_chunk, heads):
+            if self._cancelled:
+                self.finish_reason = "cancelled"
+                return
+        for given in decode(self._session, self._strategy, context, self._rng, scored=self._scored):
+            piece = self._accept(given)
+            if self._cancelled and not self.finish_reason:
+                self.finish_reason = "cancelled"
+            if self.finish_reason:
+                if self._scored:
+                    self._score_to_the_end()
+                piece += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+            if piece:
+                yield piece
+            if self.finish_reason:
+                return
+
+    def _score_to_the_end(self) -> None:
+        """Have as many log-probabilities as tokens; the text may have ended inside the last round."""
+        del self.log_probabilities[len(self.tokens) :]
+        if unscored := len(self.tokens) - len(self.log_probabilities):
+            self.log_probabilities += score_rest(self._session, self._prompt + self.tokens, unscored)
+
+    def _accept(self, given: Round) -> str:
+        """Take the tokens of one round up to whatever ends the text; returns what can be given out."""
+        piece, taken = "", 0
+        self.log_probabilities += given.log_probabilities
+        for token in given.tokens:
+            taken += 1
+            self.tokens.append(token)
+            if token in self._limits.end_tokens:
+                self.finish_reason = "eos"
+            else:
+                piece += self._stops.push(self._detokenizer.push(token))
+                if self._stops.stopped:
+                    self.finish_reason = "stop"
+                elif len(self.tokens) == self._limits.tokens:
+                    self.finish_reason = self._limits.reason
+            if self.finish_reason:
+                break
+        accepted = min(given.accepted, taken)  # the text may end inside an accepted run
+        ort_s = self._session.ort_seconds - self._ort_before
+        self.statistics.count_round(taken, given.proposed, accepted, self._elapsed(), ort_s)
+        return piece

@@ -1,0 +1,154 @@
+"""Arguments that commands of ``dynamo-train`` share, and what they mean; needs no torch until a command runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynamo_runtime.corpus import HELD_OUT_PERCENT
+
+if TYPE_CHECKING:
+    from .loop import Recipe
+    from .pipeline import Job
+
+_DATA_HELP = (
+    "corpus: 'stdlib', 'package:NAME', a folder of text files, or a .txt, .jsonl or .parquet file (column 'text'); "
+    "several are joined by '+'"
+)
+
+
+def add_job(parser: argparse.ArgumentParser, *, out: bool = True) -> None:
+    """Add text and folders; without ``out`` the command completes the folder that its argument ``out`` names."""
+    parser.add_argument("--data", required=True, help=_DATA_HELP)
+    parser.add_argument(
+        "--held-out-percent",
+        type=positive,
+        default=HELD_OUT_PERCENT,
+        help="share of the documents kept for validation, by hash of their name (default: %(default)s)",
+    )
+    if out:
+        parser.add_argument("--out", type=Path, required=True, help="new folder for the result")
+    parser.add_argument("--work", type=Path, help="tokens and checkpoints (default: beside the result)")
+
+
+def job_of(arguments: argparse.Namespace) -> Job:
+    """What :func:`add_job` added."""
+    from .pipeline import Job
+
+    return Job(arguments.out, arguments.data, arguments.held_out_percent, work_of(arguments))
+
+
+def work_of(arguments: argparse.Namespace) -> Path:
+    """Where tokens and checkpoints lie: named by the user, or beside the result."""
+    out: Path = arguments.out
+    return arguments.work or out.with_name(out.name + "-work")
+
+
+def add_recipe(parser: argparse.ArgumentParser, *, optimizer: str, length: int, sequences: int) -> None:
+    """Add what a recipe has but for its learning rates, with the defaults of one command."""
+    parser.add_argument("--steps", type=count, required=True)
+    parser.add_argument("--sequences", type=count, default=sequences, help="a batch (default: %(default)s)")
+    parser.add_argument("--length", type=count, default=length, help="tokens a sequence (default: %(default)s)")
+    parser.add_argument("--micro-batch", type=count, default=4, help="sequences at once (default: %(default)s)")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default=optimizer)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="bf16: autocast")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--validate-every", type=count, default=1000, help="steps (default: %(default)s)")
+    parser.add_argument(
+        "--early-stop", action="store_true", help="end at the first validation that is no better than the last"
+    )
+
+
+def add_rate(parser: argparse.ArgumentParser, default: float, *, freeze_base: bool) -> None:
+    """Add the one learning rate of a command: of all there is, or of what is new on a base that stays as it is."""
+    parser.add_argument("--lr", type=positive, default=default, help="learning rate (default: %(default)s)")
+
+    def rates(arguments: argparse.Namespace) -> dict[str, Any]:
+        base_lr = 0.0 if freeze_base else arguments.lr
+        return {
+            "base_lr": base_lr,
+            "heads_lr": arguments.lr,
+            "shared_gradient_scale": 1.0,
+            "freeze_base": freeze_base,
+        }
+
+    parser.set_defaults(rates=rates)
+
+
+def add_rates(parser: argparse.ArgumentParser) -> None:
+    """Add the learning rates of a base and of what is put on it."""
+    parser.add_argument("--freeze-base", action="store_true", help='train what is new alone (the paper\'s "-H")')
+    parser.add_argument("--lr-base", type=positive, help="LR_B, stem and first head (default: the paper's, by size)")
+    parser.add_argument("--lr-heads", type=positive, help="LR_M, what is new (default: the paper's, by size)")
+    parser.add_argument("--lr-shared", type=positive, help="LR_MB, from it into shared weights (default: LR_B / 10)")
+    parser.set_defaults(rates=_rates)
+
+
+def _rates(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The learning rates that the user named, for the others the paper's."""
+    from dynamo_model.checkpoint import load_base
+
+    from .optimizers import paper_learning_rates
+
+    base_lr, heads_lr = arguments.lr_base, arguments.lr_heads
+    if base_lr is None or heads_lr is None:
+        paper = paper_learning_rates(load_base(arguments.base).num_parameters())
+        base_lr, heads_lr = base_lr or paper[0], heads_lr or paper[1]
+    shared_lr = arguments.lr_shared if arguments.lr_shared is not None else base_lr / 10
+    return {
+        "base_lr": base_lr,
+        "heads_lr": heads_lr,
+        "shared_gradient_scale": shared_lr / base_lr,
+        "freeze_base": arguments.freeze_base,
+    }
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """What :func:`add_recipe` added, and :func:`add_rate` or :func:`add_rates`.
+
+    Raises:
+        CheckpointError: the paper's learning rates go by a base that does not load.
+    """
+    from .loop import Recipe
+
+    return Recipe(
+        steps=arguments.steps,
+        sequences=arguments.sequences,
+        length=arguments.length,
+        micro_batch=min(arguments.micro_batch, arguments.sequences),
+        optimizer=arguments.optimizer,
+        weight_decay=arguments.weight_decay,
+        warmup=0.01,
+        clip=1.0,
+        precision=arguments.precision,
+        seed=arguments.seed,
+        validate_every=arguments.validate_every,
+        early_stop=arguments.early_stop,
+        **arguments.rates(arguments),
+    )
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """A finite number from 0 on."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
+    return value

@@ -1,0 +1,49 @@
+"""What training puts on a base: the interface of all drafters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from dynamo_model import DrafterModel
+
+from .loop import Recipe
+from .objective import Objective
+
+
+class NewDrafter(ABC):
+    """A drafter that is yet to be trained; a subclass is a frozen dataclass of what decides it besides the recipe.
+
+    Attributes:
+        model: base and drafter; its ``command`` is the name of the stage in ``training.json``.
+        title: in the model card.
+        freezes_base: whether the base stays as it is whatever the recipe says.
+    """
+
+    model: ClassVar[type[DrafterModel]]
+    title: ClassVar[str]
+    freezes_base: ClassVar[bool] = False
+
+    @abstractmethod
+    def objective(self, base: str, recipe: Recipe) -> Objective:
+        """The drafter on a base, with the losses it is trained by.
+
+        Args:
+            base: folder or Hub id of the base.
+            recipe: of the training.
+
+        Raises:
+            CheckpointError: the base does not load, or the drafter cannot be put on it.
+            TrainingError: the recipe does not go with it.
+        """
+
+    @classmethod
+    def card_line(cls, stage: dict[str, Any], run: str, held_out: str) -> str:
+        """What the model card says of the training.
+
+        Args:
+            stage: the record in ``training.json``.
+            run: steps, optimizer and so on, in words.
+            held_out: the figures, in words, for drafters of which the card has no table.
+        """
+        return run

@@ -1,0 +1,121 @@
+"""The commands that put a drafter on a base and train it: the one place that knows them all; needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dynamo_model import MAX_HEADS, MAX_LOOK_AHEAD, MAX_RANK
+
+from .arguments import add_rate, add_rates, add_recipe, count, not_negative
+
+if TYPE_CHECKING:
+    from .drafter import NewDrafter
+
+
+@dataclass(frozen=True)
+class DrafterCommand:
+    """A command of ``dynamo-train``.
+
+    Attributes:
+        help: what it does.
+        base_help: what it does with other drafters of its base, behind the description of that argument.
+        add_arguments: adds recipe and learning rates, and an argument for every field of the drafter.
+        module: of this package, with objective and drafter; imported when the command runs.
+        name: of the drafter's class there.
+    """
+
+    help: str
+    base_help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    module: str
+    name: str
+
+    def load(self) -> type[NewDrafter]:
+        """The drafter, a frozen dataclass."""
+        drafter: type[NewDrafter] = getattr(importlib.import_module(f".{self.module}", __package__), self.name)
+        return drafter
+
+
+def _parallel(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser, optimizer="adamw", length=2048, sequences=64)
+    parser.add_argument(
+        "--heads",
+        dest="n_heads",
+        type=count,
+        default=3,
+        metavar="N",
+        help=f"tokens a pass predicts, 2 to {MAX_HEADS} (default: %(default)s)",
+    )
+    add_rates(parser)
+
+
+def _joint(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser, optimizer="adamw", length=2048, sequences=64)
+    parser.add_argument(
+        "--tokens",
+        dest="n_tokens",
+        type=count,
+        default=4,
+        metavar="N",
+        help=f"tokens of the joint distribution, 2 to {MAX_HEADS} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rank",
+        type=count,
+        default=4,
+        metavar="R",
+        help=f"components of the mixture, 1 to {MAX_RANK}; 1: independent heads (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--balance",
+        type=not_negative,
+        default=0.01,
+        help="weight of the loss that keeps all components in use (default: %(default)s)",
+    )
+    add_rates(parser)
+
+
+def _look_ahead(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser, optimizer="adamw", length=2048, sequences=16)
+    parser.add_argument(
+        "--tokens",
+        dest="n_look_ahead",
+        type=count,
+        default=4,
+        metavar="L",
+        help=f"look-ahead tokens, 1 to {MAX_LOOK_AHEAD} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--anchors", type=count, default=64, help="positions a sequence that are trained on (default: %(default)s)"
+    )
+    add_rate(parser, 1e-2, freeze_base=True)
+
+
+DRAFTERS: dict[str, DrafterCommand] = {
+    "heads": DrafterCommand(
+        help="add token heads to a base and train them",
+        base_help="",
+        add_arguments=_parallel,
+        module="parallel",
+        name="TokenHeads",
+    ),
+    "cp": DrafterCommand(
+        help="add a joint head over the next tokens to a base and train it (CP)",
+        base_help="; other drafters beside a frozen one are kept",
+        add_arguments=_joint,
+        module="joint",
+        name="JointHead",
+    ),
+    "lookahead": DrafterCommand(
+        help="train look-ahead embeddings for a frozen base (PaSS)",
+        base_help="; other drafters beside it are kept",
+        add_arguments=_look_ahead,
+        module="look_ahead",
+        name="LookAheadEmbeddings",
+    ),
+}
+"""By the name of the command, which the model's class has as well."""
