@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import checkpoints
-import handmade
 import pytest
 import torch
+from support import checkpoints, handmade
 
 from dynamo_export import export as pipeline
 from dynamo_export import export_bundle
 from dynamo_runtime import Engine
-
-sys.path.append(str(Path(__file__).parent))  # pytest's importlib mode does not
 
 torch.set_num_threads(1)
 

@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import made_up
 import pytest
+from support import made_up
 
 from dynamo_evaluate.cli import main
 from dynamo_evaluate.errors import EvaluationError

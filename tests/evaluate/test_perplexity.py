@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import dense_dynamo as dense
 import numpy as np
 import pytest
 import torch
+from support import dense_dynamo as dense
 
 from dynamo_evaluate import perplexity_tables as tables
 from dynamo_evaluate.perplexity import Scoring, Window, score_document, window_size, windows

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import made_up
 import numpy as np
 import pytest
 import torch
+from support import made_up
 from transformers import AutoModel
 
 from dynamo_evaluate import similarity

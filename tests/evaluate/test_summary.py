@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import made_up
 import numpy as np
 import pytest
+from support import made_up
 
 from dynamo_evaluate import compare, plots, report
 from dynamo_evaluate.cells import SPEED, TOKENS_PER_PASS

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import checkpoints
 import pytest
 import torch
+from support import checkpoints
 
 from dynamo_export import export_bundle
 

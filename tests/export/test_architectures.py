@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from support import checkpoints
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from dynamo_export import ExportError, export_bundle

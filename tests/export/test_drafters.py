@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import numpy as np
 import onnx
 import pytest
 import torch
+from support import checkpoints
 from transformers import Gemma3TextConfig
 
 from dynamo_export import ExportError, cli, export_bundle

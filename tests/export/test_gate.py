@@ -8,10 +8,10 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import checkpoints
 import numpy as np
 import onnx
 import pytest
+from support import checkpoints
 
 from dynamo_export import ExportError, export_bundle, parity
 from dynamo_export import export as pipeline

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import checkpoints
 import pytest
+from support import checkpoints
 
 from dynamo_runtime.bundle import load_bundle
 from dynamo_runtime.manifest import MANIFEST, REPORT

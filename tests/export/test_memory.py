@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import checkpoints
 import pytest
+from support import checkpoints
 from transformers import GPTNeoXConfig
 
 # Large enough for the weights (190 MB) to stand out from the libraries; a short context keeps the gate quick.

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import checkpoints
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import checkpoints
 from tokenizers import Tokenizer, models
 
 from dynamo_export import cli, export_bundle, parity, source

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import checkpoints
 import pytest
 import torch
+from support import checkpoints
 
 from dynamo_export import cli, export_bundle
 from dynamo_export import export as pipeline
@@ -19,8 +18,6 @@ from dynamo_export.source import load_model
 from dynamo_quantize import Options, gates, quantize
 from dynamo_quantize.schemes import resolve
 from dynamo_runtime.bundle import Bundle, load_bundle
-
-sys.path.append(str(Path(__file__).parent))  # pytest's importlib mode does not
 
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 

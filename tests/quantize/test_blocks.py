@@ -9,9 +9,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from naive import dequantize, relative, unpack
 from onnx import TensorProto, helper, numpy_helper
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from support.naive import dequantize, relative, unpack
 
 from dynamo_quantize.blocks import Blocks, Format, round_to_nearest
 from dynamo_quantize.gptq import gptq

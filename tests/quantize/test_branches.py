@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from naive import all_nodes, outputs
+from support.naive import all_nodes, outputs
 
 from dynamo_graph.passes import FoldHeads, TakeSkippedStates, UnfoldHeads
 from dynamo_graph.read import read_model

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from naive import outputs, relative
+from support.naive import outputs, relative
 
 from dynamo_export import cli
 from dynamo_graph.files import read_report, version

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from naive import in_passes, initializers, outputs
+from support.naive import in_passes, initializers, outputs
 
 from dynamo_graph.branches import pass_bytes
 from dynamo_graph.read import read_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from naive import dequantize, relative, unpack
+from support.naive import dequantize, relative, unpack
 
 from dynamo_quantize.blocks import Blocks, Format, round_to_nearest
 from dynamo_quantize.gptq import gptq

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from naive import (
+from support.naive import (
     all_nodes,
     attributes,
     in_passes,

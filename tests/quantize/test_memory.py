@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import handmade
 import onnx
 import pytest
+from support import handmade
 
 VOCAB = 30_000
 SCRIPT = """

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
-from naive import initializers
+from support.naive import initializers
 
 from dynamo_graph.read import read_model
 from dynamo_quantize import QuantizeError

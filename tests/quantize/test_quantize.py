@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from naive import initializers, outputs
+from support.naive import initializers, outputs
 
 from dynamo_graph.files import read_report
 from dynamo_graph.write import write_model

@@ -2,18 +2,14 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import handmade
 
 from dynamo_runtime import Engine
-
-sys.path.append(str(Path(__file__).parent))  # pytest's importlib mode does not
-
-import handmade
 
 
 @pytest.fixture(autouse=True, scope="session")

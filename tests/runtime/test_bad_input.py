@@ -4,10 +4,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import handmade
 import numpy as np
 import onnx
 import pytest
+from support import handmade
 
 from dynamo_runtime import providers
 from dynamo_runtime.cli.run import main

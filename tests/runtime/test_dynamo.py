@@ -3,11 +3,11 @@
 import itertools
 from pathlib import Path
 
-import dense_dynamo as dense
-import handmade
 import numpy as np
 import pytest
 from scipy.stats import chisquare
+from support import dense_dynamo as dense
+from support import handmade
 
 from dynamo_runtime.cooccurrence import Cooccurrence, load_cooccurrence
 from dynamo_runtime.dynamo import check_dynamo, sample_ngram, surviving_joint, walk_counts

@@ -4,9 +4,9 @@ import dataclasses
 import inspect
 from pathlib import Path
 
-import dense_dynamo as dense
 import numpy as np
 import pytest
+from support import dense_dynamo as dense
 
 from dynamo_runtime import Autoregressive, Backend, Engine, ParameterError, PromptError, SamplingParameters, Session
 from dynamo_runtime.engine import StreamOptions

@@ -4,10 +4,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import handmade
 import pytest
+from support import handmade
 
-from dynamo_runtime import Engine, load_bundle
+from dynamo_runtime import DEFAULT_BUNDLE, Engine, load_bundle
 from dynamo_runtime.bundle import list_files
 from dynamo_runtime.manifest import FileRecord, Manifest, PassBytes, Quantization, Source, read_manifest
 from dynamo_runtime.registry import TOPOLOGIES
@@ -90,9 +90,8 @@ def test_a_bundle_of_version_2_writes_the_same_text(copied) -> None:
 
 def test_the_embedded_bundle_has_a_short_manifest() -> None:
     """What proves it lies beside, so that a device need not read it."""
-    folder = Path(handmade.__file__).parents[2] / "runtime/dynamo_runtime/default"
-    content = (folder / "dynamo_config.json").read_text()
+    content = (DEFAULT_BUNDLE / "dynamo_config.json").read_text()
     assert len(content.encode()) < 3500
-    report = json.loads((folder / "report.json").read_text())
+    report = json.loads((DEFAULT_BUNDLE / "report.json").read_text())
     assert report["parity"]["passed"] and report["gates"]["passed"]
-    assert "report.json" in load_bundle(folder, verify=True).files
+    assert "report.json" in load_bundle(DEFAULT_BUNDLE, verify=True).files

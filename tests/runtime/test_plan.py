@@ -5,8 +5,8 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-import profiles
 import pytest
+from support import profiles
 
 from dynamo_runtime.device.acceptance import Acceptances, bin_of, middle_of
 from dynamo_runtime.device.costs import Curve, Knowledge, Prior

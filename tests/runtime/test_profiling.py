@@ -7,8 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import profiles
 import pytest
+from support import profiles
 
 from dynamo_runtime import LAST, Backend, Engine, load_bundle
 from dynamo_runtime.cli import profile as cli

@@ -11,8 +11,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import devices
-import profiles
 import pytest
+from support import profiles
 
 from dynamo_runtime.device.profile import Pass, Profile
 from dynamo_runtime.errors import ProfileError

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-import handmade
 import numpy as np
 import pytest
+from support import handmade
 
 from dynamo_runtime import scoring
 from dynamo_runtime.errors import PromptError

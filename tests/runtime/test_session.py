@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import handmade
 import numpy as np
 import pytest
+from support import handmade
 
 from dynamo_runtime import (
     ALL,

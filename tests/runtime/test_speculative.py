@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-import handmade
 import numpy as np
 import pytest
+from support import handmade
 
 from dynamo_runtime.decoding import decode
 from dynamo_runtime.device.costs import Knowledge, Prior

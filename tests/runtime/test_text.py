@@ -2,10 +2,10 @@
 
 import itertools
 
-import handmade
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support import handmade
 from tokenizers import Tokenizer, decoders, models
 
 from dynamo_runtime.text import Detokenizer, StopStrings

@@ -1,8 +1,8 @@
 """Otsu's threshold and the blur, each against the literal computation on the full grid."""
 
-import dense_dynamo as dense
 import numpy as np
 import pytest
+from support import dense_dynamo as dense
 
 from dynamo_runtime import thresholds
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import handmade
 import numpy as np
 import pytest
 from scipy import stats
+from support import handmade
 
 from dynamo_runtime import strategies, verification
 from dynamo_runtime.bundle import Bundle
