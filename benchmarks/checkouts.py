@@ -59,7 +59,7 @@ class Worker:
     def decode(self, **job: Any) -> tuple[list[int], int, float]:
         """Tokens, how many the passes after the first gave, and the seconds those took."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\\n")
+        self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         tokens, count, seconds = json.loads(self._line())
         return tokens, count, seconds
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=128)
     arguments = parser.parse_args()
-    print("| bundle | strategy | before, tokens/s | after ÷ before | same texts |\\n|---|---|---|---|---|")
+    print("| bundle | strategy | before, tokens/s | after ÷ before | same texts |\n|---|---|---|---|---|")
     for bundle in arguments.bundles:
         workers = [Worker(checkout, bundle) for checkout in (arguments.before, arguments.after)]
         for strategy in STRATEGIES:
@@ -99,7 +99,7 @@ def main() -> None:
             speed, name = counts[0].sum() / seconds[0].sum(), Path(bundle).name
             shown = f"{value:.2f} [{low:.2f}, {high:.2f}]"
             print(f"| {name} | {strategy} | {speed:.0f} | {shown} | {'yes' if same else 'no'} |", flush=True)
-    print(f"\\n{len(PROMPTS)} prompts × {arguments.rounds} × {arguments.new_tokens} tokens. {describe_machine()}.")
+    print(f"\n{len(PROMPTS)} prompts × {arguments.rounds} × {arguments.new_tokens} tokens. {describe_machine()}.")
 
 
 if __name__ == "__main__":

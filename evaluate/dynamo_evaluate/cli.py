@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
 
-from dynamo_runtime.cli.arguments import Parser
+from dynamo_runtime.cli.arguments import Parser, add_version
 from dynamo_runtime.errors import DynamoError
 
 from .commands import COMMANDS
@@ -25,19 +24,12 @@ def build_parser() -> argparse.ArgumentParser:
         description="What a bundle's speed costs in quality, measured on the bundle.",
         epilog=f"{PROG} COMMAND --help says more.",
     )
-    parser.add_argument("--version", action="version", version=f"{PROG} {_version()}")
+    add_version(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         description = f"{command.help[0].upper()}{command.help[1:]}."
         command.add_arguments(commands.add_parser(name, help=command.help, description=description))
     return parser
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("dynamo-edge")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return "unknown"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

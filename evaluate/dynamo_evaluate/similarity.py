@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dynamo_runtime.bundle import MANIFEST
+from dynamo_runtime.manifest import MANIFEST
 from dynamo_runtime.names import PENULTIMATE
 from dynamo_runtime.providers import Backend
 from dynamo_runtime.session import Session

@@ -10,7 +10,8 @@ from pathlib import Path
 from dynamo_graph.errors import WriteError
 from dynamo_quantize import cli as quantization
 from dynamo_quantize.schemes import SCHEMES
-from dynamo_runtime.bundle import MANIFEST
+from dynamo_runtime.cli.arguments import add_version
+from dynamo_runtime.manifest import MANIFEST
 from dynamo_runtime.registry import TOPOLOGIES
 from dynamo_runtime.topology import Plain
 
@@ -114,7 +115,7 @@ def _is_bundle(model: str | None) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `dynamo-export`."""
     parser = argparse.ArgumentParser(prog="dynamo-export", description=DESCRIPTION)
-    quantization.add_version(parser)
+    add_version(parser)
     add_arguments(parser)
     return run(parser.parse_args(argv))
 

@@ -7,8 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from dynamo_runtime.bundle import MANIFEST
-from dynamo_runtime.manifest import REPORT
+from dynamo_runtime.manifest import MANIFEST, REPORT
 
 from .errors import WriteError
 from .files import read_json

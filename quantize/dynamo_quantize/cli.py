@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dynamo_graph.errors import WriteError
-from dynamo_graph.files import version
+from dynamo_runtime.cli.arguments import add_version
 
 from .schemes import ALGORITHMS, BLOCK_SIZES, KV_CACHES, PRECISIONS, SCHEMES, Options, Part
 
@@ -27,11 +27,6 @@ PART_NAMES = {
     Part.OUTPUT: "output embedding",
     Part.INPUT: "input embedding",
 }
-
-
-def add_version(parser: argparse.ArgumentParser) -> None:
-    """Adds `--version`."""
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version('dynamo-edge')}")
 
 
 def add_writing(parser: argparse.ArgumentParser) -> list[argparse.Action]:

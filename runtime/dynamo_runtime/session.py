@@ -111,6 +111,7 @@ class Session:
         self.bundle = bundle
         self.step_seconds = self.ort_seconds = 0.0
         self.passes = 0
+        self._ids_end, self._has_head_rows = bundle.look_ahead.stop, bundle.topology.has_head_rows
         self.user: object = None
         self.backend = backend_of(backend, options)
         self._twin_bytes = twin_bytes
@@ -161,8 +162,8 @@ class Session:
         m = len(tokens)
         if m == 0:
             raise PromptError("there are no tokens to process")
-        if min(tokens) < 0 or max(tokens) >= self.bundle.look_ahead.stop:
-            raise PromptError(f"token ids must be from 0 to {self.bundle.look_ahead.stop - 1}")
+        if min(tokens) < 0 or max(tokens) >= self._ids_end:
+            raise PromptError(f"token ids must be from 0 to {self._ids_end - 1}")
         kept, head_rows = rows.of(m), heads.of(m)
         if not kept:
             raise ValueError("a pass returns rows of the first head, at least one")
@@ -180,7 +181,7 @@ class Session:
         bound.input(INPUT_IDS, self._ids, (1, m))
         bound.input(ATTENTION_MASK, self._ones, (1, total))
         wanted = 0
-        if self.bundle.topology.has_head_rows and not skipping:
+        if self._has_head_rows and not skipping:
             # Counted from the end, where the heads see states of earlier passes in front.
             wanted = len(head_rows)
             self._head_rows[:wanted] = head_rows

@@ -79,6 +79,7 @@ class Step:
         self._values = values
         self._topology = topology
         self._head_rows = head_rows
+        self._further = head_rows and head_rows * topology.parts
         self._hidden = hidden
 
     def logits(self, head: int = 1) -> np.ndarray:
@@ -105,10 +106,6 @@ class Step:
     def without(self, rows: int) -> Step:
         """The same pass without the first so many rows of the first head."""
         return Step(self._values, self._topology, self._head_rows, hidden=self._hidden + rows) if rows else self
-
-    @property
-    def _further(self) -> int:
-        return self._head_rows * self._topology.parts
 
     def _of_head(self, name: str, head: int) -> np.ndarray:
         rows = self.read(name)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import logging
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 from dynamo_model import CheckpointError
+from dynamo_runtime.cli.arguments import add_version
 
 from .arguments import add_job, add_rate, add_recipe, count, job_of, recipe_of, work_of
 from .errors import TrainingError
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dynamo-train", description="Turn a base language model into a multi-token one (DynaMo)."
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    add_version(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     base = commands.add_parser("base", help="train a tokenizer and a small GPT-NeoX base from scratch")
@@ -111,13 +111,6 @@ def _parser() -> argparse.ArgumentParser:
     default.add_argument("--work", type=Path, help="tokens and checkpoints (default: OUT-work)")
     default.set_defaults(run=_default)
     return parser
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("dynamo-edge")
-    except importlib.metadata.PackageNotFoundError:  # run from the source tree
-        return "unknown"
 
 
 if __name__ == "__main__":
