@@ -85,7 +85,7 @@ def test_by_flags(default: Path, plain: Path, capsys: pytest.CaptureFixture[str]
         ["-m", str(plain), "-p", "def fib(n):"],
         ["-m", str(plain), "def fib(n):"],
         [str(plain), "-p", "def fib(n):"],
-        ["--model", str(plain.parent), "--text", "def fib(n):"],
+        ["--model", str(plain.parent), "--prompt", "def fib(n):"],
     ):
         assert run.main([*arguments, *FLAGS]) == 0
         assert capsys.readouterr().out == expected

@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("prompt", nargs="?", help="text to continue; - reads it from stdin")
     parser.add_argument("-m", "--model", metavar="BUNDLE", help="the bundle, in place of the first argument")
-    parser.add_argument("-p", "--text", metavar="PROMPT", help="the prompt, in place of the last argument")
+    parser.add_argument("-p", "--prompt", dest="text", metavar="PROMPT", help="the prompt, in place of the last one")
     parser.add_argument(
         "--strategy",
         default=Auto.name,
