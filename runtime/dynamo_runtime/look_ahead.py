@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -31,6 +31,12 @@ class LookAhead(Topology):
 
     kind = "lookahead"
     least: ClassVar[Mapping[str, int]] = {"n_look_ahead": 1}
+
+    @classmethod
+    def sizes_in_version_2(cls, content: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Topology`; there it was one more, the tokens that a pass predicts."""
+        tokens = content.get("n_tokens")
+        return {"n_look_ahead": tokens - 1 if isinstance(tokens, int) else tokens}
 
     @property
     def n_tokens(self) -> int:

@@ -178,22 +178,16 @@ def read_manifest(path: Path) -> Manifest:
         files=_files(path, read.get("files", dict)),
     )
     _check(path, manifest)
+    if version == 2 and read.integer("n_heads", 1) != manifest.topology.n_heads:
+        raise BundleError(f"{path}: a {manifest.topology.kind} bundle cannot have {read.integer('n_heads', 1)} heads")
     return manifest
 
 
 def _from_version_2(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of version 2 under today's names: what predicts further tokens stood among the others there."""
-    kind, heads, tokens = content.get("kind"), content.get("n_heads"), content.get("n_tokens")
-    if kind in TOPOLOGIES and isinstance(heads, int) and (kind == "parallel") != (heads > 1):
-        raise BundleError(f"{path}: a {kind} bundle cannot have {heads} heads")
-    topology: dict[str, Any] = {"kind": kind}
-    if kind == "parallel":
-        topology["n_heads"] = heads
-    elif kind == "cp":
-        topology |= {"n_tokens": tokens, "rank": content.get("rank")}
-    elif kind == "lookahead":
-        topology["n_look_ahead"] = tokens - 1 if isinstance(tokens, int) else tokens
-    return {**content, "topology": topology}
+    kind = _Fields(path, content).text("kind")
+    sizes = TOPOLOGIES[kind].sizes_in_version_2(content) if kind in TOPOLOGIES else {}
+    return {**content, "topology": {"kind": kind, **sizes}}
 
 
 def _topology(read: _Fields) -> Topology:

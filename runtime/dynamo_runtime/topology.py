@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -34,6 +34,11 @@ class Topology:
     kind: ClassVar[str]
     least: ClassVar[Mapping[str, int]] = {}
     independent: ClassVar[bool] = True
+
+    @classmethod
+    def sizes_in_version_2(cls, content: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a bundle whose manifest is of version 2, where they stood among all others."""
+        return {name: content.get(name) for name in cls.least}
 
     @property
     def n_tokens(self) -> int:
