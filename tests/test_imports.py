@@ -40,6 +40,11 @@ def test_imports_go_one_way() -> None:
         ("runtime/dynamo_runtime/engine.py", "import torch"),
         ("graph/dynamo_graph/read.py", "import dynamo_quantize.schemes"),
         ("evaluate/dynamo_evaluate/report.py", "import dynamo_export"),
+        ("train/dynamo_train/loop.py", "import dynamo_export.errors"),
+        ("model/dynamo_model/joint.py", "import dynamo_runtime.names"),
+        ("quantize/dynamo_quantize/gates.py", "import dynamo_export.errors"),
+        ("runtime/dynamo_runtime/profiling/trials.py", "from ..cli import run"),
+        ("runtime/dynamo_runtime/parallel.py", "from .bundle import Bundle"),
     ],
 )
 def test_an_import_that_goes_up_is_found(tmp_path: Path, module: str, upward: str) -> None:

@@ -66,7 +66,7 @@ class DynamoLM(TemplateLM):
         length = None if max_length is None else int(max_length)
         self._engine = Engine(bundle, max_length=length, **backend)
         self._engine.bundle.parameters(options)  # are there such parameters?
-        check_reads(strategy, options)
+        check_reads(strategy, options, self._engine.bundle)
         self._strategy, self._sampling = strategy, options
         self._max_gen_toks, self._add_bos_token = int(max_gen_toks), add_bos_token
         self._draws = 0

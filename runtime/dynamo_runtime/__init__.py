@@ -2,7 +2,7 @@
 
 from .bundle import DEFAULT_BUNDLE, Bundle, load_bundle
 from .device.profile import Profile
-from .drafting import Ask, Combined, Drafter, Guesses, Passed
+from .drafting import NO_GUESS, NOTHING, Ask, Combined, Drafter, Guesses, Passed
 from .engine import Engine
 from .errors import (
     BundleError,
@@ -31,6 +31,8 @@ __all__ = [
     "DEFAULT_BUNDLE",
     "LAST",
     "NONE",
+    "NOTHING",
+    "NO_GUESS",
     "All",
     "Ask",
     "At",

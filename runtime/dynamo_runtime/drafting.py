@@ -12,10 +12,13 @@ from typing import Protocol
 import numpy as np
 
 from .cooccurrence import Cooccurrence
+from .errors import ParameterError
 from .parameters import SamplingParameters
 from .sampling import Candidates, Context, draw
 from .step import Step
 from .verification import Draft
+
+_ROUNDING = 1e-6  # of probabilities that sum to 1
 
 NO_GUESS = Candidates(np.empty(0, np.int64), np.empty(0))
 """No candidates: a drafter has nothing to say of that place."""
@@ -83,6 +86,44 @@ class Drafter(Protocol):
 
     def guess(self, passed: Passed) -> Guesses | None:
         """Guesses at what follows `passed.final`; None if this pass tells nothing."""
+
+
+class Checked:
+    """A drafter of somebody's own: its guesses have to be distributions over the vocabulary.
+
+    Attributes:
+        depth: The drafter's.
+        ask: The drafter's.
+    """
+
+    def __init__(self, drafter: Drafter, vocab_size: int):
+        self.depth, self.ask = drafter.depth, drafter.ask
+        self._drafter, self._vocab_size = drafter, vocab_size
+
+    def guess(self, passed: Passed) -> Guesses | None:
+        """See `Drafter`.
+
+        Raises:
+            ParameterError: When a guess is made that is no such distribution.
+        """
+        guesses = self._drafter.guess(passed)
+
+        def candidates(chosen: Sequence[int]) -> Candidates:
+            assert guesses is not None
+            found = guesses(chosen)
+            if len(found.ids):
+                self._check(found)
+            return found
+
+        return None if guesses is None else candidates
+
+    def _check(self, found: Candidates) -> None:
+        drafter, size = f"drafter {type(self._drafter).__name__}", self._vocab_size
+        if np.min(found.ids) < 0 or np.max(found.ids) >= size:
+            raise ParameterError(f"{drafter} guessed a token that is not one of the {size} of the vocabulary")
+        whole = len(found.probabilities) == len(found.ids) and np.min(found.probabilities) >= 0
+        if not whole or abs(float(np.sum(found.probabilities)) - 1) > _ROUNDING:
+            raise ParameterError(f"{drafter} guessed with probabilities that do not sum to 1")
 
 
 class Combined:

@@ -17,7 +17,7 @@ from .device.plan import threshold_for
 from .device.profile import Profile, cached_path
 from .drafting import Drafter
 from .errors import ParameterError, ProfileError, PromptError
-from .parameters import SamplingOptions, SamplingParameters, changed
+from .parameters import SamplingOptions, SamplingParameters
 from .providers import Backend, BackendOptions, log
 from .sampling import LogitsProcessor
 from .session import Session
@@ -159,7 +159,7 @@ class Engine:
 
         Args:
             prompt: Text, or token ids.
-            parameters: In place of the bundle's defaults. What is as in `SamplingParameters()` does not count as named.
+            parameters: In place of the bundle's defaults.
             strategy: "auto", "autoregressive", "dynamo" or "speculative"; or one of your own, which then has its own
                 parameters.
             drafter: For "auto" and "speculative": a name in `registry.DRAFTERS`, or one of your own; None for the
@@ -236,11 +236,12 @@ class Engine:
         drafter: str | Drafter | None,
     ) -> Strategy:
         """A strategy by name, with what it reads of the parameters."""
-        check_reads(name, [*named, *(changed(parameters) if parameters else ())])
+        names = {*named, *(parameters.named if parameters else ())}
+        check_reads(name, names, self.bundle, drafter)
+        if {TARGET_SPEEDUP, "backoff_threshold"} <= names:
+            raise ParameterError("a target speed-up chooses the back-off threshold: give one of them")
         named = dict(named)
         if (target := named.pop(TARGET_SPEEDUP, None)) is not None:
-            if "backoff_threshold" in named:
-                raise ParameterError("a target speed-up chooses the back-off threshold: give one of them")
             named["backoff_threshold"] = threshold_for(self.profile, target)
         resolved = self.bundle.parameters(named, parameters)
         return make_strategy(name, self.bundle, resolved, processors, drafter=drafter, knowledge=self.knowledge)

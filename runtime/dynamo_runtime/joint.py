@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -14,10 +14,7 @@ from .parameters import SamplingParameters
 from .sampling import Candidates
 from .scores import Scores, log_softmax, log_sum, negative_log_likelihood
 from .step import Step
-from .topology import Topology
-
-if TYPE_CHECKING:
-    from .bundle import Bundle
+from .topology import Holder, Topology
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ class JointDrafter:
 
     ask = Ask(heads=True)
 
-    def __init__(self, bundle: Bundle, parameters: SamplingParameters):
+    def __init__(self, bundle: Holder, parameters: SamplingParameters):
         assert isinstance(bundle.topology, JointHead)  # the registry's
         self._joint = bundle.topology
         self.depth = self._joint.n_tokens - 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -13,10 +13,7 @@ from .parameters import SamplingParameters
 from .sampling import Candidates, truncate
 from .scores import Scores, negative_log_likelihood
 from .step import Step
-from .topology import Topology
-
-if TYPE_CHECKING:
-    from .bundle import Bundle
+from .topology import Holder, Topology
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class LookAheadDrafter:
     holds no guesses then.
     """
 
-    def __init__(self, bundle: Bundle, parameters: SamplingParameters):
+    def __init__(self, bundle: Holder, parameters: SamplingParameters):
         ids = bundle.look_ahead[: parameters.draft_tokens or None]
         self.depth = len(ids)
         self.ask = Ask(look_ahead=ids)

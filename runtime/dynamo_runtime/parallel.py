@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from .drafting import Ask, Guesses, Passed
 from .parameters import SamplingParameters
 from .sampling import Candidates, truncate
-from .topology import Topology
-
-if TYPE_CHECKING:
-    from .bundle import Bundle
+from .topology import Holder, Topology
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class ParallelDrafter:
 
     ask = Ask(heads=True)
 
-    def __init__(self, bundle: Bundle, parameters: SamplingParameters):
+    def __init__(self, bundle: Holder, parameters: SamplingParameters):
         self.depth = bundle.topology.n_heads - 1
         self._parameters = parameters
 

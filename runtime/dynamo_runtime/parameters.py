@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Self, TypedDict
 
 from .errors import ParameterError
 
@@ -33,10 +33,10 @@ DYNAMO_ONLY = frozenset(
 DRAFTS_ONLY = frozenset({"draft_tokens", "draft_choice", "draft_cooccurrence_weight", "draft_confidence"})
 """Parameters of drafts that the target verifies."""
 
-_OF_COUNTS = ("cooccurrence_weight", "draft_cooccurrence_weight")
+_OF_COUNTS = frozenset({"cooccurrence_weight", "draft_cooccurrence_weight"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingParameters:
     """How tokens are chosen; the defaults are DynaMo's (paper, Alg. 1 and its experiments).
 
@@ -86,6 +86,24 @@ class SamplingParameters:
     draft_choice: str = "argmax"
     draft_cooccurrence_weight: float = 0.5
     draft_confidence: float = 0.0
+
+    def __new__(cls, **named: Any) -> Self:
+        """Note what the caller names."""
+        made = super().__new__(cls)
+        object.__setattr__(made, "_named", frozenset(named))
+        return made
+
+    @property
+    def named(self) -> frozenset[str]:
+        """Fields that the caller named, whatever their values.
+
+        Where all were given, as `dataclasses.replace` does, those that are not the paper's defaults.
+        """
+        named: frozenset[str] = self._named  # type: ignore[attr-defined]
+        fields = dataclasses.fields(self)
+        if len(named) < len(fields):
+            return named
+        return frozenset(field.name for field in fields if getattr(self, field.name) != field.default)
 
     def __post_init__(self) -> None:
         """Check every range.
@@ -172,20 +190,16 @@ def resolve_parameters(
     names = {field.name for field in dataclasses.fields(SamplingParameters)}
     if unknown := sorted(set(given) - names):
         raise ParameterError(f"unknown parameter {unknown[0]}; there are {', '.join(sorted(names))}")
-    without = {} if has_counts else dict.fromkeys(_OF_COUNTS, 0.0)
+    values = {name: value for name, value in given.items() if value is not None}
+    named = frozenset(values)
     if isinstance(defaults, SamplingParameters):
-        values = without | changed(defaults)
-    else:
-        values = {name: value for name, value in defaults.items() if name in names} | without
-    values |= {name: value for name, value in given.items() if value is not None}
+        named |= defaults.named
+        defaults = dataclasses.asdict(defaults)
+    unnamed = frozenset() if has_counts else _OF_COUNTS - named
+    values = {name: value for name, value in defaults.items() if name in names} | dict.fromkeys(unnamed, 0.0) | values
     resolved = SamplingParameters(**values)
-    for name in without:
+    object.__setattr__(resolved, "_named", named)  # not all that it was made of
+    for name in () if has_counts else _OF_COUNTS:
         if getattr(resolved, name) > 0:
             raise ParameterError(f"this bundle has no n-gram counts (cooccurrence.npz): {name} must be 0")
     return resolved
-
-
-def changed(parameters: SamplingParameters) -> dict[str, Any]:
-    """The fields that are not the paper's defaults: what whoever made it named."""
-    paper = dataclasses.asdict(SamplingParameters())
-    return {name: value for name, value in dataclasses.asdict(parameters).items() if value != paper[name]}

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from .drafting import Drafter
+from .drafting import Checked, Drafter
 from .errors import ParameterError
 from .joint import JointDrafter, JointHead
 from .look_ahead import LookAhead, LookAheadDrafter
 from .parallel import ParallelDrafter, ParallelHeads
 from .parameters import SamplingParameters
-from .topology import Plain, Topology
+from .topology import Holder, Plain, Topology
 
-if TYPE_CHECKING:
-    from .bundle import Bundle
-
-MakeDrafter = Callable[["Bundle", SamplingParameters], Drafter]
+MakeDrafter = Callable[[Holder, SamplingParameters], Drafter]
 
 TOPOLOGIES: dict[str, type[Topology]] = {each.kind: each for each in (Plain, ParallelHeads, JointHead, LookAhead)}
 """What a bundle may hold, by kind."""
@@ -44,12 +40,12 @@ def register_drafter(name: str, make: MakeDrafter) -> None:
     DRAFTERS[name] = make
 
 
-def can_draft(bundle: Bundle, drafter: str | Drafter | None = None) -> bool:
+def can_draft(bundle: Holder, drafter: str | Drafter | None = None) -> bool:
     """Whether there is a drafter: the one given, or the bundle's own."""
     return drafter is not None or bundle.topology.kind in DRAFTERS
 
 
-def make_drafter(bundle: Bundle, parameters: SamplingParameters, drafter: str | Drafter | None = None) -> Drafter:
+def make_drafter(bundle: Holder, parameters: SamplingParameters, drafter: str | Drafter | None = None) -> Drafter:
     """The drafter for one text.
 
     Args:
@@ -58,13 +54,15 @@ def make_drafter(bundle: Bundle, parameters: SamplingParameters, drafter: str | 
         drafter: A name in `DRAFTERS`, or a drafter itself; None for the bundle's own.
 
     Raises:
-        ParameterError: There is none, or it does not give as many drafts as are asked for.
+        ParameterError: There is none, or it does not give as many drafts as the caller asks for.
     """
     kind = bundle.topology.kind
     name = kind if drafter is None else drafter
     if not isinstance(name, str):
-        made = name
-    elif name in DRAFTERS and (name not in TOPOLOGIES or name == kind):
+        made: Drafter = Checked(name, bundle.vocab_size)
+    elif name in DRAFTERS and name not in TOPOLOGIES:
+        made = Checked(DRAFTERS[name](bundle, parameters), bundle.vocab_size)
+    elif name in DRAFTERS and name == kind:
         made = DRAFTERS[name](bundle, parameters)
     elif drafter is None:
         raise ParameterError(f"strategy speculative needs a bundle with a drafter, and this is a {kind} one")
@@ -72,7 +70,7 @@ def make_drafter(bundle: Bundle, parameters: SamplingParameters, drafter: str | 
         raise ParameterError(f"drafter {name} needs a bundle of that kind, and this is a {kind} one")
     else:
         raise ParameterError(f"unknown drafter {name!r}: there are {', '.join(DRAFTERS)}")
-    if parameters.draft_tokens > made.depth:
+    if parameters.draft_tokens > made.depth and "draft_tokens" in parameters.named:
         raise ParameterError(
             f"draft_tokens must be from 1 to {made.depth} for this bundle, not {parameters.draft_tokens}"
         )

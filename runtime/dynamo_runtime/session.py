@@ -111,7 +111,7 @@ class Session:
         self.bundle = bundle
         self.step_seconds = self.ort_seconds = 0.0
         self.passes = 0
-        self._ids_end, self._has_head_rows = bundle.look_ahead.stop, bundle.topology.has_head_rows
+        self._ids_end, self._parts = bundle.look_ahead.stop, bundle.topology.parts
         self.user: object = None
         self.backend = backend_of(backend, options)
         self._twin_bytes = twin_bytes
@@ -181,7 +181,7 @@ class Session:
         bound.input(INPUT_IDS, self._ids, (1, m))
         bound.input(ATTENTION_MASK, self._ones, (1, total))
         wanted = 0
-        if self._has_head_rows and not skipping:
+        if self._parts and not skipping:
             # Counted from the end, where the heads see states of earlier passes in front.
             wanted = len(head_rows)
             self._head_rows[:wanted] = head_rows
@@ -201,7 +201,7 @@ class Session:
         values = bound.read()
         self.cache.advance(tokens, values.pop(PENULTIMATE).numpy()[0] if skipping else None)
         self.step_seconds += time.perf_counter() - entered
-        return Step(values, self.bundle.topology, wanted)
+        return Step(values, head_rows=wanted, parts=self._parts)
 
     def end_profiling(self) -> str:
         """End onnxruntime's own profile, which `Backend.profile_prefix` began; returns the name of its file."""

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .names import LOGITS, TOPK_IDS, TOPK_LOGITS
-
-if TYPE_CHECKING:
-    from .topology import Topology
 
 
 @dataclass(frozen=True)
@@ -66,20 +63,19 @@ class Step:
     onnxruntime's own memory, so that a sampler which is content with the top-k outputs does not pay for a vocabulary.
     """
 
-    def __init__(self, values: dict[str, Any], topology: Topology, head_rows: int, *, hidden: int = 0):
+    def __init__(self, values: dict[str, Any], *, head_rows: int = 0, parts: int = 0, hidden: int = 0):
         """Take a pass's outputs.
 
         Args:
             values: Arrays, or what onnxruntime holds, by name and with the batch axis: "logits", "topk_logits" and
                 "topk_ids" [1, rows of all heads, …], the first head's first; and what the topology adds.
-            topology: Of the bundle.
             head_rows: Rows of every further head.
+            parts: See `Topology`: rows behind the first head's for every one of them.
             hidden: Rows of the first head, from the front, that are left out of what is read here.
         """
         self._values = values
-        self._topology = topology
-        self._head_rows = head_rows
-        self._further = head_rows and head_rows * topology.parts
+        self._head_rows, self._parts = head_rows, parts
+        self._further = head_rows * parts
         self._hidden = hidden
 
     def logits(self, head: int = 1) -> np.ndarray:
@@ -105,7 +101,9 @@ class Step:
 
     def without(self, rows: int) -> Step:
         """The same pass without the first so many rows of the first head."""
-        return Step(self._values, self._topology, self._head_rows, hidden=self._hidden + rows) if rows else self
+        if not rows:
+            return self
+        return Step(self._values, head_rows=self._head_rows, parts=self._parts, hidden=self._hidden + rows)
 
     def _of_head(self, name: str, head: int) -> np.ndarray:
         rows = self.read(name)

@@ -176,6 +176,8 @@ class Auto(Speculative):
         """
         super().__init__(bundle, parameters, processors, drafter)
         knowledge = knowledge or Knowledge.of(bundle, None)
+        if drafter is not None:  # what was counted of drafts is of the bundle's own
+            knowledge = Knowledge(knowledge.costs, {})
         acceptances = knowledge.acceptances(self._proposer.depth, parameters.temperature)
         self._planner = Planner(knowledge.costs, acceptances, self._drafter.ask)
 
@@ -280,16 +282,24 @@ def make_strategy(
     Raises:
         ParameterError: There is none of that name, or it does not fit the bundle or the parameters.
     """
-    strategy = _named(name)
+    strategy = _running(name, bundle, drafter)
     if issubclass(strategy, Auto):
-        if bundle.lossless and can_draft(bundle, drafter):
-            return strategy(bundle, parameters, processors, drafter, knowledge)
-        return Autoregressive(bundle, parameters, processors)
+        return strategy(bundle, parameters, processors, drafter, knowledge)
     if issubclass(strategy, Speculative):
         return strategy(bundle, parameters, processors, drafter)
     if drafter is not None:
-        raise ParameterError(f"strategy {name} drafts nothing: a drafter is for auto and speculative")
+        raise ParameterError(f"strategy {name} drafts nothing on this bundle: it takes no drafter")
     return strategy(bundle, parameters, processors)
+
+
+def _running(
+    name: str, bundle: Bundle, drafter: str | Drafter | None
+) -> type[Autoregressive] | type[Dynamo] | type[Speculative]:
+    """The strategy of that name; of "auto" what it comes down to on a bundle."""
+    strategy = _named(name)
+    if issubclass(strategy, Auto) and not (bundle.lossless and can_draft(bundle, drafter)):
+        return Autoregressive
+    return strategy
 
 
 def refusal(name: str, bundle: Bundle, given: Mapping[str, Any] | None = None) -> str | None:
@@ -307,18 +317,23 @@ def refusal(name: str, bundle: Bundle, given: Mapping[str, Any] | None = None) -
     return None
 
 
-def check_reads(name: str, named: Collection[str]) -> None:
+def check_reads(name: str, named: Collection[str], bundle: Bundle, drafter: str | Drafter | None = None) -> None:
     """See that a strategy reads what the caller named: what it does not read would silently do nothing.
 
     Args:
         name: Of the strategy.
         named: Names of parameters.
+        bundle: What it is to run on.
+        drafter: For "auto" and "speculative": see `Speculative`.
 
     Raises:
         ParameterError: There is no such strategy, or it does not read one of them.
     """
-    for unread in sorted(set(named) - set(_named(name).reads)):
+    running = _running(name, bundle, drafter)
+    for unread in sorted(set(named) - set(running.reads)):
         readers = [each.name for each in STRATEGIES.values() if unread in each.reads]
+        if name in readers:
+            raise ParameterError(f"strategy {name} cannot draft on this bundle, so {unread} would do nothing")
         if readers:  # else nobody knows it, which is told elsewhere
             raise ParameterError(f"strategy {name} does not read {unread}: it is for {' and '.join(readers)}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,7 +24,8 @@ class Generation:
         text: The continuation, without end-of-sequence token and stop string.
         tokens: New tokens, a final end-of-sequence token included.
         log_probabilities: Of every token, in nats, by the base model itself: before temperature, penalty, truncation
-            and processors. Empty unless they were asked for.
+            and processors. Empty unless they were asked for; of a generation that did not come to its end, perhaps not
+            of the last tokens.
         finish_reason: "eos", "stop" (a stop string), "length" (`max_new_tokens`), "context" (the context is
             full) or "cancelled".
         statistics: What it cost.
@@ -34,7 +35,7 @@ class Generation:
     tokens: list[int]
     finish_reason: str
     statistics: Statistics
-    log_probabilities: list[float]
+    log_probabilities: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class TextStream(Iterator[str]):
             if self._cancelled and not self.finish_reason:
                 self.finish_reason = "cancelled"
             if self.finish_reason:
-                if self._scored:
+                if self._scored and not self._cancelled:
                     self._score_to_the_end()
                 piece += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
             if piece:
@@ -149,6 +150,7 @@ class TextStream(Iterator[str]):
         del self.log_probabilities[len(self.tokens) :]
         if unscored := len(self.tokens) - len(self.log_probabilities):
             self.log_probabilities += score_rest(self._session, self._prompt + self.tokens, unscored)
+            self.statistics.ort_s = self._session.ort_seconds - self._ort_before
 
     def _accept(self, given: Round) -> str:
         """Take the tokens of one round up to whatever ends the text; returns what can be given out."""

@@ -8,15 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from .names import HEAD_ROWS
 from .scores import Scores, negative_log_likelihood
+from .step import Step
 
-if TYPE_CHECKING:
-    from .step import Step
+
+class Holder(Protocol):
+    """Whatever holds a topology: a bundle, as those below it see it.
+
+    Attributes:
+        topology: What predicts further tokens.
+        vocab_size: V.
+        look_ahead: Ids of the look-ahead tokens, which follow the vocabulary's; empty where there are none.
+    """
+
+    @property
+    def topology(self) -> Topology:
+        """See above."""
+
+    @property
+    def vocab_size(self) -> int:
+        """See above."""
+
+    @property
+    def look_ahead(self) -> range:
+        """See above."""
 
 
 @dataclass(frozen=True)

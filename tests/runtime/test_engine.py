@@ -1,5 +1,6 @@
 """Generation end to end on a real graph: strategies, limits, stops, prefix reuse, cancelling, statistics."""
 
+import copy
 import dataclasses
 import inspect
 from pathlib import Path
@@ -314,7 +315,7 @@ def test_wrong_arguments_are_refused_before_anything_runs(engine: Engine) -> Non
 @pytest.mark.parametrize(
     ("strategy", "unread"),
     [
-        ("auto", {"backoff_threshold": 0.4}),
+        ("auto", {"backoff_threshold": 0.5}),
         ("auto", {"target_speedup": 1.5}),
         ("autoregressive", {"draft_tokens": 2}),
         ("autoregressive", {"target_speedup": 1.5}),
@@ -327,18 +328,50 @@ def test_a_parameter_that_the_strategy_does_not_read_is_an_error(engine: Engine,
     (name,) = unread
     with pytest.raises(ParameterError, match=f"strategy {strategy} does not read {name}: it is for "):
         engine.stream(PROMPT, strategy=strategy, **unread)
-    if name != "target_speedup":
+    if name != "target_speedup":  # here with the very value that it has by default
+        unread = {name: getattr(SamplingParameters(), name)}
         with pytest.raises(ParameterError, match=f"strategy {strategy} does not read {name}"):
             engine.stream(PROMPT, SamplingParameters(**unread), strategy=strategy)
 
 
-def test_what_nobody_named_is_never_an_error(copied) -> None:
-    """Neither the manifest's defaults nor a field left as it is."""
+def test_what_nobody_named_is_never_an_error(copied, plain: Path) -> None:
+    """Neither the manifest's defaults, nor a field left as it is, nor what the bundle itself says."""
     copied.edit(sampling={"backoff_threshold": 0.3, "draft_tokens": 1, "temperature": 0})
-    engine = Engine(copied.folder, threads=1)
-    for strategy in ("auto", "autoregressive", "dynamo", "speculative"):
-        for given in (None, SamplingParameters(temperature=0)):
-            engine.stream(PROMPT, given, strategy=strategy, top_k=None, backoff_threshold=None)
+    (copied.folder / "cooccurrence.npz").unlink()
+    copied.relist()
+    for engine in (Engine(copied.folder, threads=1), Engine(plain, threads=1)):
+        bundle = engine.bundle
+        again = dataclasses.replace(SamplingParameters(temperature=0.1), top_k=7)
+        for strategy in ("auto", "autoregressive", *(("dynamo", "speculative") if bundle.topology.parts else ())):
+            for given in (None, SamplingParameters(temperature=0), bundle.parameters({"temperature": 0.2}), again):
+                engine.stream(PROMPT, given, strategy=strategy, top_k=None, backoff_threshold=None)
+
+
+def test_named_is_what_was_named() -> None:
+    assert SamplingParameters().named == set()
+    assert SamplingParameters(backoff_threshold=0.5, top_k=3).named == {"backoff_threshold", "top_k"}
+    assert dataclasses.replace(SamplingParameters(top_k=3), temperature=0.2).named == {"top_k", "temperature"}
+    assert copy.deepcopy(SamplingParameters(top_k=50)).named == {"top_k"}
+    assert SamplingParameters(top_k=50) == SamplingParameters()
+
+
+def test_auto_refuses_what_would_do_nothing(copied, plain: Path) -> None:
+    """Where nothing can be drafted it decodes plainly, and says so to whoever named something of drafts."""
+    copied.edit(quantization={"scheme": "int8-dynamic", "lossless": False}, precision="int8-dynamic")
+    for engine in (Engine(plain, threads=1), Engine(copied.folder, threads=1)):
+        with pytest.raises(ParameterError, match="auto cannot draft on this bundle, so draft_tokens would do nothing"):
+            engine.stream(PROMPT, draft_tokens=1)
+        assert engine.generate(PROMPT, max_new_tokens=2).statistics.strategy == "autoregressive"
+    with pytest.raises(ParameterError, match="auto drafts nothing on this bundle: it takes no drafter"):
+        engine.stream(PROMPT, drafter="parallel")
+    with pytest.raises(ParameterError, match="unknown drafter 'psychic'"):
+        Engine(plain, threads=1).stream(PROMPT, drafter="psychic")
+
+
+def test_a_target_speedup_chooses_the_threshold_alone(engine: Engine) -> None:
+    for given in ({"backoff_threshold": 0.5}, {"parameters": SamplingParameters(backoff_threshold=0.5)}):
+        with pytest.raises(ParameterError, match="give one of them"):
+            engine.stream(PROMPT, strategy="dynamo", target_speedup=1.5, **given)
 
 
 def test_parameters_are_an_object_or_keywords(engine: Engine) -> None:

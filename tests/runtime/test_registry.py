@@ -4,11 +4,25 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from dynamo_runtime import Engine, ParameterError, load_bundle, register_drafter
+from dynamo_runtime import (
+    NOTHING,
+    Ask,
+    Auto,
+    Candidates,
+    Engine,
+    Guesses,
+    ParameterError,
+    Passed,
+    load_bundle,
+    register_drafter,
+)
+from dynamo_runtime.device.costs import Knowledge, Prior
 from dynamo_runtime.parameters import SamplingParameters
 from dynamo_runtime.registry import DRAFTERS, TOPOLOGIES, can_draft, make_drafter
 
@@ -56,6 +70,49 @@ def test_the_bundles_own_is_the_default(multi: Path, plain: Path) -> None:
         make_drafter(load_bundle(plain), parameters)
     with pytest.raises(ParameterError, match="draft_tokens must be from 1 to 4"):
         make_drafter(bundle, SamplingParameters(draft_tokens=5), Echo())
+    usual = replace(bundle, sampling={"draft_tokens": 9}).parameters()  # named by nobody, so as many as there are
+    assert make_drafter(bundle, usual, Echo()).depth == 4
+
+
+class Wrong:
+    """Guesses what is no distribution over the vocabulary."""
+
+    depth, ask = 2, NOTHING
+
+    def __init__(self, ids: list[int], probabilities: list[float]):
+        self.guessed = Candidates(np.array(ids), np.array(probabilities))
+
+    def guess(self, passed: Passed) -> Guesses:
+        return lambda chosen: self.guessed
+
+
+@pytest.mark.parametrize(
+    ("ids", "probabilities", "message"),
+    [
+        ([320], [1.0], "a token that is not one of the 320"),
+        ([-1], [1.0], "a token that is not one of the 320"),
+        ([1, 2], [0.5, 0.6], "do not sum to 1"),
+        ([1, 2], [1.5, -0.5], "do not sum to 1"),
+        ([1, 2], [1.0], "do not sum to 1"),
+    ],
+)
+def test_a_guess_has_to_be_a_distribution(
+    multi: Path, ids: list[int], probabilities: list[float], message: str
+) -> None:
+    engine = Engine(multi, threads=1)
+    with pytest.raises(ParameterError, match=f"drafter Wrong guessed .*{message}"):
+        engine.generate(PROMPT, strategy="speculative", drafter=Wrong(ids, probabilities), max_new_tokens=3)
+
+
+def test_auto_does_not_take_a_drafter_for_the_bundles_own(multi: Path) -> None:
+    """What a profile counted of the bundle's drafts says nothing of another drafter's."""
+    bundle, parameters = load_bundle(multi), SamplingParameters(draft_cooccurrence_weight=0.0)
+    counted = {(depth, bin_): (1000, 0) for depth in (1, 2) for bin_ in range(5)}
+    knowledge = Knowledge(Prior(1.0, 0.01, 0.01, 0.0, 0.0), {greedy: counted for greedy in (False, True)})
+    assert Auto(bundle, parameters, knowledge=knowledge).ask == NOTHING
+    asking = Echo()
+    asking.ask = Ask(heads=True)
+    assert Auto(bundle, parameters, drafter=asking, knowledge=knowledge).ask == Ask(heads=True)
 
 
 def test_every_topology_but_plain_has_a_drafter() -> None:

@@ -15,7 +15,6 @@ from dynamo_runtime.sampling import (
     truncate,
 )
 from dynamo_runtime.step import Step
-from dynamo_runtime.topology import Plain
 
 VOCAB, K = 60, 12
 
@@ -23,7 +22,7 @@ VOCAB, K = 60, 12
 def step_of(logits: np.ndarray) -> Step:
     values, ids = sort_logits(logits, K)
     rows = {"logits": logits, "topk_logits": values, "topk_ids": ids}
-    return Step({name: row[None, None] for name, row in rows.items()}, Plain(), 0)
+    return Step({name: row[None, None] for name, row in rows.items()})
 
 
 def exact_distribution(logits: np.ndarray, seen: np.ndarray, p: SamplingParameters) -> np.ndarray:

@@ -15,7 +15,7 @@ from dynamo_runtime.errors import ParameterError
 from dynamo_runtime.parameters import SamplingParameters
 from dynamo_runtime.sampling import Candidates, Context
 from dynamo_runtime.session import Session
-from dynamo_runtime.step import Step
+from dynamo_runtime.step import ALL, Step
 from dynamo_runtime.strategies import Autoregressive, Speculative
 
 KINDS = ("parallel", "cp", "lookahead")
@@ -256,3 +256,23 @@ def test_auto_drafts_with_a_drafter_of_ones_own(
     found = engine.generate(PROMPT, max_new_tokens=60, ignore_eos=True, **options)
     assert found.tokens == text
     assert found.statistics.draft_tokens_accepted > 20
+
+
+@pytest.mark.parametrize("choice", ["argmax", "sample"])
+def test_log_probabilities_of_drafted_tokens(session: Session, choice: str) -> None:
+    """Whatever drafts, and whether drafts are accepted or not: the base's own, as from one pass over all of the text."""
+    prompt = [3, 1, 4]
+    strategy = Speculative(session.bundle, SamplingParameters(top_k=0, temperature=0.9, draft_choice=choice))
+    session.cache.reset()
+    context, found, proposed = Context(prompt, VOCAB), [], 0
+    rng = np.random.default_rng(2)
+    for _, given in zip(range(25), decode(session, strategy, context, rng, scored=True), strict=False):
+        found += given.log_probabilities
+        assert len(given.log_probabilities) == len(given.tokens)
+        proposed += given.proposed - given.accepted
+    assert proposed > 0  # rejected
+    session.cache.reset()
+    rows = session.step(context.tokens[:-1], rows=ALL).logits()[len(prompt) - 1 :].astype(np.float64)
+    logs = rows - np.log(np.exp(rows).sum(-1, keepdims=True))
+    expected = logs[np.arange(len(rows)), context.tokens[len(prompt) :]]
+    assert np.allclose(found, expected, atol=1e-4)

@@ -80,7 +80,7 @@ class TableModel:
         order = np.argsort(-logits, axis=-1, kind="stable")
         topk_logits = np.take_along_axis(logits, order, -1)
         values |= {"logits": logits[None], "topk_logits": topk_logits[None], "topk_ids": order[None]}
-        return Step(values, self.bundle.topology, len(wanted))
+        return Step(values, head_rows=len(wanted), parts=self.bundle.topology.parts)
 
 
 def exact_joint(model: TableModel, prompt: list[int], p: SamplingParameters) -> np.ndarray:

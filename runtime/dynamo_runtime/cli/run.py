@@ -167,7 +167,9 @@ def _lone(argument: str) -> str:
     Raises:
         PromptError: It is one.
     """
-    exists = argument != "" and os.path.exists(argument)  # which takes whatever is too long for a path
+    if not argument:
+        return argument  # which is refused as a prompt
+    exists = os.path.exists(argument)  # which takes whatever is too long for a path
     if os.path.isfile(os.path.join(argument, MANIFEST)) or (exists and argument.endswith(".onnx")):
         raise PromptError(f"there is no prompt behind the bundle {argument}")
     if exists:
