@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import numpy as np
+import onnx_ir as ir
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,7 +17,7 @@ from dynamo_runtime.topology import Plain, Topology
 
 from .compare import Case, Passed, Values
 from .errors import ExportError
-from .tail import JointHead
+from .tail import Tail
 
 
 class Exported:
@@ -57,10 +58,17 @@ class Exported:
         """Fewest positions of a bundle: the gate has to see every look-ahead token behind a token."""
         return 2 + self.topology.look_ahead
 
-    @property
-    def joint(self) -> JointHead | None:
-        """What the end of the graph makes of the second state; None where every state is a token head's."""
-        return None
+    def ahead(self, tail: Tail, chosen: list[ir.Value]) -> list[tuple[ir.Value, int]]:
+        """Makes of the chosen states those that become logits; every state is a token head's here, and so stays.
+
+        Args:
+            tail: The end of the graph, added to.
+            chosen: The rows of every state [batch, its rows, hidden]; changed in place.
+
+        Returns:
+            Further outputs [batch, head_rows, width], and their widths.
+        """
+        return []
 
     def check(self) -> None:
         """Makes sure that the base can carry it.

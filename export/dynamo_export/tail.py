@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 
 from dynamo_graph.initializers import initializer, lazily, option, sizes
 from dynamo_graph.nodes import make
-from dynamo_runtime.names import HEAD_ROWS, KEPT_ROWS
+from dynamo_runtime.names import HEAD_ROWS, KEPT_ROWS, LOGITS, TOPK_IDS, TOPK_LOGITS
 
 from .rows import select_rows
 from .weights import WeightStore
 
 TOP_K = 128
 INT64_MAX = np.iinfo(np.int64).max
-
-
-@dataclass(frozen=True)
-class JointHead:
-    """What turns the context embedding e_t into a mixture of rank r over the next n tokens.
-
-    Attributes:
-        gate: [rank, hidden].
-        factors: [n_tokens · rank · hidden, hidden].
-        n_tokens: n.
-    """
-
-    gate: np.ndarray
-    factors: np.ndarray
-    n_tokens: int
-
-    @property
-    def rank(self) -> int:
-        """Components r."""
-        return int(self.gate.shape[0])
 
 
 class Tail:
@@ -96,7 +76,7 @@ class Tail:
             chosen += [select_rows(self.model, state, gathered, cuts, "head_rows") for state in self.states[1:]]
         return chosen
 
-    def build(self, embedding: ir.Value, tied: bool, bias: ir.Value | None, joint: JointHead | None) -> None:
+    def build(self, embedding: ir.Value, tied: bool, bias: ir.Value | None, ahead: Ahead) -> None:
         """Adds everything.
 
         Args:
@@ -104,20 +84,18 @@ class Tail:
                 and then look-ahead embeddings, if there are any.
             tied: Whether it is the input embedding too.
             bias: Initializer [vocab], or None.
-            joint: What makes a joint head of the second state, or None where every state is a token head's.
+            ahead: What the further states become.
         """
         self.graph.outputs.clear()
         chosen = self.chosen_states()
-        if joint is not None:
-            gate = self.gate(chosen[1], joint)
-            chosen[1] = self.factor_states(chosen[1], joint)
+        further = ahead(self, chosen)
         logits = self.logits(chosen, embedding, tied, bias)
         k = self.constant("out_k", np.array([self.top_k], np.int64))
-        top = self.add("TopK", [logits, k], ["topk_logits", "topk_ids"], axis=-1, largest=1, sorted=1)
+        top = self.add("TopK", [logits, k], [TOPK_LOGITS, TOPK_IDS], axis=-1, largest=1, sorted=1)
         for value, width in zip((logits, *top.outputs), (self.vocab_size, self.top_k, self.top_k), strict=True):
             self.put_out(value, ["batch", "rows_of_all_heads" if len(chosen) > 1 else "rows", width])
-        if joint is not None:
-            self.put_out(gate, ["batch", "head_rows", joint.rank])
+        for value, width in further:
+            self.put_out(value, ["batch", "head_rows", width])
         top.outputs[1].type = ir.TensorType(ir.DataType.INT64)
         self.graph.outputs.extend(self.presents)
         self.graph.sort()
@@ -148,24 +126,15 @@ class Tail:
             )
         if bias is not None:
             last = self.add("Add", [last.outputs[0], bias], ["out_biased"])
-        last.outputs[0].name = "logits"
+        last.outputs[0].name = LOGITS
         return last.outputs[0]
-
-    def gate(self, context: ir.Value, joint: JointHead) -> ir.Value:
-        """Log w_α [batch, head_rows, rank] of the context embedding [batch, head_rows, hidden]."""
-        weight = self.turned("cp.gate.weight", joint.gate)
-        scores = self.add("MatMul", [context, weight], ["out_gate"]).outputs[0]
-        return self.add("LogSoftmax", [scores], ["gate"], axis=-1).outputs[0]
-
-    def factor_states(self, context: ir.Value, joint: JointHead) -> ir.Value:
-        """Of the context embedding [batch, head_rows, hidden], states [batch, head_rows · n_tokens · rank, hidden]."""
-        weight = self.turned("cp.factors.weight", joint.factors)
-        shape = self.constant("out_factor_rows", np.array([0, -1, joint.factors.shape[1]], np.int64))
-        mapped = self.add("MatMul", [context, weight], ["out_mapped"]).outputs[0]
-        return self.add("Reshape", [mapped, shape], ["out_factors"]).outputs[0]
 
     def put_out(self, value: ir.Value, shape: list[str | int]) -> None:
         """Makes a value of 32-bit floats an output."""
         value.shape = ir.Shape(shape)
         value.type = ir.TensorType(ir.DataType.FLOAT)
         self.graph.outputs.append(value)
+
+
+Ahead = Callable[[Tail, list[ir.Value]], list[tuple[ir.Value, int]]]
+"""Makes of the chosen states, in their place, those that become logits; and further outputs, with their widths."""

@@ -138,7 +138,8 @@ def resolve(name: str, options: Options) -> Scheme:
         raise QuantizeError(f"{name} has no blocks: its parts are int8 or fp32")
     formats = dict(scheme.formats)
     for part, precision in options.parts.items():
-        own = _INT8_SMALL if name == "int4" and part == Part.OUTPUT else _INT8
+        usual = scheme.formats[Part(part)]
+        own = usual if usual is not None and usual.bits == 8 else _INT8
         formats[Part(part)] = {"fp32": None, "int8": own, "int4": Format(4, 32)}[precision]
     has_4_bits = any(form is not None and form.bits == 4 for form in formats.values())
     algorithm = options.algorithm or ("gptq" if has_4_bits else "rtn")

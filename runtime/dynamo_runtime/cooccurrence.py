@@ -8,7 +8,7 @@ import numpy as np
 from .errors import BundleError
 
 # Looking a candidate up by binary search costs about as much as passing over this many children.
-_CHILDREN_PER_SEARCH = 16
+CHILDREN_PER_SEARCH = 16
 
 
 @dataclass
@@ -40,13 +40,16 @@ class Cooccurrence:
         self._levels = levels
         self._rank = np.full(self.vocab_size, -1, np.int32)  # scratch: token -> place among the candidates
 
-    def extend(self, order: int, nodes: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def extend(
+        self, order: int, nodes: np.ndarray, tokens: np.ndarray, *, children_per_search: int = CHILDREN_PER_SEARCH
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All counted n-grams of `order` that continue one of `nodes` by one of `tokens`.
 
         Args:
             order: Length of the n-grams looked for, from 2.
             nodes: Nodes of order - 1, [S].
             tokens: Distinct candidate tokens, [k].
+            children_per_search: Children of a node that are passed over in the time of one binary search.
 
         Returns:
             Three arrays [S']: place of the prefix in `nodes`, place of the last token in `tokens`, node of
@@ -56,7 +59,7 @@ class Cooccurrence:
         starts = level.offsets[nodes]
         sizes = level.offsets[nodes + 1] - starts
         total = int(sizes.sum())
-        if total > _CHILDREN_PER_SEARCH * len(nodes) * len(tokens):
+        if total > children_per_search * len(nodes) * len(tokens):
             return self._search(level, nodes, tokens)
         # Children of all nodes, end to end: `first` turns a place in that row into a node.
         parent = np.repeat(np.arange(len(nodes)), sizes)

@@ -12,7 +12,7 @@ TOLERANCE = 1e-12
 # Kernel of size 3: the binomial one, to which OpenCV rounds its Gaussian of that size.
 KERNEL = (0.25, 0.5, 0.25)
 # Blurring a cell of a small full grid is that much cheaper than sorting a cell of a sparse one.
-_DENSE_PER_SPARSE = 16
+DENSE_PER_SPARSE = 16
 
 
 def otsu_threshold(values: np.ndarray, zeros: int = 0) -> float:
@@ -47,7 +47,9 @@ def otsu_threshold(values: np.ndarray, zeros: int = 0) -> float:
     return float(values[best])
 
 
-def blurred_values(cells: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def blurred_values(
+    cells: np.ndarray, values: np.ndarray, shape: tuple[int, ...], *, dense_per_sparse: float = DENSE_PER_SPARSE
+) -> np.ndarray:
     """Positive cells of a sparse grid after a Gaussian blur of kernel size 3 along every axis.
 
     At the borders the grid is mirrored without repeating the border cell (what OpenCV and torchvision do).
@@ -56,13 +58,14 @@ def blurred_values(cells: np.ndarray, values: np.ndarray, shape: tuple[int, ...]
         cells: Cells that are not zero, distinct, numbered in row-major order, [S].
         values: Their values, [S].
         shape: Size of the grid, n axes.
+        dense_per_sparse: Cells of a dense grid that are blurred in the time of one spread sparsely.
 
     Returns:
         The blurred values of all cells within reach, in no particular order.
     """
     ranks = np.unravel_index(cells, shape)
     box = tuple(min(int(rank.max()) + 2, size) for rank, size in zip(ranks, shape, strict=True))
-    if math.prod(box) <= _DENSE_PER_SPARSE * len(cells) * 3 ** len(shape):
+    if math.prod(box) <= dense_per_sparse * len(cells) * 3 ** len(shape):
         return _blur_dense(ranks, values, box, shape)
     return _blur_sparse(cells, values, shape)
 

@@ -36,7 +36,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     handmade.random_counts(checkpoint / "cooccurrence.npz", checkpoints.VOCAB, 3, branching=80)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.parity, "reference", lambda subject, length: ([], []))
-        patch.setattr(pipeline, "_gate", lambda staged, cases, left_out: [])
         multi = export_bundle(folder / "multi" / "model.onnx", checkpoint)
         plain = export_bundle(folder / "multi-plain" / "model.onnx", checkpoint, heads=0)
     return Pair(checkpoint, Path(multi).parent, Path(plain).parent)

@@ -84,7 +84,6 @@ def export(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Callable[[st
                     _by_command(made[name], text, patch)
                 else:  # parity is the matter of tests/export
                     patch.setattr(pipeline.parity, "reference", lambda subject, length: ([], []))
-                    patch.setattr(pipeline, "_gate", lambda staged, cases, left_out: [])
                     export_bundle(folder / "fp32" / "model.onnx", checkpoint)
         return made[name]
 

@@ -1,5 +1,6 @@
 """Bad input: each ends in one clear line on stderr, nothing on stdout, and a non-zero exit."""
 
+import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,6 @@ import onnx
 import pytest
 from support import handmade
 
-from dynamo_runtime import providers
 from dynamo_runtime.cli.run import main
 
 
@@ -203,7 +203,11 @@ def test_mask_without_counts(copied, capsys) -> None:
     ],
 )
 def test_no_or_two_onnxruntimes(multi: Path, capsys, monkeypatch, installed: list[str], message: str) -> None:
-    monkeypatch.setattr(providers, "_is_installed", installed.__contains__)
+    def distribution(name: str) -> None:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
     if len(installed) < 2:
         monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)  # importing it fails
     assert_refused(capsys, [str(multi), "x"], message)

@@ -170,15 +170,14 @@ def test_equals_dense_on_the_outputs_of_a_graph(engine, multi: Path) -> None:
             assert ours.tokens == dense.generate(logits, set(prompt), uniform, options, literal)[0]
 
 
-def test_search_and_scan_of_the_trie_agree(tables, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_and_scan_of_the_trie_agree(tables) -> None:
     counts, literal = tables[3]
     rng = np.random.default_rng(2)
     tokens = rng.choice(VOCAB, 12, replace=False)
     found = {}
     for children in (0, 10**6):
-        monkeypatch.setattr("dynamo_runtime.cooccurrence._CHILDREN_PER_SEARCH", children)
-        parent, rank, nodes = counts.extend(2, np.arange(VOCAB), tokens)
-        deeper = counts.extend(3, nodes, tokens)
+        parent, rank, nodes = counts.extend(2, np.arange(VOCAB), tokens, children_per_search=children)
+        deeper = counts.extend(3, nodes, tokens, children_per_search=children)
         grams = {
             (int(parent[p]), int(tokens[rank[p]]), int(tokens[r]), int(node))
             for p, r, node in zip(*deeper, strict=True)

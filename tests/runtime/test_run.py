@@ -92,11 +92,11 @@ def test_an_interrupt_ends_the_text_and_still_reports(multi: Path) -> None:
     code = (
         "import signal, sys, dynamo_runtime.cli.run as run, dynamo_runtime.stream as stream\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
-        "accept = stream.TextStream._accept\n"
-        "def once(self, tokens):\n"
-        "    if len(self.tokens) > 20: signal.raise_signal(signal.SIGINT)\n"
-        "    return accept(self, tokens)\n"
-        "stream.TextStream._accept = once\n"
+        "count = stream.Statistics.count_round\n"
+        "def once(self, *given):\n"
+        "    if self.new_tokens > 20: signal.raise_signal(signal.SIGINT)\n"
+        "    count(self, *given)\n"
+        "stream.Statistics.count_round = once\n"
         "sys.exit(run.main(sys.argv[1:]))\n"
     )
     arguments = [

@@ -260,7 +260,7 @@ def test_auto_drafts_with_a_drafter_of_ones_own(
 
 @pytest.mark.parametrize("choice", ["argmax", "sample"])
 def test_log_probabilities_of_drafted_tokens(session: Session, choice: str) -> None:
-    """Whatever drafts, and whether drafts are accepted or not: the base's own, as from one pass over all of the text."""
+    """Whatever drafts, accepted or not: the base model's own, as from one pass over all of the text."""
     prompt = [3, 1, 4]
     strategy = Speculative(session.bundle, SamplingParameters(top_k=0, temperature=0.9, draft_choice=choice))
     session.cache.reset()

@@ -1,5 +1,7 @@
 """Otsu's threshold and the blur, each against the literal computation on the full grid."""
 
+import math
+
 import numpy as np
 import pytest
 from support import dense_dynamo as dense
@@ -13,15 +15,11 @@ def test_blur_routes_equal_the_full_grid(shape: tuple[int, ...]) -> None:
     for share in (0.02, 0.3, 1.0):
         grid = rng.random(shape) * (rng.random(shape) < share)
         grid[(0,) * len(shape)] = 0.7
-        ranks, cells, values = np.nonzero(grid), np.flatnonzero(grid), grid[grid > 0]
+        cells, values = np.flatnonzero(grid), grid[grid > 0]
         expected = dense.gaussian_blur(grid)
         expected = np.sort(expected[expected > 0])
-        box = tuple(min(int(top) + 2, size) for top, size in zip(map(np.max, ranks), shape, strict=True))
-        for found in (
-            thresholds.blurred_values(cells, values, shape),
-            thresholds._blur_sparse(cells, values, shape),
-            thresholds._blur_dense(ranks, values, box, shape),
-        ):
+        for dense_per_sparse in (thresholds.DENSE_PER_SPARSE, 0, math.inf):  # as it is chosen, and each of the routes
+            found = thresholds.blurred_values(cells, values, shape, dense_per_sparse=dense_per_sparse)
             assert np.allclose(np.sort(found), expected, rtol=1e-13)
         assert expected.sum() > 0
 

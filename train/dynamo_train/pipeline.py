@@ -18,7 +18,7 @@ from accelerate import PartialState
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, PreTrainedTokenizerFast
 
-from dynamo_model import DRAFTERS, MultiTokenModel, drafters_of, has_drafter
+from dynamo_model import DRAFTERS, drafters_of
 from dynamo_model.checkpoint import load_base
 from dynamo_runtime.corpus import is_held_out
 
@@ -160,7 +160,7 @@ def add_counts(job: Job, min_counts: list[int]) -> None:
         TrainingError: the folder is no multi-token checkpoint, or there is something about the text.
     """
     checkpoint = job.out
-    if not has_drafter(checkpoint, MultiTokenModel.kind):
+    if not drafters_of(checkpoint):
         raise TrainingError(f"'{checkpoint}' is not a multi-token checkpoint folder")
     streams, tokenizer = _streams_of(str(checkpoint), job)
     counts = cooccurrence.count_ngrams(

@@ -10,7 +10,7 @@ from dynamo_runtime import Engine
 from dynamo_runtime.bundle import DEFAULT_BUNDLE
 from dynamo_runtime.cli.arguments import add_backend, add_drafts, add_dynamo, add_sampling, backend, given_sampling
 from dynamo_runtime.registry import can_draft
-from dynamo_runtime.strategies import STRATEGIES, Autoregressive, Dynamo, refusal
+from dynamo_runtime.strategies import STRATEGIES, Autoregressive, Dynamo, read_by, refusal
 
 from ..errors import EvaluationError
 from ..prompts import fingerprint, load_prompts
@@ -92,6 +92,9 @@ def _work(args: argparse.Namespace) -> None:
     settings = curve(parse_thresholds(args.thresholds), ABLATION | READINGS if args.command == "ablation" else None)
     settings += [Setting(name, name) for name in dict.fromkeys(args.also)]
     settings, refused = possible(settings, multi.bundle, shared)
+    read = {name for setting in settings for name in read_by(setting.strategy, shared)}
+    if unread := sorted(set(given_sampling(args)) - read):
+        raise EvaluationError(f"no setting reads {unread[0]}: --also names strategies that do")
     for line in refused:
         note(f"left out, {line}")
     if resolved.greedy:

@@ -59,6 +59,8 @@ def _work(args: argparse.Namespace) -> None:
     given, thresholds = given_sampling(args), parse_thresholds(args.thresholds)
     sessions = [Session(bundle, backend(args)) for bundle in bundles]
     size, stride = _window(sessions, args)
+    if given and not (thresholds and any(map(Dynamo.fits, bundles))):
+        raise EvaluationError(f"{sorted(given)[0]} is for dynamic perplexities, and there are none here")
     for bundle in bundles:
         if Dynamo.fits(bundle):  # are the parameters any good?
             for threshold in thresholds:

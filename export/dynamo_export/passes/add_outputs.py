@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import ExportError
-from ..tail import JointHead, Tail
+from ..tail import Ahead, Tail
 from ..weights import WeightStore
 
 
@@ -20,7 +20,7 @@ class AddOutputs(ir.passes.InPlacePass):
         weight: np.ndarray,
         bias: np.ndarray | None,
         tied: bool,
-        joint: JointHead | None = None,
+        ahead: Ahead,
     ) -> None:
         """Takes what the trace leaves out.
 
@@ -30,7 +30,7 @@ class AddOutputs(ir.passes.InPlacePass):
             weight: The output embedding [vocab, hidden].
             bias: Its bias [vocab], or None.
             tied: Whether `weight` is the input embedding too.
-            joint: The joint head, if there is one.
+            ahead: What its further states become.
         """
         super().__init__()
         self.store = store
@@ -38,7 +38,7 @@ class AddOutputs(ir.passes.InPlacePass):
         self.weight = weight
         self.bias = bias
         self.tied = tied
-        self.joint = joint
+        self.ahead = ahead
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Adds the end to a graph whose first outputs are the states.
@@ -49,7 +49,7 @@ class AddOutputs(ir.passes.InPlacePass):
         tail = Tail(model, self.store, self.n_states, self.weight.shape[0])
         embedding = _input_embedding(model) if self.tied else tail.turned("lm_head.weight", self.weight)
         bias = None if self.bias is None else tail.constant("lm_head.bias", self.bias)
-        tail.build(embedding, self.tied, bias, self.joint)
+        tail.build(embedding, self.tied, bias, self.ahead)
         return ir.passes.PassResult(model, True)
 
 
