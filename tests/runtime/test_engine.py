@@ -1,27 +1,15 @@
 """Generation end to end on a real graph: strategies, limits, stops, prefix reuse, cancelling, statistics."""
 
-import copy
-import dataclasses
-import inspect
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support import dense_dynamo as dense
+from support.uncached import uncached_logits
 
-from dynamo_runtime import Autoregressive, Backend, Engine, ParameterError, PromptError, SamplingParameters, Session
-from dynamo_runtime.engine import StreamOptions
-from dynamo_runtime.parameters import SamplingOptions
-from dynamo_runtime.providers import BackendOptions
+from dynamo_runtime import Engine, ParameterError, PromptError, Session
 
 PROMPT = "def fib(n):\n    if n < 2:\n        return n\n"
-
-
-def uncached_logits(engine: Engine, tokens: list[int]) -> np.ndarray:
-    """Last rows of all heads, computed from nothing."""
-    engine.reset()
-    step = engine.session.step(tokens)
-    return np.stack([step.logits(head)[-1] for head in range(1, engine.bundle.topology.n_heads + 1)])
 
 
 def test_autoregressive_greedy_equals_the_argmax_of_whole_passes(engine: Engine) -> None:
@@ -310,145 +298,3 @@ def test_wrong_arguments_are_refused_before_anything_runs(engine: Engine) -> Non
         with pytest.raises(PromptError):
             engine.stream(prompt)
     assert engine.session.cache.length == 0
-
-
-@pytest.mark.parametrize(
-    ("strategy", "unread"),
-    [
-        ("auto", {"backoff_threshold": 0.5}),
-        ("auto", {"target_speedup": 1.5}),
-        ("autoregressive", {"draft_tokens": 2}),
-        ("autoregressive", {"target_speedup": 1.5}),
-        ("speculative", {"cooccurrence_weight": 0.0}),
-        ("speculative", {"first_token": "base"}),
-        ("dynamo", {"draft_choice": "sample"}),
-    ],
-)
-def test_a_parameter_that_the_strategy_does_not_read_is_an_error(engine: Engine, strategy: str, unread: dict) -> None:
-    (name,) = unread
-    with pytest.raises(ParameterError, match=f"strategy {strategy} does not read {name}: it is for "):
-        engine.stream(PROMPT, strategy=strategy, **unread)
-    if name != "target_speedup":  # here with the very value that it has by default
-        unread = {name: getattr(SamplingParameters(), name)}
-        with pytest.raises(ParameterError, match=f"strategy {strategy} does not read {name}"):
-            engine.stream(PROMPT, SamplingParameters(**unread), strategy=strategy)
-
-
-def test_what_nobody_named_is_never_an_error(copied, plain: Path) -> None:
-    """Neither the manifest's defaults, nor a field left as it is, nor what the bundle itself says."""
-    copied.edit(sampling={"backoff_threshold": 0.3, "draft_tokens": 1, "temperature": 0})
-    (copied.folder / "cooccurrence.npz").unlink()
-    copied.relist()
-    for engine in (Engine(copied.folder, threads=1), Engine(plain, threads=1)):
-        bundle = engine.bundle
-        again = dataclasses.replace(SamplingParameters(temperature=0.1), top_k=7)
-        for strategy in ("auto", "autoregressive", *(("dynamo", "speculative") if bundle.topology.parts else ())):
-            for given in (None, SamplingParameters(temperature=0), bundle.parameters({"temperature": 0.2}), again):
-                engine.stream(PROMPT, given, strategy=strategy, top_k=None, backoff_threshold=None)
-
-
-def test_named_is_what_was_named() -> None:
-    assert SamplingParameters().named == set()
-    assert SamplingParameters(backoff_threshold=0.5, top_k=3).named == {"backoff_threshold", "top_k"}
-    assert dataclasses.replace(SamplingParameters(top_k=3), temperature=0.2).named == {"top_k", "temperature"}
-    assert copy.deepcopy(SamplingParameters(top_k=50)).named == {"top_k"}
-    assert SamplingParameters(top_k=50) == SamplingParameters()
-
-
-def test_auto_refuses_what_would_do_nothing(copied, plain: Path) -> None:
-    """Where nothing can be drafted it decodes plainly, and says so to whoever named something of drafts."""
-    copied.edit(quantization={"scheme": "int8-dynamic", "lossless": False}, precision="int8-dynamic")
-    for engine in (Engine(plain, threads=1), Engine(copied.folder, threads=1)):
-        with pytest.raises(ParameterError, match="auto cannot draft on this bundle, so draft_tokens would do nothing"):
-            engine.stream(PROMPT, draft_tokens=1)
-        assert engine.generate(PROMPT, max_new_tokens=2).statistics.strategy == "autoregressive"
-    with pytest.raises(ParameterError, match="auto drafts nothing on this bundle: it takes no drafter"):
-        engine.stream(PROMPT, drafter="parallel")
-    with pytest.raises(ParameterError, match="unknown drafter 'psychic'"):
-        Engine(plain, threads=1).stream(PROMPT, drafter="psychic")
-
-
-def test_a_target_speedup_chooses_the_threshold_alone(engine: Engine) -> None:
-    for given in ({"backoff_threshold": 0.5}, {"parameters": SamplingParameters(backoff_threshold=0.5)}):
-        with pytest.raises(ParameterError, match="give one of them"):
-            engine.stream(PROMPT, strategy="dynamo", target_speedup=1.5, **given)
-
-
-def test_parameters_are_an_object_or_keywords(engine: Engine) -> None:
-    options = {"strategy": "autoregressive", "seed": 4, "max_new_tokens": 30, "ignore_eos": True}
-    keywords = engine.generate(PROMPT, temperature=1.1, top_k=9, top_p=0.9, **options)
-    engine.reset()
-    # What the object does not name is the paper's, not the bundle's: here both have a penalty of 1.1.
-    found = engine.generate(PROMPT, SamplingParameters(temperature=1.1, top_k=9, top_p=0.9), **options)
-    assert found.tokens == keywords.tokens
-    engine.reset()
-    found = engine.generate(PROMPT, SamplingParameters(temperature=0.2, top_p=0.9), temperature=1.1, top_k=9, **options)
-    assert found.tokens == keywords.tokens
-
-
-def test_an_object_replaces_the_bundles_defaults(copied) -> None:
-    copied.edit(sampling={"temperature": 5.0, "top_k": 2})
-    engine = Engine(copied.folder, threads=1)
-    options = {"strategy": "autoregressive", "seed": 4, "max_new_tokens": 30, "ignore_eos": True}
-    theirs = engine.generate(PROMPT, SamplingParameters(), **options).tokens
-    engine.reset()
-    assert engine.generate(PROMPT, temperature=0.7, top_k=50, **options).tokens == theirs
-    engine.reset()
-    assert engine.generate(PROMPT, **options).tokens != theirs
-
-
-def test_keywords_are_typed_completely() -> None:
-    """What editors complete is what there is."""
-    fields = {field.name for field in dataclasses.fields(SamplingParameters)}
-    assert set(SamplingOptions.__annotations__) == fields
-    assert set(BackendOptions.__annotations__) == {field.name for field in dataclasses.fields(Backend)}
-    named = set(inspect.signature(Engine.stream).parameters) - {"self", "prompt", "parameters", "sampling"}
-    assert set(StreamOptions.__annotations__) == named | fields
-
-
-def test_a_strategy_of_ones_own_has_its_own_parameters(engine: Engine) -> None:
-    own = Autoregressive(engine.bundle, SamplingParameters(temperature=0))
-    assert len(engine.generate(PROMPT, strategy=own, max_new_tokens=3, ignore_eos=True).tokens) == 3
-    for named in ({"temperature": 1.0}, {"parameters": SamplingParameters()}, {"drafter": "parallel"}):
-        with pytest.raises(ParameterError, match="a strategy of your own"):
-            engine.stream(PROMPT, strategy=own, **named)
-
-
-@pytest.mark.parametrize("strategy", ["autoregressive", "dynamo", "speculative", "auto"])
-def test_log_probabilities_are_the_base_models(engine: Engine, strategy: str) -> None:
-    """Of every token, in whatever way it came, as from passes over all of the text before it."""
-    options = {"strategy": strategy, "seed": 6, "max_new_tokens": 31, "ignore_eos": True, "temperature": 0.9}
-    if strategy == "dynamo":
-        options |= {"backoff_threshold": 0.2}
-    silent = engine.generate(PROMPT, **options)
-    assert silent.log_probabilities == []
-    engine.reset()
-    found = engine.generate(PROMPT, log_probabilities=True, **options)
-    assert found.tokens == silent.tokens  # asking changes nothing
-    assert found.statistics.steps == silent.statistics.steps
-    assert strategy != "dynamo" or found.statistics.tokens_per_pass > 1.3
-    context, expected = engine.encode(PROMPT), []
-    for token in found.tokens:
-        logits = uncached_logits(engine, context)[0].astype(np.float64)
-        expected.append(logits[token] - np.log(np.exp(logits - logits.max()).sum()) - logits.max())
-        context.append(token)
-    assert found.log_probabilities == pytest.approx(expected, abs=1e-4)
-
-
-def test_log_probabilities_end_with_the_text(multi: Path, engine: Engine) -> None:
-    """Where a stop, a limit or the context ends a text inside a step, and where the engine goes on afterwards."""
-    options = {"strategy": "dynamo", "seed": 3, "backoff_threshold": 0.0, "ignore_eos": True, "log_probabilities": True}
-    whole = engine.generate(PROMPT, max_new_tokens=30, **options)
-    for limit in (1, 2, 3, 5, 7):
-        engine.reset()
-        cut = engine.generate(PROMPT, max_new_tokens=limit, **options)
-        assert len(cut.log_probabilities) == len(cut.tokens) == limit
-        assert cut.log_probabilities == pytest.approx(whole.log_probabilities[:limit], abs=1e-4)
-    engine.reset()
-    stopped = engine.generate(PROMPT, max_new_tokens=30, stop=whole.text[10:13], **options)
-    assert len(stopped.log_probabilities) == len(stopped.tokens) < 30
-    after = engine.generate(PROMPT, max_new_tokens=30, **options)
-    assert after.tokens == whole.tokens
-    short = Engine(multi, threads=1, max_length=30)
-    full = short.generate(list(range(20, 40)), max_new_tokens=None, **options)
-    assert full.finish_reason == "context" and len(full.log_probabilities) == len(full.tokens) == 11
