@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import sys
 from collections.abc import Sequence
 
 from dynamo_runtime.cli.arguments import Parser, add_version
+from dynamo_runtime.cli.ending import INTERRUPTED, fail, nobody_reads
 from dynamo_runtime.errors import DynamoError
 
 from .commands import COMMANDS
 from .commands.command import PROG
-
-_INTERRUPTED, _BROKEN_PIPE = 130, 141  # as a shell reports the signals
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,16 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         COMMANDS[args.command].run(args)
         return 0
     except DynamoError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 1
+        return fail(PROG, error)
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted; the same command goes on from what its results file has kept", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:
-        # Nobody reads any more: no complaint, and none from the interpreter's last flush either.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
+        return nobody_reads()
 
 
 if __name__ == "__main__":

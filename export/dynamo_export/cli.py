@@ -82,7 +82,9 @@ def _run(arguments: argparse.Namespace, name: str) -> None:
         if given:
             raise WriteError(f"--{given[0].replace('_', '-')} is settled in a bundle: export the checkpoint again")
         if scheme is None:
-            raise WriteError(f"{arguments.model} is a bundle already: choose a scheme with --quantize")
+            raise WriteError(
+                f"{arguments.model} is a bundle already: choose a scheme with --quantize, or use dynamo-quantize"
+            )
         line = quantization.command_line(arguments.model, graph, scheme, arguments)
         print(f"{name}: note: quantizing a bundle has a command of its own:\n{line}", file=sys.stderr)
         quantization.quantize(arguments.model, graph, scheme, arguments)

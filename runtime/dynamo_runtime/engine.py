@@ -191,6 +191,8 @@ class Engine:
         if "" in stops:
             raise ParameterError("a stop string must not be empty")
         tokens = self.encode(prompt)
+        if parameters is not None and not isinstance(parameters, SamplingParameters):
+            raise ParameterError(f"parameters must be SamplingParameters, not a {type(parameters).__name__}")
         named = {name: value for name, value in sampling.items() if value is not None}
         if target_speedup is not None:
             named[TARGET_SPEEDUP] = target_speedup

@@ -71,7 +71,5 @@ def make_drafter(bundle: Holder, parameters: SamplingParameters, drafter: str | 
     else:
         raise ParameterError(f"unknown drafter {name!r}: there are {', '.join(DRAFTERS)}")
     if parameters.draft_tokens > made.depth and "draft_tokens" in parameters.named:
-        raise ParameterError(
-            f"draft_tokens must be from 1 to {made.depth} for this bundle, not {parameters.draft_tokens}"
-        )
+        raise ParameterError(f"draft_tokens must be from 0 (all) to {made.depth} here, not {parameters.draft_tokens}")
     return made

@@ -134,6 +134,8 @@ def wrong_inputs(pair: Any, folder: Path) -> list[tuple[list[str], str]]:
     return [
         (["generate", "nowhere", *out], "nowhere does not exist"),
         (["generate", plain, *out], "strategy dynamo needs a graph with several heads"),
+        (["generate", multi, *out, "--draft-tokens", "1"], "no setting reads draft_tokens"),
+        (["perplexity", plain, "--temperature", "1"], "temperature is for dynamic perplexities"),
         (["generate", multi, "--plain", multi, *out], "is not a plain bundle: export one with --heads 0"),
         (["generate", multi, "--seeds", "1", *out], "--seeds must be at least 2"),
         (["generate", multi, "--template", "x", *out], "{prompt}"),

@@ -171,6 +171,8 @@ def test_verify_finds_a_changed_byte(copied, capsys, name: str) -> None:
         (["--max-length", "100000"], "max_length"),
         (["--compare", "--compare-with", "/nowhere.onnx"], "/nowhere.onnx does not exist"),
         (["--compare", "--repeats", "0"], "repeats"),
+        (["--repeats", "2"], "are for --compare"),
+        (["--compare-with", "x"], "are for --compare"),
     ],
 )
 def test_bad_flags(multi: Path, capsys, arguments: list[str], message: str) -> None:

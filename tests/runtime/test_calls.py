@@ -91,6 +91,12 @@ def test_parameters_are_an_object_or_keywords(engine: Engine) -> None:
     assert found.tokens == keywords.tokens
 
 
+def test_parameters_of_another_type_are_refused(engine: Engine) -> None:
+    for wrong in ({"temperature": 0}, "dynamo"):
+        with pytest.raises(ParameterError, match="parameters must be SamplingParameters, not a"):
+            engine.stream(PROMPT, wrong)  # type: ignore[arg-type]
+
+
 def test_an_object_replaces_the_bundles_defaults(copied) -> None:
     copied.edit(sampling={"temperature": 5.0, "top_k": 2})
     engine = Engine(copied.folder, threads=1)

@@ -204,3 +204,16 @@ def test_help_needs_no_torch(arguments: list[str]) -> None:
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_missing_extra_is_one_line(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from dynamo_train.train import main\n"
+        f"sys.exit(main(['heads', 'base', '--data', 'text', '--steps', '1', '--out', {str(tmp_path / 'out')!r}]))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "dynamo-train: error: this needs torch: pip install 'dynamo-edge[cpu,train]'\n"
+    assert not list(tmp_path.iterdir())

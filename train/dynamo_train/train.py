@@ -25,6 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     except (TrainingError, CheckpointError, OSError) as error:
         print(f"dynamo-train: error: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        print(f"dynamo-train: error: this needs {error.name}: pip install 'dynamo-edge[cpu,train]'", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("dynamo-train: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -16,6 +16,7 @@ from ..profiling.measure import FULL, QUICK, Progress, measure
 from ..profiling.report import compare, summary, to_csv
 from ..registry import can_draft
 from .arguments import Parser, add_backend, add_version, backend
+from .ending import INTERRUPTED, fail, nobody_reads
 
 PROG = "dynamo-profile"
 
@@ -68,10 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _compare(args) if args.compare else _profile(args)
     except DynamoError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 1
+        return fail(PROG, error)
+    except BrokenPipeError:
+        return nobody_reads()
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -114,7 +116,6 @@ def _profile(args: argparse.Namespace) -> int:
     with _progress(args.quick) as progress:
         effort = QUICK if args.quick else FULL
         profile = measure(bundle, running, effort=effort, prompts=prompts, plain=plain, progress=progress)
-    print(summary(profile))
     if args.json:
         profile.save(args.json)
     if args.csv:
@@ -127,6 +128,7 @@ def _profile(args: argparse.Namespace) -> int:
         print(f"{PROG}: kept for dynamo-run in {path}", file=sys.stderr)
     elif not args.no_keep:
         print(f"{PROG}: not kept for dynamo-run, as it was measured with settings of its own", file=sys.stderr)
+    print(summary(profile))  # last, as nobody may read it to its end
     return 0
 
 

@@ -1,7 +1,6 @@
 """`dynamo-run`: stream the continuation of a prompt from a bundle."""
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import statistics
@@ -28,10 +27,11 @@ from .arguments import (
     backend,
     given_sampling,
 )
+from .ending import INTERRUPTED, fail, nobody_reads
 
 PROG = "dynamo-run"
+_REPEATS = 3
 SAMPLE_PROMPT = "class Stack:\n    def __init__(self):\n"
-_INTERRUPTED, _BROKEN_PIPE = 130, 141  # as a shell reports the signals
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         "bundle",
         nargs="?",
         help="ONNX file of a bundle, or its folder (default: the model of Python source code "
-        "that ships with the package)",
+        "that ships with the package); a single argument that is no path is the prompt",
     )
     parser.add_argument("prompt", nargs="?", help="text to continue; - reads it from stdin")
     parser.add_argument("-m", "--model", metavar="BUNDLE", help="the bundle, in place of the first argument")
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compare-with", metavar="PLAIN", help="plain bundle (exported with --heads 0); with --compare"
     )
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs a side for --compare (default: 3)")
+    parser.add_argument("--repeats", type=int, metavar="N", help=f"runs a side for --compare (default: {_REPEATS})")
     add_backend(parser)
     add_version(parser)
     return parser
@@ -89,26 +89,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(args)
     except DynamoError as error:
-        return _fail(str(error))
+        return fail(PROG, error)
     except BrokenPipeError:
-        # Nobody reads any more: no complaint, and none from the interpreter's last flush either.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
+        return nobody_reads()
     except OSError as error:
-        return _fail(f"cannot write the text: {error}")
+        return fail(PROG, f"cannot write the text: {error}")
     except KeyboardInterrupt:
-        return _INTERRUPTED
-
-
-def _fail(message: str) -> int:
-    print(f"{PROG}: error: {message}", file=sys.stderr)
-    return 1
+        return INTERRUPTED
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.repeats < 1:
-        raise PromptError(f"repeats must be at least 1, not {args.repeats}")
+    if not args.compare and (args.compare_with is not None or args.repeats is not None):
+        raise PromptError("--compare-with and --repeats are for --compare")
+    repeats = _REPEATS if args.repeats is None else args.repeats
+    if repeats < 1:
+        raise PromptError(f"repeats must be at least 1, not {repeats}")
     path, prompt = _bundle_and_prompt(args)
     prompt = _read_stdin() if prompt == "-" else prompt
     sampling = given_sampling(args)
@@ -128,13 +123,13 @@ def _run(args: argparse.Namespace) -> int:
         print(file=sys.stderr)
     print(stream.statistics.line(), file=sys.stderr)
     if interrupted:
-        return _INTERRUPTED
+        return INTERRUPTED
     if plain is not None:
         # The plain side gets the same parameters, whatever defaults its own bundle has.
         parameters = dataclasses.asdict(engine.bundle.parameters(sampling))
         theirs = options | read_by(Autoregressive.name, parameters)
         plainly = Side(plain, Autoregressive.name, theirs)
-        print(_compare(Side(engine, args.strategy, ours), plainly, prompt, args.repeats), file=sys.stderr)
+        print(_compare(Side(engine, args.strategy, ours), plainly, prompt, repeats), file=sys.stderr)
     return 0
 
 
