@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dynamo_runtime.names import ATTENTION_MASK, INPUT_IDS, PAST, PRESENT, caches
+
 from .attention import Emitter, LayerAttention, PassThroughCache, emitting, probe_attention
 from .errors import ExportError
 from .exported import Exported
@@ -185,10 +187,11 @@ def trace(subject: Subject) -> tuple[ir.Model, WeightStore]:
 def _name_ends(model: ir.Model, n_states: int) -> None:
     """Gives inputs and outputs the names of the contract."""
     graph = model.graph
-    for value, name in zip(graph.inputs[:2], ("input_ids", "attention_mask"), strict=True):
+    for value, name in zip(graph.inputs[:2], (INPUT_IDS, ATTENTION_MASK), strict=True):
         value.name = name
-    for i, value in enumerate(graph.inputs[2:]):
-        value.name = f"past_key_values.{i // 2}.{('key', 'value')[i % 2]}"
-    for i, value in enumerate(graph.outputs):
-        j = i - n_states
-        value.name = f"states_{i + 1}" if j < 0 else f"present.{j // 2}.{('key', 'value')[j % 2]}"
+    layers = range(len(graph.inputs[2:]) // 2)
+    for value, name in zip(graph.inputs[2:], caches(PAST, layers), strict=True):
+        value.name = name
+    states = [f"states_{i + 1}" for i in range(n_states)]
+    for value, name in zip(graph.outputs, [*states, *caches(PRESENT, layers)], strict=True):
+        value.name = name

@@ -14,6 +14,7 @@ from dynamo_graph.initializers import sizes
 from dynamo_graph.walk import attentions
 from dynamo_graph.write import write_model
 from dynamo_runtime.bundle import Bundle
+from dynamo_runtime.names import ATTENTION_MASK, INPUT_IDS, PAST, caches
 from dynamo_runtime.providers import import_onnxruntime
 from dynamo_runtime.session import Session
 
@@ -81,11 +82,11 @@ def _feed(bundle: Bundle, tokens: Sequence[int]) -> dict[str, np.ndarray]:
     length = len(tokens)
     cache = np.zeros((1, bundle.kv_heads, length, bundle.head_size), np.float32)
     feed: dict[str, np.ndarray] = {
-        "input_ids": np.array([tokens], np.int64),
-        "attention_mask": np.ones((1, length), np.int64),
+        INPUT_IDS: np.array([tokens], np.int64),
+        ATTENTION_MASK: np.ones((1, length), np.int64),
     }
-    feed |= {f"past_key_values.{i}.{part}": cache for i in range(bundle.kv_layers) for part in ("key", "value")}
-    return feed | ({"head_rows": np.arange(length)} if bundle.topology.has_head_rows else {})
+    feed |= dict.fromkeys(caches(PAST, range(bundle.kv_layers)), cache)
+    return feed | dict.fromkeys(bundle.topology.inputs, np.arange(length))
 
 
 def cache_ranges(

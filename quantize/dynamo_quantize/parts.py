@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from dynamo_graph.initializers import is_weight, sizes
 from dynamo_graph.walk import attentions, upstream
+from dynamo_runtime.names import INPUT_IDS, LOGITS
 
 from .errors import QuantizeError
 from .schemes import Part
@@ -79,7 +80,7 @@ def find_products(model: ir.Model, kv_layers: int) -> list[Product]:
     layers = dict(attentions(model))
     if sorted(layers) != list(range(kv_layers)):
         raise QuantizeError(f"the graph has attention layers {sorted(layers)} where {kv_layers} are expected")
-    output = next((node for node in upstream(outputs["logits"]) if node in products), None)
+    output = next((node for node in upstream(outputs[LOGITS]) if node in products), None)
     if output is None or output.op_type == "Gather":
         raise QuantizeError("there is no product with an output embedding before the graph's logits")
     first_state = output.inputs[0]
@@ -116,7 +117,7 @@ def _weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
             transposed = bool(given.pop("transB", 0))
             if given.pop("alpha", 1.0) != 1.0 or any(given.values()):
                 return None
-    elif node.op_type == "Gather" and node.inputs[1] is not None and node.inputs[1].name == "input_ids":
+    elif node.op_type == "Gather" and node.inputs[1] is not None and node.inputs[1].name == INPUT_IDS:
         weight, transposed = node.inputs[0], True
     else:
         return None

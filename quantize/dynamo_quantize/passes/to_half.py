@@ -8,11 +8,13 @@ import onnx_ir as ir
 from dynamo_graph.initializers import is_weight, lazy_tensor
 from dynamo_graph.nodes import insert_behind, make, stand_in
 from dynamo_graph.walk import downstream, is_cache
+from dynamo_runtime.names import OUTPUTS, PENULTIMATE
 
 from ..errors import QuantizeError
 from ..parts import Product
 
 HALF = ir.DataType.FLOAT16
+_COMMON = {*OUTPUTS, PENULTIMATE}
 
 
 class ToHalf(ir.passes.InPlacePass):
@@ -36,9 +38,9 @@ class ToHalf(ir.passes.InPlacePass):
         if self.output.weight.dtype == HALF:
             return ir.passes.PassResult(model, False)
         graph = model.graph
-        gates = [node for node in graph if node.op_type == "LogSoftmax"]
-        # Where 16 bits end.
-        ends = [value for value in (self.output.node.outputs[0], *(gate.inputs[0] for gate in gates)) if value]
+        # Where 16 bits end: behind the output embedding, and before whatever is put out besides logits and states.
+        makers = [value.producer() for value in graph.outputs if value.name not in _COMMON and not is_cache(value)]
+        ends = [value for value in (self.output.node.outputs[0], *(node.inputs[0] for node in makers if node)) if value]
         full = downstream(*ends)
         stays = {value for node in full for value in node.inputs if is_weight(value)}
         for value in list(graph.initializers.values()):
