@@ -21,7 +21,7 @@ from .tail import Tail
 
 
 class Exported:
-    """A base, and what was put on it; this class itself adds nothing to the base, and a subclass what it adds.
+    """A base, and what was put on it; this class itself is the plain export, and a subclass says what it adds.
 
     The two static methods are about a bundle, which is compared when the model is no longer in memory.
 
@@ -31,7 +31,7 @@ class Exported:
         drafter: The model around it that predicts further tokens, or None.
     """
 
-    kind: ClassVar[str]
+    kind: ClassVar[str] = Plain.kind
     drafter: Any
 
     def __init__(self, base: PreTrainedModel, drafter: Any) -> None:
@@ -41,7 +41,7 @@ class Exported:
     @property
     def topology(self) -> Topology:
         """What the bundle's manifest will say of it."""
-        raise NotImplementedError
+        return Plain()
 
     @property
     def layered(self) -> nn.Module:
@@ -146,14 +146,3 @@ class Exported:
     def runs(session: Session, case: Case) -> Iterator[tuple[str, list[Passed]]]:
         """Ways of running a case that only such a bundle has, by name."""
         return iter(())
-
-
-class ExportedPlain(Exported):
-    """The base alone."""
-
-    kind = Plain.kind
-
-    @property
-    def topology(self) -> Topology:
-        """See `Exported`."""
-        return Plain()

@@ -6,13 +6,13 @@ from transformers import PreTrainedModel
 
 from dynamo_model import DrafterModel
 
-from .exported import Exported, ExportedPlain
+from .exported import Exported
 from .joint import ExportedJoint
 from .look_ahead import ExportedLookAhead
 from .parallel import ExportedParallel
 
 EXPORTS: dict[str, type[Exported]] = {
-    each.kind: each for each in (ExportedPlain, ExportedParallel, ExportedJoint, ExportedLookAhead)
+    each.kind: each for each in (Exported, ExportedParallel, ExportedJoint, ExportedLookAhead)
 }
 """By the kind of the drafter; a base without one is plain."""
 
@@ -27,5 +27,5 @@ def exported(base: PreTrainedModel, drafter: DrafterModel | None) -> Exported:
         base: The transformers language model.
         drafter: The model around it that predicts further tokens, or None for the plain export.
     """
-    kind = ExportedPlain.kind if drafter is None else drafter.kind
+    kind = Exported.kind if drafter is None else drafter.kind
     return EXPORTS[kind](base, drafter)
