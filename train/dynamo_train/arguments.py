@@ -30,6 +30,7 @@ def add_job(parser: argparse.ArgumentParser, *, out: bool = True) -> None:
     if out:
         parser.add_argument("--out", type=Path, required=True, help="new folder for the result")
     parser.add_argument("--work", type=Path, help="tokens and checkpoints (default: beside the result)")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from, all of it")
 
 
 def job_of(arguments: argparse.Namespace) -> Job:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from dynamo_model import DrafterModel
+from dynamo_model.sources import Checkpoint
 
 from .loop import Recipe
 from .objective import Objective
@@ -25,11 +26,11 @@ class NewDrafter(ABC):
     freezes_base: ClassVar[bool] = False
 
     @abstractmethod
-    def objective(self, base: str, recipe: Recipe) -> Objective:
+    def objective(self, base: Checkpoint, recipe: Recipe) -> Objective:
         """The drafter on a base, with the losses it is trained by.
 
         Args:
-            base: folder or Hub id of the base.
+            base: the base, and what lies beside it.
             recipe: of the training.
 
         Raises:

@@ -14,6 +14,7 @@ from torch.nn import LinearCrossEntropyOptions
 
 from dynamo_model import CPModel
 from dynamo_model.parallel import scale_gradient
+from dynamo_model.sources import Checkpoint
 
 from .drafter import NewDrafter
 from .loop import Recipe
@@ -37,7 +38,7 @@ class JointHead(NewDrafter):
     model = CPModel
     title = "Joint head (CP)"
 
-    def objective(self, base: str, recipe: Recipe) -> JointCLM:
+    def objective(self, base: Checkpoint, recipe: Recipe) -> JointCLM:
         """See :class:`NewDrafter`."""
         model = CPModel.from_base(base, n_tokens=self.n_tokens, rank=self.rank)
         return JointCLM(model, self.balance, recipe.freeze_base, recipe.shared_gradient_scale)

@@ -16,6 +16,7 @@ from torch.nn import LinearCrossEntropyOptions
 from transformers import DynamicCache
 
 from dynamo_model import LookAheadModel
+from dynamo_model.sources import Checkpoint
 
 from .drafter import NewDrafter
 from .errors import TrainingError
@@ -39,7 +40,7 @@ class LookAheadEmbeddings(NewDrafter):
     title = "Look-ahead embeddings (PaSS)"
     freezes_base = True
 
-    def objective(self, base: str, recipe: Recipe) -> LookAheadCLM:
+    def objective(self, base: Checkpoint, recipe: Recipe) -> LookAheadCLM:
         """See :class:`NewDrafter`; a base that attends to fewer tokens than the recipe's sequences is refused."""
         model = LookAheadModel.from_base(base, n_look_ahead=self.n_look_ahead)
         window = getattr(model.config, "sliding_window", None)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dynamo_model import MultiTokenModel
 from dynamo_model.parallel import scale_gradient
+from dynamo_model.sources import Checkpoint
 
 from .drafter import NewDrafter
 from .loop import Recipe
@@ -27,7 +28,7 @@ class TokenHeads(NewDrafter):
     model = MultiTokenModel
     title = "Heads"
 
-    def objective(self, base: str, recipe: Recipe) -> ModifiedCLM:
+    def objective(self, base: Checkpoint, recipe: Recipe) -> ModifiedCLM:
         """See :class:`NewDrafter`."""
         model = MultiTokenModel.from_base(base, n_heads=self.n_heads)
         return ModifiedCLM(model, recipe.shared_gradient_scale, recipe.freeze_base)

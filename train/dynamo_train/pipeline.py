@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedTokenizerFast
 
 from dynamo_model import DRAFTERS, drafters_of
-from dynamo_model.checkpoint import load_base
+from dynamo_model.checkpoint import load_base, load_tokenizer, stored_dtype
+from dynamo_model.sources import Checkpoint, find_checkpoint
 from dynamo_runtime.corpus import is_held_out
 
 from . import cooccurrence
@@ -117,7 +118,7 @@ def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe) -> N
     """Put a drafter on a base, train it, and write both; drafters beside a frozen base are taken along.
 
     Args:
-        base: folder or Hub id of the base.
+        base: the base, see :func:`dynamo_model.sources.find_checkpoint`.
         job: text and folders.
         drafter: what is put on it.
         recipe: of the training; ``freeze_base`` leaves the base bit-identical.
@@ -129,9 +130,10 @@ def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe) -> N
     _refuse_existing(job.out)
     if drafter.freezes_base:
         recipe = replace(recipe, freeze_base=True)
-    streams, tokenizer = _streams_of(base, job)
+    checkpoint = find_checkpoint(base)
+    streams, tokenizer = _streams_of(checkpoint, job)
     torch.manual_seed(recipe.seed)
-    objective = drafter.objective(base, recipe)
+    objective = drafter.objective(checkpoint, recipe)
     model: Any = objective.model
     context = model.config.max_position_embeddings
     if recipe.length > context:
@@ -141,11 +143,12 @@ def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe) -> N
         with _new_folder(job.out, job.work) as folder:
             if recipe.freeze_base:
                 for file in (*(each.file for each in DRAFTERS.values()), cooccurrence.FILE):
-                    if (Path(base) / file).is_file():
-                        shutil.copyfile(Path(base) / file, folder / file)
+                    if beside := checkpoint.file(file):
+                        shutil.copyfile(beside, folder / file)
+                model.base.to(stored_dtype(checkpoint))  # from which it came, so that no bit changes
             model.save(folder)
             tokenizer.save_pretrained(folder)
-            stages = read_record(Path(base)) | {model.command: _stage(streams, recipe, objective, outcome)}
+            stages = read_record(checkpoint) | {model.command: _stage(streams, recipe, objective, outcome)}
             _write_record(folder, stages)
 
 
@@ -162,7 +165,7 @@ def add_counts(job: Job, min_counts: list[int]) -> None:
     checkpoint = job.out
     if not drafters_of(checkpoint):
         raise TrainingError(f"'{checkpoint}' is not a multi-token checkpoint folder")
-    streams, tokenizer = _streams_of(str(checkpoint), job)
+    streams, tokenizer = _streams_of(find_checkpoint(checkpoint), job)
     counts = cooccurrence.count_ngrams(
         streams.train,
         len(min_counts),
@@ -190,20 +193,17 @@ def convert(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
-def read_record(checkpoint: Path) -> dict[str, Any]:
+def read_record(name: str | Path | Checkpoint) -> dict[str, Any]:
     """The stages that a checkpoint went through, by name; empty if it does not say."""
-    path = checkpoint / RECORD_FILE
-    return json.loads(path.read_text()) if path.is_file() else {}
+    path = find_checkpoint(name).file(RECORD_FILE)
+    return json.loads(path.read_text()) if path is not None else {}
 
 
-def _streams_of(name: str, job: Job) -> tuple[TokenStreams, Any]:
+def _streams_of(checkpoint: Checkpoint, job: Job) -> tuple[TokenStreams, Any]:
     """The corpus in the tokens of an existing model, and its tokenizer."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"no tokenizer in '{name}'") from error
+    tokenizer = load_tokenizer(checkpoint)
     if tokenizer.eos_token_id is None:
-        raise TrainingError(f"the tokenizer of '{name}' has no end-of-text token to put between documents")
+        raise TrainingError(f"the tokenizer of '{checkpoint.name}' has no end-of-text token to put between documents")
     with PartialState().main_process_first():
         backend, end_id = tokenizer.backend_tokenizer, tokenizer.eos_token_id
         return tokenize_corpus(job.source, backend, end_id, job.held_out_percent, job.work / "tokens"), tokenizer

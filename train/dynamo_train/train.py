@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import traceback
 from dataclasses import fields
 from pathlib import Path
 
 from dynamo_model import CheckpointError
 from dynamo_runtime.cli.arguments import add_version
+from dynamo_runtime.errors import DynamoError
 
 from .arguments import add_job, add_rate, add_recipe, count, job_of, recipe_of, work_of
 from .errors import TrainingError
@@ -22,16 +24,25 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         arguments.run(arguments)
-    except (TrainingError, CheckpointError, OSError) as error:
-        print(f"dynamo-train: error: {error}", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        print(f"dynamo-train: error: this needs {error.name}: pip install 'dynamo-edge[cpu,train]'", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("dynamo-train: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except Exception as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"dynamo-train: error: {_one_line(error)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    """What there is to say of an error: ours say it all, those of other libraries only what they are."""
+    said = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError):
+        return f"this needs {error.name}: pip install 'dynamo-edge[cpu,train]'"
+    if isinstance(error, TrainingError | CheckpointError | DynamoError | OSError):
+        return said
+    return f"{type(error).__name__}: {said[:300]} (nobody expected this: --debug shows where it comes from)"
 
 
 def _base(arguments: argparse.Namespace) -> None:
@@ -72,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="dynamo-train", description="Turn a base language model into a multi-token one (DynaMo)."
     )
     add_version(parser)
+    parser.set_defaults(debug=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     base = commands.add_parser("base", help="train a tokenizer and a small GPT-NeoX base from scratch")
@@ -87,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, drafter in DRAFTERS.items():
         command = commands.add_parser(name, help=drafter.help)
-        command.add_argument("base", help=f"folder or Hub id of the base model{drafter.base_help}")
+        command.add_argument(
+            "base", help=f"the base model: a folder, a GGUF file, a Hub id, or smollm2{drafter.base_help}"
+        )
         add_job(command)
         drafter.add_arguments(command)
         command.set_defaults(run=_drafter, drafter=drafter)

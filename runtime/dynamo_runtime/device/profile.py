@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
+from ..cache import cache_folder
 from ..errors import ProfileError
 from ..files import write_whole
 from ..interval import Interval
@@ -327,16 +327,9 @@ def _read(kind: Any, value: Any) -> Any:
 
 
 def profiles_folder() -> Path:
-    """Where profiles are kept: `DYNAMO_PROFILES`, or the user's cache folder."""
-    if given := os.environ.get(PROFILES):
-        return Path(given)
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library/Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "dynamo-edge" / "profiles"
+    """Where profiles are kept: `DYNAMO_PROFILES`, or a folder of the cache."""
+    given = os.environ.get(PROFILES)
+    return Path(given) if given else cache_folder() / "profiles"
 
 
 def cached_path(device_key: str, bundle: Bundle, threads: int | None) -> Path:
