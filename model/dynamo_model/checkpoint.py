@@ -73,7 +73,11 @@ def load_base(name: str | Path | Checkpoint, dtype: torch.dtype = torch.float32)
     _check_complete(checkpoint, info)
     if hasattr(base, "hf_quantizer"):
         _forget_quantization(base, dtype)
-    return base if checkpoint.adapter is None else _merged(base, checkpoint.adapter)
+    if checkpoint.adapter is not None:
+        base = _merged(base, checkpoint.adapter)
+    if odd := [key for key, parameter in base.named_parameters() if not parameter.isfinite().all()]:
+        raise CheckpointError(f"'{checkpoint.name}' has values that are not finite numbers in {_some(odd)}")
+    return base
 
 
 def load_tokenizer(name: str | Path | Checkpoint) -> Any:

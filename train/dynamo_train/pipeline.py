@@ -131,13 +131,13 @@ def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe) -> N
     if drafter.freezes_base:
         recipe = replace(recipe, freeze_base=True)
     checkpoint = find_checkpoint(base)
-    streams, tokenizer = _streams_of(checkpoint, job)
     torch.manual_seed(recipe.seed)
-    objective = drafter.objective(checkpoint, recipe)
+    objective = drafter.objective(checkpoint, recipe)  # first: what cannot be trained is said before any work
     model: Any = objective.model
     context = model.config.max_position_embeddings
     if recipe.length > context:
         raise TrainingError(f"sequences of {recipe.length} do not fit the base's context of {context} tokens")
+    streams, tokenizer = _streams_of(checkpoint, job)
     outcome = train(objective, streams, recipe, job.work / "run")
     if PartialState().is_main_process:
         with _new_folder(job.out, job.work) as folder:
