@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from dynamo_model import CPModel, LookAheadModel, MultiTokenModel
@@ -70,6 +71,19 @@ def test_heads_and_counts_on_a_base(base: Path, data: list[str], tmp_path: Path)
     }
     with np.load(out / "cooccurrence.npz") as counts:
         assert counts["totals"][0] == record["heads"]["corpus"]["train_tokens"]
+
+
+def test_a_frozen_bf16_base_stays_bf16(base: Path, data: list[str], tmp_path: Path) -> None:
+    """Training computes in fp32, and what it did not touch is written as it was, bit by bit."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    half = tmp_path / "bf16"
+    model.to(torch.bfloat16).save_pretrained(half)
+    tokenizer.save_pretrained(half)
+    assert main(["heads", str(half), *data, "--out", str(tmp_path / "t3"), "--freeze-base", *SMALL]) == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (half, tmp_path / "t3"))
+    assert before.keys() == after.keys() and {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((tmp_path / "t3" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_drafters_gather_beside_a_frozen_base(base: Path, data: list[str], tmp_path: Path) -> None:
