@@ -42,7 +42,7 @@ from dynamo_export import export_bundle
 from dynamo_quantize.gates import Samples, measure
 from dynamo_quantize.quantize import write_bundle
 from dynamo_quantize.schemes import Options, Part, resolve
-from dynamo_quantize.texts import pieces
+from dynamo_quantize.texts import OWN, pieces
 from dynamo_runtime import ALL, Bundle, Engine, load_bundle
 
 PAST, WIDEST = 512, 6
@@ -306,8 +306,8 @@ def samples_for(bundle: Bundle, texts: int, meaningful: bool) -> Samples:
     """Held-out text: for the random model only what the widths need."""
     widths = pieces(bundle, None, 24 if meaningful else 4, 64, held_out=True)
     if not meaningful:
-        return Samples(widths[:1], widths, [], 0)
-    return Samples(pieces(bundle, None, texts, 512, held_out=True), widths, [], 0)
+        return Samples(OWN, widths[:1], widths, [], 0)
+    return Samples(OWN, pieces(bundle, None, texts, 512, held_out=True), widths, [], 0)
 
 
 def main() -> int:

@@ -77,12 +77,14 @@ def add_quantization(parser: argparse.ArgumentParser, scheme: str, **settings: A
         group.add_argument(
             "--calibration",
             metavar="TEXT",
-            help="a folder of text files, a text file or a .jsonl file (default: Python's standard library)",
+            help="a folder of text files, a text file or a .jsonl file (default: what the model itself answers to "
+            "questions of ours, where it has a chat template, else Python's standard library)",
         ),
         group.add_argument(
             "--gate-text",
             metavar="TEXT",
-            help="what the gates run on (default: the part of the standard library that training holds out)",
+            help="what the gates run on (default: its answers to other questions, else the part of the standard "
+            "library that training holds out)",
         ),
         group.add_argument(
             "--max-perplexity-loss", type=float, metavar="PERCENT", help="over fp32, of the quality gate"

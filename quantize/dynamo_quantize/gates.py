@@ -19,15 +19,18 @@ from dynamo_graph.branches import pass_bytes
 from dynamo_graph.read import read_model
 from dynamo_runtime import Engine
 from dynamo_runtime.bundle import Bundle
-from dynamo_runtime.scoring import Scores, score_texts
+from dynamo_runtime.scoring import Scores, score_window
 from dynamo_runtime.session import Session
 from dynamo_runtime.step import ALL
 from dynamo_runtime.strategies import refusal
 
+from .conversations import GREEDY as ANSWERING
+from .conversations import SENTENCE_TOKENS, first_sentences
 from .memory import peak_memory
 from .schemes import Limits
 
 RESAMPLES = 2000
+ANSWERS = "answers"
 GREEDY: dict[str, Any] = {"strategy": "speculative", "temperature": 0.0, "repetition_penalty": 1.0}
 STRATEGIES: dict[str, dict[str, Any]] = {"speculative": GREEDY, "dynamo": {"strategy": "dynamo"}}
 
@@ -37,16 +40,24 @@ class Samples:
     """Real text for the gates, as tokens.
 
     Attributes:
+        name: What text it is.
         texts: For quality.
         widths: For width: shorter, as they are run many times.
         prompts: For acceptance.
         new_tokens: Written behind each prompt.
+        starts: Of each of `texts`, the first position that is judged; all of them where there are none.
+        questions: Prompts of a chat model, to compare first sentences.
+        answers: What the bundle in full precision answers, greedily.
     """
 
+    name: str
     texts: Sequence[Sequence[int]]
     widths: Sequence[Sequence[int]]
     prompts: Sequence[Sequence[int]]
     new_tokens: int
+    starts: Sequence[int] = ()
+    questions: Sequence[Sequence[int]] = ()
+    answers: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ class Measured:
         bundle_bytes: All files.
         pass_bytes: Weights that a pass over one token reads.
         peak_bytes: See `peak_memory`.
+        sentences: The first of every answer.
     """
 
     scores: Scores
@@ -77,6 +89,7 @@ class Measured:
     bundle_bytes: int
     pass_bytes: int
     peak_bytes: int | None
+    sentences: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,7 @@ class Row:
     """One line of the table.
 
     Attributes:
-        gate: "width", "quality", "acceptance" or "size".
+        gate: "width", "quality", `ANSWERS`, "acceptance" or "size".
         figure: What was measured.
         reference: Of the bundle in full precision; NaN where it has none.
         value: Of the quantized bundle.
@@ -113,7 +126,9 @@ def measure(bundle: Bundle, samples: Samples, reference: Measured | None = None)
     """
     engine = Engine(bundle, provider="cpu")
     session = engine.session
-    scores = Scores.join([score_texts(session, [text]) for text in _bar(samples.texts, "quality")])
+    starts = samples.starts or [0] * len(samples.texts)
+    judged = zip(_bar(samples.texts, "quality"), starts, strict=True)
+    scores = Scores.join([each.scores for text, start in judged for each in score_window(session, text, first=start)])
     gaps, flips, compared, difference = _widths(session, samples.widths, reference)
     tokens = {
         name: [
@@ -123,6 +138,7 @@ def measure(bundle: Bundle, samples: Samples, reference: Measured | None = None)
         for name, options in STRATEGIES.items()
         if bundle.topology.n_tokens > 1 and refusal(name, bundle) is None
     }
+    answers = samples.answers if reference is None else _answers(engine, samples.questions)
     del engine, session
     read = pass_bytes(read_model(bundle.graph_path))
     return Measured(
@@ -136,6 +152,7 @@ def measure(bundle: Bundle, samples: Samples, reference: Measured | None = None)
         sum(record.bytes for record in bundle.files.values()),
         read.plain + read.heads,
         peak_memory(bundle.folder),
+        first_sentences(bundle, answers),
     )
 
 
@@ -149,6 +166,14 @@ def _generate(
     engine.reset()
     statistics = engine.generate(prompt, max_new_tokens=new_tokens, seed=seed, ignore_eos=True, **options).statistics
     return statistics.new_tokens, statistics.rounds
+
+
+def _answers(engine: Engine, questions: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Greedy answers, as far as a first sentence goes."""
+    return [
+        engine.generate(question, max_new_tokens=SENTENCE_TOKENS, **ANSWERING).tokens
+        for question in _bar(questions, "answers")
+    ]
 
 
 def _widths(
@@ -202,6 +227,9 @@ def judge(full: Measured, small: Measured, limits: Limits, lossless: bool) -> li
         kept = limit is None or count <= limit
         rows.append(Row("width", f"first choices changed by width {width}", full.flips[width], count, limit, kept))
     rows += _quality(full.scores, small.scores, limits.perplexity)
+    if full.sentences:
+        changed = sum(ours != theirs for ours, theirs in zip(small.sentences, full.sentences, strict=True))
+        rows.append(Row(ANSWERS, f"first sentences changed, of {len(full.sentences)}", 0, changed))
     rows += _acceptance(full.tokens_per_pass, small.tokens_per_pass, limits.tokens_per_pass)
     for figure, of_full, of_small in (
         ("graph and weights, MB", full.graph_bytes, small.graph_bytes),
@@ -244,9 +272,23 @@ def _rate(pairs: np.ndarray) -> float:
     return float(pairs[:, 0].sum() / pairs[:, 1].sum())
 
 
-def table(rows: list[Row]) -> str:
-    """The table as text."""
-    lines = [f"{'gate':<12}{'figure':<46}{'fp32':>10}{'quantized':>12}{'change':>9}{'limit':>10}"]
+def summary(rows: list[Row]) -> str:
+    """What a bundle lost, in a few words."""
+    first = next(row for row in rows if row.figure == "PPL_1")
+    said = f"PPL_1 {first.value / first.reference - 1:+.2%}"
+    for row in rows:
+        if row.gate == ANSWERS:
+            figure, _, count = row.figure.partition(", of ")
+            said += f", {row.value:.0f} of {count} {figure}"
+    return said
+
+
+def table(rows: list[Row], text: str) -> str:
+    """The table as text; `text` is what it was measured on."""
+    lines = [
+        f"measured on {text}",
+        f"{'gate':<12}{'figure':<46}{'fp32':>10}{'quantized':>12}{'change':>9}{'limit':>10}",
+    ]
     for row in rows:
         change = row.value / row.reference - 1 if row.reference and not math.isnan(row.reference) else math.nan
         shown = "" if math.isnan(change) or row.gate == "width" else f"{change:+.2%}"
@@ -268,7 +310,8 @@ def as_json(rows: list[Row], samples: Samples) -> dict[str, Any]:
     """The table for the manifest."""
     return {
         "passed": all(row.passed for row in rows),
-        "scored_tokens": sum(len(text) for text in samples.texts),
+        "text": samples.name,
+        "scored_tokens": sum(len(text) for text in samples.texts) - sum(samples.starts),
         "width_tokens": sum(len(text) for text in samples.widths),
         "prompts": len(samples.prompts),
         "new_tokens": samples.new_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from dynamo_runtime.errors import DynamoError
 from dynamo_runtime.manifest import Quantization
 
 from . import gates
+from .conversations import Conversation, own_words
 from .errors import QuantizeError
 from .graph import write_graph
 from .schemes import Options, Scheme, resolve
@@ -53,8 +55,10 @@ def quantize_bundle(
         scheme: One of `SCHEMES`.
         options: What departs from the scheme's defaults.
         calibration: Text for GPTQ and for the ranges of an 8-bit cache: a folder, a text file or a .jsonl file; None
-            for Python's standard library.
-        gate_text: Text for the gates; None for the modules of the standard library that are held out from training.
+            for what the bundle itself answers to questions of ours, if it can be talked to, or else Python's standard
+            library.
+        gate_text: Text for the gates; None for the bundle's answers to other questions, or else the modules of the
+            standard library that are held out from training.
         allow_degraded: Write the bundle even if a gate fails, and say so in its manifest.
         overwrite: Replace an earlier bundle of the same name.
         external_data: Weights in a file of their own even where one file would do.
@@ -79,13 +83,15 @@ def quantize_bundle(
         )
     staged = target.stage()
     try:
-        samples = _samples(bundle, gate_text)  # before the work begins, as the text may not do
+        spoken = own_words(bundle) if calibration is None or gate_text is None else []
+        # Before the work begins, as the text may not do. Calibration and gates get every other conversation each.
+        samples = _samples(bundle, gate_text, spoken[1::2])
         log.info(
             "quantizing to %s%s", scheme, ": reading the calibration text takes a while" if wanted.calibrated else ""
         )
-        small = write_bundle(bundle, wanted, staged, target.graph, calibration, external_data)
+        small = write_bundle(bundle, wanted, staged, target.graph, calibration, external_data, spoken[::2])
         log.info("wrote it; running both bundles through the gates")
-        _pass_gates(bundle, small, wanted, samples, allow_degraded)
+        lost = _pass_gates(bundle, small, wanted, samples, allow_degraded)
         target.move_in(staged)
     except DynamoError as error:
         raise QuantizeError(str(error)) from error
@@ -93,7 +99,7 @@ def quantize_bundle(
         raise QuantizeError(f"cannot write the bundle: {error.strerror or error}") from error
     finally:
         discard(staged)
-    log.info("the %s bundle is in %s", scheme, target.folder)
+    log.info("the %s bundle is in %s: %s", scheme, target.folder, lost)
     return target.folder / target.graph
 
 
@@ -130,6 +136,7 @@ def write_bundle(
     graph: str = "model.onnx",
     calibration: str | Path | None = None,
     external: bool = False,
+    spoken: Sequence[Conversation] = (),
 ) -> Bundle:
     """Writes a smaller bundle that has not passed any gate.
 
@@ -140,16 +147,15 @@ def write_bundle(
         graph: File name of the graph in it.
         calibration: See `quantize_bundle`.
         external: Weights in a file of their own even where one file would do.
+        spoken: Conversations to calibrate with where there is no other text.
 
     Raises:
         QuantizeError: The graph or the calibration text does not allow it.
         DynamoError: The bundle does not run.
     """
-    length = min(CALIBRATION_TOKENS, bundle.context_length)
-    texts = pieces(bundle, calibration, CALIBRATION_PIECES, length, held_out=False) if scheme.calibrated else []
+    texts, name = _calibration(bundle, calibration, spoken) if scheme.calibrated else ([], "")
     parts = write_graph(bundle, scheme, folder / graph, texts, external)
     _copy_rest(bundle, folder, graph)
-    used = {"text": OWN if calibration is None else Path(calibration).name, "tokens": sum(map(len, texts))}
     made = replace(
         bundle,
         folder=folder,
@@ -159,7 +165,7 @@ def write_bundle(
             scheme=scheme.name,
             parts={str(part): names for part, names in parts.items()},
             kv_cache=scheme.kv_cache if scheme.kv_cache != "fp32" else scheme.activations,
-            calibration=used if texts else None,
+            calibration={"text": name, "tokens": sum(map(len, texts))} if texts else None,
             lossless=not scheme.dynamic,
             versions={name: version(name) for name in ("dynamo-edge", "onnx", "onnxruntime")},
         ),
@@ -170,8 +176,23 @@ def write_bundle(
     return load_bundle(folder)
 
 
-def _pass_gates(full: Bundle, small: Bundle, scheme: Scheme, samples: gates.Samples, allow_degraded: bool) -> None:
-    """Runs both bundles, prints the table, and puts it into the report of the smaller one.
+def _calibration(
+    bundle: Bundle, source: str | Path | None, spoken: Sequence[Conversation]
+) -> tuple[list[list[int]], str]:
+    """Text to calibrate with, as tokens, and what it is."""
+    if source is None and spoken:
+        return [conversation.tokens for conversation in spoken], _answers_to(spoken)
+    length = min(CALIBRATION_TOKENS, bundle.context_length)
+    texts = pieces(bundle, source, CALIBRATION_PIECES, length, held_out=False)
+    return texts, OWN if source is None else Path(source).name
+
+
+def _answers_to(spoken: Sequence[Conversation]) -> str:
+    return f"its own answers to {len(spoken)} questions"
+
+
+def _pass_gates(full: Bundle, small: Bundle, scheme: Scheme, samples: gates.Samples, allow_degraded: bool) -> str:
+    """Runs both bundles, prints the table, and puts it into the report of the smaller one; returns what it lost.
 
     Raises:
         QuantizeError: A limit is not kept, and that is not allowed.
@@ -180,7 +201,7 @@ def _pass_gates(full: Bundle, small: Bundle, scheme: Scheme, samples: gates.Samp
     log.info("measured the bundle in full precision")
     found = gates.measure(small, samples, reference)
     rows = gates.judge(reference, found, scheme.limits, lossless=not scheme.dynamic)
-    print(gates.table(rows))
+    print(gates.table(rows, samples.name))
     failed = [row for row in rows if not row.passed]
     if failed and not allow_degraded:
         raise QuantizeError(
@@ -193,18 +214,32 @@ def _pass_gates(full: Bundle, small: Bundle, scheme: Scheme, samples: gates.Samp
     quantization = replace(small.quantization, lossless=not scheme.dynamic and not flipped, degraded=bool(failed))
     write_report(small.folder, gates={"limits_percent": asdict(scheme.limits)} | gates.as_json(rows, samples))
     replace(small, quantization=quantization, files=list_files(small.folder)).write_manifest()
+    return gates.summary(rows)
 
 
-def _samples(bundle: Bundle, source: str | Path | None) -> gates.Samples:
+def _samples(bundle: Bundle, source: str | Path | None, spoken: Sequence[Conversation]) -> gates.Samples:
     """Text for the gates, no longer than the bundle's context allows."""
     room = bundle.context_length
     new_tokens = min(NEW_TOKENS, room // 2)
+    if source is None and spoken:
+        long = [each for each in spoken if len(each.answer) > bundle.topology.n_tokens]
+        return gates.Samples(
+            _answers_to(spoken),
+            [each.tokens for each in long],
+            [each.tokens[-WIDTH_TOKENS:] for each in long[:WIDTHS]],
+            [each.prompt for each in spoken],
+            new_tokens,
+            starts=[len(each.prompt) - 1 for each in long],
+            questions=[each.prompt for each in spoken],
+            answers=[each.answer for each in spoken],
+        )
 
     def cut(count: int, length: int) -> list[list[int]]:
         return pieces(bundle, source, count, min(length, room), held_out=True)
 
     prompts = [piece[: room - new_tokens] for piece in cut(PROMPTS, PROMPT_TOKENS)]
-    return gates.Samples(cut(TEXTS, TEXT_TOKENS), cut(WIDTHS, WIDTH_TOKENS), prompts, new_tokens)
+    name = OWN if source is None else Path(source).name
+    return gates.Samples(name, cut(TEXTS, TEXT_TOKENS), cut(WIDTHS, WIDTH_TOKENS), prompts, new_tokens)
 
 
 def _copy_rest(bundle: Bundle, staged: Path, graph: str) -> None:

@@ -124,8 +124,8 @@ def test_sizes() -> None:
 def test_table() -> None:
     """One line a row, and a mark on those that fail."""
     rows = judge(measured(), measured(scores=scores(4.2, 9.0, 6.0)), LIMITS, True)
-    lines = gates.table(rows).splitlines()
-    assert len(lines) == len(rows) + 1
+    lines = gates.table(rows, "some text").splitlines()
+    assert lines[0] == "measured on some text" and len(lines) == len(rows) + 2
     assert [line for line in lines if "FAILED" in line] == [line for line in lines if "PPL_1 " in line]
     line = next(line for line in lines if "PPL_1 " in line)
     assert line.split() == ["quality", "PPL_1", "4", "4.2", "+5.00%", "4.08", "FAILED"]
@@ -183,7 +183,7 @@ def test_ties_do_not_count() -> None:
 def test_measured_of_a_bundle(export: Callable[[str], Any]) -> None:
     """Every figure against one found in another way."""
     bundle: Bundle = export("parallel").bundle
-    samples = Samples(TEXTS, TEXTS[:2], [text[:6] for text in TEXTS], 8)
+    samples = Samples("text", TEXTS, TEXTS[:2], [text[:6] for text in TEXTS], 8)
     found = measure(bundle, samples)
     logits = [outputs(bundle, text) for text in TEXTS]
     for head, name in enumerate(("logits", "logits_2")):
@@ -215,7 +215,7 @@ def test_measured_of_a_bundle(export: Callable[[str], Any]) -> None:
 )
 def test_strategies_of_the_kinds(name: str, strategies: set[str], export: Callable[[str], Any]) -> None:
     """Only what a kind can do is measured; a plain bundle is still compared with passes over two tokens."""
-    found = measure(export(name).bundle, Samples(TEXTS[:1], TEXTS[:1], [[3, 4]], 4))
+    found = measure(export(name).bundle, Samples("text", TEXTS[:1], TEXTS[:1], [[3, 4]], 4))
     assert set(found.tokens_per_pass) == strategies
     assert min(found.flips) == 2 and len(found.gaps) == 1
 
@@ -246,7 +246,7 @@ def test_dynamic_quantization_is_caught(
 ) -> None:
     """One scale for all rows of a pass: what a pass says depends on its width, and the gate says so."""
     full, small = export("parallel").bundle, smaller("parallel", "int8-dynamic")
-    samples = Samples(TEXTS[:1], TEXTS, [[3, 4]], 4)
+    samples = Samples("text", TEXTS[:1], TEXTS, [[3, 4]], 4)
     reference = measure(full, samples)
     found = measure(small, samples, reference)
     assert found.difference > 100 * reference.difference
