@@ -119,7 +119,7 @@ class Bundle(Manifest):
         return tokenizer
 
     def parameters(
-        self, given: Mapping[str, Any] | None = None, defaults: SamplingParameters | None = None
+        self, given: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | SamplingParameters | None = None
     ) -> SamplingParameters:
         """Sampling parameters for this bundle: see `resolve_parameters`.
 

@@ -21,7 +21,7 @@ from .parameters import SamplingOptions, SamplingParameters
 from .providers import Backend, BackendOptions, log
 from .sampling import LogitsProcessor
 from .session import Session
-from .strategies import TARGET_SPEEDUP, Auto, Strategy, check_reads, make_strategy
+from .strategies import TARGET_SPEEDUP, Auto, Strategy, check_reads, make_strategy, parameters_for
 from .stream import Generation, Limits, TextStream
 
 
@@ -160,7 +160,7 @@ class Engine:
         Args:
             prompt: Text, or token ids.
             parameters: In place of the bundle's defaults.
-            strategy: "auto", "autoregressive", "dynamo" or "speculative"; or one of your own, which then has its own
+            strategy: "auto", "autoregressive", "dynamo" (whose defaults are the paper's) or "speculative"; or one of your own, which then has its own
                 parameters.
             drafter: For "auto" and "speculative": a name in `registry.DRAFTERS`, or one of your own; None for the
                 bundle's.
@@ -245,5 +245,5 @@ class Engine:
         named = dict(named)
         if (target := named.pop(TARGET_SPEEDUP, None)) is not None:
             named["backoff_threshold"] = threshold_for(self.profile, target)
-        resolved = self.bundle.parameters(named, parameters)
+        resolved = parameters_for(name, self.bundle, named, parameters)
         return make_strategy(name, self.bundle, resolved, processors, drafter=drafter, knowledge=self.knowledge)

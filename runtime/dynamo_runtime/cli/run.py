@@ -15,7 +15,7 @@ from ..engine import Engine
 from ..errors import DynamoError, PromptError
 from ..manifest import MANIFEST
 from ..registry import can_draft
-from ..strategies import Auto, Autoregressive, Speculative, read_by
+from ..strategies import Auto, Autoregressive, Speculative, parameters_for, read_by
 from ..stream import TextStream
 from .arguments import (
     Parser,
@@ -125,8 +125,8 @@ def _run(args: argparse.Namespace) -> int:
     if interrupted:
         return INTERRUPTED
     if plain is not None:
-        # The plain side gets the same parameters, whatever defaults its own bundle has.
-        parameters = dataclasses.asdict(engine.bundle.parameters(sampling))
+        # The plain side gets the same parameters, whatever defaults its own bundle and strategy have.
+        parameters = dataclasses.asdict(parameters_for(args.strategy, engine.bundle, sampling))
         theirs = options | read_by(Autoregressive.name, parameters)
         plainly = Side(plain, Autoregressive.name, theirs)
         print(_compare(Side(engine, args.strategy, ours), plainly, prompt, repeats), file=sys.stderr)
