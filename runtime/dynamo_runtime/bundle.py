@@ -16,6 +16,7 @@ from .parameters import SamplingParameters, resolve_parameters
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from .control import ControlTokens
     from .cooccurrence import Cooccurrence
 
 COUNTS = "cooccurrence.npz"
@@ -102,7 +103,8 @@ class Bundle(Manifest):
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception
             raise BundleError(f"{path} is not a readable tokenizer: {error}") from error
-        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        # Tokens added to it that the graph has no row for are refused where a prompt has one.
+        largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
         if largest >= self.vocab_size:
             raise BundleError(
                 f"{path} does not belong to this graph: it has token {largest}, "
@@ -117,6 +119,13 @@ class Bundle(Manifest):
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
+
+    @cached_property
+    def control_tokens(self) -> "ControlTokens":
+        """The tokenizer's special tokens, and those that end a text."""
+        from .control import ControlTokens
+
+        return ControlTokens(self.tokenizer, self.eos_token_ids)
 
     def parameters(
         self, given: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | SamplingParameters | None = None

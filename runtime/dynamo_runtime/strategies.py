@@ -264,8 +264,8 @@ def parameters_for(
 ) -> SamplingParameters:
     """The parameters that a strategy runs with on a bundle.
 
-    What the caller does not name is the bundle's, or of `parameters` in place of that. `dynamo` is the paper's algorithm
-    and has the paper's: of bundle and `parameters` it takes only what a caller named.
+    What the caller does not name is the bundle's, or of `parameters` in place of that. `dynamo` is the paper's
+    algorithm and has the paper's: of bundle and `parameters` it takes only what a caller named.
 
     Args:
         name: Of the strategy.

@@ -64,7 +64,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_drafts(parser)
     parser.add_argument("--seed", type=int, help="for reproducible draws")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end in front of TEXT; repeatable")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end in front of TEXT, special tokens in it or not; repeatable",
+    )
+    parser.add_argument("--show-special", action="store_true", help="show special tokens in the text")
+    parser.add_argument(
+        "--plain-prompt", action="store_true", help="what looks like a control token in the prompt is text"
+    )
     parser.add_argument("--max-length", type=int, metavar="N", help="most tokens of prompt and text (default: context)")
     parser.add_argument("--verify", action="store_true", help="compare the sha256 of every file first")
     parser.add_argument(
@@ -109,6 +119,7 @@ def _run(args: argparse.Namespace) -> int:
     sampling = given_sampling(args)
     engine = Engine(path, backend(args), max_length=args.max_length, verify=args.verify)
     options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "stop": args.stop}
+    options |= {"show_special": args.show_special, "plain_prompt": args.plain_prompt}
     ours = options | sampling | {"target_speedup": args.target_speedup}
     stream = engine.stream(prompt, strategy=args.strategy, **ours)
     if args.target_speedup is not None:
