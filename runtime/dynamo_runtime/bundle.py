@@ -16,6 +16,7 @@ from .parameters import SamplingParameters, resolve_parameters
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from .chat import ChatTemplate
     from .control import ControlTokens
     from .cooccurrence import Cooccurrence
 
@@ -126,6 +127,19 @@ class Bundle(Manifest):
         from .control import ControlTokens
 
         return ControlTokens(self.tokenizer, self.eos_token_ids)
+
+    @cached_property
+    def chat_template(self) -> "ChatTemplate":
+        """How messages are put to the model.
+
+        Raises:
+            BundleError: It has no chat template.
+        """
+        from .chat import read_template
+
+        ends = [("bos_token", self.bos_token_id), *(("eos_token", token) for token in self.eos_token_ids[:1])]
+        texts = {name: self.tokenizer.id_to_token(token) for name, token in ends if token is not None}
+        return read_template(self.folder, {name: text for name, text in texts.items() if text is not None})
 
     def parameters(
         self, given: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | SamplingParameters | None = None

@@ -11,6 +11,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from .bundle import Bundle, load_bundle
+from .chat import Message
 from .decoding import PREFILL_CHUNK
 from .device.costs import Knowledge
 from .device.inspection import device_key
@@ -238,6 +239,44 @@ class Engine:
     ) -> Generation:
         """Continue a prompt to the end; arguments as of `stream`."""
         stream = self.stream(prompt, parameters, **options)
+        for _ in stream:
+            pass
+        return stream.result()
+
+    def chat_stream(
+        self,
+        messages: Sequence[Message],
+        parameters: SamplingParameters | None = None,
+        *,
+        trust_content: bool = False,
+        **options: Unpack[StreamOptions],
+    ) -> TextStream:
+        """Answer messages piece by piece, as the bundle's chat template puts them.
+
+        Args:
+            messages: Objects with `role` and `content`, as in OpenAI's protocol.
+            parameters: See `stream`.
+            trust_content: Whether messages may hold control tokens; else what looks like one is text.
+            **options: Of `stream`.
+
+        Raises:
+            BundleError: The bundle has no chat template.
+            PromptError: They are no messages, or the template does not want them.
+            ParameterError: See `stream`.
+        """
+        prompt = self.bundle.chat_template.encode(messages, self.bundle.control_tokens, trust_content=trust_content)
+        return self.stream(prompt.encoded.ids, parameters, **options)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        parameters: SamplingParameters | None = None,
+        *,
+        trust_content: bool = False,
+        **options: Unpack[StreamOptions],
+    ) -> Generation:
+        """Answer messages to the end; arguments as of `chat_stream`."""
+        stream = self.chat_stream(messages, parameters, trust_content=trust_content, **options)
         for _ in stream:
             pass
         return stream.result()
