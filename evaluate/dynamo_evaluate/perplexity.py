@@ -14,7 +14,7 @@ from dynamo_runtime.corpus import Document
 from dynamo_runtime.sampling import Context
 from dynamo_runtime.scoring import LOOK_AHEAD_STRIDE, Stretch, score_window
 from dynamo_runtime.session import Session
-from dynamo_runtime.strategies import Dynamo
+from dynamo_runtime.strategies import Dynamo, parameters_for
 
 from .errors import EvaluationError
 from .results import Record, Results
@@ -200,10 +200,10 @@ def window_size(session: Session, size: int | None, stride: int | None) -> tuple
 
 
 def dynamo(bundle: Bundle, threshold: float, sampling: Mapping[str, Any]) -> Dynamo:
-    """Alg. 1 at one ε_b, the bundle's defaults where `sampling` says nothing.
+    """Alg. 1 at one ε_b, the paper's parameters where `sampling` says nothing.
 
     Raises:
         ParameterError: The parameters do not fit the bundle.
     """
     given = {**sampling, "backoff_threshold": threshold}
-    return Dynamo(bundle, bundle.parameters(given))
+    return Dynamo(bundle, parameters_for(Dynamo.name, bundle, given))

@@ -1,6 +1,7 @@
 """Run multi-token language models on the device: a bundle and a prompt in, text out."""
 
 from .bundle import DEFAULT_BUNDLE, Bundle, load_bundle
+from .conversation import Conversation
 from .device.profile import Profile
 from .drafting import NO_GUESS, NOTHING, Ask, Combined, Drafter, Guesses, Passed
 from .engine import Engine
@@ -44,6 +45,7 @@ __all__ = [
     "Candidates",
     "Combined",
     "Context",
+    "Conversation",
     "Draft",
     "Drafter",
     "Dynamo",

@@ -17,6 +17,8 @@ from .parameters import SamplingParameters, resolve_parameters
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from .chat import ChatTemplate
+    from .control import ControlTokens
     from .cooccurrence import Cooccurrence
 
 COUNTS = "cooccurrence.npz"
@@ -103,7 +105,8 @@ class Bundle(Manifest):
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception
             raise BundleError(f"{path} is not a readable tokenizer: {error}") from error
-        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        # Tokens added to it that the graph has no row for are refused where a prompt has one.
+        largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
         if largest >= self.vocab_size:
             raise BundleError(
                 f"{path} does not belong to this graph: it has token {largest}, "
@@ -119,8 +122,28 @@ class Bundle(Manifest):
         tokenizer.no_padding()
         return tokenizer
 
+    @cached_property
+    def control_tokens(self) -> "ControlTokens":
+        """The tokenizer's special tokens, and those that end a text."""
+        from .control import ControlTokens
+
+        return ControlTokens(self.tokenizer, self.eos_token_ids)
+
+    @cached_property
+    def chat_template(self) -> "ChatTemplate":
+        """How messages are put to the model.
+
+        Raises:
+            BundleError: It has no chat template.
+        """
+        from .chat import read_template
+
+        ends = [("bos_token", self.bos_token_id), *(("eos_token", token) for token in self.eos_token_ids[:1])]
+        texts = {name: self.tokenizer.id_to_token(token) for name, token in ends if token is not None}
+        return read_template(self.folder, {name: text for name, text in texts.items() if text is not None})
+
     def parameters(
-        self, given: Mapping[str, Any] | None = None, defaults: SamplingParameters | None = None
+        self, given: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | SamplingParameters | None = None
     ) -> SamplingParameters:
         """Sampling parameters for this bundle: see `resolve_parameters`.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 
 from .bundle import Bundle, load_bundle
+from .chat import Message
 from .decoding import PREFILL_CHUNK
 from .device.costs import Knowledge
 from .device.inspection import device_key
@@ -21,8 +23,9 @@ from .parameters import SamplingOptions, SamplingParameters
 from .providers import Backend, BackendOptions, log
 from .sampling import LogitsProcessor
 from .session import Session
-from .strategies import TARGET_SPEEDUP, Auto, Strategy, check_reads, make_strategy
+from .strategies import TARGET_SPEEDUP, Auto, Strategy, check_reads, make_strategy, parameters_for
 from .stream import Generation, Limits, TextStream
+from .text import as_text
 
 
 class StreamOptions(SamplingOptions, total=False):
@@ -36,6 +39,8 @@ class StreamOptions(SamplingOptions, total=False):
     logits_processors: Sequence[LogitsProcessor]
     ignore_eos: bool
     log_probabilities: bool
+    show_special: bool
+    plain_prompt: bool
     target_speedup: float | None
 
 
@@ -111,26 +116,31 @@ class Engine:
         """Forget the cached prompt."""
         self.session.cache.reset()
 
-    def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """The prompt's tokens, checked.
+    def encode(self, prompt: str | Sequence[int], *, plain_prompt: bool = False) -> list[int]:
+        """The prompt's tokens, checked; where there are none, the one that begins a text.
+
+        Args:
+            prompt: Text, or token ids.
+            plain_prompt: Whether what looks like a control token is text.
 
         Raises:
-            PromptError: It is empty, not encodable, has unknown tokens, or is longer than the context.
+            PromptError: It is empty and nothing begins a text, is not encodable, has unknown tokens, is longer than the
+                context, or is neither text nor token ids.
         """
+        bundle = self.bundle
         if isinstance(prompt, str):
-            if not prompt:
-                raise PromptError("the prompt is empty")
-            try:
-                prompt.encode("utf-8")
-            except UnicodeEncodeError:
-                raise PromptError("the prompt is not valid UTF-8") from None
-            tokens = self.bundle.tokenizer.encode(prompt).ids
+            text = as_text(prompt, "the prompt")
+            tokens = bundle.control_tokens.encode_literally(text) if plain_prompt else bundle.tokenizer.encode(text).ids
+        elif plain_prompt:
+            raise ParameterError("plain_prompt is about text, and this prompt is made of tokens already")
         else:
-            tokens = [int(token) for token in prompt]
+            tokens = _token_ids(prompt)
         if not tokens:
-            raise PromptError("the prompt is empty")
-        if min(tokens) < 0 or max(tokens) >= self.bundle.vocab_size:
-            raise PromptError(f"the prompt has token ids outside 0 … {self.bundle.vocab_size - 1}")
+            if bundle.bos_token_id is None:
+                raise PromptError("the prompt is empty")
+            tokens = [bundle.bos_token_id]
+        if min(tokens) < 0 or max(tokens) >= bundle.vocab_size:
+            raise PromptError(f"the prompt has token ids outside 0 … {bundle.vocab_size - 1}")
         if len(tokens) > self.session.max_length:
             raise PromptError(
                 f"the prompt has {len(tokens)} tokens, more than the context of {self.session.max_length}"
@@ -150,6 +160,8 @@ class Engine:
         logits_processors: Sequence[LogitsProcessor] = (),
         ignore_eos: bool = False,
         log_probabilities: bool = False,
+        show_special: bool = False,
+        plain_prompt: bool = False,
         target_speedup: float | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> TextStream:
@@ -160,16 +172,18 @@ class Engine:
         Args:
             prompt: Text, or token ids.
             parameters: In place of the bundle's defaults.
-            strategy: "auto", "autoregressive", "dynamo" or "speculative"; or one of your own, which then has its own
-                parameters.
+            strategy: "auto", "autoregressive", "dynamo" (whose defaults are the paper's) or "speculative"; or one of
+                your own, which then has its own parameters.
             drafter: For "auto" and "speculative": a name in `registry.DRAFTERS`, or one of your own; None for the
                 bundle's.
             max_new_tokens: Exact upper limit; None means until the context is full.
             seed: For reproducible draws; None draws afresh.
-            stop: Strings that end the text in front of them.
+            stop: Strings that end the text in front of them; they may have special tokens in them, shown or not.
             logits_processors: Functions (context tokens, logits [V]) -> logits [V], applied to every head.
             ignore_eos: Go on behind end-of-sequence tokens, for measurements of a fixed length.
             log_probabilities: Have what the base model makes of every token: see `Generation`.
+            show_special: Have special tokens in the text; the one that ends it is left out all the same.
+            plain_prompt: What looks like a control token in the prompt is text.
             target_speedup: Times the speed of plain decoding that `dynamo` is to reach: the profile says with which
                 back-off threshold.
             **sampling: Fields of `SamplingParameters`; what is None or absent comes from `parameters`, or else from the
@@ -190,7 +204,7 @@ class Engine:
         stops = [stop] if isinstance(stop, str) else list(stop)
         if "" in stops:
             raise ParameterError("a stop string must not be empty")
-        tokens = self.encode(prompt)
+        tokens = self.encode(prompt, plain_prompt=plain_prompt)
         if parameters is not None and not isinstance(parameters, SamplingParameters):
             raise ParameterError(f"parameters must be SamplingParameters, not a {type(parameters).__name__}")
         named = {name: value for name, value in sampling.items() if value is not None}
@@ -211,7 +225,7 @@ class Engine:
             chosen,
             tokens,
             np.random.default_rng(seed),
-            Limits(limit, reason, stops, frozenset(() if ignore_eos else self.bundle.eos_token_ids)),
+            Limits(limit, reason, stops, frozenset(() if ignore_eos else self.bundle.eos_token_ids), show_special),
             scored=log_probabilities,
             prefill_chunk=self._prefill_chunk,
             started=started,
@@ -225,6 +239,44 @@ class Engine:
     ) -> Generation:
         """Continue a prompt to the end; arguments as of `stream`."""
         stream = self.stream(prompt, parameters, **options)
+        for _ in stream:
+            pass
+        return stream.result()
+
+    def chat_stream(
+        self,
+        messages: Sequence[Message],
+        parameters: SamplingParameters | None = None,
+        *,
+        trust_content: bool = False,
+        **options: Unpack[StreamOptions],
+    ) -> TextStream:
+        """Answer messages piece by piece, as the bundle's chat template puts them.
+
+        Args:
+            messages: Objects with `role` and `content`, as in OpenAI's protocol.
+            parameters: See `stream`.
+            trust_content: Whether messages may hold control tokens; else what looks like one is text.
+            **options: Of `stream`.
+
+        Raises:
+            BundleError: The bundle has no chat template.
+            PromptError: They are no messages, or the template does not want them.
+            ParameterError: See `stream`.
+        """
+        prompt = self.bundle.chat_template.encode(messages, self.bundle.control_tokens, trust_content=trust_content)
+        return self.stream(prompt.encoded.ids, parameters, **options)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        parameters: SamplingParameters | None = None,
+        *,
+        trust_content: bool = False,
+        **options: Unpack[StreamOptions],
+    ) -> Generation:
+        """Answer messages to the end; arguments as of `chat_stream`."""
+        stream = self.chat_stream(messages, parameters, trust_content=trust_content, **options)
         for _ in stream:
             pass
         return stream.result()
@@ -245,5 +297,28 @@ class Engine:
         named = dict(named)
         if (target := named.pop(TARGET_SPEEDUP, None)) is not None:
             named["backoff_threshold"] = threshold_for(self.profile, target)
-        resolved = self.bundle.parameters(named, parameters)
+        resolved = parameters_for(name, self.bundle, named, parameters)
         return make_strategy(name, self.bundle, resolved, processors, drafter=drafter, knowledge=self.knowledge)
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    """Tokens given as whole numbers of any kind.
+
+    Raises:
+        PromptError: They are something else.
+    """
+    if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
+        raise PromptError(f"a prompt is text or token ids, not a {type(prompt).__name__}")
+    tokens = []
+    for token in prompt:
+        if isinstance(token, str):
+            raise PromptError("a prompt is one text, not a list of them: give one after the other")
+        if isinstance(token, Mapping):
+            raise PromptError("a prompt is text or token ids: messages are for Engine.chat")
+        try:
+            tokens.append(operator.index(token))
+        except TypeError:
+            raise PromptError(f"token ids are whole numbers, not {token!r}") from None
+        if isinstance(token, bool | np.bool_):
+            raise PromptError(f"token ids are whole numbers, not {token!r}")
+    return tokens

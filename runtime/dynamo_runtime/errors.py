@@ -22,7 +22,7 @@ class ParameterError(DynamoError):
 
 
 class PromptError(DynamoError):
-    """The prompt is empty, too long, or not text."""
+    """The prompt is empty, too long, or not text; or messages do not make one."""
 
 
 class ProfileError(DynamoError):

@@ -1,4 +1,4 @@
-"""Sampling parameters: the paper's names, its defaults, and their ranges."""
+"""Sampling parameters: the paper's names, their defaults, and their ranges."""
 
 import dataclasses
 import math
@@ -33,12 +33,18 @@ DYNAMO_ONLY = frozenset(
 DRAFTS_ONLY = frozenset({"draft_tokens", "draft_choice", "draft_cooccurrence_weight", "draft_confidence"})
 """Parameters of drafts that the target verifies."""
 
+PAPER: Mapping[str, Any] = {"temperature": 0.7, "top_k": 50, "repetition_penalty": 1.1}
+"""What the paper decodes with, where `SamplingParameters` or a bundle say otherwise."""
+
 _OF_COUNTS = frozenset({"cooccurrence_weight", "draft_cooccurrence_weight"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParameters:
-    """How tokens are chosen; the defaults are DynaMo's (paper, Alg. 1 and its experiments).
+    """How tokens are chosen.
+
+    The defaults are DynaMo's (paper, Alg. 1 and its experiments), but for the repetition penalty, which is none: the
+    paper's is strategy `dynamo`'s own (see `PAPER`).
 
     Attributes:
         temperature: T; 0 is greedy.
@@ -74,7 +80,7 @@ class SamplingParameters:
     top_k: int = 50
     top_p: float = 1.0
     min_p: float = 0.0
-    repetition_penalty: float = 1.1
+    repetition_penalty: float = 1.0
     backoff_threshold: float = 0.5
     cooccurrence_weight: float = 1.0
     adaptive_threshold: str = "blur"
@@ -97,7 +103,7 @@ class SamplingParameters:
     def named(self) -> frozenset[str]:
         """Fields that the caller named, whatever their values.
 
-        Where all were given, as `dataclasses.replace` does, those that are not the paper's defaults.
+        Where all were given, as `dataclasses.replace` does, those that are not the defaults.
         """
         named: frozenset[str] = self._named  # type: ignore[attr-defined]
         fields = dataclasses.fields(self)
@@ -174,13 +180,13 @@ class SamplingOptions(TypedDict, total=False):
 def resolve_parameters(
     defaults: Mapping[str, Any] | SamplingParameters, given: Mapping[str, Any], *, has_counts: bool
 ) -> SamplingParameters:
-    """The parameters of one generation: given ones, else the defaults, else the paper's.
+    """The parameters of one generation: given ones, else the defaults, else those of `SamplingParameters`.
 
     Without counts there is no mask to weigh, so its exponents are then 0 unless they are given.
 
     Args:
         defaults: The manifest's "sampling", whose fields beyond ours belong to other programs and are left alone; or
-            the caller's own, in place of those.
+            the caller's own, or a strategy's, in place of those.
         given: What the caller named; None means not given.
         has_counts: Whether the bundle has n-gram counts.
 

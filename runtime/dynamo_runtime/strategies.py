@@ -15,7 +15,7 @@ from .device.plan import Planner
 from .drafting import NOTHING, Ask, Drafter, Passed, Proposer
 from .dynamo import check_dynamo, emitted_length, sample_ngram
 from .errors import ParameterError
-from .parameters import DRAFTS_ONLY, DYNAMO_ONLY, TARGET, SamplingParameters
+from .parameters import DRAFTS_ONLY, DYNAMO_ONLY, PAPER, TARGET, SamplingParameters
 from .registry import can_draft, make_drafter
 from .sampling import (
     Candidates,
@@ -259,6 +259,30 @@ STRATEGIES: dict[str, type[Autoregressive] | type[Dynamo] | type[Speculative]] =
 }
 
 
+def parameters_for(
+    name: str, bundle: Bundle, given: Mapping[str, Any] | None = None, parameters: SamplingParameters | None = None
+) -> SamplingParameters:
+    """The parameters that a strategy runs with on a bundle.
+
+    What the caller does not name is the bundle's, or of `parameters` in place of that. `dynamo` is the paper's
+    algorithm and has the paper's: of bundle and `parameters` it takes only what a caller named.
+
+    Args:
+        name: Of the strategy.
+        bundle: What it is to run on.
+        given: What the caller named.
+        parameters: In place of the bundle's defaults.
+
+    Raises:
+        ParameterError: There is no such strategy, a name is unknown, or a value is out of range.
+    """
+    if _named(name) is not Dynamo:
+        return bundle.parameters(given, parameters)
+    named = {} if parameters is None else {each: getattr(parameters, each) for each in parameters.named}
+    named |= {each: value for each, value in (given or {}).items() if value is not None}
+    return bundle.parameters(named, PAPER)
+
+
 def make_strategy(
     name: str,
     bundle: Bundle,
@@ -308,10 +332,10 @@ def refusal(name: str, bundle: Bundle, given: Mapping[str, Any] | None = None) -
     Args:
         name: Of the strategy.
         bundle: What is to run.
-        given: Sampling parameters in place of the bundle's own.
+        given: Sampling parameters that the caller names.
     """
     try:
-        make_strategy(name, bundle, bundle.parameters(given))
+        make_strategy(name, bundle, parameters_for(name, bundle, given))
     except ParameterError as error:
         return str(error)
     return None

@@ -21,7 +21,7 @@ class Generation:
     """A finished generation.
 
     Attributes:
-        text: The continuation, without end-of-sequence token and stop string.
+        text: The continuation, without the token that ended it and stop string.
         tokens: New tokens, a final end-of-sequence token included.
         log_probabilities: Of every token, in nats, by the base model itself: before temperature, penalty, truncation
             and processors. Empty unless they were asked for; of a generation that did not come to its end, perhaps not
@@ -47,12 +47,14 @@ class Limits:
         reason: What ends it there: see `Generation.finish_reason`.
         stops: Strings that end the text in front of them.
         end_tokens: Tokens that end it.
+        show_special: Whether the text has special tokens in it.
     """
 
     tokens: int
     reason: str
     stops: Sequence[str] = ()
     end_tokens: frozenset[int] = frozenset()
+    show_special: bool = False
 
 
 class TextStream(Iterator[str]):
@@ -86,8 +88,11 @@ class TextStream(Iterator[str]):
         self.statistics = Statistics(strategy.name, prompt_tokens=len(prompt))
         self._session, self._strategy, self._prompt, self._rng = session, strategy, prompt, rng
         self._limits, self._scored = limits, scored
-        self._detokenizer = Detokenizer(session.bundle.tokenizer, prompt)
-        self._stops = StopStrings(limits.stops)
+        bundle = session.bundle
+        self._detokenizer = Detokenizer(bundle.tokenizer, prompt, show_special=limits.show_special)
+        self._special = bundle.control_tokens.texts
+        self._hidden = {} if limits.show_special else bundle.control_tokens.hidden
+        self._stops = StopStrings(limits.stops, self._special.values())
         self._prefill_chunk = prefill_chunk
         self._cancelled = self._started = False
         self._busy_s = time.perf_counter() - started
@@ -160,9 +165,12 @@ class TextStream(Iterator[str]):
             taken += 1
             self.tokens.append(token)
             if token in self._limits.end_tokens:
+                # A stop string may end with it that begins in the text.
+                piece += self._stops.push(self._special.get(token, ""), shown=False)
                 self.finish_reason = "eos"
             else:
                 piece += self._stops.push(self._detokenizer.push(token))
+                piece += self._stops.push(self._hidden.get(token, ""), shown=False)
                 if self._stops.stopped:
                     self.finish_reason = "stop"
                 elif len(self.tokens) == self._limits.tokens:

@@ -1,14 +1,34 @@
 """From tokens to streamed text: whole characters only, and nothing behind a stop string."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from tokenizers import Tokenizer
 
+from .errors import PromptError
+
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_BYTE_ORDER_MARK = "\ufeff"
 # Tokens always decoded along in front of new ones.
 _CONTEXT_TOKENS = 8
 # A character has at most four bytes: what is not whole after so many tokens is no text.
 _MOST_HELD_TOKENS = 16
+
+
+def as_text(given: str, what: str) -> str:
+    """A text that can be encoded, without the byte-order mark that files of some programs begin with.
+
+    Args:
+        given: The text.
+        what: It is called where it is refused.
+
+    Raises:
+        PromptError: It is not text.
+    """
+    try:
+        given.encode("utf-8")
+    except UnicodeEncodeError:
+        raise PromptError(f"{what} is not valid UTF-8") from None
+    return given.removeprefix(_BYTE_ORDER_MARK)
 
 
 class Detokenizer:
@@ -19,9 +39,9 @@ class Detokenizer:
     earlier tokens, at first the end of the prompt, are always decoded along.
     """
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()):
-        """Continue the text of `context` (token ids)."""
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = (), *, show_special: bool = False):
+        """Continue the text of `context` (token ids), with or without the texts of special tokens."""
+        self._tokenizer, self._skip = tokenizer, not show_special
         self._tokens = self._whole_end(context)
         self._mark = len(self._tokens)  # a place in the window where the text was whole
         self._whole = len(self._tokens)  # the last such place
@@ -57,12 +77,12 @@ class Detokenizer:
         # A window that began inside a character would decode to something else than the prompt's end.
         for size in range(_CONTEXT_TOKENS, 2 * _CONTEXT_TOKENS):
             end = list(context[-size:])
-            if not self._tokenizer.decode(end, skip_special_tokens=True).startswith(REPLACEMENT):
+            if not self._tokenizer.decode(end, skip_special_tokens=self._skip).startswith(REPLACEMENT):
                 return end
         return []
 
     def _decode(self) -> str:
-        text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=self._skip)
         return text
 
 
@@ -71,33 +91,56 @@ class StopStrings:
 
     The first stop string to be *completed* counts (the longest, if several are at once), so that the text
     does not depend on the pieces in which it arrives.
+
+    Parts of a text may not be shown: special tokens. A stop string with one in it is looked for in all of the text, any
+    other in what is shown.
     """
 
-    def __init__(self, stops: Sequence[str]):
-        self._stops = [stop for stop in stops if stop]
+    def __init__(self, stops: Sequence[str], special: Collection[str] = ()):
+        """Look for some strings; `special` are the texts of the tokens that may not be shown."""
+        stops = [stop for stop in stops if stop]
+        self._of_all = [stop for stop in stops if any(text in stop for text in special)]
+        self._of_shown = [stop for stop in stops if stop not in self._of_all]
         self._held = ""
+        self._shown: list[int] = []  # places in it of what is shown
         self.stopped = False
 
-    def push(self, text: str) -> str:
+    def push(self, text: str, *, shown: bool = True) -> str:
         """Append text; returns what may be given out. After a match `stopped` is set: nothing more comes."""
         if self.stopped:
             return ""
+        if shown:
+            self._shown += range(len(self._held), len(self._held) + len(text))
         self._held += text
-        matches = [(self._held.find(stop), stop) for stop in self._stops]
-        ends = [(start + len(stop), start) for start, stop in matches if start >= 0]
+        ends, cut = [], len(self._held)
+        for text, places, stop in self._searches():
+            start = text.find(stop)
+            if start >= 0:
+                ends.append((places[start + len(stop) - 1] + 1, places[start]))
+            elif overlap := _overlap(text, stop):
+                cut = min(cut, places[-overlap])
         if ends:
             self.stopped = True
-            start = min(ends)[1]  # smallest end, then smallest start
-            out, self._held = self._held[:start], ""
-            return out
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        cut = len(self._held) - keep
-        out, self._held = self._held[:cut], self._held[cut:]
-        return out
+            return self._release(min(ends)[1])  # smallest end, then smallest start
+        return self._release(cut)
 
     def flush(self) -> str:
         """What is still held back: the text ended without a stop string."""
-        out, self._held = self._held, ""
+        return "" if self.stopped else self._release(len(self._held))
+
+    def _searches(self) -> Iterator[tuple[str, Sequence[int], str]]:
+        """Every stop string with the text in which it is looked for, and the places of that in what is held."""
+        everything = range(len(self._held))
+        for stop in self._of_all:
+            yield self._held, everything, stop
+        shown = "".join(self._held[place] for place in self._shown) if self._of_shown else ""
+        for stop in self._of_shown:
+            yield shown, self._shown, stop
+
+    def _release(self, cut: int) -> str:
+        """What is shown in front of a place; the rest is held on."""
+        out = "".join(self._held[place] for place in self._shown if place < cut)
+        self._held, self._shown = self._held[cut:], [place - cut for place in self._shown if place >= cut]
         return out
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from support.uncached import uncached_logits
 
-from dynamo_runtime import Autoregressive, Backend, Engine, ParameterError, SamplingParameters
+from dynamo_runtime import Autoregressive, Backend, Engine, ParameterError, SamplingParameters, load_bundle
 from dynamo_runtime.engine import StreamOptions
 from dynamo_runtime.parameters import SamplingOptions
 from dynamo_runtime.providers import BackendOptions
+from dynamo_runtime.strategies import parameters_for
 
 PROMPT = "def fib(n):\n    if n < 2:\n        return n\n"
 
@@ -83,11 +84,12 @@ def test_parameters_are_an_object_or_keywords(engine: Engine) -> None:
     options = {"strategy": "autoregressive", "seed": 4, "max_new_tokens": 30, "ignore_eos": True}
     keywords = engine.generate(PROMPT, temperature=1.1, top_k=9, top_p=0.9, **options)
     engine.reset()
-    # What the object does not name is the paper's, not the bundle's: here both have a penalty of 1.1.
-    found = engine.generate(PROMPT, SamplingParameters(temperature=1.1, top_k=9, top_p=0.9), **options)
+    # What the object does not name is not the bundle's, which has a penalty of 1.1.
+    named = {"top_p": 0.9, "repetition_penalty": 1.1}
+    found = engine.generate(PROMPT, SamplingParameters(temperature=1.1, top_k=9, **named), **options)
     assert found.tokens == keywords.tokens
     engine.reset()
-    found = engine.generate(PROMPT, SamplingParameters(temperature=0.2, top_p=0.9), temperature=1.1, top_k=9, **options)
+    found = engine.generate(PROMPT, SamplingParameters(temperature=0.2, **named), temperature=1.1, top_k=9, **options)
     assert found.tokens == keywords.tokens
 
 
@@ -106,6 +108,46 @@ def test_an_object_replaces_the_bundles_defaults(copied) -> None:
     assert engine.generate(PROMPT, temperature=0.7, top_k=50, **options).tokens == theirs
     engine.reset()
     assert engine.generate(PROMPT, **options).tokens != theirs
+
+
+SAMPLING = {"temperature": 5.0, "top_k": 2, "repetition_penalty": 1.3, "backoff_threshold": 0.9}
+
+
+@pytest.mark.parametrize("strategy", ["auto", "autoregressive", "speculative"])
+def test_the_models_own_defaults_are_those_of_every_lossless_strategy(copied, strategy: str) -> None:
+    copied.edit(sampling={})
+    engine = Engine(copied.folder, threads=1)
+    assert SamplingParameters().repetition_penalty == 1.0
+    options = {"strategy": strategy, "seed": 4, "max_new_tokens": 40, "ignore_eos": True}
+    found = engine.generate(PROMPT, **options).tokens
+    engine.reset()
+    assert engine.generate(PROMPT, temperature=0.7, top_k=50, repetition_penalty=1.0, **options).tokens == found
+    copied.edit(sampling=SAMPLING)
+    theirs = Engine(copied.folder, threads=1)
+    found = theirs.generate(PROMPT, **options).tokens
+    engine.reset()
+    assert engine.generate(PROMPT, temperature=5.0, top_k=2, repetition_penalty=1.3, **options).tokens == found
+
+
+def test_dynamo_has_the_papers_parameters_unless_a_caller_names_others(copied) -> None:
+    paper = {"temperature": 0.7, "top_k": 50, "repetition_penalty": 1.1, "backoff_threshold": 0.5}
+    copied.edit(sampling=SAMPLING)
+    bundle = load_bundle(copied.folder)
+    for given, parameters, expected in (
+        ({}, None, {}),
+        ({"temperature": None}, None, {}),
+        ({"repetition_penalty": 1.0}, None, {"repetition_penalty": 1.0}),
+        ({}, SamplingParameters(top_k=7), {"top_k": 7}),
+        ({"temperature": 0.1}, SamplingParameters(top_k=7, temperature=0.3), {"top_k": 7, "temperature": 0.1}),
+        ({}, bundle.parameters({"top_k": 9}), {"top_k": 9}),
+    ):
+        found = parameters_for("dynamo", bundle, given, parameters)
+        assert {name: getattr(found, name) for name in paper} == paper | expected
+        assert found.named == set(expected)
+    engine, options = Engine(bundle, threads=1), {"strategy": "dynamo", "seed": 4, "max_new_tokens": 40}
+    tokens = engine.generate(PROMPT, **options).tokens
+    engine.reset()
+    assert engine.generate(PROMPT, **paper, **options).tokens == tokens
 
 
 def test_keywords_are_typed_completely() -> None:

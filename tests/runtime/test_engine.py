@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from support import dense_dynamo as dense
 from support.uncached import uncached_logits
+from tokenizers import Tokenizer
 
 from dynamo_runtime import Engine, ParameterError, PromptError, Session
 
@@ -294,7 +295,62 @@ def test_wrong_arguments_are_refused_before_anything_runs(engine: Engine) -> Non
     ):
         with pytest.raises(ParameterError):
             engine.stream(PROMPT, **wrong)
-    for prompt in ("", [], [320], [-1], "x\ud800"):
+    for prompt in ("", "\ufeff", [], [320], [-1], "x\ud800"):
         with pytest.raises(PromptError):
             engine.stream(prompt)
     assert engine.session.cache.length == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (["one", "two"], "one text, not a list of them"),
+        ([{"role": "user", "content": "x"}], "messages are for Engine.chat"),
+        ({"role": "user"}, "not a dict"),
+        (b"bytes", "text or token ids, not a bytes"),
+        (7, "text or token ids, not a int"),
+        (None, "text or token ids, not a NoneType"),
+        ([1.0, 2.0], "whole numbers, not 1.0"),
+        (np.array([1.5, 2.5]), "whole numbers, not"),
+        (np.array([[1, 2], [3, 4]]), "whole numbers, not"),
+        ([3, True], "whole numbers, not True"),
+        ([np.True_], "whole numbers, not"),
+        ([None], "whole numbers, not None"),
+    ],
+)
+def test_what_is_no_prompt_is_one_line(engine: Engine, prompt, message: str) -> None:
+    with pytest.raises(PromptError, match=message) as raised:
+        engine.generate(prompt)
+    assert "\n" not in str(raised.value)
+
+
+def test_whole_numbers_of_any_kind_are_tokens(engine: Engine) -> None:
+    for prompt in (np.array([5, 6, 7]), (5, np.int32(6), np.uint8(7)), iter([5, 6, 7])):
+        assert engine.encode(prompt) == [5, 6, 7]
+    assert {type(token) for token in engine.encode(np.array([5, 6, 7]))} == {int}
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(engine: Engine) -> None:
+    assert engine.encode("\ufeff" + PROMPT) == engine.encode(PROMPT)
+    assert engine.encode("x\ufeff") != engine.encode("x")
+
+
+def test_nothing_at_all_begins_where_a_text_begins(copied) -> None:
+    copied.edit(bos_token_id=0)
+    engine = Engine(copied.folder, threads=1)
+    for prompt in ("", "\ufeff", []):
+        assert engine.encode(prompt) == [0]
+    assert len(engine.generate("", max_new_tokens=3, ignore_eos=True).tokens) == 3
+
+
+def test_a_tokenizer_may_have_added_tokens_without_rows(copied) -> None:
+    """They are refused where they occur, not with the bundle."""
+    tokenizer = Tokenizer.from_file(str(copied.folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|image|>"])
+    tokenizer.save(str(copied.folder / "tokenizer.json"))
+    copied.relist()
+    engine = Engine(copied.folder, threads=1)
+    assert engine.encode("x <|im") == engine.bundle.tokenizer.encode("x <|im").ids
+    with pytest.raises(PromptError, match="outside 0 … 319"):
+        engine.encode("x <|image|>")
+    assert max(engine.encode("x <|image|>", plain_prompt=True)) < 320

@@ -50,6 +50,17 @@ def test_flags_reach_the_engine(multi: Path) -> None:
     assert re.search(rb"steps 1:\d+\)", one.stderr)
 
 
+def test_control_tokens_in_prompts_and_texts(multi: Path) -> None:
+    prompt = "\ufeffx <|endoftext|>"  # a byte-order mark, too
+    engine, options = Engine(multi, threads=1), {"seed": 3, "max_new_tokens": 20}
+    for flags, more in (([], {}), (["--plain-prompt"], {"plain_prompt": True}), (["--show-special"], {})):
+        done = run(str(multi), "-", *flags, *FLAGS, stdin=prompt.encode())
+        assert done.stdout.decode() == engine.generate(prompt[1:], **options, **more).text, done.stderr
+        tokens = len(engine.encode(prompt[1:], **more))
+        assert f" {tokens} prompt tokens" in done.stderr.decode()
+        engine.reset()
+
+
 def test_compare_prints_a_ratio(multi: Path, plain: Path) -> None:
     dynamo = ["--strategy", "dynamo"]
     done = run(str(multi), "x", "--compare", "--compare-with", str(plain), "--repeats", "1", *dynamo, *FLAGS)

@@ -1,7 +1,7 @@
 """Tiny bundles written by hand with onnx.helper: real graphs that keep the contract, made without torch."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,11 @@ CORPUS = [
 ]
 
 
-def train_tokenizer() -> Tokenizer:
-    """A byte-level BPE tokenizer: special token 0, all 256 bytes, some merges."""
+CONTROL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
+
+
+def train_tokenizer(control: Sequence[str] = (), added: Sequence[str] = ()) -> Tokenizer:
+    """A byte-level BPE tokenizer: special token 0, all 256 bytes, some merges; behind those what else is asked for."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -39,6 +42,8 @@ def train_tokenizer() -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    tokenizer.add_special_tokens(list(control))
+    tokenizer.add_tokens(list(added))
     return tokenizer
 
 
@@ -254,20 +259,31 @@ def write_manifest(folder: Path, **changes: Any) -> None:
     (folder / "dynamo_config.json").write_text(json.dumps(manifest | changes))
 
 
-def write_bundle(folder: Path, n_heads: int, *, counts: bool = True, sharpness: float = 3.0, seed: int = 0) -> Path:
-    """Write a whole bundle and return its ONNX file."""
+def write_bundle(
+    folder: Path,
+    n_heads: int,
+    *,
+    counts: bool = True,
+    sharpness: float = 3.0,
+    seed: int = 0,
+    tokenizer: Tokenizer | None = None,
+    files: Mapping[str, str] | None = None,
+    **changes: Any,
+) -> Path:
+    """Write a whole bundle, with further files and other fields of the manifest; returns its ONNX file."""
     folder.mkdir(parents=True)
-    tokenizer = train_tokenizer()
+    tokenizer = tokenizer or train_tokenizer()
+    for name, content in (files or {}).items():
+        (folder / name).write_text(content, encoding="utf-8")
     tokenizer.save(str(folder / "tokenizer.json"))
     vocab = tokenizer.get_vocab_size()
     onnx.save(build_graph(vocab, n_heads, sharpness=sharpness, seed=seed), str(folder / "model.onnx"))
     if counts and n_heads > 1:
         random_counts(folder / "cooccurrence.npz", vocab, n_heads)
-    write_manifest(
-        folder,
-        n_heads=n_heads,
-        vocab_size=vocab,
-        top_k_outputs=min(TOP_K_OUTPUTS, vocab),
-        sampling={"temperature": 0.7, "top_k": 50, "repetition_penalty": 1.1, "backoff_threshold": 0.5},
-    )
+    fields = {
+        "vocab_size": vocab,
+        "top_k_outputs": min(TOP_K_OUTPUTS, vocab),
+        "sampling": {"temperature": 0.7, "top_k": 50, "repetition_penalty": 1.1, "backoff_threshold": 0.5},
+    }
+    write_manifest(folder, n_heads=n_heads, **fields | changes)
     return folder / "model.onnx"

@@ -88,7 +88,7 @@ def _work(args: argparse.Namespace) -> None:
     multi, plain = _engines(args)
     prompts = load_prompts(args.prompts, plain, args.limit, args.code)
     resolved = multi.bundle.parameters(given_sampling(args))
-    shared = asdict(resolved)
+    shared = asdict(resolved)  # named for every setting, so that plain and dynamo choose by the same
     settings = curve(parse_thresholds(args.thresholds), ABLATION | READINGS if args.command == "ablation" else None)
     settings += [Setting(name, name) for name in dict.fromkeys(args.also)]
     settings, refused = possible(settings, multi.bundle, shared)

@@ -148,7 +148,7 @@ def _read_prompts(path: Path) -> list[str]:
         ProfileError: It cannot be read, or there are none in it.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
         if path.suffix == ".jsonl":
             records = [json.loads(line) for line in lines if line.strip()]
             lines = [record.get("prompt") or record.get("text") or "" for record in records]

@@ -15,7 +15,7 @@ from ..engine import Engine
 from ..errors import DynamoError, PromptError
 from ..manifest import MANIFEST
 from ..registry import can_draft
-from ..strategies import Auto, Autoregressive, Speculative, read_by
+from ..strategies import Auto, Autoregressive, Speculative, parameters_for, read_by
 from ..stream import TextStream
 from .arguments import (
     Parser,
@@ -64,7 +64,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_drafts(parser)
     parser.add_argument("--seed", type=int, help="for reproducible draws")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end in front of TEXT; repeatable")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end in front of TEXT, special tokens in it or not; repeatable",
+    )
+    parser.add_argument("--show-special", action="store_true", help="show special tokens in the text")
+    parser.add_argument(
+        "--plain-prompt", action="store_true", help="what looks like a control token in the prompt is text"
+    )
     parser.add_argument("--max-length", type=int, metavar="N", help="most tokens of prompt and text (default: context)")
     parser.add_argument("--verify", action="store_true", help="compare the sha256 of every file first")
     parser.add_argument(
@@ -109,6 +119,7 @@ def _run(args: argparse.Namespace) -> int:
     sampling = given_sampling(args)
     engine = Engine(path, backend(args), max_length=args.max_length, verify=args.verify)
     options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "stop": args.stop}
+    options |= {"show_special": args.show_special, "plain_prompt": args.plain_prompt}
     ours = options | sampling | {"target_speedup": args.target_speedup}
     stream = engine.stream(prompt, strategy=args.strategy, **ours)
     if args.target_speedup is not None:
@@ -125,8 +136,8 @@ def _run(args: argparse.Namespace) -> int:
     if interrupted:
         return INTERRUPTED
     if plain is not None:
-        # The plain side gets the same parameters, whatever defaults its own bundle has.
-        parameters = dataclasses.asdict(engine.bundle.parameters(sampling))
+        # The plain side gets the same parameters, whatever defaults its own bundle and strategy have.
+        parameters = dataclasses.asdict(parameters_for(args.strategy, engine.bundle, sampling))
         theirs = options | read_by(Autoregressive.name, parameters)
         plainly = Side(plain, Autoregressive.name, theirs)
         print(_compare(Side(engine, args.strategy, ours), plainly, prompt, repeats), file=sys.stderr)

@@ -1,0 +1,129 @@
+"""Control tokens: what they are called, and how text that only looks like one is encoded."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from tokenizers import Tokenizer
+
+from .errors import PromptError
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text's tokens, and where in it each begins and ends."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+    def behind(self, place: int) -> list[int] | None:
+        """The tokens of all that follows a place in the text; None if a token lies across it."""
+        for index, (start, _) in enumerate(self.spans):
+            if start >= place:
+                return self.ids[index:] if all(end <= place for _, end in self.spans[:index]) else None
+        return [] if all(end <= place for _, end in self.spans) else None
+
+
+@dataclass(frozen=True)
+class _Literal:
+    """A tokenizer that knows no control token by its text, but by a stand-in for it that nobody can guess.
+
+    Attributes:
+        tokenizer: It.
+        stand_ins: By control token.
+        ids: From its numbers of added tokens to the usual ones.
+    """
+
+    tokenizer: Tokenizer
+    stand_ins: dict[int, str]
+    ids: dict[int, int]
+
+
+class ControlTokens:
+    """The tokens that steer a model: the tokenizer's special ones, and those that end a text.
+
+    Attributes:
+        hidden: Texts of special tokens, by token: what a decoded text leaves out.
+        texts: Of all control tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, end_tokens: Iterable[int] = ()):
+        added = {token: known.content for token, known in tokenizer.get_added_tokens_decoder().items()}
+        special = {token for token, known in tokenizer.get_added_tokens_decoder().items() if known.special}
+        self._tokenizer, self._added = tokenizer, added
+        self.hidden = {token: added[token] for token in special}
+        self.texts = self.hidden | {token: added[token] for token in end_tokens if token in added}
+
+    def encode(self, text: str, breaks: Collection[int] = ()) -> Encoded:
+        """Encode a text with its control tokens, without adding any.
+
+        Args:
+            text: Any.
+            breaks: Places in it across which no control token lies: what looks like one there is text.
+
+        Raises:
+            PromptError: See `encode_literally`.
+        """
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        genuine, forged = [], False
+        for token, (start, end) in zip(found.ids, found.offsets, strict=True):
+            if token in self.texts and any(start < place < end for place in breaks):
+                forged = True
+            elif token in self.texts:
+                genuine.append((token, start, end))
+        if not forged:
+            return Encoded(found.ids, found.offsets)
+        # One pass over all of it, so that what lies between control tokens is cut as it always is.
+        given, origin, done = "", list[int](), 0
+        for token, start, end in genuine:
+            at = text.find(self.texts[token], start, end)  # blanks around it may belong to the token
+            start, end = (start, end) if at < 0 else (at, at + len(self.texts[token]))
+            stand_in = self._literal.stand_ins[token]
+            given += text[done:start] + stand_in
+            origin += [*range(done, start), *[start] * len(stand_in)]
+            done = end
+        given += text[done:]
+        origin += range(done, len(text) + 1)
+        encoded = self._encode(given, add_special_tokens=False)
+        return Encoded(encoded.ids, [(origin[start], origin[end]) for start, end in encoded.spans])
+
+    def encode_literally(self, text: str) -> list[int]:
+        """Encode a text in which nothing is a control token; what the tokenizer puts around every text stays.
+
+        Raises:
+            PromptError: The tokenizer cannot write a control token's text in any other way.
+        """
+        return self._encode(text, add_special_tokens=True).ids
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> Encoded:
+        literal = self._literal
+        found = literal.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        for token, added in zip(found.ids, found.special_tokens_mask, strict=True):
+            if token in self._reachable and not added:
+                raise PromptError(f"this tokenizer cannot write {self.texts[token]} as text")
+        return Encoded([literal.ids.get(token, token) for token in found.ids], found.offsets)
+
+    @cached_property
+    def _reachable(self) -> frozenset[int]:
+        """Control tokens that stand in the vocabulary proper, so that text might be cut into them."""
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
+        return frozenset(token for token, text in self.texts.items() if vocabulary.get(text) == token)
+
+    @cached_property
+    def _literal(self) -> _Literal:
+        content = json.loads(self._tokenizer.to_str())
+        nonce = secrets.token_hex(8)
+        stand_ins = {token: f"\ue000{nonce}-{token}\ue001" for token in self.texts}
+        for entry in content["added_tokens"]:
+            entry["content"] = stand_ins.get(entry["id"], entry["content"])
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+        # Added tokens outside the vocabulary are numbered anew.
+        names = self._added | stand_ins
+        numbered = tokenizer.get_added_tokens_decoder()
+        tokens = {name: token for token, name in names.items()}
+        ids = {number: tokens[known.content] for number, known in numbered.items()}
+        return _Literal(tokenizer, stand_ins, ids)
