@@ -274,13 +274,14 @@ def _rate(pairs: np.ndarray) -> float:
 
 def summary(rows: list[Row]) -> str:
     """What a bundle lost, in a few words."""
-    first = next(row for row in rows if row.figure == "PPL_1")
-    said = f"PPL_1 {first.value / first.reference - 1:+.2%}"
+    said = []
     for row in rows:
-        if row.gate == ANSWERS:
+        if row.figure == "PPL_1":
+            said.append(f"PPL_1 {row.value / row.reference - 1:+.2%}")
+        elif row.gate == ANSWERS:
             figure, _, count = row.figure.partition(", of ")
-            said += f", {row.value:.0f} of {count} {figure}"
-    return said
+            said.append(f"{row.value:.0f} of {count} {figure}")
+    return ", ".join(said)
 
 
 def table(rows: list[Row], text: str) -> str:
