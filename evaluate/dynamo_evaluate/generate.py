@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tqdm import tqdm
 
 from dynamo_runtime import Engine
+from dynamo_runtime.chat import asked
 from dynamo_runtime.strategies import read_by
 from dynamo_runtime.stream import Generation
 
@@ -29,6 +30,28 @@ def key(record: Record) -> tuple[str, str, int]:
 
 
 @dataclass(frozen=True)
+class Chat:
+    """How turns are put to a chat model.
+
+    Attributes:
+        system: What stands in front of them, if anything.
+        trust_content: Whether turns may hold control tokens.
+    """
+
+    system: str | None = None
+    trust_content: bool = False
+
+    def read(self, engine: Engine, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
+        """The tokens of a conversation: see `Experiment.read`."""
+        messages = asked(turns[0], self.system)
+        for answer, turn in zip(answers, turns[1:], strict=True):
+            messages += [{"role": "assistant", "content": answer}, *asked(turn)]
+        bundle = engine.bundle
+        prompt = bundle.chat_template.encode(messages, bundle.control_tokens, trust_content=self.trust_content)
+        return prompt.encoded.ids
+
+
+@dataclass(frozen=True)
 class Experiment:
     """What is generated.
 
@@ -40,6 +63,7 @@ class Experiment:
         max_new_tokens: A turn.
         ignore_eos: See `Engine.stream`.
         template: What a turn is put into, with {prompt}.
+        chat: How turns are put to the model by its chat template instead; None if they are not.
     """
 
     prompts: Sequence[Prompt]
@@ -49,6 +73,7 @@ class Experiment:
     max_new_tokens: int
     ignore_eos: bool = False
     template: str = "{prompt}"
+    chat: Chat | None = None
 
     @property
     def record(self) -> dict[str, Any]:
@@ -61,6 +86,7 @@ class Experiment:
             "template": self.template,
             "sampling": dict(self.sampling),
             "settings": [setting.record for setting in self.settings],
+            **({"chat": asdict(self.chat)} if self.chat else {}),
         }
 
     def options(self, setting: Setting) -> dict[str, Any]:
@@ -68,6 +94,20 @@ class Experiment:
         limits = {"max_new_tokens": self.max_new_tokens, "ignore_eos": self.ignore_eos}
         sampling = read_by(setting.strategy, {**self.sampling, **setting.sampling})
         return {**limits, **sampling, "strategy": setting.strategy}
+
+    def read(self, engine: Engine, turns: Sequence[str], answers: Sequence[str]) -> tuple[list[int], str]:
+        """What the model reads before it answers the last turn: as tokens, and as the text that it goes on with.
+
+        Args:
+            engine: Of any of the bundles.
+            turns: What was said.
+            answers: To all of it but the last.
+        """
+        if self.chat is not None:
+            return self.chat.read(engine, turns, answers), ""
+        said = [fill(self.template, turn) for turn in turns]
+        text = "".join(turn + answer + TURN_SEPARATOR for turn, answer in zip(said, answers, strict=False)) + said[-1]
+        return engine.encode(text), text
 
     def draws(self) -> Iterator[Draw]:
         """All settings of one prompt at one seed before the next, in an order that rotates."""
@@ -97,8 +137,8 @@ def check_length(engines: Sequence[Engine], experiment: Experiment) -> None:
     room = min(engine.session.max_length for engine in engines)
     for prompt in experiment.prompts:
         answers = experiment.max_new_tokens * len(prompt.turns)
-        text = TURN_SEPARATOR.join(fill(experiment.template, turn) for turn in prompt.turns)
-        length = len(engines[0].encode(text))
+        read, _ = experiment.read(engines[0], prompt.turns, [""] * (len(prompt.turns) - 1))
+        length = len(read)
         if length + answers > room:
             raise EvaluationError(
                 f"prompt {prompt.id} has {length} tokens, too many for {answers} more in a context of {room}"
@@ -128,32 +168,32 @@ def run(results: Results, multi: Engine, plain: Engine, experiment: Experiment) 
         if not warm:
             _warm_up(multi, plain, experiment)
             warm = True
-        for turn, text, result in _converse(plain if setting.plain else multi, draw, experiment):
+        for turn, read, text, result in _converse(plain if setting.plain else multi, draw, experiment):
             if (setting.name, prompt.id, draw.seed, turn) not in done:
-                measures = measure(plain, text, result.text, result.tokens, prompt.code)
+                measures = measure(plain, read, text, result.text, result.tokens, prompt.code)
                 place = {"setting": setting.name, "prompt": prompt.id, "turn": turn, "seed": draw.seed}
                 results.append({"kind": GENERATION, **place, **_record(result), "measures": measures})
 
 
 def _warm_up(multi: Engine, plain: Engine, experiment: Experiment) -> None:
     """The first passes of a session are slow."""
-    text = fill(experiment.template, experiment.prompts[0].turns[0])
+    read, _ = experiment.read(multi, experiment.prompts[0].turns[:1], [])
     for setting in {(setting.strategy, setting.plain): setting for setting in experiment.settings}.values():
         engine = plain if setting.plain else multi
-        engine.generate(text, **experiment.options(setting) | {"max_new_tokens": _WARM_UP_TOKENS, "seed": 0})
+        engine.generate(read, **experiment.options(setting) | {"max_new_tokens": _WARM_UP_TOKENS, "seed": 0})
 
 
-def _converse(engine: Engine, draw: Draw, experiment: Experiment) -> Iterator[tuple[int, str, Generation]]:
-    """Every turn's number, the text up to it, and its answer."""
+def _converse(engine: Engine, draw: Draw, experiment: Experiment) -> Iterator[tuple[int, list[int], str, Generation]]:
+    """Every turn's number, what is read before its answer (see `Experiment.read`), and that."""
     options = experiment.options(draw.setting) | {"seed": draw.engine_seed}
-    text = ""
-    for turn, said in enumerate(draw.prompt.turns):
-        text += fill(experiment.template, said)
+    answers: list[str] = []
+    for turn in range(len(draw.prompt.turns)):
+        read, text = experiment.read(engine, draw.prompt.turns[: turn + 1], answers)
         engine.reset()
-        engine.generate(text, **options | {"max_new_tokens": 1})  # decoding is timed, not the prompt
-        result = engine.generate(text, **options)
-        yield turn, text, result
-        text += result.text + TURN_SEPARATOR
+        engine.generate(read, **options | {"max_new_tokens": 1})  # decoding is timed, not the prompt
+        result = engine.generate(read, **options)
+        yield turn, read, text, result
+        answers.append(result.text)
 
 
 class Conversations:

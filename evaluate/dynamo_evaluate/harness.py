@@ -6,6 +6,7 @@ dynamo-eval harness run --model dynamo --model_args bundle=model.onnx --tasks la
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from lm_eval import utils
@@ -15,6 +16,7 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from dynamo_runtime import Engine
+from dynamo_runtime.errors import PromptError
 from dynamo_runtime.scoring import score_base
 from dynamo_runtime.strategies import check_reads
 
@@ -102,6 +104,28 @@ class DynamoLM(TemplateLM):
     def tokenizer_name(self) -> str:
         """For the harness's cache of requests."""
         return str(self._engine.bundle.folder.resolve())
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The bundle's, for the record of a run; None where none is wanted."""
+        return self._engine.bundle.chat_template.source if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Messages as the text that the model is to answer, or else to go on with.
+
+        Where the template refuses a system's message it is left out, as the harness's own Hugging Face model does.
+        """
+        render = partial(
+            self._engine.bundle.chat_template.render,
+            add_generation_prompt=add_generation_prompt,
+            continue_final=not add_generation_prompt,
+        )
+        try:
+            return render(chat_history)
+        except PromptError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            return render(others)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """A text's tokens."""

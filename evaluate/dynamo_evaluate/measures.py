@@ -48,18 +48,21 @@ def parsing_share(prompt: str, output: str) -> float:
     return 0.0
 
 
-def measure(plain: Engine, prompt: str, output: str, tokens: Sequence[int], code: bool) -> dict[str, float | None]:
+def measure(
+    plain: Engine, read: Sequence[int], prompt: str, output: str, tokens: Sequence[int], code: bool
+) -> dict[str, float | None]:
     """Every measure of one text; None where a text is too short for one.
 
     Args:
         plain: The base model, which judges the likelihood.
-        prompt: What was continued.
+        read: What stood before it, as tokens.
+        prompt: The text that it goes on with; none if it is an answer.
         output: The continuation.
         tokens: Its tokens.
         code: Whether it is Python.
     """
     values = {
-        "nll": base_nll(plain, plain.encode(prompt), tokens) if tokens else float("nan"),
+        "nll": base_nll(plain, read, tokens) if tokens else float("nan"),
         "distinct_2": distinct_share(tokens, 2),
         "distinct_3": distinct_share(tokens, 3),
         "repetition": 1 - distinct_share(tokens, 4),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dynamo_evaluate.errors import EvaluationError
-from dynamo_evaluate.generate import TURN_SEPARATOR, Experiment, check_length, run
+from dynamo_evaluate.generate import TURN_SEPARATOR, Chat, Experiment, check_length, run
+from dynamo_evaluate.measures import base_nll
 from dynamo_evaluate.prompts import Prompt
 from dynamo_evaluate.results import Results
 from dynamo_evaluate.settings import PLAIN, Setting, curve
-from dynamo_runtime import Engine
+from dynamo_runtime import BundleError, Engine
 
 PROMPTS = [Prompt("a", ("def f(", "and then"), code=True), Prompt("b", ("for i",))]
 SETTINGS = [Setting(PLAIN, "autoregressive", plain=True), *curve([0.1, 1.0]), Setting("auto", "auto")]
@@ -81,6 +83,43 @@ def test_goes_on_where_it_was(tmp_path: Path, results: Results, engines: tuple[E
     assert again.records[:7] == whole.records[:7]
     assert timeless(again.records) == timeless(whole.records)
     assert len(Results.load(path).records) == len(whole.records)
+
+
+TEMPLATE = """{% for m in messages %}{{ m.role[0] }}:{{ m.content }}
+{% endfor %}a:"""
+
+
+def test_questions_go_through_the_chat_template(engines: tuple[Engine, Engine], tmp_path: Path) -> None:
+    """Turn by turn, with the answers that were given; likelihoods are those of answers behind what was read."""
+    both = []
+    for engine in engines:
+        folder = tmp_path / engine.bundle.folder.name
+        shutil.copytree(engine.bundle.folder, folder)
+        (folder / "chat_template.jinja").write_text(TEMPLATE)
+        both.append(Engine(folder, provider="cpu", threads=1))
+    multi, plain = both
+    chat = Chat(system="S")
+    experiment = Experiment(PROMPTS, SETTINGS, 2, SAMPLING, 6, ignore_eos=True, chat=chat)
+    results = Results.start(None, {"command": "generate", **experiment.record})
+    assert results.header["chat"] == {"system": "S", "trust_content": False}
+    check_length((multi, plain), experiment)
+    run(results, multi, plain, experiment)
+    found = {(r["setting"], r["prompt"], r["turn"], r["seed"]): r for r in results.records}
+    options: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True, **SAMPLING}
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "S"}]
+    for turn, said in enumerate(PROMPTS[0].turns):
+        messages.append({"role": "user", "content": said})
+        plain.reset()
+        expected = plain.chat(messages, strategy="autoregressive", seed=2, **options)
+        record = found[PLAIN, "a", turn, 1]
+        assert record["text"] == expected.text
+        read = plain.encode(plain.bundle.chat_template.render(messages))
+        nll = base_nll(plain, read, expected.tokens)
+        assert record["measures"]["nll"] == pytest.approx(nll, abs=1e-5)
+        messages.append({"role": "assistant", "content": expected.text})
+    assert found["dynamo, ε_b 1", "a", 1, 1]["text"] == found[PLAIN, "a", 1, 1]["text"]
+    with pytest.raises(BundleError, match="has no chat template"):
+        check_length(engines, experiment)
 
 
 def test_prompts_that_do_not_fit_are_found_before_the_work(engines: tuple[Engine, Engine]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from dynamo_evaluate.errors import EvaluationError  # noqa: E402
 from dynamo_evaluate.harness import DynamoLM  # noqa: E402
-from dynamo_runtime.errors import ParameterError  # noqa: E402
+from dynamo_runtime.errors import BundleError, ParameterError, PromptError  # noqa: E402
 
 TASKS = Path(__file__).parent / "tasks"
 LONG = "def fib(n):\n    if n < 2:\n        return n\n    return fib(n - 1) + fib(n - 2)\n" * 5
@@ -120,6 +121,62 @@ def test_tasks_of_the_harness(ours: DynamoLM, theirs: HFLM, monkeypatch: pytest.
         for name, value in expected[task].items():
             if isinstance(value, float):
                 assert found[task][name] == pytest.approx(value, rel=1e-5), (task, name)
+
+
+TEMPLATE = """{% if 'refuse' in messages[0].content %}{{ raise_exception('No!') }}{% endif %}
+{%- for message in messages %}{{ message.role }}: {{ message.content | trim }}
+{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
+
+
+def test_chat_templates(pair: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Messages are the very texts of the harness's own model, and so is what is measured of them."""
+    for folder in (pair.multi, pair.checkpoint):
+        shutil.copytree(folder, tmp_path / folder.name)
+        (tmp_path / folder.name / "chat_template.jinja").write_text(TEMPLATE)
+    ours = DynamoLM(str(tmp_path / pair.multi.name), threads=1, provider="cpu")
+    theirs = HFLM(pretrained=str(tmp_path / pair.checkpoint.name), device="cpu", dtype="float32", batch_size=1)
+    assert ours.chat_template(True) == theirs.chat_template(True) == TEMPLATE
+    assert ours.chat_template(False) is None
+    for messages in (
+        [{"role": "user", "content": " x = "}],
+        [{"role": "system", "content": "refuse me"}, {"role": "user", "content": "x"}],
+        [{"role": "system", "content": "s"}, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y  "}],
+    ):
+        answered = messages[-1]["role"] == "user"
+        expected = theirs.apply_chat_template(messages, add_generation_prompt=answered)
+        assert ours.apply_chat_template(messages, add_generation_prompt=answered) == expected
+    with pytest.raises(PromptError, match="refuses these messages: No!"):
+        ours.apply_chat_template([{"role": "user", "content": "refuse me"}])
+    with pytest.raises(BundleError, match="has no chat template"):
+        DynamoLM(str(pair.multi), threads=1, provider="cpu").chat_template(True)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    data = f"dataset_kwargs: {{data_files: {{test: {TASKS / 'next_statement.jsonl'}}}, cache_dir: {tmp_path}}}\n"
+    for path in TASKS.glob("*.yaml"):
+        (tmp_path / path.name).write_text(path.read_text() + data)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found, expected = (
+        lm_eval.simple_evaluate(
+            model=model,
+            tasks=["dynamo_next_statement", "dynamo_complete"],
+            task_manager=manager,
+            bootstrap_iters=0,
+            limit=4,
+            apply_chat_template=True,
+            verbosity="ERROR",
+        )
+        for model in (ours, theirs)
+    )
+    assert found["chat_template"] == TEMPLATE
+    for task, records in expected["samples"].items():
+        for ours_of_it, theirs_of_it in zip(found["samples"][task], records, strict=True):
+            assert ours_of_it["arguments"] == theirs_of_it["arguments"]
+            assert "user: " in str(ours_of_it["arguments"])
+    for task, values in expected["results"].items():
+        for name, value in values.items():
+            if isinstance(value, float):
+                assert found["results"][task][name] == pytest.approx(value, rel=1e-5), (task, name)
 
 
 def test_command_passes_on_to_the_harness() -> None:

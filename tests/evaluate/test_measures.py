@@ -54,8 +54,8 @@ def test_likelihood_of_what_exceeds_the_context(engines: tuple[Engine, Engine]) 
 
 
 def test_empty_and_short_texts_have_no_figures(engines: tuple[Engine, Engine]) -> None:
-    assert set(measure(engines[1], "def f():\n", "", [], True).values()) == {None}
-    found = measure(engines[1], "def f():\n", "  x", [5, 6], False)
+    assert set(measure(engines[1], [1, 2], "def f():\n", "", [], True).values()) == {None}
+    found = measure(engines[1], [1, 2], "def f():\n", "  x", [5, 6], False)
     assert found["distinct_2"] == 1.0 and found["distinct_3"] is None and found["nll"] is not None
     assert "parsing" not in found
 

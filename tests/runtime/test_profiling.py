@@ -24,6 +24,7 @@ from dynamo_runtime.parallel import ParallelHeads
 from dynamo_runtime.parameters import SamplingParameters
 from dynamo_runtime.profiling.measure import QUICK, STAGES, measure
 from dynamo_runtime.profiling.passes import PassTimer
+from dynamo_runtime.profiling.trials import PROMPTS
 from dynamo_runtime.step import Rows
 from dynamo_runtime.strategies import Autoregressive
 
@@ -250,6 +251,24 @@ def canned(measured: Profile, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
     monkeypatch.setattr(cli, "measure", fake)
     return asked
+
+
+def test_the_command_asks_questions(
+    canned: list[dict], copied, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a file, or the built-in prompts; by the chat template."""
+    (copied.folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\ufeffone\ntwo\n", encoding="utf-8")
+    decode, talk = load_bundle(copied.folder).tokenizer.decode, ["--chat", "--system", "s", "--no-keep", "--quick"]
+    for flags, read in ((["--prompts", str(prompts)], ["one", "two"]), ([], PROMPTS[: QUICK.texts])):
+        assert cli.main([str(copied.folder), *talk, *flags]) == 0
+        assert [decode(each) for each in canned[-1]["prompts"]] == [f"system: s\nuser: {each}\n" for each in read]
+    capsys.readouterr()
+    assert cli.main([str(copied.folder), "--system", "s"]) == 1
+    assert capsys.readouterr().err == "dynamo-profile: error: --system and --trust-content are for --chat\n"
 
 
 def test_the_command_writes_and_keeps(

@@ -8,7 +8,16 @@ from pathlib import Path
 
 from dynamo_runtime import Engine
 from dynamo_runtime.bundle import DEFAULT_BUNDLE
-from dynamo_runtime.cli.arguments import add_backend, add_drafts, add_dynamo, add_sampling, backend, given_sampling
+from dynamo_runtime.cli.arguments import (
+    add_backend,
+    add_chat,
+    add_drafts,
+    add_dynamo,
+    add_sampling,
+    backend,
+    check_chat,
+    given_sampling,
+)
 from dynamo_runtime.registry import can_draft
 from dynamo_runtime.strategies import STRATEGIES, Autoregressive, Dynamo, read_by, refusal
 
@@ -58,6 +67,7 @@ def _add_generation(parser: argparse.ArgumentParser, thresholds: list[str], seed
     parser.add_argument(
         "--template", default="{prompt}", help="what a prompt is put into, e.g. 'USER: {prompt} ASSISTANT:'"
     )
+    add_chat(parser)
     parser.add_argument(
         "--seeds", type=int, default=seeds, metavar="N", help=f"draws of every setting (default: {seeds})"
     )
@@ -85,6 +95,9 @@ def _work(args: argparse.Namespace) -> None:
     at_least(2, args, "seeds")  # quality is held against plain decoding's own spread
     if "{prompt}" not in args.template:
         raise EvaluationError("the template must have {prompt} in it")
+    check_chat(args)
+    if args.chat and args.template != "{prompt}":
+        raise EvaluationError("--chat has a template already, the bundle's: leave out --template")
     multi, plain = _engines(args)
     prompts = load_prompts(args.prompts, plain, args.limit, args.code)
     resolved = multi.bundle.parameters(given_sampling(args))
@@ -101,7 +114,14 @@ def _work(args: argparse.Namespace) -> None:
         note("greedily every seed writes the same text, so plain decoding has no spread to hold quality against")
     settings = [Setting(PLAIN, Autoregressive.name, plain=True), *settings]
     experiment = generate.Experiment(
-        prompts, settings, args.seeds, shared, args.max_new_tokens, args.ignore_eos, args.template
+        prompts,
+        settings,
+        args.seeds,
+        shared,
+        args.max_new_tokens,
+        args.ignore_eos,
+        args.template,
+        generate.Chat(args.system, args.trust_content) if args.chat else None,
     )
     generate.check_length([multi, plain], experiment)
     header = {

@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 from typing import Any, NoReturn
 
+from ..bundle import Bundle
+from ..chat import asked
 from ..errors import ParameterError
 from ..parameters import ADAPTIVE, DRAFT_CHOICES, FIRST_TOKENS, PREMASK_TESTS, SamplingParameters
 from ..providers import OPTIMIZATIONS, Backend
@@ -59,6 +61,57 @@ def add_drafts(parser: argparse.ArgumentParser) -> None:
         "--draft-cooccurrence-weight", type=float, metavar="A", help="α_c of the mask on drafts: 1 full, 0 none"
     )
     group.add_argument("--draft-confidence", type=float, metavar="P", help="stop drafting below this; 0: never")
+
+
+def add_chat(parser: argparse.ArgumentParser, *, question: bool = False) -> None:
+    """Add the flags of chat models.
+
+    Args:
+        parser: To add them to.
+        question: Whether `--chat` may be followed by what is asked.
+    """
+    group = parser.add_argument_group("models to talk to")
+    if question:
+        group.add_argument(
+            "--chat",
+            nargs="?",
+            const=True,
+            metavar="QUESTION",
+            help="ask, by the bundle's chat template; without a question, talk: every line is one",
+        )
+    else:
+        group.add_argument(
+            "--chat", action="store_true", help="prompts are questions: they go through the chat template"
+        )
+    group.add_argument("--system", metavar="TEXT", help="what stands in front of all questions; with --chat")
+    group.add_argument(
+        "--trust-content",
+        action="store_true",
+        help="control tokens in questions are control tokens, else text; with --chat",
+    )
+
+
+def check_chat(args: argparse.Namespace) -> None:
+    """See that nothing of a chat is said where there is none.
+
+    Raises:
+        ParameterError: It is.
+    """
+    if not args.chat and (args.system is not None or args.trust_content):
+        raise ParameterError("--system and --trust-content are for --chat")
+
+
+def put(args: argparse.Namespace, bundle: Bundle, prompt: str) -> str | list[int]:
+    """A prompt as the flags want it: with `--chat` the tokens of a question.
+
+    Raises:
+        DynamoError: The bundle has no chat template, or it does not want the question.
+    """
+    check_chat(args)
+    if not args.chat:
+        return prompt
+    messages, control = asked(prompt, args.system), bundle.control_tokens
+    return bundle.chat_template.encode(messages, control, trust_content=args.trust_content).encoded.ids
 
 
 def given_sampling(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,15 +7,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..bundle import DEFAULT_BUNDLE, load_bundle
+from ..bundle import DEFAULT_BUNDLE, Bundle, load_bundle
 from ..device.inspection import device_key, optional
 from ..device.profile import PROFILES, Profile, cached_path, profiles_folder
 from ..errors import DynamoError, OutputError, ProfileError
 from ..files import check_writable, write_whole
 from ..profiling.measure import FULL, QUICK, Progress, measure
 from ..profiling.report import compare, summary, to_csv
+from ..profiling.trials import PROMPTS
 from ..registry import can_draft
-from .arguments import Parser, add_backend, add_version, backend
+from .arguments import Parser, add_backend, add_chat, add_version, backend, check_chat, put
 from .ending import INTERRUPTED, fail, nobody_reads
 
 PROG = "dynamo-profile"
@@ -40,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help='prompts to decode with every strategy: one a line, or .jsonl with "prompt" or "text" (default: built in)',
     )
+    add_chat(parser)
     parser.add_argument(
         "--plain",
         metavar="BUNDLE",
@@ -94,6 +96,8 @@ def _profile(args: argparse.Namespace) -> int:
     running = backend(args)
     prompts = None if args.prompts is None else _read_prompts(Path(args.prompts))
     bundle = load_bundle(args.bundle or DEFAULT_BUNDLE)
+    effort = QUICK if args.quick else FULL
+    questions = _questions(args, bundle, effort.texts, prompts)
     plain = load_bundle(args.plain) if args.plain else None
     if plain is not None and can_draft(plain):
         raise ProfileError(f"{plain.folder} is not a plain bundle: export one with --heads 0")
@@ -114,8 +118,7 @@ def _profile(args: argparse.Namespace) -> int:
                 f"the profile cannot be kept ({error}): use --no-keep, or name another folder in {PROFILES}"
             ) from error
     with _progress(args.quick) as progress:
-        effort = QUICK if args.quick else FULL
-        profile = measure(bundle, running, effort=effort, prompts=prompts, plain=plain, progress=progress)
+        profile = measure(bundle, running, effort=effort, prompts=questions, plain=plain, progress=progress)
     if args.json:
         profile.save(args.json)
     if args.csv:
@@ -139,6 +142,20 @@ def _write_page(path: Path | None, profiles: Sequence[Profile], names: Sequence[
         check_extra()
     else:
         write_whole(path, page(profiles, names))
+
+
+def _questions(
+    args: argparse.Namespace, bundle: Bundle, built_in: int | None, prompts: Sequence[str] | None
+) -> Sequence[str | Sequence[int]] | None:
+    """The prompts as the flags want them; None for the built-in ones as they are.
+
+    Raises:
+        DynamoError: See `put`.
+    """
+    check_chat(args)
+    if args.chat and prompts is None:
+        prompts = PROMPTS[:built_in]
+    return None if prompts is None else [put(args, bundle, prompt) for prompt in prompts]
 
 
 def _read_prompts(path: Path) -> list[str]:

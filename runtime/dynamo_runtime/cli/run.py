@@ -1,4 +1,4 @@
-"""`dynamo-run`: stream the continuation of a prompt from a bundle."""
+"""`dynamo-run`: stream the continuation of a prompt, or answers, from a bundle."""
 
 import argparse
 import dataclasses
@@ -10,27 +10,33 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import DEFAULT_BUNDLE, load_bundle
+from ..chat import asked
+from ..conversation import Conversation
 from ..device.plan import threshold_for
 from ..engine import Engine
 from ..errors import DynamoError, PromptError
 from ..manifest import MANIFEST
 from ..registry import can_draft
 from ..strategies import Auto, Autoregressive, Speculative, parameters_for, read_by
-from ..stream import TextStream
 from .arguments import (
     Parser,
     add_backend,
+    add_chat,
     add_drafts,
     add_dynamo,
     add_sampling,
     add_version,
     backend,
+    check_chat,
     given_sampling,
+    put,
 )
+from .conversation import converse, write
 from .ending import INTERRUPTED, fail, nobody_reads
 
 PROG = "dynamo-run"
 _REPEATS = 3
+_NEW_TOKENS, _NEW_TOKENS_OF_AN_ANSWER = 128, 1024
 SAMPLE_PROMPT = "class Stack:\n    def __init__(self):\n"
 
 
@@ -52,7 +58,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="auto (as many verified drafts as pay on this device); autoregressive; dynamo (parallel heads, not "
         "verified); speculative (verified drafts in every pass) (default: auto)",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="exact limit (default: 128)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"exact limit (default: {_NEW_TOKENS}, with --chat {_NEW_TOKENS_OF_AN_ANSWER} an answer)",
+    )
+    add_chat(parser, question=True)
     add_sampling(parser)
     dynamo = add_dynamo(parser)
     dynamo.add_argument("--backoff-threshold", type=float, metavar="E", help="ε_b: 0 most tokens a pass, 1 always one")
@@ -114,22 +126,25 @@ def _run(args: argparse.Namespace) -> int:
     repeats = _REPEATS if args.repeats is None else args.repeats
     if repeats < 1:
         raise PromptError(f"repeats must be at least 1, not {repeats}")
-    path, prompt = _bundle_and_prompt(args)
-    prompt = _read_stdin() if prompt == "-" else prompt
+    check_chat(args)
+    path, text = _bundle_and_prompt(args)
+    text = _read_stdin() if text == "-" else text
     sampling = given_sampling(args)
     engine = Engine(path, backend(args), max_length=args.max_length, verify=args.verify)
-    options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "stop": args.stop}
-    options |= {"show_special": args.show_special, "plain_prompt": args.plain_prompt}
+    options = _options(args)
     ours = options | sampling | {"target_speedup": args.target_speedup}
+    if text is None:
+        return _converse(args, engine, ours | {"strategy": args.strategy})
+    prompt = put(args, engine.bundle, text)
     stream = engine.stream(prompt, strategy=args.strategy, **ours)
     if args.target_speedup is not None:
         threshold = threshold_for(engine.profile, args.target_speedup)
         print(f"{PROG}: note: by its profile, a back-off threshold of {threshold:.3g}", file=sys.stderr)
     plain = _plain_engine(args, engine) if args.compare else None
-    if prompt is SAMPLE_PROMPT:  # which the user did not write
-        sys.stdout.write(prompt)
+    if text is SAMPLE_PROMPT:  # which the user did not write
+        sys.stdout.write(text)
     _warn(engine, args.strategy)
-    interrupted = _write(stream)
+    interrupted = write(stream)
     if sys.stdout.isatty():
         print(file=sys.stderr)
     print(stream.statistics.line(), file=sys.stderr)
@@ -144,27 +159,64 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _bundle_and_prompt(args: argparse.Namespace) -> tuple[str | Path, str]:
-    """What to run and what to continue: whichever is not given is ours.
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Of `Engine.stream`, but for strategy and sampling.
+
+    Raises:
+        PromptError: Something is said of a prompt where there are questions.
+    """
+    if args.chat and args.plain_prompt:
+        raise PromptError("--plain-prompt is for prompts: what is asked with --chat is text, unless --trust-content")
+    limit = args.max_new_tokens
+    if limit is None:
+        limit = _NEW_TOKENS_OF_AN_ANSWER if args.chat else _NEW_TOKENS
+    options = {"max_new_tokens": limit, "seed": args.seed, "stop": args.stop}
+    return options | {"show_special": args.show_special, "plain_prompt": args.plain_prompt}
+
+
+def _converse(args: argparse.Namespace, engine: Engine, options: dict[str, Any]) -> int:
+    if args.compare:
+        raise PromptError("--compare runs one question: give it behind --chat")
+    _warn(engine, args.strategy)
+    del options["plain_prompt"]
+    conversation = Conversation(engine, args.system, trust_content=args.trust_content)
+    engine.bundle.chat_template.render(asked("?", args.system))  # before anybody types: can it be talked to?
+    return converse(PROG, conversation, options)
+
+
+def _bundle_and_prompt(args: argparse.Namespace) -> tuple[str | Path, str | None]:
+    """What to run and what to continue: whichever is not given is ours; no prompt where there is to be a conversation.
 
     Raises:
         PromptError: One of them is given twice, or a bundle and no prompt, or a path in place of a prompt.
     """
     given = [argument for argument in (args.bundle, args.prompt) if argument is not None]
-    if len(given) + (args.model is not None) + (args.text is not None) > 2:
+    question = args.chat if isinstance(args.chat, str) else None
+    if question is not None and _is_bundle(question):  # dynamo-run --chat BUNDLE
+        given, question = [question, *given], None
+    texts = [text for text in (args.text, question) if text is not None]
+    if len(texts) == 2:
+        raise PromptError("there are two questions: one behind --chat, and one behind -p")
+    if len(given) + (args.model is not None) + len(texts) > 2:
         raise PromptError("bundle and prompt are given twice: with -m or -p one argument less is wanted")
-    model, text = args.model, args.text
+    model, text = args.model, texts[0] if texts else None
     if len(given) == 2:
         model, text = given
     elif given and model is not None:
         text = given[0]
-    elif given and text is not None:
+    elif given and (text is not None or (args.chat and _is_bundle(given[0]))):
         model = given[0]
     elif given:
         text = _lone(given[0])
-    if model is not None and text is None:
-        raise PromptError(f"there is no prompt behind the bundle {model}")
-    return DEFAULT_BUNDLE if model is None else model, SAMPLE_PROMPT if text is None else text
+    if text is None and not args.chat:
+        if model is not None:
+            raise PromptError(f"there is no prompt behind the bundle {model}")
+        text = SAMPLE_PROMPT
+    return DEFAULT_BUNDLE if model is None else model, text
+
+
+def _is_bundle(argument: str) -> bool:
+    return os.path.isfile(os.path.join(argument, MANIFEST)) or (argument.endswith(".onnx") and os.path.exists(argument))
 
 
 def _lone(argument: str) -> str:
@@ -176,7 +228,7 @@ def _lone(argument: str) -> str:
     if not argument:
         return argument  # which is refused as a prompt
     exists = os.path.exists(argument)  # which takes whatever is too long for a path
-    if os.path.isfile(os.path.join(argument, MANIFEST)) or (exists and argument.endswith(".onnx")):
+    if _is_bundle(argument):
         raise PromptError(f"there is no prompt behind the bundle {argument}")
     if exists:
         raise PromptError(f"{argument} exists and is no bundle: a prompt of that name is given with -p")
@@ -206,19 +258,6 @@ def _warn(engine: Engine, strategy: str) -> None:
             "not exactly the text of autoregressive",
             file=sys.stderr,
         )
-
-
-def _write(stream: TextStream) -> bool:
-    """Write the pieces as they come; True if the user interrupted."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(encoding="utf-8", newline="")
-    try:
-        for piece in stream:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        return True
-    return False
 
 
 def _read_stdin() -> str:
@@ -256,7 +295,7 @@ def _plain_engine(args: argparse.Namespace, engine: Engine) -> Engine:
     return Engine(plain, engine.backend, max_length=args.max_length)
 
 
-def _compare(ours: Side, plain: Side, prompt: str, repeats: int) -> str:
+def _compare(ours: Side, plain: Side, prompt: str | list[int], repeats: int) -> str:
     """Run both sides in turn, each from an empty cache; returns a line with the ratio of median speeds."""
     speeds: dict[str, list[float]] = {"ours": [], "plain": []}
     sides = [("ours", ours), ("plain", plain)]

@@ -1,0 +1,104 @@
+"""A conversation at the terminal: a line is a question, and its answer comes as it is written."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from ..conversation import Conversation
+from ..errors import DynamoError, PromptError
+from ..stream import TextStream
+from .ending import INTERRUPTED, fail
+
+EXIT, RESET = "/exit", "/reset"
+
+
+def converse(prog: str, conversation: Conversation, options: dict[str, Any]) -> int:
+    """Answer line after line until there are no more; returns the command's exit code.
+
+    At a terminal a question that cannot be answered is complained of, and Ctrl-C stops an answer; elsewhere both are
+    the end.
+
+    Args:
+        prog: Name of the command.
+        conversation: What is gone on with.
+        options: Of `Engine.stream`.
+    """
+    typed = sys.stdin.isatty()
+    if typed:
+        print(f"{prog}: Ctrl-C stops an answer, {RESET} begins anew, {EXIT} or Ctrl-D ends", file=sys.stderr)
+    for line in _typed() if typed else _piped():
+        if line.strip() == EXIT:
+            break
+        if line.strip() == RESET:
+            conversation.reset()
+        elif line.strip():
+            try:
+                interrupted = _answer(conversation.say(line, **options), typed)
+            except DynamoError as error:
+                if not typed:
+                    raise
+                fail(prog, error)
+                continue
+            if interrupted:
+                return INTERRUPTED
+    return 0
+
+
+def write(stream: TextStream) -> bool:
+    """Write the pieces as they come; True if the user interrupted."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8", newline="")
+    try:
+        for piece in stream:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def _answer(stream: TextStream, typed: bool) -> bool:
+    with _stopped_by_interrupt(stream) if typed else contextlib.nullcontext():
+        interrupted = write(stream)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    print(stream.statistics.line(), file=sys.stderr)
+    return interrupted
+
+
+@contextlib.contextmanager
+def _stopped_by_interrupt(stream: TextStream) -> Iterator[None]:
+    """Ctrl-C ends the stream after the running pass, so that cache and text are whole."""
+    before = signal.signal(signal.SIGINT, lambda number, frame: stream.cancel())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _typed() -> Iterator[str]:
+    """Lines of a terminal, edited with readline where there is one."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (makes `input` an editor)
+    while True:
+        try:
+            line = input("> " if sys.stdout.isatty() else "")
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            continue
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        yield line
+
+
+def _piped() -> Iterator[str]:
+    for line in sys.stdin.buffer:
+        try:
+            yield line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise PromptError("a question on stdin is not valid UTF-8") from None
