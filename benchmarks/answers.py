@@ -6,8 +6,8 @@
 Asks the bundle in full precision the questions of `dynamo_quantize`, quantizes it in every way below, calibrating on
 the answers to every other question, and measures each smaller bundle on the answers to the rest: PPL_1 of those
 answers, PPL_1 of held-out modules of the standard library, and how many greedy answers begin with another first
-sentence, of the held-out questions and of all.  The cost of a pass over one token and over four, behind 64 others, is taken in one
-interleaved run of all bundles, in units of fp32's pass over one.
+sentence, of the held-out questions and of all.  The cost of a pass over one token and over four, behind 64 others, is
+taken in one interleaved run of all bundles, in units of fp32's pass over one.
 """
 
 from __future__ import annotations
