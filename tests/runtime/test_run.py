@@ -141,6 +141,7 @@ def test_imports_nothing_of_the_host_side(multi: Path) -> None:
     assert {"onnxruntime", "numpy", "tokenizers"} <= loaded
     assert not loaded & {
         "torch",
+        "jinja2",
         "onnx",
         "transformers",
         "safetensors",
