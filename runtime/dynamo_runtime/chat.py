@@ -90,7 +90,9 @@ class ChatTemplate:
             return ChatPrompt(text, control.encode(text))
         marker = _unused([self.source, *_strings(messages)])
         mark = _marking(control.texts.values(), marker)
-        parts = self._render([_mapped(message, mark) for message in messages], True).split(marker)
+        # Roles are the program's own words, which the template compares with its own.
+        marked = [{**_mapped(message, mark), "role": message["role"]} for message in messages]
+        parts = self._render(marked, True).split(marker)
         breaks = list(itertools.accumulate(map(len, parts[:-1])))
         text = "".join(parts)
         return ChatPrompt(text, control.encode(text, breaks))

@@ -52,10 +52,10 @@ class ControlTokens:
     """
 
     def __init__(self, tokenizer: Tokenizer, end_tokens: Iterable[int] = ()):
-        added = {token: known.content for token, known in tokenizer.get_added_tokens_decoder().items()}
-        special = {token for token, known in tokenizer.get_added_tokens_decoder().items() if known.special}
+        known = tokenizer.get_added_tokens_decoder()
+        added = {token: each.content for token, each in known.items()}
         self._tokenizer, self._added = tokenizer, added
-        self.hidden = {token: added[token] for token in special}
+        self.hidden = {token: text for token, text in added.items() if known[token].special}
         self.texts = self.hidden | {token: added[token] for token in end_tokens if token in added}
 
     def encode(self, text: str, breaks: Collection[int] = ()) -> Encoded:
