@@ -125,7 +125,7 @@ def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise PromptError("every message is an object with a role and a content")
         kept = {name: value for name, value in message.items() if value is not None}
-        found.append(_mapped(kept, lambda text: _whole(text)))
+        found.append(_mapped(kept, _whole))
     if not found:
         raise PromptError("there are no messages")
     return found

@@ -22,6 +22,7 @@ from .arguments import (
     Parser,
     add_backend,
     add_chat,
+    add_control,
     add_drafts,
     add_dynamo,
     add_sampling,
@@ -83,10 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="end in front of TEXT, special tokens in it or not; repeatable",
     )
-    parser.add_argument("--show-special", action="store_true", help="show special tokens in the text")
-    parser.add_argument(
-        "--plain-prompt", action="store_true", help="what looks like a control token in the prompt is text"
-    )
+    add_control(parser)
     parser.add_argument("--max-length", type=int, metavar="N", help="most tokens of prompt and text (default: context)")
     parser.add_argument("--verify", action="store_true", help="compare the sha256 of every file first")
     parser.add_argument(
