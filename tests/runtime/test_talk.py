@@ -86,6 +86,8 @@ def test_an_answer_may_be_longer_than_a_continuation(bundle: Path, capsys: pytes
         (["--chat", "x", "--plain-prompt"], "--plain-prompt is for prompts"),
         (["--chat", "x", "-p", "y"], "there are two questions"),
         (["--chat", "--compare"], "--compare runs one question"),
+        (["--chat", "--strategy", "psychic"], "unknown strategy 'psychic'"),
+        (["--chat", "--temperature", "-1"], "temperature must be"),
         (["--chat", "x " * 2000], "more than the context of 640"),
         (["--chat", "x\udcff"], "the question is not valid UTF-8"),
     ],
