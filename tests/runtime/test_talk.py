@@ -194,7 +194,10 @@ def test_a_terminal(terminal: Terminal) -> None:
     terminal.wait_for(r"dynamo-run: error: the prompt has \d+ tokens, more than the context.*> ")
     terminal.type("/reset\n")
     terminal.wait_for("> ")
-    terminal.type("half a line\x03")  # Ctrl-C where nothing is answered
+    terminal.type("half a line")
+    terminal.wait_for("half a line")
+    time.sleep(0.3)  # by when it waits for more
+    terminal.type("\x03")  # Ctrl-C where nothing is answered
     terminal.wait_for("> ")
     terminal.type("Hello\n")
     terminal.wait_for(r"auto: \d+ prompt tokens \(\d+ reused\), \d+ new.*> ")
