@@ -23,6 +23,9 @@ from machine import describe_machine
 from ratios import interval, speed_ratio
 from tqdm import tqdm
 
+from dynamo_runtime import load_bundle
+from dynamo_runtime.cli.arguments import add_chat, put
+
 PROMPTS = (
     "class Stack:\n    def __init__(self):\n",
     "import os\n\ndef walk(path):\n    ",
@@ -77,15 +80,17 @@ def main() -> None:
     parser.add_argument("bundles", nargs="+", metavar="BUNDLE")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=128)
+    add_chat(parser)
     arguments = parser.parse_args()
     print("| bundle | strategy | before, tokens/s | after ÷ before | same texts |\n|---|---|---|---|---|")
     for bundle in arguments.bundles:
+        prompts = [put(arguments, load_bundle(bundle), prompt) for prompt in PROMPTS]
         workers = [Worker(checkout, bundle) for checkout in (arguments.before, arguments.after)]
         for strategy in STRATEGIES:
             counts, seconds = (np.zeros((2, len(PROMPTS))) for _ in range(2))
             same = True
             for turn in tqdm(range(arguments.rounds + 1), desc=f"{Path(bundle).name}, {strategy}", leave=False):
-                for place, prompt in enumerate(PROMPTS):
+                for place, prompt in enumerate(prompts):
                     texts: dict[int, list[int]] = {}
                     for side in (0, 1) if (turn + place) % 2 else (1, 0):
                         texts[side], count, spent = workers[side].decode(

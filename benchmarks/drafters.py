@@ -39,8 +39,12 @@ from dynamo_export import export_bundle
 from dynamo_model import DEFAULT_CHECKPOINT, CPModel, LookAheadModel, MultiTokenModel, has_drafter
 from dynamo_runtime import Engine, Last
 from dynamo_runtime.bundle import load_bundle
+from dynamo_runtime.cli.arguments import add_chat, put
 
 PLAIN = "plain"
+Said = str | list[int]
+"""A prompt, or the tokens of a question."""
+
 GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
 SAMPLED: dict[str, Any] = {"temperature": 0.7, "top_k": 50, "repetition_penalty": 1.0}
 
@@ -127,7 +131,7 @@ def settings(bundles: dict[str, Exported], confidence: float) -> list[Setting]:
     return rows
 
 
-def run(engines: dict[str, Engine], rows: list[Setting], prompts: list[str], new_tokens: int) -> dict[str, Outcome]:
+def run(engines: dict[str, Engine], rows: list[Setting], prompts: list[Said], new_tokens: int) -> dict[str, Outcome]:
     """Run every setting on every prompt, interleaved."""
     outcomes = {row.name: Outcome() for row in rows}
     for row in rows:  # warm-up, not counted
@@ -148,7 +152,7 @@ def run(engines: dict[str, Engine], rows: list[Setting], prompts: list[str], new
     return outcomes
 
 
-def pass_difference(engine: Engine, prompts: list[str], width: int) -> float:
+def pass_difference(engine: Engine, prompts: list[Said], width: int) -> float:
     """Largest |Δlogit| of the first head between one pass over `width` tokens and as many passes over one."""
     worst = 0.0
     for prompt in prompts:
@@ -163,7 +167,7 @@ def pass_difference(engine: Engine, prompts: list[str], width: int) -> float:
 
 
 def differences(
-    plain: Engine, prompts: list[str], expected: list[list[int]], found: list[list[int]], tie: float
+    plain: Engine, prompts: list[Said], expected: list[list[int]], found: list[list[int]], tie: float
 ) -> tuple[int, int, list[float]]:
     """Greedy texts that are not plain decoding's, how many of them part at a near tie, and the gaps there."""
     gaps = []
@@ -191,7 +195,7 @@ def summarize(
     outcomes: dict[str, Outcome],
     engines: dict[str, Engine],
     bundles: dict[str, Exported],
-    prompts: list[str],
+    prompts: list[Said],
 ) -> dict[str, dict[str, Any]]:
     """The table's figures."""
 
@@ -254,6 +258,7 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--confidence", type=float, default=0.3, help="of the rows with a cut-off (default: 0.3)")
     parser.add_argument("--rows", default="", metavar="REGEX", help="run the plain rows and those that match alone")
+    add_chat(parser)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, help="write all figures there")
     arguments = parser.parse_args()
@@ -266,7 +271,7 @@ def main() -> int:
             row for row in settings(bundles, arguments.confidence) if row.bundle == PLAIN or wanted.search(row.name)
         ]
         found = held_out_prompts(engines[PLAIN], arguments.prompts, arguments.prompt_tokens)
-        prompts = [prompt.turns[0] for prompt in found]
+        prompts = [put(arguments, engines[PLAIN].bundle, prompt.turns[0]) for prompt in found]
         outcomes = run(engines, rows, prompts, arguments.new_tokens)
         summary = summarize(rows, outcomes, engines, bundles, prompts)
     machine = f"{describe_machine()}; onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}"

@@ -44,6 +44,7 @@ from dynamo_quantize.quantize import write_bundle
 from dynamo_quantize.schemes import Options, Part, resolve
 from dynamo_quantize.texts import OWN, pieces
 from dynamo_runtime import ALL, Bundle, Engine, load_bundle
+from dynamo_runtime.cli.arguments import add_chat, put
 
 PAST, WIDEST = 512, 6
 FP32 = "fp32"
@@ -139,7 +140,7 @@ def time_passes(engines: dict[str, dict[str, Engine]], rounds: int, outcomes: di
 
 
 def generate(
-    engines: dict[str, dict[str, Engine]], prompts: list[str], new_tokens: int, outcomes: dict[str, Outcome]
+    engines: dict[str, dict[str, Engine]], prompts: list[str | list[int]], new_tokens: int, outcomes: dict[str, Outcome]
 ) -> None:
     """Run every mode of every row on every prompt, interleaved."""
     jobs = [(name, mode) for name in engines for mode in MODES if mode != "plain" or "plain" in engines[name]]
@@ -320,6 +321,7 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--texts", type=int, default=60, help="of 512 tokens, for perplexities (default: 60)")
     parser.add_argument("--rounds", type=int, default=30, help="of timed passes (default: 30)")
+    add_chat(parser)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--plot", type=Path, help="draw them there (.svg or .png)")
@@ -349,7 +351,8 @@ def main() -> int:
         }
         time_passes({name: engines[name] for name in timed}, arguments.rounds, outcomes)
         if meaningful:
-            prompts = [prompt.turns[0] for prompt in held_out_prompts(engines[FP32]["plain"], arguments.prompts)]
+            texts = held_out_prompts(engines[FP32]["plain"], arguments.prompts)
+            prompts = [put(arguments, full["plain"], prompt.turns[0]) for prompt in texts]
             generate(engines, prompts, arguments.new_tokens, outcomes)
         del engines
         samples = samples_for(full["multi"], arguments.texts, meaningful)

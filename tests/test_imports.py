@@ -45,6 +45,7 @@ def test_imports_go_one_way() -> None:
         ("quantize/dynamo_quantize/gates.py", "import dynamo_export.errors"),
         ("runtime/dynamo_runtime/profiling/trials.py", "from ..cli import run"),
         ("runtime/dynamo_runtime/parallel.py", "from .bundle import Bundle"),
+        ("runtime/dynamo_runtime/chat.py", "from .engine import Engine"),
     ],
 )
 def test_an_import_that_goes_up_is_found(tmp_path: Path, module: str, upward: str) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,10 @@ class ChatTemplate:
             text = self._render(messages, True)
             return ChatPrompt(text, control.encode(text))
         marker = _unused([self.source, *_strings(messages)])
-        mark = _marking(control.texts.values(), marker)
-        parts = self._render([_mapped(message, mark) for message in messages], True).split(marker)
+        # Roles are the program's own words, which the template compares with its own.
+        mark = partial(control.mark, marker=marker)
+        marked = [{**_mapped(message, mark), "role": message["role"]} for message in messages]
+        parts = self._render(marked, True).split(marker)
         breaks = list(itertools.accumulate(map(len, parts[:-1])))
         text = "".join(parts)
         return ChatPrompt(text, control.encode(text, breaks))
@@ -123,7 +125,7 @@ def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise PromptError("every message is an object with a role and a content")
         kept = {name: value for name, value in message.items() if value is not None}
-        found.append(_mapped(kept, lambda text: _whole(text)))
+        found.append(_mapped(kept, _whole))
     if not found:
         raise PromptError("there are no messages")
     return found
@@ -213,24 +215,3 @@ def _unused(texts: Iterable[str]) -> str:
         if chr(code) not in used:
             return chr(code)
     raise PromptError("the messages use every character that is for private use")
-
-
-def _marking(texts: Iterable[str], marker: str) -> Callable[[str], str]:
-    """Puts a marker inside whatever is the text of a control token, or may become one by what is put beside it."""
-    known = sorted((text for text in texts if len(text) > 1), key=len, reverse=True)
-    if not known:
-        return lambda text: text
-    pattern = re.compile("|".join(map(re.escape, known)))
-    beginnings = tuple({text[:end] for text in known for end in range(1, len(text))})
-    endings = tuple({text[start:] for text in known for start in range(1, len(text))})
-
-    def mark(text: str) -> str:
-        text = pattern.sub(lambda found: found[0][0] + marker + found[0][1:], text)
-        # Blanks stay outermost, as templates strip them.
-        if (bare := text.rstrip()).endswith(beginnings):
-            text = bare + marker + text[len(bare) :]
-        if (bare := text.lstrip()).startswith(endings):
-            text = text[: len(text) - len(bare)] + marker + bare
-        return text
-
-    return mark

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -52,11 +53,24 @@ class ControlTokens:
     """
 
     def __init__(self, tokenizer: Tokenizer, end_tokens: Iterable[int] = ()):
-        added = {token: known.content for token, known in tokenizer.get_added_tokens_decoder().items()}
-        special = {token for token, known in tokenizer.get_added_tokens_decoder().items() if known.special}
+        known = tokenizer.get_added_tokens_decoder()
+        added = {token: each.content for token, each in known.items()}
         self._tokenizer, self._added = tokenizer, added
-        self.hidden = {token: added[token] for token in special}
+        self.hidden = {token: text for token, text in added.items() if known[token].special}
         self.texts = self.hidden | {token: added[token] for token in end_tokens if token in added}
+
+    def mark(self, text: str, marker: str) -> str:
+        """A text with a marker inside whatever is a control token's text, or may become one by what is beside it."""
+        pattern, beginnings, endings = self._forms
+        text = pattern.sub(lambda found: found[0][0] + marker + found[0][1:], text)
+        # Blanks stay outermost, as templates strip them.
+        bare = text.rstrip()
+        if any(bare[-length:] in beginnings for length in range(1, min(len(bare), self._longest) + 1)):
+            text = bare + marker + text[len(bare) :]
+        bare = text.lstrip()
+        if any(bare[:length] in endings for length in range(1, min(len(bare), self._longest) + 1)):
+            text = text[: len(text) - len(bare)] + marker + bare
+        return text
 
     def encode(self, text: str, breaks: Collection[int] = ()) -> Encoded:
         """Encode a text with its control tokens, without adding any.
@@ -106,6 +120,18 @@ class ControlTokens:
             if token in self._reachable and not added:
                 raise PromptError(f"this tokenizer cannot write {self.texts[token]} as text")
         return Encoded([literal.ids.get(token, token) for token in found.ids], found.offsets)
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self.texts.values()), default=0)
+
+    @cached_property
+    def _forms(self) -> tuple[re.Pattern[str], set[str], set[str]]:
+        """What finds control tokens in a text, the longest first; and what they begin and end with."""
+        known = sorted((text for text in self.texts.values() if len(text) > 1), key=len, reverse=True)
+        beginnings = {text[:end] for text in known for end in range(1, len(text))}
+        endings = {text[start:] for text in known for start in range(1, len(text))}
+        return re.compile("|".join(map(re.escape, known)) or "(?!)"), beginnings, endings
 
     @cached_property
     def _reachable(self) -> frozenset[int]:

@@ -168,7 +168,6 @@ def test_chat_templates(pair: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         )
         for model in (ours, theirs)
     )
-    assert found["chat_template"] == TEMPLATE
     for task, records in expected["samples"].items():
         for ours_of_it, theirs_of_it in zip(found["samples"][task], records, strict=True):
             assert ours_of_it["arguments"] == theirs_of_it["arguments"]

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import chats
+from support import chats, handmade
 
 from dynamo_runtime import Bundle, BundleError, Engine, PromptError, load_bundle
 from dynamo_runtime.chat import ChatTemplate, read_template
+from dynamo_runtime.control import ControlTokens
 
 transformers = pytest.importorskip("transformers")
 
@@ -150,6 +151,17 @@ def test_parts_do_not_join_into_a_control_token(folders: dict[str, Path]) -> Non
     assert prompt.encoded.ids.count(end) == 1
     trusted = bundle.chat_template.encode(chats.say(parts), bundle.control_tokens, trust_content=True)
     assert trusted.encoded.ids.count(end) == 3
+
+
+def test_roles_may_be_part_of_control_tokens() -> None:
+    """As in Phi 4's template, or where a special token is called as a role is."""
+    tokenizer = handmade.train_tokenizer(["<|user|>", "user", "<|end|>"])
+    source = "{% for m in messages %}{{ '<|' + m.role + '|>' if m.role == 'user' }}{{ m.content }}<|end|>{% endfor %}"
+    control = ControlTokens(tokenizer)
+    found = ChatTemplate(source, {}).encode(chats.say("a user <|user|>"), control)
+    assert found.text == "<|user|>a user <|user|><|end|>"
+    steering = [tokenizer.id_to_token(token) for token in found.encoded.ids if token in control.texts]
+    assert steering == ["<|user|>", "<|end|>"]
 
 
 def test_templates_still_see_what_is_said(folders: dict[str, Path]) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from dynamo_runtime import Engine
+from dynamo_runtime.cli import run as command
+from dynamo_runtime.cli.run import Side
 
 RUN = [sys.executable, "-m", "dynamo_runtime.cli.run"]
 FLAGS = ["--seed", "3", "--max-new-tokens", "20", "--threads", "1"]
@@ -73,6 +75,22 @@ def test_compare_prints_a_ratio(multi: Path, plain: Path) -> None:
     assert float(match[4]) == pytest.approx(float(match[1]) / float(match[3]), abs=0.01)
     without = run(str(multi), "x", "--compare", "--repeats", "1", *FLAGS).stderr.decode()
     assert "autoregressive on the same bundle (no plain bundle found" in without
+
+
+@pytest.mark.parametrize(("strategy", "penalty"), [("dynamo", 1.1), ("auto", 1.3)])
+def test_compare_names_the_same_parameters_for_both_sides(
+    copied, monkeypatch: pytest.MonkeyPatch, strategy: str, penalty: float
+) -> None:
+    """Those of the strategy at hand: the paper's, or the bundle's; and what the user names."""
+    copied.edit(sampling={"repetition_penalty": 1.3, "temperature": 2.0})
+    sides: list[Side] = []
+    monkeypatch.setattr(command, "_compare", lambda ours, plain, *rest: sides.extend([ours, plain]) or "compared")
+    flags = ["--compare", "--strategy", strategy, "--top-k", "9", *FLAGS]
+    assert command.main([str(copied.folder), "x", *flags]) == 0
+    ours, plain = sides
+    assert (ours.strategy, plain.strategy) == (strategy, "autoregressive")
+    assert (plain.options["repetition_penalty"], plain.options["top_k"]) == (penalty, 9) and ours.options["top_k"] == 9
+    assert plain.options["temperature"] == (0.7 if strategy == "dynamo" else 2.0)
 
 
 def test_compare_finds_the_plain_sibling(multi: Path, plain: Path, tmp_path: Path) -> None:
@@ -141,6 +159,7 @@ def test_imports_nothing_of_the_host_side(multi: Path) -> None:
     assert {"onnxruntime", "numpy", "tokenizers"} <= loaded
     assert not loaded & {
         "torch",
+        "jinja2",
         "onnx",
         "transformers",
         "safetensors",

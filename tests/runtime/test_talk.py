@@ -86,6 +86,8 @@ def test_an_answer_may_be_longer_than_a_continuation(bundle: Path, capsys: pytes
         (["--chat", "x", "--plain-prompt"], "--plain-prompt is for prompts"),
         (["--chat", "x", "-p", "y"], "there are two questions"),
         (["--chat", "--compare"], "--compare runs one question"),
+        (["--chat", "--strategy", "psychic"], "unknown strategy 'psychic'"),
+        (["--chat", "--temperature", "-1"], "temperature must be"),
         (["--chat", "x " * 2000], "more than the context of 640"),
         (["--chat", "x\udcff"], "the question is not valid UTF-8"),
     ],
@@ -192,7 +194,10 @@ def test_a_terminal(terminal: Terminal) -> None:
     terminal.wait_for(r"dynamo-run: error: the prompt has \d+ tokens, more than the context.*> ")
     terminal.type("/reset\n")
     terminal.wait_for("> ")
-    terminal.type("half a line\x03")  # Ctrl-C where nothing is answered
+    terminal.type("half a line")
+    terminal.wait_for("half a line")
+    time.sleep(0.3)  # by when it waits for more
+    terminal.type("\x03")  # Ctrl-C where nothing is answered
     terminal.wait_for("> ")
     terminal.type("Hello\n")
     terminal.wait_for(r"auto: \d+ prompt tokens \(\d+ reused\), \d+ new.*> ")

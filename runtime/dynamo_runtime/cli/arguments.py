@@ -63,6 +63,14 @@ def add_drafts(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--draft-confidence", type=float, metavar="P", help="stop drafting below this; 0: never")
 
 
+def add_control(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of control tokens in prompts and texts."""
+    parser.add_argument("--show-special", action="store_true", help="show special tokens in the text")
+    parser.add_argument(
+        "--plain-prompt", action="store_true", help="what looks like a control token in the prompt is text"
+    )
+
+
 def add_chat(parser: argparse.ArgumentParser, *, question: bool = False) -> None:
     """Add the flags of chat models.
 

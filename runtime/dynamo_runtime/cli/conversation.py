@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 from ..conversation import Conversation
@@ -27,10 +28,17 @@ def converse(prog: str, conversation: Conversation, options: dict[str, Any]) -> 
         conversation: What is gone on with.
         options: Of `Engine.stream`.
     """
-    typed = sys.stdin.isatty()
-    if typed:
-        print(f"{prog}: Ctrl-C stops an answer, {RESET} begins anew, {EXIT} or Ctrl-D ends", file=sys.stderr)
-    for line in _typed() if typed else _piped():
+    if not sys.stdin.isatty():
+        return _take_turns(prog, conversation, options, _piped(), typed=False)
+    print(f"{prog}: Ctrl-C stops an answer, {RESET} begins anew, {EXIT} or Ctrl-D ends", file=sys.stderr)
+    with _on_interrupt(lambda number, frame: None):  # where neither a line nor an answer is under way
+        return _take_turns(prog, conversation, options, _typed(), typed=True)
+
+
+def _take_turns(
+    prog: str, conversation: Conversation, options: dict[str, Any], lines: Iterator[str], *, typed: bool
+) -> int:
+    for line in lines:
         if line.strip() == EXIT:
             break
         if line.strip() == RESET:
@@ -62,7 +70,8 @@ def write(stream: TextStream) -> bool:
 
 
 def _answer(stream: TextStream, typed: bool) -> bool:
-    with _stopped_by_interrupt(stream) if typed else contextlib.nullcontext():
+    # Behind the pass that runs, so that cache and text are whole.
+    with _on_interrupt(lambda number, frame: stream.cancel()) if typed else contextlib.nullcontext():
         interrupted = write(stream)
     sys.stdout.write("\n")
     sys.stdout.flush()
@@ -71,9 +80,9 @@ def _answer(stream: TextStream, typed: bool) -> bool:
 
 
 @contextlib.contextmanager
-def _stopped_by_interrupt(stream: TextStream) -> Iterator[None]:
-    """Ctrl-C ends the stream after the running pass, so that cache and text are whole."""
-    before = signal.signal(signal.SIGINT, lambda number, frame: stream.cancel())
+def _on_interrupt(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """What Ctrl-C does meanwhile."""
+    before = signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:
@@ -86,7 +95,8 @@ def _typed() -> Iterator[str]:
         import readline  # noqa: F401 (makes `input` an editor)
     while True:
         try:
-            line = input("> " if sys.stdout.isatty() else "")
+            with _on_interrupt(signal.default_int_handler):
+                line = input("> " if sys.stdout.isatty() else "")
         except KeyboardInterrupt:
             print(file=sys.stderr)
             continue

@@ -22,6 +22,7 @@ from .arguments import (
     Parser,
     add_backend,
     add_chat,
+    add_control,
     add_drafts,
     add_dynamo,
     add_sampling,
@@ -83,10 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="end in front of TEXT, special tokens in it or not; repeatable",
     )
-    parser.add_argument("--show-special", action="store_true", help="show special tokens in the text")
-    parser.add_argument(
-        "--plain-prompt", action="store_true", help="what looks like a control token in the prompt is text"
-    )
+    add_control(parser)
     parser.add_argument("--max-length", type=int, metavar="N", help="most tokens of prompt and text (default: context)")
     parser.add_argument("--verify", action="store_true", help="compare the sha256 of every file first")
     parser.add_argument(
@@ -177,11 +175,9 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 def _converse(args: argparse.Namespace, engine: Engine, options: dict[str, Any]) -> int:
     if args.compare:
         raise PromptError("--compare runs one question: give it behind --chat")
+    engine.chat_stream(asked("?", args.system), **options)  # before anybody types: can it be talked to, and so?
     _warn(engine, args.strategy)
-    del options["plain_prompt"]
-    conversation = Conversation(engine, args.system, trust_content=args.trust_content)
-    engine.bundle.chat_template.render(asked("?", args.system))  # before anybody types: can it be talked to?
-    return converse(PROG, conversation, options)
+    return converse(PROG, Conversation(engine, args.system, trust_content=args.trust_content), options)
 
 
 def _bundle_and_prompt(args: argparse.Namespace) -> tuple[str | Path, str | None]:
@@ -226,7 +222,7 @@ def _lone(argument: str) -> str:
         PromptError: It is one.
     """
     if not argument:
-        return argument  # which is refused as a prompt
+        return argument  # nothing at all: whatever begins a text
     exists = os.path.exists(argument)  # which takes whatever is too long for a path
     if _is_bundle(argument):
         raise PromptError(f"there is no prompt behind the bundle {argument}")
