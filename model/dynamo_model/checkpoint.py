@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from .errors import CheckpointError, first_line
-from .gguf import check_gguf, restore_splitting
+from .gguf import bar_on_terminals_alone, check_gguf, restore_splitting
 from .sources import ADAPTER, Checkpoint, check_base, find_checkpoint
 
 HARMLESS = (r"(^|\.)rotary_emb\.inv_freq$", r"(^|\.)attn(ention)?\.(masked_)?bias$", r"(^|\.)position_ids$")
@@ -57,7 +57,7 @@ def load_base(name: str | Path | Checkpoint, dtype: torch.dtype = torch.float32)
         check_gguf(checkpoint.folder / checkpoint.gguf)
     else:
         options |= _dequantizing(checkpoint)
-    with _without_adapter(checkpoint) as folder, _quiet():
+    with _without_adapter(checkpoint) as folder, _quiet(), bar_on_terminals_alone():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder),
@@ -100,6 +100,22 @@ def load_tokenizer(name: str | Path | Checkpoint) -> Any:
     if checkpoint.gguf:
         restore_splitting(tokenizer, checkpoint.folder / checkpoint.gguf)
     return tokenizer
+
+
+def count_parameters(name: str | Path | Checkpoint) -> int:
+    """Number of a base's parameters, by its configuration alone: no weights are read.
+
+    Raises:
+        CheckpointError: the configuration is missing, or of a kind that cannot be taken.
+    """
+    checkpoint = find_checkpoint(name)
+    check_base(checkpoint)
+    config = _config(checkpoint)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+    except Exception as error:  # whatever transformers raises on a configuration that makes no sense
+        raise CheckpointError(f"cannot load a base model from '{checkpoint.name}': {first_line(error)}") from error
 
 
 def stored_dtype(name: str | Path | Checkpoint) -> torch.dtype:
@@ -169,18 +185,27 @@ def _some(keys: Collection[str]) -> str:
     return first if len(keys) == 1 else f"{first} and {len(keys) - 1} more"
 
 
+def _config(checkpoint: Checkpoint) -> Any:
+    """The configuration of a base.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    options = {"gguf_file": checkpoint.gguf} if checkpoint.gguf else {}
+    try:
+        with _quiet():
+            return AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=False, **options)
+    except Exception as error:  # whatever transformers raises on a broken file
+        raise CheckpointError(f"cannot load a base model from '{checkpoint.name}': {first_line(error)}") from error
+
+
 def _quantization(checkpoint: Checkpoint) -> str:
     """How the weights of a folder are quantized, by its configuration; empty where they are not.
 
     Raises:
         CheckpointError: the configuration cannot be read.
     """
-    try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(str(checkpoint.folder), trust_remote_code=False)
-    except Exception as error:  # as above
-        raise CheckpointError(f"cannot load a base model from '{checkpoint.name}': {first_line(error)}") from error
-    settings = getattr(config, "quantization_config", None)
+    settings = getattr(_config(checkpoint), "quantization_config", None)
     if settings is None:
         return ""
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)

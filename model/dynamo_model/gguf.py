@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,19 @@ def check_gguf(path: Path) -> None:
             raise CheckpointError(f"{path} is not a GGUF file")
     if importlib.util.find_spec("gguf") is None:
         raise CheckpointError(f"reading {path.name} needs gguf: pip install 'dynamo-edge[gguf]'")
+
+
+@contextmanager
+def bar_on_terminals_alone() -> Iterator[None]:
+    """Keep the progress bar of transformers' reader out of logs and pipes."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    own = reader.tqdm
+    reader.tqdm = partial(own, disable=None)
+    try:
+        yield
+    finally:
+        reader.tqdm = own
 
 
 def restore_splitting(tokenizer: Any, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,6 @@ def test_adapter_without_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Is never dropped: the line says how to merge it."""
     sound = checkpoints.save_plain(tmp_path / "base", checkpoints.CONFIGS["llama-grouped"])
     damaged.add_adapter(sound, "somebody/another-base")
-    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"merging it needs peft: pip install peft, or .*merge_and_unload"):
         load_base(sound)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from support import checkpoints
 from transformers import AutoTokenizer, LlamaConfig
 
 from dynamo_model import CheckpointError, MultiTokenModel, sources
-from dynamo_model.checkpoint import load_base, load_tokenizer, stored_dtype
+from dynamo_model.checkpoint import count_parameters, load_base, load_tokenizer, stored_dtype
 from dynamo_model.sources import HUB_FILES, HUB_LEFT_OUT, find_checkpoint
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -54,7 +55,7 @@ def write_gguf(path: Path, splitting: str = "gpt-2") -> Any:
     writer.add_tokenizer_pre(splitting)
     writer.add_token_list(words)
     writer.add_token_types([3, *[1] * (len(words) - 1)])
-    merges = __import__("json").loads(tokenizer.to_str())["model"]["merges"]
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
@@ -245,3 +246,14 @@ def test_stored_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     """By the tensors, whatever the configuration says."""
     folder = checkpoints.save_plain(tmp_path / "base", checkpoints.CONFIGS["llama-grouped"], dtype)
     assert stored_dtype(folder) == dtype
+
+
+def test_parameters_are_counted_without_weights(tmp_path: Path) -> None:
+    """By the configuration, of a folder and of a GGUF file."""
+    base = checkpoints.random_base(checkpoints.CONFIGS["llama-grouped"])
+    base.save_pretrained(tmp_path / "folder")
+    (tmp_path / "folder" / "model.safetensors").unlink()
+    write_gguf(tmp_path / "tiny.gguf")
+    assert count_parameters(tmp_path / "tiny.gguf") == count_parameters(tmp_path / "folder") == base.num_parameters()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        count_parameters(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def train_tokenizer() -> Tokenizer:
 def random_base(config: PretrainedConfig, seed: int = 0) -> Any:
     """A base model whose every parameter is random: norms and biases too, which start at ones and zeros."""
     torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_config(config)
+    base = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # as saving a model changes its own
     _shake(base)
     return base.eval()
 

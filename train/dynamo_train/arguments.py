@@ -89,13 +89,13 @@ def add_rates(parser: argparse.ArgumentParser) -> None:
 
 def _rates(arguments: argparse.Namespace) -> dict[str, Any]:
     """The learning rates that the user named, for the others the paper's."""
-    from dynamo_model.checkpoint import load_base
+    from dynamo_model.checkpoint import count_parameters
 
     from .optimizers import paper_learning_rates
 
     base_lr, heads_lr = arguments.lr_base, arguments.lr_heads
     if base_lr is None or heads_lr is None:
-        paper = paper_learning_rates(load_base(arguments.base).num_parameters())
+        paper = paper_learning_rates(count_parameters(arguments.base))
         base_lr, heads_lr = base_lr or paper[0], heads_lr or paper[1]
     shared_lr = arguments.lr_shared if arguments.lr_shared is not None else base_lr / 10
     return {
