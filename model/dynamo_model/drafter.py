@@ -26,6 +26,7 @@ class DrafterModel(nn.Module):
         file: in which it is kept beside its base.
         command: the subcommand of ``dynamo-train`` that makes it.
         sizes: names of the whole numbers that say its shape.
+        on_stem: whether it adds decoder layers that read the base's penultimate state.
         base: the base language model, whose own prediction verifies.
     """
 
@@ -33,6 +34,7 @@ class DrafterModel(nn.Module):
     file: ClassVar[str]
     command: ClassVar[str]
     sizes: ClassVar[tuple[str, ...]]
+    on_stem: ClassVar[bool] = True
     base: PreTrainedModel
 
     @property
@@ -83,11 +85,6 @@ class DrafterModel(nn.Module):
         for key, tensor in own.items():
             tensor.data.copy_(tensors[key])
         return model.eval()
-
-    @classmethod
-    def from_base(cls, name: str | Path, dtype: torch.dtype = torch.float32, **sizes: int) -> Self:
-        """Put a new drafter on a base model from a folder or from the Hub."""
-        return cls(load_base(name, dtype), **sizes)
 
     @classmethod
     def read(cls, name: str | Path) -> tuple[dict[str, Tensor], dict[str, int]]:
