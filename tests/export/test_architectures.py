@@ -13,10 +13,12 @@ import onnxruntime
 import pytest
 import torch
 from support import checkpoints
+from support.refused import REFUSED
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from dynamo_export import ExportError, export_bundle
+from dynamo_export import ExportError, cli, export_bundle
 from dynamo_model import MultiTokenModel
+from dynamo_runtime import Engine
 from dynamo_runtime.bundle import load_bundle
 from dynamo_runtime.parallel import ParallelHeads
 from dynamo_runtime.session import Session
@@ -73,6 +75,8 @@ def test_architecture(name: str, bundle: FolderOf, checkpoint: FolderOf) -> None
     assert cases == {"short", "context 96", *([BOUNDARIES[name]] if name in BOUNDARIES else [])}
     _check_graph(name, folder)
     _check_greedy(folder, checkpoint(name))
+    if name in checkpoints.THREE_HEADS:
+        _check_verified(folder)
 
 
 def _check_graph(name: str, folder: Path) -> None:
@@ -124,6 +128,16 @@ def _check_greedy(folder: Path, source: Path) -> None:
         further = [logits[0, -1].numpy() for logits in model(torch.tensor([tokens]))]
     for head, logits in enumerate(further, start=1):
         np.testing.assert_allclose(step.logits(head)[0], logits, atol=3e-5)
+
+
+def _check_verified(folder: Path) -> None:
+    """Verified decoding gives the very tokens of plain decoding."""
+    engine = Engine(folder)
+    plain, verified = (
+        engine.generate("def fib(n):", strategy=strategy, temperature=0, max_new_tokens=32, ignore_eos=True).tokens
+        for strategy in ("autoregressive", "speculative")
+    )
+    assert len(plain) == 32 and verified == plain
 
 
 def test_bf16_checkpoint_is_exported_in_fp32(tmp_path: Path) -> None:
@@ -199,6 +213,18 @@ def test_refusals(config: PretrainedConfig, complaint: str, tmp_path: Path) -> N
     source = checkpoints.save_multi(tmp_path / "checkpoint", config)
     with pytest.raises(ExportError, match=complaint):
         export_bundle(tmp_path / "out" / "model.onnx", source)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize(("name", "heads"), [("gemma3", []), ("falcon-h1", ["--heads", "0"])])
+def test_the_command_refuses(name: str, heads: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An architecture that cannot be expressed is one line and no file, with heads or without."""
+    config, reason = REFUSED[name]
+    source = (checkpoints.save_plain if heads else checkpoints.save_multi)(tmp_path / "checkpoint", config)
+    capsys.readouterr()
+    assert cli.main(["-o", str(tmp_path / "out"), "-m", str(source), *heads]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dynamo-export")]
+    assert " is not supported: " in line and reason in line
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 

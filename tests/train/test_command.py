@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.checkpoints import save_plain
+from support.refused import REFUSED
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from dynamo_model import CPModel, LookAheadModel, MultiTokenModel
@@ -141,7 +143,7 @@ def test_look_ahead_embeddings_need_a_base_that_sees_the_whole_text(
         (["cp", "BASE", "--data", "CORPUS", "--out", "OUT", *SMALL, "--rank", "33"], "rank of a joint head is 1 to 32"),
         (["cp", "BASE", "--data", "CORPUS", "--out", "OUT", *SMALL, "--tokens", "1"], "2 to 8 tokens"),
         (["cp", "BASE", "--data", "CORPUS", "--out", "OUT", *SMALL, "--length", "65"], "do not fit"),
-        (["lookahead", "NOWHERE", "--data", "CORPUS", "--out", "OUT", *SMALL], "no tokenizer in"),
+        (["lookahead", "NOWHERE", "--data", "CORPUS", "--out", "OUT", *SMALL], "cannot load a base model"),
         (["lookahead", "BASE", "--data", "CORPUS", "--out", "BASE", *SMALL], "not empty"),
         (["lookahead", "BASE", "--data", "CORPUS", "--out", "OUT", *SMALL, "--tokens", "17"], "1 to 16 look-ahead"),
         (["lookahead", "BASE", "--data", "CORPUS", "--out", "OUT", *SMALL, "--length", "4"], "too short for 4"),
@@ -168,6 +170,20 @@ def test_bad_input_is_one_clear_line(
     assert status == 1
     assert lines[-1].startswith("dynamo-train: error:") and message in lines[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("command", "name"), [("heads", "mixtral"), ("cp", "falcon"), ("lookahead", "olmo3")])
+def test_a_base_that_could_not_be_exported_is_refused_before_any_work(
+    command: str, name: str, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, reason = REFUSED[name]
+    save_plain(tmp_path / "base", config)
+    capsys.readouterr()
+    assert main([command, str(tmp_path / "base"), *data, "--out", str(tmp_path / "out"), *SMALL]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dynamo-train")]
+    (architecture,) = json.loads((tmp_path / "base/config.json").read_text())["architectures"]
+    assert line.startswith(f"dynamo-train: error: {architecture} is not supported: {reason}")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 @pytest.mark.parametrize(
