@@ -92,9 +92,8 @@ def _evaluated(base: PreTrainedModel) -> Iterator[None]:
 def _judged(base: PreTrainedModel, context_length: int | None, further: int) -> Supported:
     context = _context(base, context_length)
     ids = torch.randint(0, _vocab(base), (1, min(TOKENS, context)), device=base.device)
-    alone = _probe(base, base.base_model, ids, context)
-    _check_layers(base, alone)
-    _check_positions(base, ids, context)
+    _check_layers(base, _probe(base, base.base_model, ids))
+    _check_positions(base, ids)
     _check_operations(base, ids)
     _check_output(base, ids)
     model: nn.Module = base
@@ -103,9 +102,8 @@ def _judged(base: PreTrainedModel, context_length: int | None, further: int) -> 
         multi = model = MultiTokenModel(base, 2).eval()
         _check_head(multi, ids)
         run = multi.states
-    probe = partial(_probe, model, run, ids, context)
-    layers = probe().layers
-    rotary, rotates = read_rotary(base, probe, context)
+    layers = _probe(model, run, ids, context).layers
+    rotary, rotates = read_rotary(base, partial(_probe, model, run, ids), context)
     specs = [replace(layers[layer], rotates=rotates[layer]) for layer in sorted(layers)]
     if further:  # which are all alike
         specs += [replace(specs[-1], layer=len(specs) + i) for i in range(further - 1)]
@@ -124,8 +122,9 @@ def _vocab(base: PreTrainedModel) -> int:
     return len(embedding.weight)
 
 
-def _probe(model: nn.Module, run: Any, ids: Tensor, context: int, **inputs: Any) -> Probe:
-    return probe_attention(model, lambda: run(input_ids=ids, use_cache=False, **inputs), context)
+def _probe(model: nn.Module, run: Any, ids: Tensor, context: int | None = None, **inputs: Any) -> Probe:
+    """One run on token ids; masks are evaluated for so many positions, or for these alone, which is quick."""
+    return probe_attention(model, lambda: run(input_ids=ids, use_cache=False, **inputs), context or ids.shape[1])
 
 
 def _check_layers(base: PreTrainedModel, probe: Probe) -> None:
@@ -223,7 +222,7 @@ def _check_operations(base: PreTrainedModel, ids: Tensor) -> None:
         base.base_model(input_ids=ids, use_cache=False)
 
 
-def _check_positions(base: PreTrainedModel, ids: Tensor, context: int) -> None:
+def _check_positions(base: PreTrainedModel, ids: Tensor) -> None:
     """Make sure that nothing but attention hands anything from a token to a later one.
 
     With attention to nothing, the states of all other tokens are the same whatever the first token is.
@@ -236,7 +235,7 @@ def _check_positions(base: PreTrainedModel, ids: Tensor, context: int) -> None:
         states.append(base.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
 
     for tokens in (ids, other):
-        probe_attention(base, partial(run, tokens), context)
+        probe_attention(base, partial(run, tokens), ids.shape[1])
     if not _close(states[0][:, 1:], states[1][:, 1:]):
         raise CheckpointError(
             "its layers hand something on from token to token besides attention (a recurrence or a convolution), which "
