@@ -123,7 +123,9 @@ def reference(subject: Subject, longest: int, seed: int = 0) -> tuple[list[Case]
 
 
 def _implementation(subject: Subject, length: int) -> str:
-    """Eager attention where its scores fit into memory, else torch's own fused one."""
+    """Eager attention where its scores fit into memory, else torch's own fused one, which knows no soft cap."""
+    if any(spec.softcap for spec in subject.attention.values()):
+        return "eager"
     heads = max(spec.heads for spec in subject.attention.values())
     weights = sum(p.numel() for p in subject.exported.layered.parameters()) * 4
     return "eager" if 3 * heads * length**2 * 4 <= max(EAGER_BYTES, weights) else "sdpa"

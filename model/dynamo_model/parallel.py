@@ -48,8 +48,8 @@ class MultiTokenModel(DrafterModel):
         layers = getattr(base.base_model, "layers", None)
         if not isinstance(layers, nn.ModuleList) or self._find_final_norm() is None:
             raise CheckpointError(
-                f"{type(base).__name__} does not keep its decoder layers in `layers` before one final norm: "
-                "this architecture is not supported"
+                f"{type(base).__name__} is not supported: it does not keep its decoder layers in `layers` before one "
+                "final norm"
             )
         self.heads = nn.ModuleList(self._new_layer(len(layers) + i) for i in range(n_heads - 1))
 
@@ -160,9 +160,10 @@ class MultiTokenModel(DrafterModel):
             with torch.device(reference.device):
                 layer = type(last)(config, layer_idx).to(reference.dtype)
         except Exception as error:  # whatever a model's own code raises
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(
-                f"{type(self.base).__name__} cannot make one more decoder layer of its configuration "
-                f"({type(error).__name__}: {error}): this architecture is not supported"
+                f"{type(self.base).__name__} is not supported: its configuration makes no further decoder layer "
+                f"({reason})"
             ) from error
         layer.apply(self.base._init_weights)
         for module in layer.modules():  # one attention implementation for the whole model

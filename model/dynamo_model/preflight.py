@@ -202,8 +202,8 @@ class _Operations(TorchDispatchMode):
             tags = tags if any(each.dtype in (torch.bool, torch.uint8) for each in masks) else set()
         if tags or "grouped_mm" in name:
             raise CheckpointError(
-                f"its layers choose by their numbers what to compute ({name}), as the routing of tokens to "
-                "experts does: a graph cannot express that"
+                "its layers choose by their numbers what to compute, as the routing of tokens to experts does: a graph "
+                "cannot express that"
             )
         return func(*args, **(kwargs or {}))
 

@@ -33,6 +33,7 @@ WINDOWS = {
     "cohere2": [-1, 18, 18, 18],
     "gemma2": [19, -1, -1, -1],
     "starcoder2": [21] * 4,
+    "ministral": [23] * 4,
     "exaone4": [22, -1, -1, -1],
 }
 ROTARY_OUTSIDE = {"neox-rotary-20", "mistral-rotary-12"}
@@ -49,6 +50,7 @@ BOUNDARIES = {
     "gemma2": "window 19",
     "starcoder2": "window 21",
     "exaone4": "window 22",
+    "ministral": "window 23",
 }
 # What lies between the product with the output embedding and the logits.
 BEHIND = {

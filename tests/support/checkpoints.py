@@ -134,7 +134,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "starcoder2": Starcoder2Config(**GROUPED, sliding_window=21),
     "stablelm": StableLmConfig(**(GROUPED | WIDE), partial_rotary_factor=0.5, use_qkv_bias=True),
     "glm4": Glm4Config(**GROUPED, head_dim=32, attention_bias=True),
-    "ministral": MinistralConfig(**GROUPED, head_dim=16, layer_types=["full_attention"] * 2),
+    "ministral": MinistralConfig(**GROUPED, head_dim=16, sliding_window=23),
     "exaone4": Exaone4Config(**GROUPED, sliding_window=22, layer_types=["sliding_attention", "full_attention"]),
     "helium": HeliumConfig(**GROUPED, head_dim=16),
     "smollm3": SmolLM3Config(**GROUPED, no_rope_layers=[1, 0], tie_word_embeddings=True),

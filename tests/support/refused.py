@@ -29,9 +29,7 @@ _LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 TABLES = "its layers rotate by different tables, each kind of layer by its own"
-ROUTING = (
-    "its layers choose by their numbers what to compute (aten::_grouped_mm), as the routing of tokens to experts does"
-)
+ROUTING = "its layers choose by their numbers what to compute, as the routing of tokens to experts does"
 INTERFACE = "it does not attend through transformers' attention interface"
 HYBRID = "layer 0 of 2 does not attend (a hybrid of attention and recurrent or convolutional layers"
 
