@@ -24,9 +24,8 @@ from .attention import LayerAttention, Probe, probe_attention
 from .errors import CheckpointError
 from .output import Output
 from .parallel import MultiTokenModel
-from .rotary import Rotary, read_rotary
+from .rotary import TOLERANCE, Rotary, close, read_rotary
 
-TOLERANCE = 1e-4
 TOKENS = 6
 
 
@@ -81,7 +80,6 @@ def _evaluated(base: PreTrainedModel) -> Iterator[None]:
     cuda = [base.device] if base.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(0)
             base.eval()
             yield
     finally:
@@ -91,7 +89,8 @@ def _evaluated(base: PreTrainedModel) -> Iterator[None]:
 
 def _judged(base: PreTrainedModel, context_length: int | None, further: int) -> Supported:
     context = _context(base, context_length)
-    ids = torch.randint(0, _vocab(base), (1, min(TOKENS, context)), device=base.device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, _vocab(base), (1, min(TOKENS, context)), generator=generator).to(base.device)
     _check_layers(base, _probe(base, base.base_model, ids))
     _check_positions(base, ids)
     _check_operations(base, ids)
@@ -168,9 +167,9 @@ def _check_output(base: PreTrainedModel, ids: Tensor) -> None:
         changed = base(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()
-    if len(seen) != 2 or not _close(state, seen[0]):
+    if len(seen) != 2 or not close(state, seen[0]):
         raise CheckpointError("its output embedding does not read what its decoder puts out")
-    if not _close(F.linear(seen[0], embedding.weight, embedding.bias), seen[1]):
+    if not close(F.linear(seen[0], embedding.weight, embedding.bias), seen[1]):
         raise CheckpointError("its output embedding is not a plain linear layer")
     expected = Output.of(base).behind(made_up)
     if changed.shape != expected.shape or not torch.allclose(changed, expected, rtol=TOLERANCE, atol=1e-6):
@@ -185,9 +184,9 @@ def _check_head(multi: MultiTokenModel, ids: Tensor) -> None:
     multi.heads[0].load_state_dict(multi.decoder.layers[-1].state_dict())
     own = multi.base(input_ids=ids, use_cache=False).logits
     first, further = multi(ids)
-    if not _close(own, first):
+    if not close(own, first):
         raise CheckpointError("the first head does not give the base's own logits")
-    if not _close(own, further):
+    if not close(own, further):
         raise CheckpointError("a further head with the weights of the last layer does not say what the base says")
 
 
@@ -236,15 +235,11 @@ def _check_positions(base: PreTrainedModel, ids: Tensor) -> None:
 
     for tokens in (ids, other):
         probe_attention(base, partial(run, tokens), ids.shape[1])
-    if not _close(states[0][:, 1:], states[1][:, 1:]):
+    if not close(states[0][:, 1:], states[1][:, 1:]):
         raise CheckpointError(
             "its layers hand something on from token to token besides attention (a recurrence or a convolution), which "
             "has no place in a KV cache"
         )
-
-
-def _close(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= TOLERANCE * ours.abs().max())
 
 
 def _listed(layers: list[int]) -> str:

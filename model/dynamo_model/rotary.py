@@ -109,6 +109,11 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((turned, rest), dim=-1)
 
 
+def close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two results are the same but for the order in which numbers were added up."""
+    return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= TOLERANCE * ours.abs().max())
+
+
 def read_rotary(
     base: PreTrainedModel, probe: Callable[..., Probe], context_length: int
 ) -> tuple[Rotary, dict[int, bool]]:
@@ -160,7 +165,7 @@ def read_rotary(
     with rotary_replaced(base, rotary):
         looked_up = probe(position_ids=far)
     for layer in own.queries:
-        if not (_same(own.queries[layer], looked_up.queries[layer]) and _same(own.keys[layer], looked_up.keys[layer])):
+        if not (close(own.queries[layer], looked_up.queries[layer]) and close(own.keys[layer], looked_up.keys[layer])):
             raise CheckpointError(f"layer {layer} rotates by another table than the model's one rotary embedding has")
     return rotary, dict.fromkeys(own.queries, True)
 
@@ -195,14 +200,10 @@ def _rotates(own: Probe, bare: Probe, rotary: Rotary, positions: Tensor) -> dict
     found = {}
     for layer in own.queries:
         pairs = [(side[layer], other[layer]) for side, other in ((own.queries, bare.queries), (own.keys, bare.keys))]
-        if all(_same(theirs, x) for theirs, x in pairs):
+        if all(close(theirs, x) for theirs, x in pairs):
             found[layer] = False
-        elif all(_same(theirs, rotated(x, cos, sin, rotary.interleaved)) for theirs, x in pairs):
+        elif all(close(theirs, rotated(x, cos, sin, rotary.interleaved)) for theirs, x in pairs):
             found[layer] = True
         else:
             return None
     return found
-
-
-def _same(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= TOLERANCE * ours.abs().max())
