@@ -90,6 +90,7 @@ def _check_graph(name: str, folder: Path) -> None:
     outside = 0 if name in ROTARY_OUTSIDE else 1
     assert [a["do_rotary"] for a in attention] == NOT_ROTATED.get(name, [outside] * len(attention))
     assert {a.get("softcap", 0.0) for a in attention} == {3.0 if name == "gemma2" else 0.0}
+    assert ("skipped_states" in {value.name for value in graph.input}) == (name not in ROTARY_OUTSIDE)
     packed = [not node.input[1] for node in nodes]
     assert all(packed) if name in PACKED else not any(packed)
     vocabularies = [i.name for i in graph.initializer if sorted(i.dims) == [64, checkpoints.VOCAB]]

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from dynamo_model.output import Output
 from dynamo_model.parallel import scale_gradient
 
-CAPPED_LOGITS = 1 << 24
-"""Soft-capped logits that may exist at once: 64 MiB in float32."""
+CAPPED_LOGITS = 1 << 25
+"""Soft-capped logits that may exist at once: 128 MiB in float32."""
 
 
 class Objective(nn.Module):
