@@ -63,5 +63,6 @@ def _outputs(subject: Subject, weights: WeightStore) -> AddOutputs:
         embedding.weight.detach().numpy(),
         None if bias is None else bias.detach().numpy().copy(),
         embedding.weight is subject.base.get_input_embeddings().weight,
+        subject.output,
         subject.exported.ahead,
     )

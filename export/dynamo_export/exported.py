@@ -11,6 +11,7 @@ import onnx_ir as ir
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dynamo_model.output import logits_of
 from dynamo_runtime.session import Session
 from dynamo_runtime.step import Step
 from dynamo_runtime.topology import Plain, Topology
@@ -70,13 +71,6 @@ class Exported:
         """
         return []
 
-    def check(self) -> None:
-        """Makes sure that the base can carry it.
-
-        Raises:
-            ExportError: If it cannot.
-        """
-
     def keep_heads(self, heads: int) -> None:
         """Drops all token heads but the first ones.
 
@@ -102,10 +96,6 @@ class Exported:
         inputs.setdefault("use_cache", inputs.get("past_key_values") is not None)
         return (self.base.base_model(input_ids=input_ids, **inputs).last_hidden_state,)
 
-    def logits(self, input_ids: Tensor) -> Tensor:
-        """What the base says by its own `forward` [batch, seq, vocab], without a cache."""
-        return self.base(input_ids, use_cache=False).logits
-
     def values(self, input_ids: Tensor, start: int) -> Values:
         """Every output that is compared, from one pass without a cache: its output embedding on the rows wanted alone.
 
@@ -117,9 +107,11 @@ class Exported:
 
     def head_values(self, states: tuple[Tensor, ...], start: int) -> Values:
         """Logits of token heads, of their states [1, seq, hidden]."""
-        embedding = self.base.get_output_embeddings()
         names = ("logits", *(f"logits_{head}" for head in range(2, len(states) + 1)))
-        return {name: embedding(state[0, start:])[:, None].numpy() for name, state in zip(names, states, strict=True)}
+        return {
+            name: logits_of(self.base, state[0, start:])[:, None].numpy()
+            for name, state in zip(names, states, strict=True)
+        }
 
     def prepare(self, tokens: np.ndarray, other: np.ndarray, fork: int) -> None:
         """Writes into two random sequences what they must have for everything to be compared.

@@ -14,13 +14,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dynamo_model import CheckpointError
+from dynamo_model.attention import LayerAttention
+from dynamo_model.output import Output
+from dynamo_model.preflight import preflight
+from dynamo_model.rotary import Rotary, rotary_replaced
 from dynamo_runtime.names import ATTENTION_MASK, INPUT_IDS, PAST, PRESENT, caches
 
-from .attention import Emitter, LayerAttention, PassThroughCache, emitting, probe_attention
+from .attention import Emitter, PassThroughCache, emitting
 from .errors import ExportError
 from .exported import Exported
 from .norm import rms_norms_fused
-from .rotary import Rotary, read_rotary, rotary_replaced
 from .weights import WeightStore
 
 OPSET = 20
@@ -35,12 +39,14 @@ class Subject:
         context_length: Positions the bundle covers.
         attention: What every layer asks of its attention, in the order of the KV caches.
         rotary: The rotary embedding.
+        output: What the base does to its logits behind the output embedding.
     """
 
     exported: Exported
     context_length: int
     attention: dict[int, LayerAttention]
     rotary: Rotary
+    output: Output
 
     @property
     def base(self) -> PreTrainedModel:
@@ -54,16 +60,11 @@ def inspect(exported: Exported, context_length: int) -> Subject:
     Raises:
         ExportError: If something in it cannot be expressed exactly.
     """
-    exported.check()
-    base = exported.base
-    layers = probe_attention(exported.layered, lambda ids: exported.states(ids, use_cache=False), context_length)
-    if sorted(layers) != list(range(len(layers))):
-        raise ExportError(f"the layers' cache indices are {sorted(layers)}, not 0 to {len(layers) - 1}: not supported")
-    shapes = {(spec.kv_heads, spec.head_size) for spec in layers.values()}
-    if len(shapes) > 1:
-        raise ExportError(f"the layers' caches differ in shape {sorted(shapes)}: not supported")
-    rotary = read_rotary(base, base.base_model, layers[0].head_size, context_length)
-    return Subject(exported, context_length, dict(sorted(layers.items())), rotary)
+    try:
+        found = preflight(exported.base, context_length, exported.topology.layers)
+    except CheckpointError as error:
+        raise ExportError(str(error)) from error
+    return Subject(exported, context_length, found.attention, found.rotary, found.output)
 
 
 class Traced(nn.Module):
@@ -140,6 +141,9 @@ def quiet() -> Iterator[None]:
 def trace(subject: Subject) -> tuple[ir.Model, WeightStore]:
     """Traces the model with `torch.onnx.export`.
 
+    Raises:
+        ExportError: It cannot be traced.
+
     Returns:
         A graph whose outputs are `states_1` … `states_n` and `present.N.key|value`, and its weights, which are still
         torch's own memory: nothing is copied, but for an input embedding that look-ahead embeddings extend.
@@ -164,17 +168,21 @@ def trace(subject: Subject) -> tuple[ir.Model, WeightStore]:
         stack.enter_context(output_embedding_aside(subject.base))
         stack.enter_context(subject.exported.tracing())
         stack.enter_context(rms_norms_fused(subject.exported.layered))
-        stack.enter_context(rotary_replaced(subject.base, subject.base.base_model, subject.rotary))
+        stack.enter_context(rotary_replaced(subject.base, subject.rotary))
         stack.enter_context(emitting(subject.exported.layered, emitter))
-        program = torch.onnx.export(
-            module,
-            (ids, mask, past),
-            dynamic_shapes=shapes,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-            opset_version=OPSET,
-        )
+        try:
+            program = torch.onnx.export(
+                module,
+                (ids, mask, past),
+                dynamic_shapes=shapes,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                opset_version=OPSET,
+            )
+        except Exception as error:  # the exporter's own, or whatever the model's code raises while it is traced
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ExportError(f"{type(subject.base).__name__} cannot be traced: {reason}") from error
     assert program is not None
     model = program.model
     _name_ends(model, subject.exported.n_states)

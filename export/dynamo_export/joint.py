@@ -9,6 +9,7 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from dynamo_model import CPModel
+from dynamo_model.output import logits_of
 from dynamo_runtime.joint import JointHead
 from dynamo_runtime.names import GATE
 from dynamo_runtime.step import Step
@@ -57,8 +58,7 @@ class ExportedJoint(Exported):
         """See `Exported`; besides the base's logits the gate, and the logits of all factors as parts of one output."""
         first, context = self.states(input_ids, use_cache=False)
         log_w, factors = self.drafter.mixture(context[0, start:])
-        embedding = self.base.get_output_embeddings()
-        mixture = {GATE: log_w[:, None].numpy(), FACTORS: embedding(factors.flatten(1, 2)).numpy()}
+        mixture = {GATE: log_w[:, None].numpy(), FACTORS: logits_of(self.base, factors.flatten(1, 2)).numpy()}
         return self.head_values((first,), start) | mixture
 
     @staticmethod

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from dynamo_model import LookAheadModel
@@ -15,7 +14,6 @@ from dynamo_runtime.session import Session
 from dynamo_runtime.step import Last
 
 from .compare import Case, Passed, Values, between
-from .errors import ExportError
 from .exported import Exported
 
 
@@ -30,28 +28,6 @@ class ExportedLookAhead(Exported):
         """See `Exported`."""
         return LookAhead(self.drafter.n_look_ahead)
 
-    def check(self) -> None:
-        """Makes sure that the input embedding does nothing but look a row up, and that its rows are the vocabulary's.
-
-        Raises:
-            ExportError: If it does more, or has other rows.
-        """
-        own = self.base.get_input_embeddings()
-        table: Tensor = own.weight  # type: ignore[assignment]
-        rows, outputs = len(table), len(self.base.get_output_embeddings().weight)
-        name = type(self.base).__name__
-        if rows != outputs:
-            raise ExportError(
-                f"{name} embeds {rows} tokens and predicts {outputs}: look-ahead tokens would not follow the vocabulary"
-            )
-        ids = torch.arange(0, rows, max(1, rows // 256))[None]
-        with torch.no_grad():
-            if not torch.equal(own(ids), nn.functional.embedding(ids, table)):
-                raise ExportError(
-                    f"{name} does more to its input embedding than look it up (scaling): look-ahead embeddings are "
-                    "not supported on it"
-                )
-
     @contextmanager
     def tracing(self) -> Iterator[None]:
         """Puts the look-ahead embeddings behind the vocabulary's for the duration: one table, one look-up."""
@@ -62,10 +38,6 @@ class ExportedLookAhead(Exported):
             yield
         finally:
             self.base.set_input_embeddings(own)
-
-    def logits(self, input_ids: Tensor) -> Tensor:
-        """See `Exported`."""
-        return self.drafter(input_ids, use_cache=False)
 
     def values(self, input_ids: Tensor, start: int) -> Values:
         """See `Exported`; with the model's own look-up of look-ahead tokens, not the traced one."""

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from dynamo_graph.initializers import initializer, lazily, option, sizes
 from dynamo_graph.nodes import make
+from dynamo_model.output import Output
 from dynamo_runtime.names import HEAD_ROWS, KEPT_ROWS, LOGITS, TOPK_IDS, TOPK_LOGITS
 
 from .rows import select_rows
@@ -76,7 +77,7 @@ class Tail:
             chosen += [select_rows(self.model, state, gathered, cuts, "head_rows") for state in self.states[1:]]
         return chosen
 
-    def build(self, embedding: ir.Value, tied: bool, bias: ir.Value | None, ahead: Ahead) -> None:
+    def build(self, embedding: ir.Value, tied: bool, bias: ir.Value | None, output: Output, ahead: Ahead) -> None:
         """Adds everything.
 
         Args:
@@ -84,12 +85,14 @@ class Tail:
                 and then look-ahead embeddings, if there are any.
             tied: Whether it is the input embedding too.
             bias: Initializer [vocab], or None.
+            output: What the base does to its logits behind that.
             ahead: What the further states become.
         """
         self.graph.outputs.clear()
         chosen = self.chosen_states()
         further = ahead(self, chosen)
-        logits = self.logits(chosen, embedding, tied, bias)
+        logits = self.behind(output, self.product(chosen, embedding, tied, bias))
+        logits.name = LOGITS
         k = self.constant("out_k", np.array([self.top_k], np.int64))
         top = self.add("TopK", [logits, k], [TOPK_LOGITS, TOPK_IDS], axis=-1, largest=1, sorted=1)
         for value, width in zip((logits, *top.outputs), (self.vocab_size, self.top_k, self.top_k), strict=True):
@@ -100,8 +103,8 @@ class Tail:
         self.graph.outputs.extend(self.presents)
         self.graph.sort()
 
-    def logits(self, chosen: list[ir.Value], embedding: ir.Value, tied: bool, bias: ir.Value | None) -> ir.Value:
-        """Logits of the rows of all heads [batch, all their rows, vocab], the first head's first, by one product.
+    def product(self, chosen: list[ir.Value], embedding: ir.Value, tied: bool, bias: ir.Value | None) -> ir.Value:
+        """One product for the rows of all heads [batch, all their rows, vocab], the first head's first.
 
         Args:
             chosen: A head's states [batch, its rows, hidden].
@@ -126,8 +129,19 @@ class Tail:
             )
         if bias is not None:
             last = self.add("Add", [last.outputs[0], bias], ["out_biased"])
-        last.outputs[0].name = LOGITS
         return last.outputs[0]
+
+    def behind(self, output: Output, logits: ir.Value) -> ir.Value:
+        """What the base does to its logits behind the product, the same for every head."""
+        if output.scale != 1.0:
+            scale = self.constant("out_scale", np.array(output.scale, np.float32))
+            logits = self.add("Mul", [logits, scale], ["out_scaled"]).outputs[0]
+        if output.softcap:
+            cap = self.constant("out_cap", np.array(output.softcap, np.float32))
+            logits = self.add("Div", [logits, cap], ["out_divided"]).outputs[0]
+            logits = self.add("Tanh", [logits], ["out_bounded"]).outputs[0]
+            logits = self.add("Mul", [logits, cap], ["out_capped"]).outputs[0]
+        return logits
 
     def put_out(self, value: ir.Value, shape: list[str | int]) -> None:
         """Makes a value of 32-bit floats an output."""

@@ -27,6 +27,7 @@ class DrafterModel(nn.Module):
         file: in which it is kept beside its base.
         command: the subcommand of ``dynamo-train`` that makes it.
         sizes: names of the whole numbers that say its shape.
+        on_stem: whether it adds decoder layers that read the base's penultimate state.
         base: the base language model, whose own prediction verifies.
     """
 
@@ -34,6 +35,7 @@ class DrafterModel(nn.Module):
     file: ClassVar[str]
     command: ClassVar[str]
     sizes: ClassVar[tuple[str, ...]]
+    on_stem: ClassVar[bool] = True
     base: PreTrainedModel
 
     @property
@@ -85,11 +87,6 @@ class DrafterModel(nn.Module):
         for key, tensor in own.items():
             tensor.data.copy_(tensors[key])
         return model.eval()
-
-    @classmethod
-    def from_base(cls, name: str | Path | Checkpoint, dtype: torch.dtype = torch.float32, **sizes: int) -> Self:
-        """Put a new drafter on a base model."""
-        return cls(load_base(name, dtype), **sizes)
 
     @classmethod
     def read(cls, name: str | Path | Checkpoint) -> tuple[dict[str, Tensor], dict[str, int]]:

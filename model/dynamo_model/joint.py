@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from .drafter import DrafterModel
 from .errors import CheckpointError
 from .limits import MAX_HEADS, MAX_RANK
+from .output import logits_of
 from .parallel import MultiTokenModel
 
 
@@ -82,8 +83,8 @@ class CPModel(DrafterModel):
             context: e_t [..., hidden].
 
         Returns:
-            log w_α [..., rank], and the factors' states [..., n_tokens, rank, hidden], which the output embedding
-            turns into logits of p_α^(s).
+            log w_α [..., rank], and the factors' states [..., n_tokens, rank, hidden], of which the base's output
+            (:mod:`dynamo_model.output`) makes logits of p_α^(s).
         """
         factors = self.factors(context).unflatten(-1, (self.n_tokens, self.rank, -1))
         return F.log_softmax(self.gate(context).float(), dim=-1), factors
@@ -95,10 +96,9 @@ class CPModel(DrafterModel):
             The base's logits [batch, seq, vocab], log w [batch, seq, rank] and the factors' logits
             [batch, seq, n_tokens, rank, vocab].
         """
-        embedding = self.multi.output_embedding
         first, context = self.states(input_ids, **decoder_inputs)
         log_w, factors = self.mixture(context)
-        return embedding(first), log_w, embedding(factors)
+        return logits_of(self.base, first), log_w, logits_of(self.base, factors)
 
     def drafter_state_dict(self) -> dict[str, Tensor]:
         """What the joint head adds to the base: ``layer.*``, ``gate.weight`` and ``factors.weight``."""

@@ -24,19 +24,22 @@ class LookAheadModel(DrafterModel):
         n_look_ahead: L, 1 to 16.
 
     Raises:
-        CheckpointError: L is out of range.
+        CheckpointError: L is out of range, or the base's input embedding does more than look a row up, or has other
+            rows than the vocabulary.
     """
 
     kind = "lookahead"
     file = "lookahead.safetensors"
     command = "lookahead"
     sizes: ClassVar = ("n_look_ahead",)
+    on_stem: ClassVar = False
 
     def __init__(self, base: PreTrainedModel, n_look_ahead: int) -> None:
         super().__init__()
         if not 1 <= n_look_ahead <= MAX_LOOK_AHEAD:
             raise CheckpointError(f"there are 1 to {MAX_LOOK_AHEAD} look-ahead embeddings, not {n_look_ahead}")
         self.base = base.requires_grad_(False)
+        self._check_table()
         table = self.vocabulary().detach()
         # The mean of the vocabulary with a little noise: in the range that the base knows, and no two alike.
         start = table.float().mean(0).repeat(n_look_ahead, 1)
@@ -69,6 +72,22 @@ class LookAheadModel(DrafterModel):
         """The base's input embedding [V, hidden]."""
         embedding: Any = self.base.get_input_embeddings()
         return embedding.weight
+
+    def _check_table(self) -> None:
+        own: Any = self.base.get_input_embeddings()
+        outputs: Any = self.base.get_output_embeddings()
+        rows, words, name = len(own.weight), len(outputs.weight), type(self.base).__name__
+        if rows != words:
+            raise CheckpointError(
+                f"{name} embeds {rows} tokens and predicts {words}: look-ahead tokens would not follow the vocabulary"
+            )
+        ids = torch.arange(0, rows, max(1, rows // 256), device=own.weight.device)[None]
+        with torch.no_grad():
+            if not torch.equal(own(ids), nn.functional.embedding(ids, own.weight)):
+                raise CheckpointError(
+                    f"{name} does more to its input embedding than look it up (scaling): look-ahead embeddings are "
+                    "not supported on it"
+                )
 
     def drafter_state_dict(self) -> dict[str, Tensor]:
         """What is added to the base: ``embeddings`` [L, hidden]."""

@@ -11,13 +11,13 @@ import copy
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .drafter import DrafterModel
 from .errors import CheckpointError
 from .limits import MAX_HEADS
+from .output import logits_of
 
 _FINAL_NORM_NAMES = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
 
@@ -48,8 +48,8 @@ class MultiTokenModel(DrafterModel):
         layers = getattr(base.base_model, "layers", None)
         if not isinstance(layers, nn.ModuleList) or self._find_final_norm() is None:
             raise CheckpointError(
-                f"{type(base).__name__} does not keep its decoder layers in `layers` before one final norm: "
-                "this architecture is not supported"
+                f"{type(base).__name__} is not supported: it does not keep its decoder layers in `layers` before one "
+                "final norm"
             )
         self.heads = nn.ModuleList(self._new_layer(len(layers) + i) for i in range(n_heads - 1))
 
@@ -132,8 +132,7 @@ class MultiTokenModel(DrafterModel):
         Returns:
             One tensor of logits [batch, seq, vocab] a head; entry i at position t is about token t + 1 + i.
         """
-        weight, bias = self.output_embedding.weight, self.output_embedding.bias
-        return tuple(F.linear(state, weight, bias) for state in self.states(input_ids, **decoder_inputs))
+        return tuple(logits_of(self.base, state) for state in self.states(input_ids, **decoder_inputs))
 
     def drafter_state_dict(self) -> dict[str, Tensor]:
         """The further heads' tensors, named ``<head number>.<parameter>`` with the first further head as 2."""
@@ -151,13 +150,21 @@ class MultiTokenModel(DrafterModel):
         """One decoder layer like the base's last, randomly initialised, with its own KV cache slot."""
         last = self.decoder.layers[-1]
         config = copy.deepcopy(self.config)
+        layers = config.num_hidden_layers
         config.num_hidden_layers = layer_idx + 1
-        if getattr(config, "layer_types", None):  # the head attends as the base's last layer does
-            missing = layer_idx + 1 - len(config.layer_types)
-            config.layer_types = list(config.layer_types) + [config.layer_types[-1]] * missing
         reference = next(last.parameters())
-        with torch.device(reference.device):
-            layer = type(last)(config, layer_idx).to(reference.dtype)
+        try:
+            for name, value in vars(self.config).items():  # the head is what the base's last layer is, by every list
+                if isinstance(value, list) and len(value) == layers:
+                    setattr(config, name, value + value[-1:] * (layer_idx + 1 - layers))
+            with torch.device(reference.device):
+                layer = type(last)(config, layer_idx).to(reference.dtype)
+        except Exception as error:  # whatever a model's own code raises
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(
+                f"{type(self.base).__name__} is not supported: its configuration makes no further decoder layer "
+                f"({reason})"
+            ) from error
         layer.apply(self.base._init_weights)
         for module in layer.modules():  # one attention implementation for the whole model
             if hasattr(module, "config"):

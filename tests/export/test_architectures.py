@@ -13,10 +13,12 @@ import onnxruntime
 import pytest
 import torch
 from support import checkpoints
+from support.refused import REFUSED
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from dynamo_export import ExportError, export_bundle
+from dynamo_export import ExportError, cli, export_bundle
 from dynamo_model import MultiTokenModel
+from dynamo_runtime import Engine
 from dynamo_runtime.bundle import load_bundle
 from dynamo_runtime.parallel import ParallelHeads
 from dynamo_runtime.session import Session
@@ -25,15 +27,38 @@ from dynamo_runtime.topology import Plain, Topology
 FolderOf = Callable[[str], Path]
 
 # What must be found in the graph, so that a feature is not lost from it unnoticed: node attributes, in order of layers.
-WINDOWS = {"qwen2-mixed-window": [-1, 17, 17, 17], "mistral-window": [20] * 4}
+WINDOWS = {
+    "qwen2-mixed-window": [-1, 17, 17, 17],
+    "mistral-window": [20] * 4,
+    "cohere2": [-1, 18, 18, 18],
+    "gemma2": [19, -1, -1, -1],
+    "starcoder2": [21] * 4,
+    "ministral": [23] * 4,
+    "exaone4": [22, -1, -1, -1],
+}
 ROTARY_OUTSIDE = {"neox-rotary-20", "mistral-rotary-12"}
-TIED = {"neox-tied-nobias", "llama-linear-tied", "qwen2", "qwen3-wide-heads"}
-PACKED = {name for name in checkpoints.CONFIGS if not name.startswith("qwen3") and name not in ROTARY_OUTSIDE}
+NOT_ROTATED = {"cohere2": [0, 1, 1, 1], "exaone4": [1, 0, 0, 0], "smollm3": [1, 0, 0, 0]}
+NORMED = {"qwen3-wide-heads", "qwen3-bias", "cohere", "olmo2", "exaone4"}  # queries and keys, before the attention
+CUT = {"phi", "phi3", "stablelm"}  # projections are taken apart, and not put together as they were
+PACKED = checkpoints.CONFIGS.keys() - NORMED - CUT - ROTARY_OUTSIDE
 BOUNDARIES = {
     "llama-bias-llama3": "rope llama3 32",
     "qwen2-yarn": "rope yarn 32",
     "qwen2-mixed-window": "window 17",
     "mistral-window": "window 20",
+    "cohere2": "window 18",
+    "gemma2": "window 19",
+    "starcoder2": "window 21",
+    "exaone4": "window 22",
+    "ministral": "window 23",
+}
+# What lies between the product with the output embedding and the logits.
+BEHIND = {
+    "granite": ["Mul"],
+    "cohere": ["Mul"],
+    "cohere2": ["Mul"],
+    "gemma2": ["Div", "Tanh", "Mul"],
+    "phi": ["Add"],
 }
 
 
@@ -52,6 +77,8 @@ def test_architecture(name: str, bundle: FolderOf, checkpoint: FolderOf) -> None
     assert cases == {"short", "context 96", *([BOUNDARIES[name]] if name in BOUNDARIES else [])}
     _check_graph(name, folder)
     _check_greedy(folder, checkpoint(name))
+    if name in checkpoints.THREE_HEADS:
+        _check_verified(folder)
 
 
 def _check_graph(name: str, folder: Path) -> None:
@@ -60,14 +87,29 @@ def _check_graph(name: str, folder: Path) -> None:
     attention = [attributes(node) for node in nodes]
     assert len(attention) == 1 + checkpoints.heads_of(name)  # two layers of the base, and one a further head
     assert [a.get("local_window_size", -1) for a in attention] == WINDOWS.get(name, [-1] * len(attention))
-    assert {a["do_rotary"] for a in attention} == {0 if name in ROTARY_OUTSIDE else 1}
+    outside = 0 if name in ROTARY_OUTSIDE else 1
+    assert [a["do_rotary"] for a in attention] == NOT_ROTATED.get(name, [outside] * len(attention))
+    assert {a.get("softcap", 0.0) for a in attention} == {3.0 if name == "gemma2" else 0.0}
+    assert ("skipped_states" in {value.name for value in graph.input}) == (name not in ROTARY_OUTSIDE)
     packed = [not node.input[1] for node in nodes]
     assert all(packed) if name in PACKED else not any(packed)
     vocabularies = [i.name for i in graph.initializer if sorted(i.dims) == [64, checkpoints.VOCAB]]
-    if checkpoints.CONFIGS[name].hidden_size == 64:
-        assert len(vocabularies) == (1 if name in TIED else 2)
+    config = checkpoints.CONFIGS[name]
+    if config.hidden_size == 64:
+        assert len(vocabularies) == (1 if config.tie_word_embeddings else 2)
     products = [n for n in graph.node if {"out_states"} & set(n.input)]
     assert len(products) == 1, "one product with the output embedding for all heads"
+    assert _between(graph, products[0]) == BEHIND.get(name, [])
+
+
+def _between(graph: onnx.GraphProto, product: onnx.NodeProto) -> list[str]:
+    """Operations from a product to `logits`."""
+    found, value = [], product.output[0]
+    while value != "logits":
+        (node,) = (n for n in graph.node if value in n.input)
+        found.append(node.op_type)
+        value = node.output[0]
+    return found
 
 
 def _check_greedy(folder: Path, source: Path) -> None:
@@ -89,6 +131,16 @@ def _check_greedy(folder: Path, source: Path) -> None:
         further = [logits[0, -1].numpy() for logits in model(torch.tensor([tokens]))]
     for head, logits in enumerate(further, start=1):
         np.testing.assert_allclose(step.logits(head)[0], logits, atol=3e-5)
+
+
+def _check_verified(folder: Path) -> None:
+    """Verified decoding gives the very tokens of plain decoding."""
+    engine = Engine(folder)
+    plain, verified = (
+        engine.generate("def fib(n):", strategy=strategy, temperature=0, max_new_tokens=32, ignore_eos=True).tokens
+        for strategy in ("autoregressive", "speculative")
+    )
+    assert len(plain) == 32 and verified == plain
 
 
 def test_bf16_checkpoint_is_exported_in_fp32(tmp_path: Path) -> None:
@@ -164,6 +216,18 @@ def test_refusals(config: PretrainedConfig, complaint: str, tmp_path: Path) -> N
     source = checkpoints.save_multi(tmp_path / "checkpoint", config)
     with pytest.raises(ExportError, match=complaint):
         export_bundle(tmp_path / "out" / "model.onnx", source)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize(("name", "heads"), [("gemma3", []), ("falcon-h1", ["--heads", "0"])])
+def test_the_command_refuses(name: str, heads: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An architecture that cannot be expressed is one line and no file, with heads or without."""
+    config, reason = REFUSED[name]
+    source = (checkpoints.save_plain if heads else checkpoints.save_multi)(tmp_path / "checkpoint", config)
+    capsys.readouterr()
+    assert cli.main(["-o", str(tmp_path / "out"), "-m", str(source), *heads]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dynamo-export")]
+    assert " is not supported: " in line and reason in line
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 

@@ -12,11 +12,8 @@ import onnx
 import pytest
 import torch
 from support import checkpoints
-from transformers import Gemma3TextConfig
 
 from dynamo_export import ExportError, cli, export_bundle
-from dynamo_export.graph import inspect
-from dynamo_export.registry import exported
 from dynamo_export.source import load_model
 from dynamo_model import CPModel, LookAheadModel, MultiTokenModel
 from dynamo_runtime.bundle import load_bundle
@@ -212,14 +209,3 @@ def test_joint_head_of_another_size(everything: Path, tmp_path: Path) -> None:
     save_file(tensors, folder / "cp.safetensors", metadata={"kind": "cp", "n_tokens": "3", "rank": "3"})
     with pytest.raises(ExportError, match=r"cp\.safetensors does not fit"):
         export_bundle(tmp_path / "out" / "model.onnx", folder, drafter="cp")
-
-
-def test_embeddings_that_are_no_table() -> None:
-    """A base that scales what it looks up, or embeds more tokens than it predicts, is refused."""
-    base = checkpoints.random_base(Gemma3TextConfig(**checkpoints.SIZES, num_key_value_heads=2, head_dim=16))
-    with pytest.raises(ExportError, match="does more to its input embedding than look it up"):
-        inspect(exported(base, LookAheadModel(base, 2)), 96)
-    base = checkpoints.random_base(checkpoints.CONFIGS["llama-grouped"])
-    base.set_output_embeddings(torch.nn.Linear(64, VOCAB - 4, bias=False))
-    with pytest.raises(ExportError, match="embeds 320 tokens and predicts 316"):
-        inspect(exported(base, LookAheadModel(base, 2)), 96)

@@ -10,58 +10,16 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-import torch
 
-from dynamo_export.attention import window_of
 from dynamo_export.build import passes_of
-from dynamo_export.errors import ExportError
 from dynamo_export.graph import inspect, trace
 from dynamo_export.passes import AddOutputs, ClearMetadata, PackQKV, ShortenNames, SimplifyReshapes, TransposeWeights
 from dynamo_export.registry import exported
-from dynamo_export.rotary import rotated
 from dynamo_export.rows import select_rows
 from dynamo_export.source import load_model
 from dynamo_graph.initializers import lazily
 from dynamo_graph.nodes import make
 from dynamo_graph.write import write_model
-
-Rule = Callable[..., torch.Tensor]
-
-
-def causal(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Every key before the query."""
-    return key <= query
-
-
-def test_window_of_reads_the_rule() -> None:
-    """The window is what the rule does, not what a configuration calls it."""
-    assert window_of(causal, 50, 0) is None
-    assert window_of(lambda b, h, q, k: (k <= q) & (k > q - 7), 50, 0) == 7
-    assert window_of(lambda b, h, q, k: (k <= q) & (k > q - 1), 50, 0) == 1
-    assert window_of(lambda b, h, q, k: (k <= q) & (k > q - 50), 50, 0) is None
-
-
-@pytest.mark.parametrize(
-    "rule",
-    [
-        lambda b, h, q, k: (k <= q) & (k // 8 == q // 8),  # chunked attention
-        lambda b, h, q, k: (k <= q) | (k < 4),  # bidirectional prefix
-        lambda b, h, q, k: (k <= q) & ((k > q - 7) | (k < 2)),  # window with attention sinks
-        lambda b, h, q, k: k < 100,  # bidirectional
-    ],
-)
-def test_other_masks_are_refused(rule: Rule) -> None:
-    """Anything but causal with a window cannot be expressed."""
-    with pytest.raises(ExportError, match="layer 3 has an attention mask that is neither"):
-        window_of(rule, 50, 3)
-
-
-def test_rotated_turns_pairs() -> None:
-    """By hand: 90 degrees turn (a, b) into (-b, a); what lies beyond the rotary size stays."""
-    x = torch.arange(1.0, 6.0).reshape(1, 1, 1, 5)
-    cos, sin = torch.zeros(1, 2), torch.ones(1, 2)
-    assert rotated(x, cos, sin, interleaved=False).flatten().tolist() == [-3, -4, 1, 2, 5]
-    assert rotated(x, cos, sin, interleaved=True).flatten().tolist() == [-2, 1, -4, 3, 5]
 
 
 def value(name: str, shape: list[int | str], array: np.ndarray | None = None) -> ir.Value:

@@ -90,7 +90,7 @@ def write_gguf(path: Path, splitting: str = "gpt-2") -> Any:
 def test_gguf(tmp_path: Path) -> None:
     """Weights, tokens and template come out of the file, and the model is saved as a plain one."""
     base = write_gguf(tmp_path / "tiny.gguf")
-    model = MultiTokenModel.from_base(tmp_path / "tiny.gguf", n_heads=2)
+    model = MultiTokenModel(load_base(tmp_path / "tiny.gguf"), 2)
     ids = torch.tensor([[7, 250, 3, 91, 18]])
     with torch.no_grad():
         torch.testing.assert_close(model.base(ids).logits, base(ids).logits, atol=2e-5, rtol=0)

@@ -22,8 +22,10 @@ from dynamo_runtime.bundle import Bundle, load_bundle
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 
 # Checkpoints by kind: NeoX with serial (plain) and parallel (cp) residual, untied and with biases; Qwen2 (parallel) and
-# Llama (lookahead), tied, the first with grouped attention and some biases.
+# Llama (lookahead), tied, the first with grouped attention and some biases. The last two change their logits behind
+# the output embedding: Gemma 2 (tied) caps them, Cohere (untied) scales them.
 EXPORTS = {"plain": "neox-partial-serial", "parallel": "qwen2", "cp": "cp-neox", "lookahead": "lookahead-llama-tied"}
+EXPORTS |= {"capped": "gemma2", "scaled": "cp-cohere"}
 SMALL_PEAK = 123_000_000
 
 

@@ -27,6 +27,7 @@ from dynamo_quantize.schemes import resolve
 from dynamo_runtime import Engine
 from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.session import Session
+from dynamo_runtime.step import ALL
 
 ExportOf = Callable[[str], Any]
 SmallerOf = Callable[..., Bundle]
@@ -71,6 +72,34 @@ def test_weights_of_torch(
         assert relative(full[output], expected[output]) > 1e-3
     for output, ours in outputs(bundle, TOKENS).items():
         assert relative(ours, expected[output]) < 0.04
+
+
+@pytest.mark.parametrize("name", ["capped", "scaled"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp16"])
+def test_what_lies_behind_the_output_embedding(name: str, scheme: str, export: ExportOf, smaller: SmallerOf) -> None:
+    """The product is found through what the base does to its logits, which stays in 32 bits; top-K are of the result.
+
+    Against torch with the stored weights, or in fp16 with its own.
+    """
+    exported, bundle = export(name), smaller(name, scheme, **({} if scheme == "fp16" else FP32_CACHE))
+    model = exported.model()
+    small = stored_weights(bundle.graph_path)
+    weight = "model.embed_tokens.weight" if name == "capped" else "lm_head.weight"
+    if scheme != "fp16":
+        assert any(key.startswith(weight) for key in small), "the output embedding is quantized"
+        with_weights(model, initializers(exported.bundle.graph_path), small)
+    expected = torch_outputs(model, TOKENS)
+    for output, ours in outputs(bundle, TOKENS).items():
+        assert ours.dtype == np.float32
+        assert relative(ours, expected[output]) < 0.04
+        if name == "capped":
+            assert 0.3 < np.abs(ours).max() <= 0.5
+    step = Session(bundle, provider="cpu", threads=1).step(TOKENS, rows=ALL, heads=ALL)
+    values, ids = step.topk(1)
+    np.testing.assert_array_equal(values, -np.sort(-step.logits(1), axis=1)[:, : values.shape[1]])
+    np.testing.assert_array_equal(values, np.take_along_axis(step.logits(1), ids, 1))
+    kinds = {node.op_type for node in all_nodes(onnx.load(bundle.graph_path).graph) if "/out/out_" in node.name}
+    assert {"Tanh", "Div", "Mul"} <= kinds if name == "capped" else "Mul" in kinds
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,12 +13,27 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
+    Exaone4Config,
+    Gemma2Config,
+    GemmaConfig,
+    Glm4Config,
     GPTNeoXConfig,
+    GraniteConfig,
+    HeliumConfig,
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PhiConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
 )
 
 from dynamo_model import CPModel, LookAheadModel, MultiTokenModel
@@ -39,6 +54,9 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+
+GROUPED: dict[str, Any] = SIZES | {"num_key_value_heads": 2, "pad_token_id": 0}
+WIDE = {"num_attention_heads": 2}  # heads of 32: half of one is enough for rotation inside the attention
 
 
 def rope(kind: str, **more: Any) -> dict[str, Any]:
@@ -88,10 +106,44 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen3-bias": Qwen3Config(**SIZES, num_key_value_heads=4, head_dim=16, attention_bias=True),
     "mistral-window": MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=20),
     "mistral-rotary-12": MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=None, head_dim=24),
+    # Scales and caps that matter at the size of these models' logits.
+    "granite": GraniteConfig(
+        **GROUPED,
+        logits_scaling=3.0,
+        embedding_multiplier=2.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.3,
+        tie_word_embeddings=True,
+    ),
+    "cohere": CohereConfig(**GROUPED, logit_scale=0.25, use_qk_norm=True, tie_word_embeddings=False),
+    "cohere2": Cohere2Config(
+        **GROUPED, logit_scale=2.5, sliding_window=18, layer_types=["full_attention", "sliding_attention"]
+    ),
+    "gemma": GemmaConfig(**GROUPED, head_dim=32),
+    "gemma2": Gemma2Config(
+        **GROUPED,
+        head_dim=16,
+        query_pre_attn_scalar=20,
+        sliding_window=19,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=0.5,
+    ),
+    "phi": PhiConfig(**(GROUPED | WIDE), partial_rotary_factor=0.5),
+    "phi3": Phi3Config(**GROUPED),
+    "olmo2": Olmo2Config(**GROUPED),
+    "starcoder2": Starcoder2Config(**GROUPED, sliding_window=21),
+    "stablelm": StableLmConfig(**(GROUPED | WIDE), partial_rotary_factor=0.5, use_qkv_bias=True),
+    "glm4": Glm4Config(**GROUPED, head_dim=32, attention_bias=True),
+    "ministral": MinistralConfig(**GROUPED, head_dim=16, sliding_window=23),
+    "exaone4": Exaone4Config(**GROUPED, sliding_window=22, layer_types=["sliding_attention", "full_attention"]),
+    "helium": HeliumConfig(**GROUPED, head_dim=16),
+    "smollm3": SmolLM3Config(**GROUPED, no_rope_layers=[1, 0], tie_word_embeddings=True),
 }
 
-
-THREE_HEADS = {"neox", "llama-grouped", "qwen2-mixed-window", "mistral-window"}  # two are quicker to export
+# Two heads are quicker to export where an architecture has several configurations.
+THREE_HEADS = {"neox", "llama-grouped", "qwen2-mixed-window", "mistral-window"}
+THREE_HEADS |= {"granite", "cohere", "cohere2", "gemma", "gemma2", "phi", "phi3", "olmo2", "starcoder2", "stablelm"}
+THREE_HEADS |= {"glm4", "ministral", "exaone4", "helium", "smollm3"}
 
 
 # Checkpoints with another drafter: configuration, and n_tokens and rank of a joint head or the look-ahead embeddings.
@@ -100,12 +152,16 @@ JOINT = {
     "cp-llama": ("llama-grouped", 2, 1),
     "cp-llama-tied": ("llama-linear-tied", 2, 3),
     "cp-qwen2": ("qwen2", 3, 1),
+    "cp-granite": ("granite", 2, 2),
+    "cp-cohere": ("cohere", 2, 2),
+    "cp-gemma2": ("gemma2", 2, 2),
 }
 LOOK_AHEAD = {
     "lookahead-neox": ("neox", 1),
     "lookahead-llama": ("llama-grouped", 3),
     "lookahead-llama-tied": ("llama-linear-tied", 2),
     "lookahead-qwen2": ("qwen2", 4),
+    "lookahead-granite": ("granite", 2),
 }
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.checkpoints import save_plain
+from support.refused import REFUSED
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 from dynamo_model import CPModel, LookAheadModel, MultiTokenModel
@@ -182,6 +184,20 @@ def test_bad_input_is_one_clear_line(
     assert status == 1
     assert lines[-1].startswith("dynamo-train: error:") and message in lines[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("command", "name"), [("heads", "mixtral"), ("cp", "falcon"), ("lookahead", "olmo3")])
+def test_a_base_that_could_not_be_exported_is_refused_before_any_work(
+    command: str, name: str, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, reason = REFUSED[name]
+    save_plain(tmp_path / "base", config)
+    capsys.readouterr()
+    assert main([command, str(tmp_path / "base"), *data, "--out", str(tmp_path / "out"), *SMALL]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dynamo-train")]
+    (architecture,) = json.loads((tmp_path / "base/config.json").read_text())["architectures"]
+    assert line.startswith(f"dynamo-train: error: {architecture} is not supported: {reason}")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 @pytest.mark.parametrize(

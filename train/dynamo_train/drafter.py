@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+from transformers import PreTrainedModel
+
 from dynamo_model import DrafterModel
-from dynamo_model.sources import Checkpoint
 
 from .loop import Recipe
 from .objective import Objective
@@ -26,15 +27,15 @@ class NewDrafter(ABC):
     freezes_base: ClassVar[bool] = False
 
     @abstractmethod
-    def objective(self, base: Checkpoint, recipe: Recipe) -> Objective:
+    def objective(self, base: PreTrainedModel, recipe: Recipe) -> Objective:
         """The drafter on a base, with the losses it is trained by.
 
         Args:
-            base: the base, and what lies beside it.
+            base: the base, which has passed :func:`dynamo_model.preflight.preflight`.
             recipe: of the training.
 
         Raises:
-            CheckpointError: the base does not load, or the drafter cannot be put on it.
+            CheckpointError: the drafter cannot be put on it.
             TrainingError: the recipe does not go with it.
         """
 

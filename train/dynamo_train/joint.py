@@ -10,15 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import LinearCrossEntropyOptions
+from transformers import PreTrainedModel
 
 from dynamo_model import CPModel
-from dynamo_model.parallel import scale_gradient
-from dynamo_model.sources import Checkpoint
 
 from .drafter import NewDrafter
 from .loop import Recipe
-from .objective import Objective, base_embeddings
+from .objective import Objective, base_embeddings, label_nll
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,9 @@ class JointHead(NewDrafter):
     model = CPModel
     title = "Joint head (CP)"
 
-    def objective(self, base: Checkpoint, recipe: Recipe) -> JointCLM:
+    def objective(self, base: PreTrainedModel, recipe: Recipe) -> JointCLM:
         """See :class:`NewDrafter`."""
-        model = CPModel.from_base(base, n_tokens=self.n_tokens, rank=self.rank)
+        model = CPModel(base, n_tokens=self.n_tokens, rank=self.rank)
         return JointCLM(model, self.balance, recipe.freeze_base, recipe.shared_gradient_scale)
 
     @classmethod
@@ -131,25 +129,11 @@ class JointCLM(Objective):
         first, context = self.model.states(tokens[:, :length], shared_gradient_scale=self.shared_gradient_scale)
         log_w, factors = self.model.mixture(context)
         labels = tokens[:, 1:].unfold(1, n, 1)[..., None].expand(-1, -1, -1, rank)  # [batch, length, n, rank]
-        nll = self._nll(factors, labels, self.shared_gradient_scale)
+        nll = label_nll(self.model.base, factors, labels, gradient_scale=self.shared_gradient_scale)
         return first, log_w, -nll.float()
 
     def _first_nll(self, first: Tensor, tokens: Tensor) -> Tensor:
-        return self._nll(first, tokens[:, 1 : first.shape[1] + 1])
-
-    def _nll(self, states: Tensor, labels: Tensor, gradient_scale: float = 1.0) -> Tensor:
-        """-log p of every label, shaped as ``labels``, under states [*labels, hidden]."""
-        head = self.model.multi.output_embedding
-        # Chunked: the logits [batch * length * n * rank, vocab] never exist at once, forward or backward.
-        nll = F.linear_cross_entropy(
-            states.flatten(0, -2),
-            scale_gradient(head.weight, gradient_scale),
-            labels.flatten(),
-            linear_bias=None if head.bias is None else scale_gradient(head.bias, gradient_scale),
-            reduction="none",
-            options=LinearCrossEntropyOptions(),
-        )
-        return nll.view(labels.shape)
+        return label_nll(self.model.base, first, tokens[:, 1 : first.shape[1] + 1])
 
 
 def load_balance(weights: Tensor) -> Tensor:

@@ -10,18 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import LinearCrossEntropyOptions
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from dynamo_model import LookAheadModel
-from dynamo_model.sources import Checkpoint
 
 from .drafter import NewDrafter
 from .errors import TrainingError
 from .loop import Recipe
-from .objective import Objective, base_embeddings
+from .objective import Objective, base_embeddings, label_nll
 
 
 @dataclass(frozen=True)
@@ -40,9 +37,9 @@ class LookAheadEmbeddings(NewDrafter):
     title = "Look-ahead embeddings (PaSS)"
     freezes_base = True
 
-    def objective(self, base: Checkpoint, recipe: Recipe) -> LookAheadCLM:
+    def objective(self, base: PreTrainedModel, recipe: Recipe) -> LookAheadCLM:
         """See :class:`NewDrafter`; a base that attends to fewer tokens than the recipe's sequences is refused."""
-        model = LookAheadModel.from_base(base, n_look_ahead=self.n_look_ahead)
+        model = LookAheadModel(base, n_look_ahead=self.n_look_ahead)
         window = getattr(model.config, "sliding_window", None)
         if window is not None and window < recipe.length:
             raise TrainingError(
@@ -113,16 +110,7 @@ class LookAheadCLM(Objective):
         places = anchors[..., None] + depth  # of the look-ahead tokens: [batch, anchors, n_look_ahead]
         labels = tokens.gather(1, places.flatten(1) + 1)
         states = self._states(tokens[:, : tokens.shape[1] - 1 - len(depth)], anchors, places)
-        head: Any = self.model.base.get_output_embeddings()
-        nll = F.linear_cross_entropy(
-            states.flatten(0, 1),
-            head.weight,
-            labels.flatten(),
-            linear_bias=head.bias,
-            reduction="none",
-            options=LinearCrossEntropyOptions(),
-        )
-        return nll.float().view(places.shape)
+        return label_nll(self.model.base, states, labels).float().view(places.shape)
 
     def choose_anchors(self, tokens: Tensor) -> Tensor:
         """Ascending positions [batch, anchors], drawn without replacement for every sequence on its own.

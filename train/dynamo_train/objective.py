@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import LinearCrossEntropyOptions
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+
+from dynamo_model.output import Output
+from dynamo_model.parallel import scale_gradient
+
+CAPPED_LOGITS = 1 << 25
+"""Soft-capped logits that may exist at once: 128 MiB in float32."""
 
 
 class Objective(nn.Module):
@@ -77,9 +84,14 @@ class HeadsCLM(Objective):
     n_heads: int
     freeze_base: bool
 
+    @property
     @abstractmethod
-    def states(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Every head's normed state [batch, seq, hidden], and the output embedding [vocab, hidden] for it."""
+    def base(self) -> PreTrainedModel:
+        """The model whose output makes logits of every head's states."""
+
+    @abstractmethod
+    def states(self, input_ids: Tensor) -> list[tuple[Tensor, float]]:
+        """Every head's normed state [batch, seq, hidden], and the factor on its gradient into the output embedding."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Mean negative log-likelihood of every head that is trained, else 0.
@@ -92,15 +104,12 @@ class HeadsCLM(Objective):
         """
         length = tokens.shape[1] - self.n_heads
         losses = []
-        for depth, (state, weight) in enumerate(self.states(tokens[:, :length]), start=1):
+        for depth, (state, gradient_scale) in enumerate(self.states(tokens[:, :length]), start=1):
             if depth == 1 and self.freeze_base:
                 losses.append(state.new_zeros(()))
                 continue
-            labels = tokens[:, depth : depth + length].reshape(-1)
-            # Chunked: the logits [batch * length, vocab] never exist at once.
-            losses.append(
-                F.linear_cross_entropy(state.flatten(0, 1), weight, labels, options=LinearCrossEntropyOptions())
-            )
+            labels = tokens[:, depth : depth + length]
+            losses.append(label_nll(self.base, state, labels, gradient_scale=gradient_scale, reduction="mean"))
         return torch.stack([loss.float() for loss in losses])
 
     @torch.no_grad()
@@ -108,9 +117,8 @@ class HeadsCLM(Objective):
         """Log p of every head's label: [n_heads, batch, length], for ``tokens`` as in :meth:`forward`."""
         length = tokens.shape[1] - self.n_heads
         result = []
-        for depth, (state, weight) in enumerate(self.states(tokens[:, :length]), start=1):
-            log_p = F.linear(state, weight).float().log_softmax(-1)
-            result.append(log_p.gather(-1, tokens[:, depth : depth + length, None])[..., 0])
+        for depth, (state, _) in enumerate(self.states(tokens[:, :length]), start=1):
+            result.append(-label_nll(self.base, state, tokens[:, depth : depth + length]).float())
         return torch.stack(result)
 
     def figures(self, batches: Iterable[Tensor]) -> dict[str, float]:
@@ -147,11 +155,15 @@ class NextTokenCLM(HeadsCLM):
         self.freeze_base = False
         self.settings = {}
 
-    def states(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    @property
+    def base(self) -> PreTrainedModel:
+        """See :class:`HeadsCLM`."""
+        return self.model
+
+    def states(self, input_ids: Tensor) -> list[tuple[Tensor, float]]:
         """See :class:`HeadsCLM`."""
         decoder: Any = self.model.base_model
-        state = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-        return [(state, self.model.get_output_embeddings().weight)]
+        return [(decoder(input_ids=input_ids, use_cache=False).last_hidden_state, 1.0)]
 
     def new_parameters(self) -> set[nn.Parameter]:
         """None."""
@@ -165,3 +177,47 @@ class NextTokenCLM(HeadsCLM):
 def base_embeddings(base: Any) -> set[nn.Parameter]:
     """Input and output embedding of a base; one and the same if they are tied."""
     return {base.get_input_embeddings().weight, base.get_output_embeddings().weight}
+
+
+def label_nll(
+    base: PreTrainedModel, states: Tensor, labels: Tensor, *, gradient_scale: float = 1.0, reduction: str = "none"
+) -> Tensor:
+    """-log p of every label under normed states, by the base's own output.
+
+    Chunked: the logits of all positions never exist at once, forward or backward.
+
+    Args:
+        base: whose output embedding it is.
+        states: [*labels, hidden].
+        labels: token ids.
+        gradient_scale: factor on the gradient into the output embedding.
+        reduction: ``none``, or ``mean`` over all labels.
+
+    Returns:
+        Shaped as ``labels``, or their mean.
+    """
+    head: Any = base.get_output_embeddings()
+    output = Output.of(base)
+    weight = scale_gradient(head.weight, gradient_scale)
+    bias = None if head.bias is None else scale_gradient(head.bias, gradient_scale)
+    rows, flat = states.flatten(0, -2), labels.flatten()
+    if output.softcap:
+        nll = _capped_nll(output, rows, weight, bias, flat)
+        return nll.mean() if reduction == "mean" else nll.view(labels.shape)
+    if output.scale != 1.0:  # s (h W + b) = (s h) W + s b
+        rows, bias = rows * output.scale, None if bias is None else bias * output.scale
+    nll = F.linear_cross_entropy(
+        rows, weight, flat, linear_bias=bias, reduction=reduction, options=LinearCrossEntropyOptions()
+    )
+    return nll if reduction == "mean" else nll.view(labels.shape)
+
+
+def _capped_nll(output: Output, rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """-log p of every label [rows] of soft-capped logits, which a backward pass computes once more."""
+
+    def nll(some: Tensor, weight: Tensor, bias: Tensor | None, theirs: Tensor) -> Tensor:
+        return F.cross_entropy(output(some, weight, bias).float(), theirs, reduction="none")
+
+    size = max(1, CAPPED_LOGITS // len(weight))
+    pairs = zip(rows.split(size), labels.split(size), strict=True)
+    return torch.cat([checkpoint(nll, some, weight, bias, theirs, use_reentrant=False) for some, theirs in pairs])

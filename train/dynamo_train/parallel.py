@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dynamo_model import MultiTokenModel
-from dynamo_model.parallel import scale_gradient
-from dynamo_model.sources import Checkpoint
 
 from .drafter import NewDrafter
 from .loop import Recipe
@@ -28,9 +27,9 @@ class TokenHeads(NewDrafter):
     model = MultiTokenModel
     title = "Heads"
 
-    def objective(self, base: Checkpoint, recipe: Recipe) -> ModifiedCLM:
+    def objective(self, base: PreTrainedModel, recipe: Recipe) -> ModifiedCLM:
         """See :class:`NewDrafter`."""
-        model = MultiTokenModel.from_base(base, n_heads=self.n_heads)
+        model = MultiTokenModel(base, n_heads=self.n_heads)
         return ModifiedCLM(model, recipe.shared_gradient_scale, recipe.freeze_base)
 
 
@@ -55,12 +54,15 @@ class ModifiedCLM(HeadsCLM):
         if freeze_base:
             model.base.requires_grad_(False)
 
-    def states(self, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    @property
+    def base(self) -> PreTrainedModel:
+        """See :class:`HeadsCLM`."""
+        return self.model.base
+
+    def states(self, input_ids: Tensor) -> list[tuple[Tensor, float]]:
         """See :class:`HeadsCLM`; gradients are scaled on the further heads' way."""
-        states = self.model.states(input_ids, shared_gradient_scale=self.shared_gradient_scale)
-        weight = self.model.output_embedding.weight
-        scaled = scale_gradient(weight, self.shared_gradient_scale)
-        return [(state, weight if i == 0 else scaled) for i, state in enumerate(states)]
+        first, *further = self.model.states(input_ids, shared_gradient_scale=self.shared_gradient_scale)
+        return [(first, 1.0), *((state, self.shared_gradient_scale) for state in further)]
 
     def new_parameters(self) -> set[nn.Parameter]:
         """The further heads' layers."""

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedTokenize
 
 from dynamo_model import DRAFTERS, drafters_of
 from dynamo_model.checkpoint import load_base, load_tokenizer, stored_dtype
+from dynamo_model.preflight import preflight
 from dynamo_model.sources import Checkpoint, find_checkpoint
 from dynamo_runtime.corpus import is_held_out
 
@@ -124,15 +125,17 @@ def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe) -> N
         recipe: of the training; ``freeze_base`` leaves the base bit-identical.
 
     Raises:
-        CheckpointError: the base does not load, or the drafter cannot be put on it.
+        CheckpointError: the base does not load or could not be exported, or the drafter cannot be put on it.
         TrainingError: something about the text, the recipe or the folders; see :func:`dynamo_train.loop.train`.
     """
     _refuse_existing(job.out)
     if drafter.freezes_base:
         recipe = replace(recipe, freeze_base=True)
     checkpoint = find_checkpoint(base)
+    loaded = load_base(checkpoint)
+    preflight(loaded, recipe.length, further=int(drafter.model.on_stem))  # what cannot work is said before any work
     torch.manual_seed(recipe.seed)
-    objective = drafter.objective(checkpoint, recipe)  # first: what cannot be trained is said before any work
+    objective = drafter.objective(loaded, recipe)
     model: Any = objective.model
     context = model.config.max_position_embeddings
     if recipe.length > context:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from dynamo_model.output import Output
+
 from ..errors import ExportError
 from ..tail import Ahead, Tail
 from ..weights import WeightStore
@@ -20,6 +22,7 @@ class AddOutputs(ir.passes.InPlacePass):
         weight: np.ndarray,
         bias: np.ndarray | None,
         tied: bool,
+        output: Output,
         ahead: Ahead,
     ) -> None:
         """Takes what the trace leaves out.
@@ -30,6 +33,7 @@ class AddOutputs(ir.passes.InPlacePass):
             weight: The output embedding [vocab, hidden].
             bias: Its bias [vocab], or None.
             tied: Whether `weight` is the input embedding too.
+            output: What the base does to its logits behind that.
             ahead: What its further states become.
         """
         super().__init__()
@@ -38,6 +42,7 @@ class AddOutputs(ir.passes.InPlacePass):
         self.weight = weight
         self.bias = bias
         self.tied = tied
+        self.output = output
         self.ahead = ahead
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -49,7 +54,7 @@ class AddOutputs(ir.passes.InPlacePass):
         tail = Tail(model, self.store, self.n_states, self.weight.shape[0])
         embedding = _input_embedding(model) if self.tied else tail.turned("lm_head.weight", self.weight)
         bias = None if self.bias is None else tail.constant("lm_head.bias", self.bias)
-        tail.build(embedding, self.tied, bias, self.ahead)
+        tail.build(embedding, self.tied, bias, self.output, self.ahead)
         return ir.passes.PassResult(model, True)
 
 

@@ -78,9 +78,11 @@ def _one_source(model: ir.Model, nodes: set[ir.Node]) -> ir.Value | None:
         early = [v for v in entering if not any(w is not v and w.producer() in upstream(v) for w in entering)]
         if len(early) != 1:
             return None
-        for value in entering:
-            if value is not early[0]:
-                _copy_into(model, value, nodes)
+        # The latest first: what is copied once has all its readers among the heads by then.
+        makers = dict.fromkeys(v.producer() for v in entering if v is not early[0])
+        late = [m for m in makers if m and not any(v.producer() is not m and m in upstream(v) for v in entering)]
+        for node in late:
+            _copy_into(node, nodes)
 
 
 def _entering(model: ir.Model, nodes: set[ir.Node]) -> list[ir.Value]:
@@ -94,10 +96,9 @@ def _entering(model: ir.Model, nodes: set[ir.Node]) -> list[ir.Value]:
     return list(found)
 
 
-def _copy_into(model: ir.Model, value: ir.Value, nodes: set[ir.Node]) -> None:
-    """Gives the heads a copy of the node that makes a value."""
-    node = value.producer()
-    assert node is not None
+def _copy_into(node: ir.Node, nodes: set[ir.Node]) -> None:
+    """Gives the heads a copy of a node."""
+    assert node.graph is not None
     copy = ir.Node(
         node.domain,
         node.op_type,
@@ -106,7 +107,7 @@ def _copy_into(model: ir.Model, value: ir.Value, nodes: set[ir.Node]) -> None:
         num_outputs=len(node.outputs),
         name=f"{node.name}/heads",
     )
-    model.graph.insert_after(node, copy)
+    node.graph.insert_after(node, copy)
     for ours, theirs in zip(node.outputs, copy.outputs, strict=True):
         theirs.name, theirs.type, theirs.shape = f"{ours.name}.heads", ours.type, ours.shape
         redirect(ours, theirs, nodes.__contains__)
