@@ -201,8 +201,8 @@ def _named(name: str | Path) -> Path:
     found = list(bundles_folder().glob(f"{name}/*/{MANIFEST}"))
     if not found:
         raise BundleError(
-            f"there is no folder {name} here, and no model of that name was exported into the cache: "
-            f"`dynamo-export -m {name} --quantize int8` does that, once, for the models it knows"
+            f"{name} does not exist, and the cache has no bundle of that name: "
+            f"`dynamo-export -m {name} --quantize int8` makes one, for the models it knows"
         )
     return max(found, key=lambda manifest: manifest.stat().st_mtime).parent
 

@@ -64,10 +64,10 @@ def test_what_is_here_comes_first(cache: Path, plain: Path, multi: Path) -> None
 
 def test_no_bundle_of_that_name(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command that makes one is in the line; what cannot be a name is a path."""
-    with pytest.raises(BundleError, match="`dynamo-export -m tiny --quantize int8` does that"):
+    with pytest.raises(BundleError, match="`dynamo-export -m tiny --quantize int8` makes one"):
         load_bundle("tiny")
     for path in ("tiny/model", "../tiny", "tiny.onnx", ""):
         with pytest.raises(BundleError, match=r"does not exist|is not a bundle"):
             load_bundle(path)
     assert main(["-m", "tiny", "-p", "def"]) == 1
-    assert capsys.readouterr().err.startswith("dynamo-run: error: there is no folder tiny here")
+    assert capsys.readouterr().err.startswith("dynamo-run: error: tiny does not exist, and the cache has no bundle")
