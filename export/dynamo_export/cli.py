@@ -74,6 +74,10 @@ def run(arguments: argparse.Namespace, name: str = "dynamo-export") -> int:
 
 def _run(arguments: argparse.Namespace, name: str) -> None:
     graph, kept = _target(arguments)
+    if kept:
+        print(
+            f"{name}: note: for the cache; then `dynamo-run -m {arguments.model} --chat` talks to it", file=sys.stderr
+        )
     requested = quantization.requested(arguments)
     scheme = None if arguments.quantize == "none" else arguments.quantize
     if scheme is None and requested != quantization.NOTHING:
@@ -108,8 +112,6 @@ def _run(arguments: argparse.Namespace, name: str) -> None:
         **length,
         **({} if scheme is None else requested),
     )
-    if kept:
-        print(f"{name}: talk to it with `dynamo-run -m {arguments.model} --chat`", file=sys.stderr)
 
 
 def _target(arguments: argparse.Namespace) -> tuple[str, bool]:

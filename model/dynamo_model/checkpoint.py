@@ -23,6 +23,8 @@ from .errors import CheckpointError, first_line
 from .gguf import bar_on_terminals_alone, check_gguf, restore_splitting
 from .sources import ADAPTER, Checkpoint, check_base, find_checkpoint
 
+log = logging.getLogger("dynamo_model")
+
 HARMLESS = (r"(^|\.)rotary_emb\.inv_freq$", r"(^|\.)attn(ention)?\.(masked_)?bias$", r"(^|\.)position_ids$")
 """Tensors that older checkpoints hold and no model reads: tables that are computed, masks that are built."""
 
@@ -75,6 +77,7 @@ def load_base(name: str | Path | Checkpoint, dtype: torch.dtype = torch.float32)
         _forget_quantization(base, dtype)
     if checkpoint.adapter is not None:
         base = _merged(base, checkpoint.adapter)
+        log.info("merged the adapter in %s into the base in %s", checkpoint.adapter, checkpoint.folder)
     if odd := [key for key, parameter in base.named_parameters() if not parameter.isfinite().all()]:
         raise CheckpointError(f"'{checkpoint.name}' has values that are not finite numbers in {_some(odd)}")
     return base
@@ -283,7 +286,6 @@ def _merged(base: PreTrainedModel, adapter: Path) -> PreTrainedModel:
         raise CheckpointError(f"the adapter in {adapter} cannot be merged: {first_line(error)}") from error
     if not isinstance(merged, PreTrainedModel):
         raise CheckpointError(f"{adapter} holds an adapter that cannot be merged into the weights")
-    logging.getLogger("dynamo_model").info("merged the adapter in %s into %s", adapter, type(base).__name__)
     if hasattr(merged, "peft_config"):
         del merged.peft_config
     return merged

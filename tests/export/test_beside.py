@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 from support import checkpoints, damaged
+from support.tiny_gguf import write_gguf
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dynamo_export import ExportError, cli, export_bundle, parity
 from dynamo_export.beside import sampling_of
+from dynamo_model import sources
 from dynamo_runtime import Engine, PromptError
 from dynamo_runtime.bundle import Bundle, load_bundle
+from dynamo_runtime.cli.run import main as run
 
 TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
 
@@ -162,3 +165,22 @@ def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture
             line = errors.strip().splitlines()[-1]
             assert line.startswith("dynamo-export: error: RuntimeError: first line second line (nobody expected this")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_known_model_has_a_place_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exported by its name, plain and without an output; again, it is replaced; it runs by its name."""
+    write_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setenv("DYNAMO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(sources.KNOWN, "tiny", sources.KNOWN["smollm2"])
+    monkeypatch.setattr(sources, "_known_file", lambda name, model: tmp_path / "tiny.gguf")
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([], [], ["--quantize", "int8", "--allow-degraded"]):
+        assert cli.main(["-m", "tiny", *arguments]) == 0
+        assert "`dynamo-run -m tiny --chat` talks to it" in capsys.readouterr().err
+    folder = tmp_path / "cache" / "bundles" / "tiny"
+    assert {path.name for path in folder.iterdir()} == {"fp32", "int8"}
+    assert load_bundle("tiny").folder == folder / "int8"
+    assert load_bundle(folder / "fp32").source.model == "tiny"
+    assert run(["-m", "tiny", "--chat", "def", "--max-new-tokens", "4", "--threads", "1"]) == 0

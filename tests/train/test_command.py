@@ -186,6 +186,24 @@ def test_bad_input_is_one_clear_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_debug_shows_the_traceback(
+    data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it an error that nobody expected is one line all the same."""
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr("dynamo_train.pipeline.find_checkpoint", broken)
+    rates = ["--lr-base", "0.001", "--lr-heads", "0.001"]
+    for flags, traceback in (([], False), (["--debug"], True)):
+        assert main(["heads", "base", *data, "--out", str(tmp_path / "out"), *SMALL, *rates, *flags]) == 1
+        errors = capsys.readouterr().err
+        assert ("Traceback" in errors) == traceback
+        line = errors.strip().splitlines()[-1]
+        assert line.startswith("dynamo-train: error: RuntimeError: first line second line (nobody expected this")
+
+
 @pytest.mark.parametrize(("command", "name"), [("heads", "mixtral"), ("cp", "falcon"), ("lookahead", "olmo3")])
 def test_a_base_that_could_not_be_exported_is_refused_before_any_work(
     command: str, name: str, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
