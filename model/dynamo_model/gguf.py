@@ -33,8 +33,9 @@ def check_gguf(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
             raise CheckpointError(f"{path} is not a GGUF file")
-    if importlib.util.find_spec("gguf") is None:
-        raise CheckpointError(f"reading {path.name} needs gguf: pip install 'dynamo-edge[gguf]'")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise CheckpointError(f"reading {path.name} needs {package}: pip install {package}")
 
 
 @contextmanager

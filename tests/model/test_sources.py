@@ -69,7 +69,7 @@ def test_broken_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match=r"no config\.json: name the file, .*half\.gguf"):
         load_base(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(CheckpointError, match=r"pip install 'dynamo-edge\[gguf\]'"):
+    with pytest.raises(CheckpointError, match=r"needs gguf: pip install gguf"):
         load_base(tmp_path / "tiny.gguf")
 
 
