@@ -8,6 +8,7 @@ from .engine import Engine
 from .errors import (
     BundleError,
     DynamoError,
+    EngineError,
     OutputError,
     ParameterError,
     ProfileError,
@@ -51,6 +52,7 @@ __all__ = [
     "Dynamo",
     "DynamoError",
     "Engine",
+    "EngineError",
     "Generation",
     "Guesses",
     "Last",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -26,6 +27,7 @@ from .session import Session
 from .strategies import TARGET_SPEEDUP, Auto, Strategy, check_reads, make_strategy, parameters_for
 from .stream import Generation, Limits, TextStream
 from .text import as_text
+from .turns import Ticket
 
 
 class StreamOptions(SamplingOptions, total=False):
@@ -42,10 +44,14 @@ class StreamOptions(SamplingOptions, total=False):
     show_special: bool
     plain_prompt: bool
     target_speedup: float | None
+    wait: bool
 
 
 class Engine:
-    """A bundle, ready to continue prompts. One generation at a time.
+    """A bundle, ready to continue prompts. One generation at a time, whichever threads they come from.
+
+    A generation that another thread has begun is waited for; one of the same thread ends when the next begins. As a
+    context manager it is closed at the end.
 
     What the cache holds of one prompt is not computed again for the next: only what follows the common prefix
     is. (A pass over fewer rows rounds differently in the last bits; call `reset` where runs must agree bit by
@@ -112,9 +118,36 @@ class Engine:
             log.warning("%s", error)
             return None
 
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def reset(self) -> None:
-        """Forget the cached prompt."""
-        self.session.cache.reset()
+        """Forget the cached prompt, in a turn of its own: see `stream`.
+
+        Raises:
+            EngineError: The engine is closed.
+        """
+        with self._alone():
+            self.session.cache.reset()
+
+    def close(self) -> None:
+        """Free the graph and its memory, in a turn of its own: see `stream`. The engine is of no use any more."""
+        if not self.session.turns.closed:
+            with self._alone():
+                self.session.close()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        turns, ticket = self.session.turns, Ticket()
+        turns.begin(ticket)
+        try:
+            yield
+        finally:
+            turns.give_up(ticket)
+            turns.pause(ticket)
 
     def encode(self, prompt: str | Sequence[int], *, plain_prompt: bool = False) -> list[int]:
         """The prompt's tokens, checked; where there are none, the one that begins a text.
@@ -126,8 +159,10 @@ class Engine:
         Raises:
             PromptError: It is empty and nothing begins a text, is not encodable, has unknown tokens, is longer than the
                 context, or is neither text nor token ids.
+            EngineError: The engine is closed.
         """
         bundle = self.bundle
+        self.session.turns.check_open()
         if isinstance(prompt, str):
             text = as_text(prompt, "the prompt")
             tokens = bundle.control_tokens.encode_literally(text) if plain_prompt else bundle.tokenizer.encode(text).ids
@@ -163,11 +198,15 @@ class Engine:
         show_special: bool = False,
         plain_prompt: bool = False,
         target_speedup: float | None = None,
+        wait: bool = True,
         **sampling: Unpack[SamplingOptions],
     ) -> TextStream:
         """Continue a prompt piece by piece.
 
         A parameter that is named, in one way or the other, has to be one that the strategy reads.
+
+        It begins with its first piece, and is then alone with the engine: a generation of another thread has to be over
+        before, one of the same thread is over then, wherever it was.
 
         Args:
             prompt: Text, or token ids.
@@ -186,6 +225,7 @@ class Engine:
             plain_prompt: What looks like a control token in the prompt is text.
             target_speedup: Times the speed of plain decoding that `dynamo` is to reach: the profile says with which
                 back-off threshold.
+            wait: Whether to wait for a generation of another thread; else it is an error that there is one.
             **sampling: Fields of `SamplingParameters`; what is None or absent comes from `parameters`, or else from the
                 bundle.
 
@@ -195,6 +235,7 @@ class Engine:
         Raises:
             PromptError: See `encode`.
             ParameterError: A parameter is unknown, out of range, not read by the strategy, or does not fit the bundle.
+            EngineError: The engine is closed; or with the first piece, see `TextStream`.
         """
         started = time.perf_counter()
         if max_new_tokens is not None and max_new_tokens < 1:
@@ -229,6 +270,7 @@ class Engine:
             scored=log_probabilities,
             prefill_chunk=self._prefill_chunk,
             started=started,
+            wait=wait,
         )
 
     def generate(
@@ -238,10 +280,10 @@ class Engine:
         **options: Unpack[StreamOptions],
     ) -> Generation:
         """Continue a prompt to the end; arguments as of `stream`."""
-        stream = self.stream(prompt, parameters, **options)
-        for _ in stream:
-            pass
-        return stream.result()
+        with self.stream(prompt, parameters, **options) as stream:
+            for _ in stream:
+                pass
+            return stream.result()
 
     def chat_stream(
         self,
@@ -276,10 +318,10 @@ class Engine:
         **options: Unpack[StreamOptions],
     ) -> Generation:
         """Answer messages to the end; arguments as of `chat_stream`."""
-        stream = self.chat_stream(messages, parameters, trust_content=trust_content, **options)
-        for _ in stream:
-            pass
-        return stream.result()
+        with self.chat_stream(messages, parameters, trust_content=trust_content, **options) as stream:
+            for _ in stream:
+                pass
+            return stream.result()
 
     def _make_strategy(
         self,

@@ -31,3 +31,7 @@ class ProfileError(DynamoError):
 
 class OutputError(DynamoError):
     """A file of results cannot be written where it was asked for."""
+
+
+class EngineError(DynamoError, RuntimeError):
+    """An engine is closed, at work for another thread, or has begun something else."""
