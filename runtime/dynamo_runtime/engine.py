@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 import operator
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, Unpack
 
 import numpy as np
@@ -18,9 +20,9 @@ from .device.costs import Knowledge
 from .device.inspection import device_key
 from .device.plan import threshold_for
 from .device.profile import Profile, cached_path
-from .drafting import Drafter
+from .drafting import Ask, Drafter
 from .errors import ParameterError, ProfileError, PromptError
-from .parameters import SamplingOptions, SamplingParameters
+from .parameters import SamplingOptions, SamplingParameters, check_kind, whole
 from .providers import Backend, BackendOptions, log
 from .sampling import LogitsProcessor
 from .session import Session
@@ -90,12 +92,12 @@ class Engine:
         Raises:
             DynamoError: See `load_bundle` and `Session`.
         """
-        if prefill_chunk < 1:
-            raise ParameterError(f"prefill_chunk must be at least 1, not {prefill_chunk}")
+        self._prefill_chunk = whole("prefill_chunk", prefill_chunk, 1)
+        check_kind("bundle", bundle, (Bundle, str, Path), "a bundle or its path")
+        check_kind("profile", profile, (Profile, NoneType), "a Profile")
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle, verify=verify)
         self.session = Session(self.bundle, backend, max_length=max_length, **options)
         self.backend = self.session.backend
-        self._prefill_chunk = prefill_chunk
         self.profile = profile or self._kept_profile()
 
     @property
@@ -238,25 +240,30 @@ class Engine:
             EngineError: The engine is closed; or with the first piece, see `TextStream`.
         """
         started = time.perf_counter()
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise ParameterError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        if seed is not None and seed < 0:
-            raise ParameterError(f"seed must be at least 0, not {seed}")
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        if "" in stops:
-            raise ParameterError("a stop string must not be empty")
+        flags = {"ignore_eos": ignore_eos, "log_probabilities": log_probabilities, "show_special": show_special}
+        for name, flag in (flags | {"plain_prompt": plain_prompt, "wait": wait}).items():
+            check_kind(name, flag, (bool, np.bool_), "true or false")
+        if max_new_tokens is not None:
+            max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+        if seed is not None:
+            seed = whole("seed", seed, 0)
+        stops = _stop_strings(stop)
+        check_kind("logits_processors", logits_processors, Iterable, "a list of functions")
+        logits_processors = list(logits_processors)
+        for processor in logits_processors:
+            check_kind("a logits processor", processor, Callable, "a function")  # type: ignore[arg-type]
         tokens = self.encode(prompt, plain_prompt=plain_prompt)
-        if parameters is not None and not isinstance(parameters, SamplingParameters):
-            raise ParameterError(f"parameters must be SamplingParameters, not a {type(parameters).__name__}")
+        check_kind("parameters", parameters, (SamplingParameters, NoneType), "SamplingParameters")
         named = {name: value for name, value in sampling.items() if value is not None}
         if target_speedup is not None:
+            check_kind(TARGET_SPEEDUP, target_speedup, numbers.Real, "a number")
             named[TARGET_SPEEDUP] = target_speedup
         if isinstance(strategy, str):
             chosen = self._make_strategy(strategy, parameters, named, logits_processors, drafter)
         elif parameters is not None or named or logits_processors or drafter is not None:
             raise ParameterError("a strategy of your own has parameters, processors and drafter of its own: name none")
         else:
-            chosen = strategy
+            chosen = _own(strategy)
         # The last token need not be fed, so it may stand one behind the last position.
         limit, reason = self.session.max_length - len(tokens) + 1, "context"
         if max_new_tokens is not None and max_new_tokens <= limit:
@@ -341,6 +348,39 @@ class Engine:
             named["backoff_threshold"] = threshold_for(self.profile, target)
         resolved = parameters_for(name, self.bundle, named, parameters)
         return make_strategy(name, self.bundle, resolved, processors, drafter=drafter, knowledge=self.knowledge)
+
+
+def _own(strategy: Strategy) -> Strategy:
+    """A strategy of somebody's own.
+
+    Raises:
+        ParameterError: It is none.
+    """
+    kind = type(strategy).__name__
+    if isinstance(strategy, type):
+        raise ParameterError(f"a strategy of your own is an object, not the class {strategy.__name__}")
+    for needed in ("name", "ask", "advance"):
+        if not hasattr(strategy, needed):
+            raise ParameterError(f"a strategy is a name, or has name, ask and advance, and {kind} has no {needed}")
+    check_kind(f"name of strategy {kind}", strategy.name, str, "text")
+    check_kind(f"ask of strategy {kind}", strategy.ask, Ask, "an Ask")
+    return strategy
+
+
+def _stop_strings(stop: str | Sequence[str]) -> list[str]:
+    """Stop strings, of which there may be one.
+
+    Raises:
+        ParameterError: They are something else, or empty.
+    """
+    if not isinstance(stop, str) and (isinstance(stop, bytes) or not isinstance(stop, Iterable)):
+        raise ParameterError(f"stop must be text or a list of texts, not a {type(stop).__name__}")
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    for each in stops:
+        check_kind("a stop string", each, str, "text")
+        if not each:
+            raise ParameterError("a stop string must not be empty")
+    return stops
 
 
 def _token_ids(prompt: Sequence[int]) -> list[int]:

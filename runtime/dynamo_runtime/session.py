@@ -23,6 +23,7 @@ from .names import (
     TOPK_IDS,
     caches,
 )
+from .parameters import whole
 from .providers import Backend, BackendOptions, backend_of, import_onnxruntime
 from .step import LAST, All, Last, Rows, Step
 from .turns import Turns
@@ -105,7 +106,7 @@ class Session:
             ParameterError: `max_length` or a field of `Backend` is out of range.
             BundleError: The graph does not load or is not what the manifest says.
         """
-        length = bundle.context_length if max_length is None else max_length
+        length = bundle.context_length if max_length is None else whole("max_length", max_length, 1)
         if not 1 <= length <= bundle.context_length:
             raise ParameterError(
                 f"max_length must be from 1 to the context length {bundle.context_length}, not {length}"
@@ -203,7 +204,8 @@ class Session:
         values = bound.read()
         self.cache.advance(tokens, values.pop(PENULTIMATE).numpy()[0] if skipping else None)
         self.step_seconds += time.perf_counter() - entered
-        return Step(values, head_rows=wanted, parts=self._parts)
+        what = f"{self.bundle.graph_path}, in a pass over {m} tokens behind {total - m},"
+        return Step(values, head_rows=wanted, parts=self._parts, what=what)
 
     def close(self) -> None:
         """Free graph and cache; passes that were taken keep what they say."""
