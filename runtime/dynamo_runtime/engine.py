@@ -21,7 +21,7 @@ from .device.inspection import device_key
 from .device.plan import threshold_for
 from .device.profile import Profile, cached_path
 from .drafting import Ask, Drafter
-from .errors import ParameterError, ProfileError, PromptError
+from .errors import ParameterError, ProfileError, PromptError, printable
 from .parameters import SamplingOptions, SamplingParameters, check_kind, whole
 from .providers import Backend, BackendOptions, log
 from .sampling import LogitsProcessor
@@ -111,14 +111,16 @@ class Engine:
         self.knowledge = Knowledge.of(self.bundle, profile)
 
     def _kept_profile(self) -> Profile | None:
-        path = cached_path(device_key(self.session.provider), self.bundle, self.backend.threads)
-        if not path.is_file():
-            return None
         try:
-            return Profile.load(path)
+            path = cached_path(device_key(self.session.provider), self.bundle, self.backend.threads)
+            return Profile.load(path) if path.is_file() else None
         except ProfileError as error:
             log.warning("%s", error)
-            return None
+        except OSError as error:  # a folder that may not be searched
+            log.warning("%s cannot be read: %s", printable(str(path)), error.strerror or error)
+        except RuntimeError:  # there is no home folder
+            pass
+        return None
 
     def __enter__(self) -> Engine:
         return self

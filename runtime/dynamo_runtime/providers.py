@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 from .errors import BundleError, ParameterError, ProviderError
 from .parameters import check_kind, whole
+from .quiet import hush
 from .wire import without_ends
 
 # Distributions that install the module `onnxruntime`: two of them overwrite each other's files.
@@ -47,6 +48,7 @@ def import_onnxruntime() -> ModuleType:
             f"{' and '.join(installed)} are both installed and overwrite each other: "
             "uninstall them all, then install exactly one"
         )
+    hush()
     try:
         import onnxruntime
     except ImportError as error:
