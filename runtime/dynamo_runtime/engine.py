@@ -94,11 +94,10 @@ class Engine:
         """
         self._prefill_chunk = whole("prefill_chunk", prefill_chunk, 1)
         check_kind("bundle", bundle, (Bundle, str, Path), "a bundle or its path")
-        check_kind("profile", profile, (Profile, NoneType), "a Profile")
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle, verify=verify)
         self.session = Session(self.bundle, backend, max_length=max_length, **options)
         self.backend = self.session.backend
-        self.profile = profile or self._kept_profile()
+        self.profile = self._kept_profile() if profile is None else profile
 
     @property
     def profile(self) -> Profile | None:
@@ -107,6 +106,7 @@ class Engine:
 
     @profile.setter
     def profile(self, profile: Profile | None) -> None:
+        check_kind("profile", profile, (Profile, NoneType), "a Profile")
         self._profile = profile
         self.knowledge = Knowledge.of(self.bundle, profile)
 
@@ -315,6 +315,7 @@ class Engine:
             PromptError: They are no messages, or the template does not want them.
             ParameterError: See `stream`.
         """
+        check_kind("trust_content", trust_content, (bool, np.bool_), "true or false")
         prompt = self.bundle.chat_template.encode(messages, self.bundle.control_tokens, trust_content=trust_content)
         return self.stream(prompt.encoded.ids, parameters, **options)
 

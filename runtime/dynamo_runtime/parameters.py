@@ -166,8 +166,9 @@ class SamplingParameters:
             "draft_choice": DRAFT_CHOICES,
         }
         for name, choices in choices_of.items():
-            if getattr(self, name) not in choices:
-                raise ParameterError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                raise ParameterError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
         for name in ("otsu_zeros", "normalize_joint"):
             if not isinstance(getattr(self, name), bool):
                 raise ParameterError(f"{name} must be true or false, not {getattr(self, name)!r}")

@@ -262,6 +262,7 @@ class _Drafter:
         ({"logits_processors": [3]}, "a logits processor must be a function, not a int"),
         ({"ignore_eos": "no"}, "ignore_eos must be true or false, not a str"),
         ({"wait": None}, "wait must be true or false, not a NoneType"),
+        ({"draft_choice": np.array([1, 2])}, "draft_choice must be one of argmax, sample, not array"),
         ({"temperature": 10**400}, "temperature must be a finite number"),
         ({"temperature": "hot"}, "temperature must be a finite number, at least 0, not 'hot'"),
         ({"top_k": 1.5}, "top_k must be a whole number of at least 0, not 1.5"),
