@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .decoding import Round, decode, prefill, reuse_prefix, score_rest
+from .errors import EngineError
 from .sampling import Context
 from .session import Session
 from .statistics import Statistics
@@ -119,15 +120,22 @@ class TextStream(Iterator[str]):
         if self._closed or self.finish_reason:
             raise StopIteration
         turns = self._session.turns
-        if self._ticket.over:
-            piece = self._end("cancelled")
-        elif self._rounds is not None:
-            turns.go_on(self._ticket)
-            piece = self._work()
-        elif turns.begin(self._ticket, wait=self._wait):
-            piece = self._work()
-        else:
-            piece = self._end("cancelled")
+        try:
+            if self._ticket.over:
+                piece = self._end("cancelled")
+            elif self._rounds is not None:
+                turns.go_on(self._ticket)
+                piece = self._work()
+            elif turns.begin(self._ticket, wait=self._wait):
+                piece = self._work()
+            else:
+                piece = self._end("cancelled")
+        except EngineError:
+            raise  # it is not this one's turn
+        except BaseException:  # Ctrl-C may come at any place
+            self._closed = self._ticket.over = True
+            turns.pause(self._ticket)
+            raise
         if not piece:
             raise StopIteration
         self.text += piece

@@ -209,6 +209,26 @@ def test_whatever_ends_a_stream_frees_the_engine(engine: Engine, end: str) -> No
             next(stream)  # type: ignore[arg-type]
 
 
+def test_ctrl_c_may_come_at_any_place(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = engine.generate("x", **SHORT).tokens
+
+    def interrupted(*given: Any) -> str:
+        raise KeyboardInterrupt
+
+    for begun in (False, True):
+        stream = engine.stream(PROMPT, **LONG)
+        if begun:
+            next(stream)
+        with monkeypatch.context() as patch:
+            patch.setattr(stream, "_work", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                next(stream)
+        assert list(stream) == []
+        assert (
+            engine.generate("x", **SHORT).tokens == elsewhere(lambda: engine.generate("x", **SHORT).tokens) == expected
+        )
+
+
 def test_one_who_waits_can_be_cancelled(engine: Engine) -> None:
     first, second = engine.stream(PROMPT, **LONG), engine.stream("x", **SHORT)
     next(first)

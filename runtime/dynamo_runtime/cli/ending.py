@@ -21,7 +21,7 @@ def open_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # which takes the lowest number that is free
     if sys.stderr is None:
-        sys.stderr = os.fdopen(2, "w")
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the command runs)
 
 
 def check_stdout() -> None:
