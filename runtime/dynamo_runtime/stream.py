@@ -210,6 +210,8 @@ class TextStream(Iterator[str]):
     def _end(self, reason: str) -> str:
         """Finish; returns what was held back."""
         self.finish_reason, self._ticket.over = reason, True
+        if not self.tokens:  # a character that the prompt has begun is none of ours
+            return ""
         return self._stops.push(self._detokenizer.flush()) + self._stops.flush()
 
     def _score_to_the_end(self) -> None:

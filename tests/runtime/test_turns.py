@@ -237,6 +237,13 @@ def test_one_who_waits_can_be_cancelled(engine: Engine) -> None:
     assert second.finish_reason == "cancelled" and next(first)
 
 
+def test_a_stream_that_never_began_has_no_text(engine: Engine) -> None:
+    half = engine.encode("日")[:1]  # a character that is not whole
+    stream = engine.stream([5, *half], **SHORT)
+    stream.cancel()
+    assert list(stream) == [] and stream.text == "" and stream.finish_reason == "cancelled"
+
+
 def test_a_stream_may_be_read_by_one_thread_after_another(engine: Engine) -> None:
     expected = engine.generate(PROMPT, **SHORT).text
     engine.reset()
