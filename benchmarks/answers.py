@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from machine import describe_machine
 from tqdm import tqdm
 
@@ -33,6 +32,7 @@ from dynamo_quantize.quantize import write_bundle
 from dynamo_quantize.schemes import Options, Part, Scheme, resolve
 from dynamo_quantize.texts import pieces
 from dynamo_runtime import ALL, Bundle, Engine, load_bundle
+from dynamo_runtime.providers import import_onnxruntime
 from dynamo_runtime.scoring import score_window
 
 FP32 = "fp32"
@@ -184,7 +184,7 @@ def main() -> None:
             figures[row.name] = measure(bundles[row.name], spoken, library, theirs)
         for name, passes in time_passes(bundles, arguments.rounds).items():
             figures[name]["passes"] = passes
-    machine = f"{describe_machine()}; onnxruntime {onnxruntime.__version__}."
+    machine = f"{describe_machine()}; onnxruntime {import_onnxruntime().__version__}."
     print(table(figures, len(spoken[1::2]), len(spoken)) + f"\n\n{machine}")
     if arguments.json:
         content = {"machine": machine, "bundle": full.source.model, "held_out": len(spoken[1::2]), "asked": len(spoken)}

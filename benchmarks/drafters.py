@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from machine import describe_machine
 from ratios import interval, ratio, speed_ratio
 from tqdm import tqdm
@@ -40,6 +39,7 @@ from dynamo_model import DEFAULT_CHECKPOINT, CPModel, LookAheadModel, MultiToken
 from dynamo_runtime import Engine, Last
 from dynamo_runtime.bundle import load_bundle
 from dynamo_runtime.cli.arguments import add_chat, put
+from dynamo_runtime.providers import import_onnxruntime
 
 PLAIN = "plain"
 Said = str | list[int]
@@ -274,7 +274,9 @@ def main() -> int:
         prompts = [put(arguments, engines[PLAIN].bundle, prompt.turns[0]) for prompt in found]
         outcomes = run(engines, rows, prompts, arguments.new_tokens)
         summary = summarize(rows, outcomes, engines, bundles, prompts)
-    machine = f"{describe_machine()}; onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}"
+    machine = (
+        f"{describe_machine()}; onnxruntime {import_onnxruntime().__version__}, Python {platform.python_version()}"
+    )
     print(table(summary))
     print(f"\n{len(prompts)} prompts × {arguments.new_tokens} new tokens a setting. {machine}.")
     if arguments.json:

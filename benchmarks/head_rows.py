@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 from machine import describe_machine
 from onnx import helper
 from step_overhead import make_bundle
@@ -34,6 +33,7 @@ from dynamo_export import export_bundle
 from dynamo_graph.read import read_model
 from dynamo_runtime.bundle import Bundle, load_bundle
 from dynamo_runtime.names import PENULTIMATE
+from dynamo_runtime.providers import import_onnxruntime
 from dynamo_runtime.session import Session
 from dynamo_runtime.step import ALL, LAST, Last
 
@@ -99,6 +99,7 @@ class Bound:
     def __init__(self, model: onnx.ModelProto, folder: Path, bundle: Bundle, threads: int | None) -> None:
         folder.mkdir()
         onnx.save(model, folder / "model.onnx")
+        onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.force_spinning_stop", "1")

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from machine import describe_machine
 from onnx import TensorProto, helper, numpy_helper
 
 from dynamo_quantize.blocks import Format, round_to_nearest
+from dynamo_runtime.providers import import_onnxruntime
 
 ROWS, WIDTHS, PAST, REPEATS = 24, (2, 3, 4, 6), 512, 200
 HEADS, HEAD_SIZE = 12, 64
@@ -31,7 +31,7 @@ NUMPY: dict[int, Any] = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.
 
 def make_session(
     node: onnx.NodeProto, inputs: list[Any], outputs: dict[str, int], weights: dict[str, np.ndarray]
-) -> onnxruntime.InferenceSession:
+) -> Any:
     """A session of one node."""
     graph = helper.make_graph(
         [node],
@@ -42,6 +42,7 @@ def make_session(
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -151,7 +152,9 @@ def main() -> None:
             if "Could not find an implementation" not in str(error):
                 raise
             print(f"| {name} | no kernel | |")
-    machine = f"{describe_machine()}; onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}"
+    machine = (
+        f"{describe_machine()}; onnxruntime {import_onnxruntime().__version__}, Python {platform.python_version()}"
+    )
     print(f"\n{machine}.")
 
 

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from drafters import GREEDY
 from machine import describe_machine
 from ratios import Interval, interval, ratio, speed_ratio
@@ -45,6 +44,7 @@ from dynamo_quantize.schemes import Options, Part, resolve
 from dynamo_quantize.texts import OWN, pieces
 from dynamo_runtime import ALL, Bundle, Engine, load_bundle
 from dynamo_runtime.cli.arguments import add_chat, put
+from dynamo_runtime.providers import import_onnxruntime
 
 PAST, WIDEST = 512, 6
 FP32 = "fp32"
@@ -357,7 +357,9 @@ def main() -> int:
         del engines
         samples = samples_for(full["multi"], arguments.texts, meaningful)
         summary = summarize(bundles, outcomes, samples, meaningful)
-    machine = f"{describe_machine()}; onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}"
+    machine = (
+        f"{describe_machine()}; onnxruntime {import_onnxruntime().__version__}, Python {platform.python_version()}"
+    )
     print(size_table(summary, timed))
     if meaningful:
         print("\n" + quality_table(summary, list(summary), full["multi"].topology.n_tokens))

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from dynamo_runtime.cli.arguments import Parser, add_version
-from dynamo_runtime.cli.ending import INTERRUPTED, fail, nobody_reads
+from dynamo_runtime.cli.ending import INTERRUPTED, fail, nobody_reads, open_streams
 from dynamo_runtime.errors import DynamoError
+from dynamo_runtime.quiet import hush
 
 from .commands import COMMANDS
 from .commands.command import PROG
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = argparse.Namespace(command=given[0], arguments=given[1:])
     else:
         args = build_parser().parse_args(given)
+    open_streams()
+    hush()  # before any of them imports a library that is not
     try:
         COMMANDS[args.command].run(args)
         return 0

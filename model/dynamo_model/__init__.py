@@ -1,6 +1,7 @@
 """Multi-token language models on top of any transformers decoder (DynaMo, arXiv 2405.00888)."""
 
 import importlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from .look_ahead import LookAheadModel
     from .parallel import MultiTokenModel
     from .registry import DRAFTERS, drafters_of, has_drafter
+
+# Before huggingface_hub is imported, which reads it once; a user may have said otherwise.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "default"
 """Folder of the checkpoint that ships with the package: a three-token model of Python source code."""

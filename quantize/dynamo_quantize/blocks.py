@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from dynamo_runtime.providers import import_onnxruntime
+
 SLICE_ELEMENTS = 1 << 22  # weights quantized at once: bounds the quantizers' working copies
 
 
@@ -103,6 +105,7 @@ def _nbits() -> ModuleType:
     """Onnxruntime's module of block quantizers, kept from configuring everybody's logging when it is imported."""
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
+    import_onnxruntime()
     import onnxruntime.quantization.matmul_nbits_quantizer as module
 
     root.setLevel(level)

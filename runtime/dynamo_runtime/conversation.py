@@ -16,7 +16,8 @@ class Conversation:
     """Questions and answers in turn.
 
     An answer goes into the next prompt by its own tokens, wherever the template writes it as the model did: so a
-    turn costs the question alone, whatever an encoding of the answer's text would have been cut into.
+    turn costs the question alone, whatever an encoding of the answer's text would have been cut into. It is
+    for one thread; others may use the engine meanwhile.
     """
 
     def __init__(self, engine: Engine, system: str | None = None, *, trust_content: bool = False):
@@ -29,14 +30,16 @@ class Conversation:
         """
         self._engine, self._trust = engine, trust_content
         self._system = system
+        self._answer: TextStream | None = None
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was said, but for the system's message."""
+        """Forget what was said, but for the system's message; the answer that was running is over."""
+        self._end_answer()
         self._said: list[Message] = []
         self._prompt: ChatPrompt | None = None
         self._tokens: list[int] = []
-        self._answer: TextStream | None = None
+        self._answer = None
 
     @property
     def messages(self) -> list[Message]:
@@ -58,8 +61,13 @@ class Conversation:
         """
         said, prompt, tokens = self._following(question)
         stream = self._engine.stream(tokens, parameters, **options)
+        self._end_answer()
         self._said, self._prompt, self._tokens, self._answer = said, prompt, tokens, stream
         return stream
+
+    def _end_answer(self) -> None:
+        if self._answer is not None:
+            self._answer.close()
 
     def _following(self, question: str) -> tuple[list[Message], ChatPrompt, list[int]]:
         """All that is said then, and how it is read."""

@@ -38,7 +38,6 @@ class Cooccurrence:
         self.unigram = counts_1 / max(int(totals[0]), 1)
         self._totals = totals
         self._levels = levels
-        self._rank = np.full(self.vocab_size, -1, np.int32)  # scratch: token -> place among the candidates
 
     def extend(
         self, order: int, nodes: np.ndarray, tokens: np.ndarray, *, children_per_search: int = CHILDREN_PER_SEARCH
@@ -65,9 +64,9 @@ class Cooccurrence:
         parent = np.repeat(np.arange(len(nodes)), sizes)
         first = starts - (np.cumsum(sizes) - sizes)
         child = np.arange(total) + first[parent]
-        self._rank[tokens] = np.arange(len(tokens), dtype=np.int32)
-        rank = self._rank[level.ids[child]]
-        self._rank[tokens] = -1
+        places = np.full(self.vocab_size, -1, np.int32)  # of tokens among the candidates
+        places[tokens] = np.arange(len(tokens), dtype=np.int32)
+        rank = places[level.ids[child]]
         kept = np.flatnonzero(rank >= 0)
         return parent[kept], rank[kept], child[kept]
 

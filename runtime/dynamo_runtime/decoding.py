@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .errors import ParameterError
+from .parameters import check_kind
 from .sampling import Context
 from .scores import negative_log_likelihood
 from .session import Session
@@ -96,6 +98,7 @@ def decode(
         heads = At(range(last - judged, last)) if turn.ask.heads else NONE
         step = session.step(fed, rows=Last(unscored + judged + len(look_ahead)), heads=heads)
         turn = strategy.advance(step.without(unscored), context, drafts, rng)
+        _check(turn, len(drafts), session.bundle.vocab_size, strategy)
         session.cache.rollback(len(context.tokens) + turn.accepted)
         final = [draft.token for draft in drafts[: turn.accepted]] + turn.tokens
         context.extend(final)
@@ -105,6 +108,20 @@ def decode(
             logs = log_probabilities(step, context.tokens[-unscored - len(final) :][:told])
             unscored = len(turn.tokens) - 1
         yield Round(final, len(drafts) + turn.weighed, turn.accepted + len(turn.tokens) - 1, logs)
+
+
+def _check(turn: Turn, drafts: int, vocab_size: int, strategy: Strategy) -> None:
+    """See that a strategy, which may be of somebody's own, goes on by tokens that there are.
+
+    Raises:
+        ParameterError: It does not.
+    """
+    what = f"what strategy {type(strategy).__name__} makes of a pass"
+    check_kind(what, turn, Turn, "a Turn")
+    if not turn.tokens or not 0 <= turn.accepted <= drafts:
+        raise ParameterError(f"{what} must be one new token or more, and no more drafts accepted than there were")
+    if min(turn.tokens) < 0 or max(turn.tokens) >= vocab_size:
+        raise ParameterError(f"{what} has token ids outside 0 … {vocab_size - 1}")
 
 
 def score_rest(session: Session, tokens: Sequence[int], unscored: int) -> list[float]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Protocol
 
 import numpy as np
 
 from .cooccurrence import Cooccurrence
 from .errors import ParameterError
-from .parameters import SamplingParameters
+from .parameters import SamplingParameters, check_kind, whole
 from .sampling import Candidates, Context, draw
 from .step import Step
 from .verification import Draft
@@ -97,20 +98,29 @@ class Checked:
     """
 
     def __init__(self, drafter: Drafter, vocab_size: int):
-        self.depth, self.ask = drafter.depth, drafter.ask
+        name = type(drafter).__name__
+        if isinstance(drafter, type):
+            raise ParameterError(f"a drafter of your own is an object, not the class {drafter.__name__}")
+        for needed in ("depth", "ask", "guess"):
+            if not hasattr(drafter, needed):
+                raise ParameterError(f"a drafter has depth, ask and guess, and {name} has no {needed}")
+        check_kind(f"ask of drafter {name}", drafter.ask, Ask, "an Ask")
+        self.depth, self.ask = whole(f"depth of drafter {name}", drafter.depth, 0), drafter.ask
         self._drafter, self._vocab_size = drafter, vocab_size
 
     def guess(self, passed: Passed) -> Guesses | None:
         """See `Drafter`.
 
         Raises:
-            ParameterError: When a guess is made that is no such distribution.
+            ParameterError: It gives something else, at once or when a guess is made that is no such distribution.
         """
-        guesses = self._drafter.guess(passed)
+        guesses, name = self._drafter.guess(passed), type(self._drafter).__name__
+        check_kind(f"what drafter {name} guesses with", guesses, (Callable, NoneType), "a function")  # type: ignore[arg-type]
 
         def candidates(chosen: Sequence[int]) -> Candidates:
             assert guesses is not None
             found = guesses(chosen)
+            check_kind(f"a guess of drafter {name}", found, Candidates, "Candidates")
             if len(found.ids):
                 self._check(found)
             return found

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import numbers
 import operator
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, Unpack
 
 import numpy as np
@@ -17,15 +20,16 @@ from .device.costs import Knowledge
 from .device.inspection import device_key
 from .device.plan import threshold_for
 from .device.profile import Profile, cached_path
-from .drafting import Drafter
-from .errors import ParameterError, ProfileError, PromptError
-from .parameters import SamplingOptions, SamplingParameters
+from .drafting import Ask, Drafter
+from .errors import ParameterError, ProfileError, PromptError, printable
+from .parameters import SamplingOptions, SamplingParameters, check_kind, whole
 from .providers import Backend, BackendOptions, log
 from .sampling import LogitsProcessor
 from .session import Session
 from .strategies import TARGET_SPEEDUP, Auto, Strategy, check_reads, make_strategy, parameters_for
 from .stream import Generation, Limits, TextStream
 from .text import as_text
+from .turns import Ticket
 
 
 class StreamOptions(SamplingOptions, total=False):
@@ -42,10 +46,14 @@ class StreamOptions(SamplingOptions, total=False):
     show_special: bool
     plain_prompt: bool
     target_speedup: float | None
+    wait: bool
 
 
 class Engine:
-    """A bundle, ready to continue prompts. One generation at a time.
+    """A bundle, ready to continue prompts. One generation at a time, whichever threads they come from.
+
+    A generation that another thread has begun is waited for; one of the same thread ends when the next begins. As a
+    context manager it is closed at the end.
 
     What the cache holds of one prompt is not computed again for the next: only what follows the common prefix
     is. (A pass over fewer rows rounds differently in the last bits; call `reset` where runs must agree bit by
@@ -84,13 +92,12 @@ class Engine:
         Raises:
             DynamoError: See `load_bundle` and `Session`.
         """
-        if prefill_chunk < 1:
-            raise ParameterError(f"prefill_chunk must be at least 1, not {prefill_chunk}")
+        self._prefill_chunk = whole("prefill_chunk", prefill_chunk, 1)
+        check_kind("bundle", bundle, (Bundle, str, Path), "a bundle or its path")
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle, verify=verify)
         self.session = Session(self.bundle, backend, max_length=max_length, **options)
         self.backend = self.session.backend
-        self._prefill_chunk = prefill_chunk
-        self.profile = profile or self._kept_profile()
+        self.profile = self._kept_profile() if profile is None else profile
 
     @property
     def profile(self) -> Profile | None:
@@ -99,22 +106,52 @@ class Engine:
 
     @profile.setter
     def profile(self, profile: Profile | None) -> None:
+        check_kind("profile", profile, (Profile, NoneType), "a Profile")
         self._profile = profile
         self.knowledge = Knowledge.of(self.bundle, profile)
 
     def _kept_profile(self) -> Profile | None:
-        path = cached_path(device_key(self.session.provider), self.bundle, self.backend.threads)
-        if not path.is_file():
-            return None
         try:
-            return Profile.load(path)
+            path = cached_path(device_key(self.session.provider), self.bundle, self.backend.threads)
+            return Profile.load(path) if path.is_file() else None
         except ProfileError as error:
             log.warning("%s", error)
-            return None
+        except OSError as error:  # a folder that may not be searched
+            log.warning("%s cannot be read: %s", printable(str(path)), error.strerror or error)
+        except RuntimeError:  # there is no home folder
+            pass
+        return None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def reset(self) -> None:
-        """Forget the cached prompt."""
-        self.session.cache.reset()
+        """Forget the cached prompt, in a turn of its own: see `stream`.
+
+        Raises:
+            EngineError: The engine is closed.
+        """
+        with self._alone():
+            self.session.cache.reset()
+
+    def close(self) -> None:
+        """Free the graph and its memory, in a turn of its own: see `stream`. The engine is of no use any more."""
+        if not self.session.turns.closed:
+            with self._alone():
+                self.session.close()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        turns, ticket = self.session.turns, Ticket()
+        turns.begin(ticket)
+        try:
+            yield
+        finally:
+            turns.give_up(ticket)
+            turns.pause(ticket)
 
     def encode(self, prompt: str | Sequence[int], *, plain_prompt: bool = False) -> list[int]:
         """The prompt's tokens, checked; where there are none, the one that begins a text.
@@ -126,8 +163,10 @@ class Engine:
         Raises:
             PromptError: It is empty and nothing begins a text, is not encodable, has unknown tokens, is longer than the
                 context, or is neither text nor token ids.
+            EngineError: The engine is closed.
         """
         bundle = self.bundle
+        self.session.turns.check_open()
         if isinstance(prompt, str):
             text = as_text(prompt, "the prompt")
             tokens = bundle.control_tokens.encode_literally(text) if plain_prompt else bundle.tokenizer.encode(text).ids
@@ -163,11 +202,15 @@ class Engine:
         show_special: bool = False,
         plain_prompt: bool = False,
         target_speedup: float | None = None,
+        wait: bool = True,
         **sampling: Unpack[SamplingOptions],
     ) -> TextStream:
         """Continue a prompt piece by piece.
 
         A parameter that is named, in one way or the other, has to be one that the strategy reads.
+
+        It begins with its first piece, and is then alone with the engine: a generation of another thread has to be over
+        before, one of the same thread is over then, wherever it was.
 
         Args:
             prompt: Text, or token ids.
@@ -186,6 +229,7 @@ class Engine:
             plain_prompt: What looks like a control token in the prompt is text.
             target_speedup: Times the speed of plain decoding that `dynamo` is to reach: the profile says with which
                 back-off threshold.
+            wait: Whether to wait for a generation of another thread; else it is an error that there is one.
             **sampling: Fields of `SamplingParameters`; what is None or absent comes from `parameters`, or else from the
                 bundle.
 
@@ -195,27 +239,33 @@ class Engine:
         Raises:
             PromptError: See `encode`.
             ParameterError: A parameter is unknown, out of range, not read by the strategy, or does not fit the bundle.
+            EngineError: The engine is closed; or with the first piece, see `TextStream`.
         """
         started = time.perf_counter()
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise ParameterError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-        if seed is not None and seed < 0:
-            raise ParameterError(f"seed must be at least 0, not {seed}")
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        if "" in stops:
-            raise ParameterError("a stop string must not be empty")
+        flags = {"ignore_eos": ignore_eos, "log_probabilities": log_probabilities, "show_special": show_special}
+        for name, flag in (flags | {"plain_prompt": plain_prompt, "wait": wait}).items():
+            check_kind(name, flag, (bool, np.bool_), "true or false")
+        if max_new_tokens is not None:
+            max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+        if seed is not None:
+            seed = whole("seed", seed, 0)
+        stops = _stop_strings(stop)
+        check_kind("logits_processors", logits_processors, Iterable, "a list of functions")
+        logits_processors = list(logits_processors)
+        for processor in logits_processors:
+            check_kind("a logits processor", processor, Callable, "a function")  # type: ignore[arg-type]
         tokens = self.encode(prompt, plain_prompt=plain_prompt)
-        if parameters is not None and not isinstance(parameters, SamplingParameters):
-            raise ParameterError(f"parameters must be SamplingParameters, not a {type(parameters).__name__}")
+        check_kind("parameters", parameters, (SamplingParameters, NoneType), "SamplingParameters")
         named = {name: value for name, value in sampling.items() if value is not None}
         if target_speedup is not None:
+            check_kind(TARGET_SPEEDUP, target_speedup, numbers.Real, "a number")
             named[TARGET_SPEEDUP] = target_speedup
         if isinstance(strategy, str):
             chosen = self._make_strategy(strategy, parameters, named, logits_processors, drafter)
         elif parameters is not None or named or logits_processors or drafter is not None:
             raise ParameterError("a strategy of your own has parameters, processors and drafter of its own: name none")
         else:
-            chosen = strategy
+            chosen = _own(strategy)
         # The last token need not be fed, so it may stand one behind the last position.
         limit, reason = self.session.max_length - len(tokens) + 1, "context"
         if max_new_tokens is not None and max_new_tokens <= limit:
@@ -229,6 +279,7 @@ class Engine:
             scored=log_probabilities,
             prefill_chunk=self._prefill_chunk,
             started=started,
+            wait=wait,
         )
 
     def generate(
@@ -238,10 +289,10 @@ class Engine:
         **options: Unpack[StreamOptions],
     ) -> Generation:
         """Continue a prompt to the end; arguments as of `stream`."""
-        stream = self.stream(prompt, parameters, **options)
-        for _ in stream:
-            pass
-        return stream.result()
+        with self.stream(prompt, parameters, **options) as stream:
+            for _ in stream:
+                pass
+            return stream.result()
 
     def chat_stream(
         self,
@@ -264,6 +315,7 @@ class Engine:
             PromptError: They are no messages, or the template does not want them.
             ParameterError: See `stream`.
         """
+        check_kind("trust_content", trust_content, (bool, np.bool_), "true or false")
         prompt = self.bundle.chat_template.encode(messages, self.bundle.control_tokens, trust_content=trust_content)
         return self.stream(prompt.encoded.ids, parameters, **options)
 
@@ -276,10 +328,10 @@ class Engine:
         **options: Unpack[StreamOptions],
     ) -> Generation:
         """Answer messages to the end; arguments as of `chat_stream`."""
-        stream = self.chat_stream(messages, parameters, trust_content=trust_content, **options)
-        for _ in stream:
-            pass
-        return stream.result()
+        with self.chat_stream(messages, parameters, trust_content=trust_content, **options) as stream:
+            for _ in stream:
+                pass
+            return stream.result()
 
     def _make_strategy(
         self,
@@ -299,6 +351,39 @@ class Engine:
             named["backoff_threshold"] = threshold_for(self.profile, target)
         resolved = parameters_for(name, self.bundle, named, parameters)
         return make_strategy(name, self.bundle, resolved, processors, drafter=drafter, knowledge=self.knowledge)
+
+
+def _own(strategy: Strategy) -> Strategy:
+    """A strategy of somebody's own.
+
+    Raises:
+        ParameterError: It is none.
+    """
+    kind = type(strategy).__name__
+    if isinstance(strategy, type):
+        raise ParameterError(f"a strategy of your own is an object, not the class {strategy.__name__}")
+    for needed in ("name", "ask", "advance"):
+        if not hasattr(strategy, needed):
+            raise ParameterError(f"a strategy is a name, or has name, ask and advance, and {kind} has no {needed}")
+    check_kind(f"name of strategy {kind}", strategy.name, str, "text")
+    check_kind(f"ask of strategy {kind}", strategy.ask, Ask, "an Ask")
+    return strategy
+
+
+def _stop_strings(stop: str | Sequence[str]) -> list[str]:
+    """Stop strings, of which there may be one.
+
+    Raises:
+        ParameterError: They are something else, or empty.
+    """
+    if not isinstance(stop, str) and (isinstance(stop, bytes) or not isinstance(stop, Iterable)):
+        raise ParameterError(f"stop must be text or a list of texts, not a {type(stop).__name__}")
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    for each in stops:
+        check_kind("a stop string", each, str, "text")
+        if not each:
+            raise ParameterError("a stop string must not be empty")
+    return stops
 
 
 def _token_ids(prompt: Sequence[int]) -> list[int]:

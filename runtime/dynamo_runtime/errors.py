@@ -1,12 +1,17 @@
 """Errors a user can cause: every one is a single clear line, and a non-zero exit at the command line."""
 
 
+def printable(text: str) -> str:
+    """A text for terminals: names of bundles and files may hold anything, and what moves a cursor is shown escaped."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 class DynamoError(Exception):
     """Base class of the runtime's user errors; its message is one line."""
 
     def __str__(self) -> str:
-        """The message on one line, whatever a library put into it."""
-        return " ".join(super().__str__().split())
+        """The message on one line of printable characters, whatever a library or a file's name put into it."""
+        return printable(" ".join(super().__str__().split()))
 
 
 class BundleError(DynamoError):
@@ -31,3 +36,7 @@ class ProfileError(DynamoError):
 
 class OutputError(DynamoError):
     """A file of results cannot be written where it was asked for."""
+
+
+class EngineError(DynamoError, RuntimeError):
+    """An engine is closed, at work for another thread, or has begun something else."""

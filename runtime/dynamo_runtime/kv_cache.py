@@ -85,14 +85,17 @@ class KVCache:
         """Make room for `length` positions by doubling; returns whether the buffers moved.
 
         Raises:
-            PromptError: More than `max_length` positions.
+            PromptError: More than `max_length` positions, or than there is memory for.
         """
         if length <= self.capacity:
             return False
         if length > self.max_length:
             raise PromptError(f"{length} tokens do not fit into the cache of {self.max_length}")
         steps = -(-max(length, 2 * self.capacity) // self._growth)
-        self._allocate(min(steps * self._growth, self.max_length))
+        try:
+            self._allocate(min(steps * self._growth, self.max_length))
+        except MemoryError:
+            raise PromptError(f"there is no memory for a cache of {length} tokens") from None
         return True
 
     def advance(self, tokens: Sequence[int], skipped: np.ndarray | None = None) -> None:
@@ -126,13 +129,19 @@ class KVCache:
         self.tokens.clear()
         self.skipped.clear()
 
+    def close(self) -> None:
+        """Forget everything, and free the memory."""
+        self.reset()
+        self.shape, self.buffers = (*self.shape[:2], 0, self.shape[3]), []
+
     def _allocate(self, capacity: int) -> None:
-        self.shape = (*self.shape[:2], capacity, self.shape[3])
-        held = self.length
-        old, self.buffers = self.buffers, []
+        """Make larger buffers; without memory for all of them, those that are there stay."""
+        shape = (*self.shape[:2], capacity, self.shape[3])
+        held, made = self.length, list[tuple[Any, Any]]()
         for layer in range(self._layers):
-            pair = (self._new(self.shape, self.dtype), self._new(self.shape, self.dtype))
-            if old:
-                for new, buffer in zip(pair, old[layer], strict=True):
+            pair = (self._new(shape, self.dtype), self._new(shape, self.dtype))
+            if self.buffers:
+                for new, buffer in zip(pair, self.buffers[layer], strict=True):
                     new[:, :, :held] = buffer[:, :, :held]
-            self.buffers.append(pair)
+            made.append(pair)
+        self.shape, self.buffers = shape, made

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import numbers
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypedDict
@@ -12,7 +14,6 @@ ADAPTIVE = ("blur", "otsu", "none")
 PREMASK_TESTS = ("sole", "all", "none")
 FIRST_TOKENS = ("joint", "base")
 DRAFT_CHOICES = ("argmax", "sample")
-
 
 TARGET = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty"})
 """Parameters of plain decoding's choice of a token."""
@@ -37,6 +38,37 @@ PAPER: Mapping[str, Any] = {"temperature": 0.7, "top_k": 50, "repetition_penalty
 """What the paper decodes with, where `SamplingParameters` or a bundle say otherwise."""
 
 _OF_COUNTS = frozenset({"cooccurrence_weight", "draft_cooccurrence_weight"})
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """A whole number of any kind that a caller gives.
+
+    Raises:
+        ParameterError: It is none, or too small.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or number < least:
+        raise ParameterError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    return number
+
+
+def check_kind(name: str, value: Any, kind: type | tuple[type, ...], what: str) -> None:
+    """See that a caller gives something of a kind.
+
+    Args:
+        name: Of the argument.
+        value: What was given.
+        kind: What it must be.
+        what: That is called in a sentence.
+
+    Raises:
+        ParameterError: It is something else.
+    """
+    if not isinstance(value, kind):
+        raise ParameterError(f"{name} must be {what}, not a {type(value).__name__}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +158,7 @@ class SamplingParameters:
         self._number("backoff_threshold", 0, 1)
         self._number("cooccurrence_weight", 0, 1)
         for name in ("top_k", "draft_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ParameterError(f"{name} must be a whole number of at least 0, not {value}")
+            object.__setattr__(self, name, whole(name, getattr(self, name), 0))
         choices_of = {
             "adaptive_threshold": ADAPTIVE,
             "premask_test": PREMASK_TESTS,
@@ -136,8 +166,9 @@ class SamplingParameters:
             "draft_choice": DRAFT_CHOICES,
         }
         for name, choices in choices_of.items():
-            if getattr(self, name) not in choices:
-                raise ParameterError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                raise ParameterError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
         for name in ("otsu_zeros", "normalize_joint"):
             if not isinstance(getattr(self, name), bool):
                 raise ParameterError(f"{name} must be true or false, not {getattr(self, name)!r}")
@@ -149,11 +180,16 @@ class SamplingParameters:
 
     def _number(self, name: str, low: float, high: float, open_below: bool = False) -> None:
         value = getattr(self, name)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not low <= value <= high or (open_below and value == low):
+        try:
+            number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number) or not low <= number <= high or (open_below and number == low):
             least = f"greater than {low}" if open_below else f"at least {low}"
             most = "" if high == math.inf else f" and at most {high}"
-            raise ParameterError(f"{name} must be a finite number, {least}{most}, not {value}")
+            raise ParameterError(f"{name} must be a finite number, {least}{most}, not {value!r}")
+        if not isinstance(value, int | float):
+            object.__setattr__(self, name, number)
 
 
 class SamplingOptions(TypedDict, total=False):

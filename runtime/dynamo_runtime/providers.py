@@ -2,13 +2,16 @@
 
 import importlib.metadata
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, NoneType
 from typing import Any, TypedDict
 
 from .errors import BundleError, ParameterError, ProviderError
+from .parameters import check_kind, whole
+from .quiet import hush
 from .wire import without_ends
 
 # Distributions that install the module `onnxruntime`: two of them overwrite each other's files.
@@ -27,6 +30,7 @@ OPTIMIZATIONS = {"all": "ORT_ENABLE_ALL", "extended": "ORT_ENABLE_EXTENDED", "ba
 OPTIMIZATIONS |= {"none": "ORT_DISABLE_ALL"}
 HALF_PRECISIONS = ("fp16", "bf16")
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph that is not loaded by name
+_THREADS_A_CORE, _THREADS_ANYWHERE = 4, 16  # more only wait for one another, and onnxruntime makes them all
 _ERRORS_ONLY = 3  # below that onnxruntime warns at every load that initializers can be overridden
 
 log = logging.getLogger("dynamo_runtime")
@@ -44,6 +48,7 @@ def import_onnxruntime() -> ModuleType:
             f"{' and '.join(installed)} are both installed and overwrite each other: "
             "uninstall them all, then install exactly one"
         )
+    hush()
     try:
         import onnxruntime
     except ImportError as error:
@@ -61,6 +66,11 @@ def _is_installed(distribution: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
+
+
+def cores() -> int:
+    """Logical cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -89,10 +99,19 @@ class Backend:
         """Check what can be checked without onnxruntime.
 
         Raises:
-            ParameterError: `threads` or `optimization` is out of range, or options are given for no provider.
+            ParameterError: A field is of the wrong type, `threads` or `optimization` is out of range, or options are
+                given for no provider.
         """
-        if self.threads is not None and self.threads < 1:
-            raise ParameterError(f"threads must be at least 1, not {self.threads}")
+        if self.threads is not None:
+            object.__setattr__(self, "threads", whole("threads", self.threads, 1))
+            most = max(_THREADS_A_CORE * cores(), _THREADS_ANYWHERE)
+            if self.threads > most:
+                raise ParameterError(f"threads must be at most {most} on {cores()} cores, not {self.threads}")
+        for name in ("provider", "optimization"):
+            check_kind(name, getattr(self, name), str, "text")
+        check_kind("provider_options", self.provider_options, Mapping, "a mapping")
+        check_kind("spinning", self.spinning, bool, "true or false")
+        check_kind("profile_prefix", self.profile_prefix, (str, NoneType), "text")
         if self.optimization not in OPTIMIZATIONS:
             raise ParameterError(f"optimization must be one of {', '.join(OPTIMIZATIONS)}, not {self.optimization!r}")
         if self.provider_options and self.provider == "auto":
@@ -196,6 +215,7 @@ def backend_of(backend: Backend | None, options: BackendOptions) -> Backend:
     Raises:
         ParameterError: A field is unknown or out of range.
     """
+    check_kind("backend", backend, (Backend, NoneType), "a Backend")
     names = [each.name for each in fields(Backend)]
     if unknown := sorted(set(options) - set(names)):
         raise ParameterError(f"unknown option {unknown[0]} of the backend; there are {', '.join(names)}")

@@ -116,10 +116,18 @@ def sort_logits(logits: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def apply_processors(processors: Sequence[LogitsProcessor], context: Sequence[int], logits: np.ndarray) -> np.ndarray:
-    """Run the logits processors in turn over one full row [V]."""
+    """Run the logits processors in turn over one full row [V].
+
+    Raises:
+        ParameterError: One of them does not return such a row.
+    """
     logits = np.array(logits)  # theirs to change
     for processor in processors:
-        logits = np.asarray(processor(context, logits))
+        size, logits = len(logits), np.asarray(processor(context, logits))
+        if logits.shape != (size,) or not np.issubdtype(logits.dtype, np.number) or np.isnan(logits).any():
+            raise ParameterError(
+                f"a logits processor has to return {size} numbers, as many as it is given, none of them nan"
+            )
     return logits
 
 

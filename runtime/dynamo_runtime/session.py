@@ -23,8 +23,10 @@ from .names import (
     TOPK_IDS,
     caches,
 )
+from .parameters import whole
 from .providers import Backend, BackendOptions, backend_of, import_onnxruntime
 from .step import LAST, All, Last, Rows, Step
+from .turns import Turns
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 TWIN_BYTES = 64 << 20
@@ -42,14 +44,15 @@ class _Binding:
         # Full rows stay where they were computed until somebody reads them.
         self._places = [(name, device if name == LOGITS else "cpu") for name in names]
         self._inputs: dict[str, tuple[int, tuple[int, ...]]] = {}
+        self.buffers: object = None  # of the cache, which are bound
         self.renew()  # first, so that their places in the output vector are those in `names`
 
     def input(self, name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
         """Bind the memory of an array, which the caller keeps alive; contents are read when the graph runs."""
         place = array.ctypes.data, shape
         if self._inputs.get(name) != place:
-            self._inputs[name] = place
             self.binding.bind_input(name, "cpu", 0, array.dtype.type, shape, place[0])
+            self._inputs[name] = place
 
     def renew(self) -> None:
         """Have onnxruntime allocate anew, so that an earlier `Step` keeps what it has."""
@@ -74,7 +77,7 @@ class Session:
         step_seconds: Time spent in steps so far.
         ort_seconds: The part of it inside onnxruntime.
         passes: Forward passes so far.
-        user: Whoever relies on what the cache holds.
+        turns: Whose turn it is to use it. Steps do not ask: whoever takes them directly is alone with the session.
     """
 
     def __init__(
@@ -103,7 +106,7 @@ class Session:
             ParameterError: `max_length` or a field of `Backend` is out of range.
             BundleError: The graph does not load or is not what the manifest says.
         """
-        length = bundle.context_length if max_length is None else max_length
+        length = bundle.context_length if max_length is None else whole("max_length", max_length, 1)
         if not 1 <= length <= bundle.context_length:
             raise ParameterError(
                 f"max_length must be from 1 to the context length {bundle.context_length}, not {length}"
@@ -112,7 +115,7 @@ class Session:
         self.step_seconds = self.ort_seconds = 0.0
         self.passes = 0
         self._ids_end, self._parts = bundle.look_ahead.stop, bundle.topology.parts
-        self.user: object = None
+        self.turns = Turns()
         self.backend = backend_of(backend, options)
         self._twin_bytes = twin_bytes
         self._session, self.provider = self.backend.start(bundle.graph_path, bundle.precision)
@@ -137,7 +140,6 @@ class Session:
         if self.skips_heads:
             states = inputs[SKIPPED]
             self._none_skipped = np.empty((1, 0, states.shape[-1]), _TYPES[states.type])
-        self._bind_cache(self._with_heads)
 
     @property
     def max_length(self) -> int:
@@ -154,11 +156,13 @@ class Session:
                 do without them (`skips_heads`); the next pass that wants rows of them makes up for it.
 
         Raises:
-            PromptError: No tokens, a token outside the vocabulary, or more than the cache may hold.
+            PromptError: No tokens, a token outside the vocabulary, or more than the cache or the memory holds.
             BundleError: The graph does not run.
+            EngineError: The session is closed.
             ValueError: `rows` or `heads` are not among the m rows.
         """
         entered = time.perf_counter()
+        self.turns.check_open()
         m = len(tokens)
         if m == 0:
             raise PromptError("there are no tokens to process")
@@ -168,14 +172,13 @@ class Session:
         if not kept:
             raise ValueError("a pass returns rows of the first head, at least one")
         total = self.cache.length + m
-        if self.cache.reserve(total):
-            self._bind_cache(self._with_heads)
-            if self._without_heads is not None:
-                self._bind_cache(self._without_heads)
+        self.cache.reserve(total)
         skipping = self.skips_heads and not head_rows
         if skipping and self._without_heads is None:
             self._without_heads = self._bind_without_heads()
         bound = self._without_heads if skipping and self._without_heads is not None else self._with_heads
+        if bound.buffers is not self.cache.buffers:
+            self._bind_cache(bound)
         self._rows[()] = len(kept)
         self._ids[:m] = tokens
         bound.input(INPUT_IDS, self._ids, (1, m))
@@ -201,7 +204,17 @@ class Session:
         values = bound.read()
         self.cache.advance(tokens, values.pop(PENULTIMATE).numpy()[0] if skipping else None)
         self.step_seconds += time.perf_counter() - entered
-        return Step(values, head_rows=wanted, parts=self._parts)
+        what = f"{self.bundle.graph_path}, in a pass over {m} tokens behind {total - m},"
+        return Step(values, head_rows=wanted, parts=self._parts, what=what)
+
+    def close(self) -> None:
+        """Free graph and cache; passes that were taken keep what they say."""
+        if self.turns.closed:
+            return
+        self.turns.close()
+        self.cache.close()
+        self._without_heads = None
+        del self._session, self._with_heads
 
     def end_profiling(self) -> str:
         """End onnxruntime's own profile, which `Backend.profile_prefix` began; returns the name of its file."""
@@ -228,7 +241,6 @@ class Session:
         else:
             bound = _Binding(session, names, self._device)
             bound.input(HEAD_ROWS, self._head_rows, (0,))
-        self._bind_cache(bound)
         return bound
 
     def _bind_cache(self, bound: _Binding) -> None:
@@ -243,6 +255,7 @@ class Session:
             bound.binding.bind_input(past, *place)
             if present in bound.outputs:
                 bound.binding.bind_output(present, *place)
+        bound.buffers = self.cache.buffers
 
     def _check_contract(self) -> dict[str, Any]:
         """Compare names, types and sizes with the manifest; returns the graph's inputs by name."""

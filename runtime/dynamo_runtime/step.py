@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from .names import LOGITS, TOPK_IDS, TOPK_LOGITS
+from .errors import BundleError
+from .names import GATE, LOGITS, TOPK_IDS, TOPK_LOGITS
+
+_OF_NUMBERS = frozenset({LOGITS, TOPK_LOGITS, GATE})
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,15 @@ class Step:
     onnxruntime's own memory, so that a sampler which is content with the top-k outputs does not pay for a vocabulary.
     """
 
-    def __init__(self, values: dict[str, Any], *, head_rows: int = 0, parts: int = 0, hidden: int = 0):
+    def __init__(
+        self,
+        values: dict[str, Any],
+        *,
+        head_rows: int = 0,
+        parts: int = 0,
+        hidden: int = 0,
+        what: str = "a pass",
+    ):
         """Take a pass's outputs.
 
         Args:
@@ -72,11 +83,13 @@ class Step:
             head_rows: Rows of every further head.
             parts: See `Topology`: rows behind the first head's for every one of them.
             hidden: Rows of the first head, from the front, that are left out of what is read here.
+            what: It is called where it is complained of.
         """
         self._values = values
         self._head_rows, self._parts = head_rows, parts
         self._further = head_rows * parts
         self._hidden = hidden
+        self._what = what
 
     def logits(self, head: int = 1) -> np.ndarray:
         """The full rows of one head, [rows, vocab]."""
@@ -92,10 +105,21 @@ class Step:
         return rows[len(rows) - self._further :]
 
     def read(self, name: str) -> np.ndarray:
-        """One output as the graph gives it, without the batch axis."""
+        """One output as the graph gives it, without the batch axis.
+
+        Raises:
+            BundleError: It has rows to choose from that are not numbers, or leave nothing to choose.
+        """
         value = self._values[name]
         if not isinstance(value, np.ndarray):
-            value = self._values[name] = value.numpy()  # over the same memory, unless that is a device's
+            value = value.numpy()  # over the same memory, unless that is a device's
+            # The largest is nan if any of them is, and onnxruntime's top-k puts those first.
+            if name in _OF_NUMBERS and not np.isfinite(value.max(-1)).all():
+                raise BundleError(
+                    f"{self._what} gave {name} that are not finite numbers: its weights are damaged, or what it "
+                    "computes does not fit into its precision"
+                )
+            self._values[name] = value
         array: np.ndarray = value[0]
         return array
 
@@ -103,7 +127,9 @@ class Step:
         """The same pass without the first so many rows of the first head."""
         if not rows:
             return self
-        return Step(self._values, head_rows=self._head_rows, parts=self._parts, hidden=self._hidden + rows)
+        return Step(
+            self._values, head_rows=self._head_rows, parts=self._parts, hidden=self._hidden + rows, what=self._what
+        )
 
     def _of_head(self, name: str, head: int) -> np.ndarray:
         rows = self.read(name)

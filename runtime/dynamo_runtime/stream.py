@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,11 +10,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .decoding import Round, decode, prefill, reuse_prefix, score_rest
+from .errors import EngineError
 from .sampling import Context
 from .session import Session
 from .statistics import Statistics
 from .strategies import Strategy
 from .text import Detokenizer, StopStrings
+from .turns import Ticket
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,17 @@ class Limits:
 class TextStream(Iterator[str]):
     """Pieces of text of one running generation; never a broken character, never anything taken back.
 
+    It begins with its first piece, and then has the engine to itself until it is over: at its end, when it fails, is
+    cancelled, closed or dropped, or when the thread that reads it begins something else on the engine. As a context
+    manager it is closed at the end.
+
     Attributes:
         tokens: New tokens so far.
         log_probabilities: See `Generation`; of several tokens that one pass gave, some may come with the next.
         text: Text given out so far.
-        finish_reason: See `Generation`; empty while it runs.
-        statistics: What it has cost so far; time in which the consumer kept it waiting is left out.
+        finish_reason: See `Generation`; empty while it runs, and if it was closed before its end.
+        statistics: What it has cost so far; time in which the consumer kept it waiting is left out, and so is time
+            in which it waited for the engine.
     """
 
     def __init__(
@@ -79,45 +87,77 @@ class TextStream(Iterator[str]):
         scored: bool,
         prefill_chunk: int,
         started: float,
+        wait: bool = True,
     ):
         """Use `Engine.stream`."""
+        self._ticket = Ticket()  # first, as whatever was begun is closed
+        self._session, self._strategy, self._prompt, self._rng = session, strategy, prompt, rng
         self.tokens: list[int] = []
         self.log_probabilities: list[float] = []
         self.text = ""
         self.finish_reason = ""
         self.statistics = Statistics(strategy.name, prompt_tokens=len(prompt))
-        self._session, self._strategy, self._prompt, self._rng = session, strategy, prompt, rng
-        self._limits, self._scored = limits, scored
+        self._limits, self._scored, self._wait = limits, scored, wait
         bundle = session.bundle
         self._detokenizer = Detokenizer(bundle.tokenizer, prompt, show_special=limits.show_special)
         self._special = bundle.control_tokens.texts
         self._hidden = {} if limits.show_special else bundle.control_tokens.hidden
         self._stops = StopStrings(limits.stops, self._special.values())
         self._prefill_chunk = prefill_chunk
-        self._cancelled = self._started = False
+        self._closed = False
         self._busy_s = time.perf_counter() - started
-        self._pieces = self._run()
+        # It knows nothing of the stream, which is thus freed as soon as nobody reads it any more.
+        self._rounds: Iterator[Round | None] | None = None
 
     def __next__(self) -> str:
         """The next piece of text, not empty.
 
         Raises:
-            RuntimeError: Another generation has begun on this engine, and the cache is no longer this one's.
+            EngineError: Another generation has begun on this engine, and the cache is no longer this one's; or it is to
+                begin, and the engine is closed, or at work while nobody wants to wait.
+            DynamoError: The bundle does not run, or a part of somebody's own says what it must not.
         """
-        if self._started and not self.finish_reason and self._session.user is not self:
-            raise RuntimeError("another generation has begun on this engine: this one cannot go on")
-        self._resumed = time.perf_counter()
+        if self._closed or self.finish_reason:
+            raise StopIteration
+        turns = self._session.turns
         try:
-            piece = next(self._pieces)
-        finally:
-            self.statistics.total_s = self._elapsed()
-            self._busy_s = self.statistics.total_s
+            if self._ticket.over:
+                piece = self._end("cancelled")
+            elif self._rounds is not None:
+                turns.go_on(self._ticket)
+                piece = self._work()
+            elif turns.begin(self._ticket, wait=self._wait):
+                piece = self._work()
+            else:
+                piece = self._end("cancelled")
+        except EngineError:
+            raise  # it is not this one's turn
+        except BaseException:  # Ctrl-C may come at any place
+            self._closed = self._ticket.over = True
+            turns.pause(self._ticket)
+            raise
+        if not piece:
+            raise StopIteration
         self.text += piece
         return piece
 
+    def __enter__(self) -> TextStream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
     def cancel(self) -> None:
         """End the generation after the forward pass that runs now (callable from another thread)."""
-        self._cancelled = True
+        self._session.turns.give_up(self._ticket)
+
+    def close(self) -> None:
+        """Cancel, and give out nothing more, nor what is held back as it may become part of a stop string."""
+        self._closed = True
+        self.cancel()
 
     def result(self) -> Generation:
         """The generation as it stands."""
@@ -127,28 +167,52 @@ class TextStream(Iterator[str]):
     def _elapsed(self) -> float:
         return self._busy_s + time.perf_counter() - self._resumed
 
-    def _run(self) -> Iterator[str]:
-        self._started, self._session.user = True, self
-        self._ort_before = self._session.ort_seconds
-        context = Context(self._prompt, self._session.bundle.vocab_size)
+    def _work(self) -> str:
+        """The next piece, in a turn that has begun; empty if there are no more."""
+        self._resumed = time.perf_counter()
+        try:
+            if self._rounds is None:
+                self._rounds = self._begin()
+            piece = self._next_piece(self._rounds)
+        except BaseException:
+            # Perhaps in the middle of something: what the cache holds is not to be relied on.
+            self._session.cache.reset()
+            self._closed = self._ticket.over = True
+            raise
+        finally:
+            self._busy_s = self.statistics.total_s = self._elapsed()
+            self._session.turns.pause(self._ticket)
+        return piece
+
+    def _begin(self) -> Iterator[Round | None]:
+        session = self._session
+        self._ort_before = session.ort_seconds
+        context = Context(self._prompt, session.bundle.vocab_size)
         heads = self._strategy.ask.heads
-        self.statistics.reused_tokens = reuse_prefix(self._session, self._prompt, heads)
-        for _ in prefill(self._session, self._prompt, self._prefill_chunk, heads):
-            if self._cancelled:
-                self.finish_reason = "cancelled"
-                return
-        for given in decode(self._session, self._strategy, context, self._rng, scored=self._scored):
-            piece = self._accept(given)
-            if self._cancelled and not self.finish_reason:
-                self.finish_reason = "cancelled"
-            if self.finish_reason:
-                if self._scored and not self._cancelled:
-                    self._score_to_the_end()
-                piece += self._stops.push(self._detokenizer.flush()) + self._stops.flush()
-            if piece:
-                yield piece
-            if self.finish_reason:
-                return
+        self.statistics.reused_tokens = reuse_prefix(session, self._prompt, heads)
+        return itertools.chain(
+            prefill(session, self._prompt, self._prefill_chunk, heads),
+            decode(session, self._strategy, context, self._rng, scored=self._scored),
+        )
+
+    def _next_piece(self, rounds: Iterator[Round | None]) -> str:
+        piece = ""
+        while not piece and not self.finish_reason:
+            given = None if self._ticket.over else next(rounds)
+            if given is not None:
+                piece = self._accept(given)
+            if self.finish_reason and self._scored and not self._ticket.over:
+                self._score_to_the_end()
+            if self.finish_reason or self._ticket.over:
+                piece += self._end(self.finish_reason or "cancelled")
+        return piece
+
+    def _end(self, reason: str) -> str:
+        """Finish; returns what was held back."""
+        self.finish_reason, self._ticket.over = reason, True
+        if not self.tokens:  # a character that the prompt has begun is none of ours
+            return ""
+        return self._stops.push(self._detokenizer.flush()) + self._stops.flush()
 
     def _score_to_the_end(self) -> None:
         """Have as many log-probabilities as tokens; the text may have ended inside the last round."""

@@ -7,6 +7,7 @@ import math
 import textwrap
 from dataclasses import dataclass
 
+from .errors import printable
 from .interval import Interval
 
 MISSING = "–"
@@ -83,11 +84,6 @@ def _blocks(widths: list[int]) -> list[list[int]]:
 
 def _wrap(cell: str, width: int) -> list[str]:
     return textwrap.wrap(printable(cell), width) or [""]
-
-
-def printable(cell: str) -> str:
-    """A name of a bundle may hold anything; in a terminal it must not."""
-    return "".join(character if character.isprintable() else " " for character in cell)
 
 
 def _in_markdown(cell: str) -> str:

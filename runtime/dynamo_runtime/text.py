@@ -24,6 +24,8 @@ def as_text(given: str, what: str) -> str:
     Raises:
         PromptError: It is not text.
     """
+    if not isinstance(given, str):
+        raise PromptError(f"{what} must be text, not a {type(given).__name__}")
     try:
         given.encode("utf-8")
     except UnicodeEncodeError:

@@ -168,6 +168,7 @@ def test_verify_finds_a_changed_byte(copied, capsys, name: str) -> None:
         (["--provider", "tpu"], "unknown execution provider 'tpu'"),
         (["--provider", "cuda"], "execution provider cuda is not in the installed onnxruntime, which has"),
         (["--threads", "0"], "threads"),
+        (["--threads", "10000"], "threads must be at most "),
         (["--max-length", "100000"], "max_length"),
         (["--compare", "--compare-with", "/nowhere.onnx"], "/nowhere.onnx does not exist"),
         (["--compare", "--repeats", "0"], "repeats"),

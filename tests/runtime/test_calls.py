@@ -3,13 +3,15 @@
 import copy
 import dataclasses
 import inspect
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from support.uncached import uncached_logits
 
-from dynamo_runtime import Autoregressive, Backend, Engine, ParameterError, SamplingParameters, load_bundle
+from dynamo_runtime import Ask, Autoregressive, Backend, Engine, ParameterError, SamplingParameters, Turn, load_bundle
 from dynamo_runtime.engine import StreamOptions
 from dynamo_runtime.parameters import SamplingOptions
 from dynamo_runtime.providers import BackendOptions
@@ -205,3 +207,109 @@ def test_log_probabilities_end_with_the_text(multi: Path, engine: Engine) -> Non
     short = Engine(multi, threads=1, max_length=30)
     full = short.generate(list(range(20, 40)), max_new_tokens=None, **options)
     assert full.finish_reason == "context" and len(full.log_probabilities) == len(full.tokens) == 11
+
+
+class _Strategy:
+    """One of somebody's own, in which something is wrong."""
+
+    name, ask = "own", Ask()
+
+    def __init__(self, **wrong: Any):
+        self.__dict__ |= wrong
+
+    def advance(self, *given: Any) -> Any:
+        return Turn([1])
+
+
+class _Drafter:
+    """Likewise."""
+
+    depth, ask = 2, Ask()
+
+    def __init__(self, **wrong: Any):
+        self.__dict__ |= wrong
+
+    def guess(self, passed: Any) -> Any:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"strategy": 3}, "a strategy is a name, or has name, ask and advance, and int has no name"),
+        ({"strategy": _Strategy}, "is an object, not the class _Strategy"),
+        ({"strategy": _Strategy(ask=None)}, "ask of strategy _Strategy must be an Ask, not a NoneType"),
+        ({"strategy": _Strategy(advance=lambda *given: None)}, "must be a Turn, not a NoneType"),
+        ({"strategy": _Strategy(advance=lambda *given: Turn([]))}, "one new token or more"),
+        ({"strategy": _Strategy(advance=lambda *given: Turn([1], 3))}, "no more drafts accepted than there were"),
+        ({"strategy": _Strategy(advance=lambda *given: Turn([320]))}, "has token ids outside 0 … 319"),
+        ({"drafter": 3}, "a drafter has depth, ask and guess, and int has no depth"),
+        ({"drafter": _Drafter}, "is an object, not the class _Drafter"),
+        ({"drafter": _Drafter(depth=1.5)}, "depth of drafter _Drafter must be a whole number of at least 0, not 1.5"),
+        ({"drafter": _Drafter(ask=1)}, "ask of drafter _Drafter must be an Ask, not a int"),
+        ({"drafter": _Drafter(guess=lambda passed: 7)}, "must be a function, not a int"),
+        ({"drafter": _Drafter(guess=lambda passed: lambda chosen: 7)}, "must be Candidates, not a int"),
+        ({"seed": 1.5}, "seed must be a whole number of at least 0, not 1.5"),
+        ({"seed": "1"}, "seed must be a whole number"),
+        ({"seed": True}, "seed must be a whole number"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number of at least 1, not 1.5"),
+        ({"max_new_tokens": np.float32(2)}, "max_new_tokens must be a whole number"),
+        ({"max_new_tokens": "many"}, "max_new_tokens must be a whole number"),
+        ({"stop": 3}, "stop must be text or a list of texts, not a int"),
+        ({"stop": b"x"}, "stop must be text or a list of texts, not a bytes"),
+        ({"stop": ["x", None]}, "a stop string must be text, not a NoneType"),
+        ({"logits_processors": lambda context, row: row}, "logits_processors must be a list of functions"),
+        ({"logits_processors": [3]}, "a logits processor must be a function, not a int"),
+        ({"ignore_eos": "no"}, "ignore_eos must be true or false, not a str"),
+        ({"wait": None}, "wait must be true or false, not a NoneType"),
+        ({"draft_choice": np.array([1, 2])}, "draft_choice must be one of argmax, sample, not array"),
+        ({"temperature": 10**400}, "temperature must be a finite number"),
+        ({"temperature": "hot"}, "temperature must be a finite number, at least 0, not 'hot'"),
+        ({"top_k": 1.5}, "top_k must be a whole number of at least 0, not 1.5"),
+        ({"top_k": [1]}, "top_k must be a whole number"),
+        ({"target_speedup": "2", "strategy": "dynamo"}, "target_speedup must be a number, not a str"),
+    ],
+    ids=str,
+)
+def test_what_is_of_the_wrong_type_is_one_line(engine: Engine, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParameterError, match=re.escape(message)) as raised:
+        engine.generate(
+            PROMPT, **({"max_new_tokens": 4, "strategy": "speculative" if "drafter" in wrong else "auto"} | wrong)
+        )
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"bundle": 3}, "bundle must be a bundle or its path, not a int"),
+        ({"prefill_chunk": 0.5}, "prefill_chunk must be a whole number of at least 1, not 0.5"),
+        ({"max_length": 1.5}, "max_length must be a whole number of at least 1, not 1.5"),
+        ({"max_length": "all"}, "max_length must be a whole number"),
+        ({"threads": "x"}, "threads must be a whole number of at least 1, not 'x'"),
+        ({"threads": 10_000}, "threads must be at most "),
+        ({"provider": 3}, "provider must be text, not a int"),
+        ({"provider_options": "a=b"}, "provider_options must be a mapping, not a str"),
+        ({"optimization": ["all"]}, "optimization must be text, not a list"),
+        ({"spinning": 1}, "spinning must be true or false, not a int"),
+        ({"backend": "cpu"}, "backend must be a Backend, not a str"),
+        ({"profile": "p.json"}, "profile must be a Profile, not a str"),
+    ],
+    ids=str,
+)
+def test_an_engine_takes_nothing_of_the_wrong_type(multi: Path, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParameterError, match=re.escape(message)):
+        Engine(**({"bundle": multi} | wrong))
+
+
+def test_numbers_of_any_kind_are_numbers(engine: Engine) -> None:
+    options: dict[str, Any] = {"strategy": "dynamo", "top_k": 12, "temperature": 0.5, "seed": 3, "max_new_tokens": 9}
+    expected = engine.generate(PROMPT, **options).tokens
+    options |= {
+        "top_k": np.int64(12),
+        "temperature": np.float32(0.5),
+        "seed": np.int8(3),
+        "max_new_tokens": np.int32(9),
+    }
+    assert engine.generate(PROMPT, **options).tokens == expected
+    assert type(SamplingParameters(top_k=np.int64(12)).top_k) is int  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support import chats
 
-from dynamo_runtime import Conversation, Engine, PromptError
+from dynamo_runtime import Conversation, Engine, ParameterError, PromptError
 
 OPTIONS: dict[str, Any] = {"seed": 3, "max_new_tokens": 12}
 NAMES = ["llama3", "qwen3", "gemma", "phi", "smollm2", "mistral"]
@@ -125,6 +125,14 @@ def test_a_refused_turn_leaves_the_conversation_as_it_was(engines: dict[str, Eng
     assert conversation.messages == []
     again = conversation.say("Hello", **OPTIONS)
     assert again.statistics.prompt_tokens == first.statistics.prompt_tokens
+
+
+def test_a_question_is_text(engines: dict[str, Engine]) -> None:
+    for wrong in (3, None, b"x", ["x"]):
+        with pytest.raises(PromptError, match="must be text, not a"):
+            Conversation(engines["smollm2"]).say(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ParameterError, match="trust_content must be true or false"):
+        engines["smollm2"].chat(chats.say("x"), trust_content="no")
 
 
 def test_questions_and_answers_forge_nothing(engines: dict[str, Engine]) -> None:

@@ -324,7 +324,7 @@ def test_the_command_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["{multi}", "--prompts", "{empty}"], "has no prompts"),
         (["{multi}", "--prompts", "{list}.jsonl"], "is not a readable file of prompts"),
         (["{multi}", "--plain", "{multi}"], "is not a plain bundle"),
-        (["{multi}", "--threads", "0"], "threads must be at least 1"),
+        (["{multi}", "--threads", "0"], "threads must be a whole number of at least 1"),
         (["{multi}", "--provider-option", "x"], "must be KEY=VALUE"),
         (["{multi}", "--provider-option", "x=1"], "provider options need a provider"),
         (["{multi}", "--graph-optimization", "most"], "optimization must be one of all, extended, basic, none"),

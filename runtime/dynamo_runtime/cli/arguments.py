@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from ..bundle import Bundle
 from ..chat import asked
-from ..errors import ParameterError
+from ..errors import ParameterError, printable
 from ..parameters import ADAPTIVE, DRAFT_CHOICES, FIRST_TOKENS, PREMASK_TESTS, SamplingParameters
 from ..providers import OPTIMIZATIONS, Backend
 from ..version import __version__
@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
 
 
 def add_version(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from ..conversation import Conversation
 from ..errors import DynamoError, PromptError
 from ..stream import TextStream
-from .ending import INTERRUPTED, fail
+from .ending import INTERRUPTED, fail, put_out, say
 
 EXIT, RESET = "/exit", "/reset"
 
@@ -28,11 +28,22 @@ def converse(prog: str, conversation: Conversation, options: dict[str, Any]) -> 
         conversation: What is gone on with.
         options: Of `Engine.stream`.
     """
+    check_stdin()
     if not sys.stdin.isatty():
         return _take_turns(prog, conversation, options, _piped(), typed=False)
-    print(f"{prog}: Ctrl-C stops an answer, {RESET} begins anew, {EXIT} or Ctrl-D ends", file=sys.stderr)
+    say(f"{prog}: Ctrl-C stops an answer, {RESET} begins anew, {EXIT} or Ctrl-D ends")
     with _on_interrupt(lambda number, frame: None):  # where neither a line nor an answer is under way
         return _take_turns(prog, conversation, options, _typed(), typed=True)
+
+
+def check_stdin() -> None:
+    """See that there is something to read.
+
+    Raises:
+        PromptError: stdin was closed when the command began.
+    """
+    if sys.stdin is None:
+        raise PromptError("stdin is closed: there is nothing to read from it")
 
 
 def _take_turns(
@@ -62,8 +73,7 @@ def write(stream: TextStream) -> bool:
         sys.stdout.reconfigure(encoding="utf-8", newline="")
     try:
         for piece in stream:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            put_out(piece)
     except KeyboardInterrupt:
         return True
     return False
@@ -73,9 +83,8 @@ def _answer(stream: TextStream, typed: bool) -> bool:
     # Behind the pass that runs, so that cache and text are whole.
     with _on_interrupt(lambda number, frame: stream.cancel()) if typed else contextlib.nullcontext():
         interrupted = write(stream)
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    print(stream.statistics.line(), file=sys.stderr)
+    put_out("\n")
+    say(stream.statistics.line())
     return interrupted
 
 
@@ -98,16 +107,23 @@ def _typed() -> Iterator[str]:
             with _on_interrupt(signal.default_int_handler):
                 line = input("> " if sys.stdout.isatty() else "")
         except KeyboardInterrupt:
-            print(file=sys.stderr)
+            say("")
             continue
         except EOFError:
-            print(file=sys.stderr)
+            say("")
             return
         yield line
 
 
 def _piped() -> Iterator[str]:
-    for line in sys.stdin.buffer:
+    lines = iter(sys.stdin.buffer)
+    while True:
+        try:
+            line = next(lines, b"")
+        except OSError as error:
+            raise PromptError(f"stdin cannot be read: {error.strerror or error}") from error
+        if not line:
+            return
         try:
             yield line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError:

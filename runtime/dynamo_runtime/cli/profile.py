@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..bundle import DEFAULT_BUNDLE, Bundle, load_bundle
@@ -17,7 +17,7 @@ from ..profiling.report import compare, summary, to_csv
 from ..profiling.trials import PROMPTS
 from ..registry import can_draft
 from .arguments import Parser, add_backend, add_chat, add_version, backend, check_chat, put
-from .ending import INTERRUPTED, fail, nobody_reads
+from .ending import INTERRUPTED, check_stdout, fail, nobody_reads, open_streams, put_out, say
 
 PROG = "dynamo-profile"
 
@@ -67,13 +67,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    open_streams()
     args = build_parser().parse_args(arguments)
     try:
+        check_stdout()
         return _compare(args) if args.compare else _profile(args)
     except DynamoError as error:
         return fail(PROG, error)
     except BrokenPipeError:
         return nobody_reads()
+    except OSError as error:
+        return fail(PROG, error)
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -88,7 +92,7 @@ def _compare(args: argparse.Namespace) -> int:
     profiles, names = [Profile.load(path) for path in args.compare], [path.stem for path in args.compare]
     if args.html:
         _write_page(args.html, profiles, names)
-    print(compare(profiles, names))
+    put_out(f"{compare(profiles, names)}\n")
     return 0
 
 
@@ -114,25 +118,39 @@ def _profile(args: argparse.Namespace) -> int:
         try:
             check_writable(profiles_folder() / "profile.json")
         except OutputError as error:
-            raise ProfileError(
-                f"the profile cannot be kept ({error}): use --no-keep, or name another folder in {PROFILES}"
-            ) from error
+            say(f"{PROG}: note: the profile cannot be kept ({error}): {PROFILES} names another folder")
     with _progress(args.quick) as progress:
         profile = measure(bundle, running, effort=effort, prompts=questions, plain=plain, progress=progress)
-    if args.json:
-        profile.save(args.json)
-    if args.csv:
-        write_whole(args.csv, to_csv(profile))
-    if args.html:
-        _write_page(args.html, [profile], [profile.bundle.name])
-    if keep:
-        path = cached_path(device_key(profile.device.provider), bundle, args.threads)
-        profile.save(path)
-        print(f"{PROG}: kept for dynamo-run in {path}", file=sys.stderr)
-    elif not args.no_keep:
-        print(f"{PROG}: not kept for dynamo-run, as it was measured with settings of its own", file=sys.stderr)
-    print(summary(profile))  # last, as nobody may read it to its end
-    return 0
+    kept = cached_path(device_key(profile.device.provider), bundle, args.threads) if keep else None
+    lost = _write_all(
+        (args.json, profile.save),
+        (args.csv, lambda path: write_whole(path, to_csv(profile))),
+        (args.html, lambda path: _write_page(path, [profile], [profile.bundle.name])),
+        (kept, profile.save),
+    )
+    if kept is not None and kept not in lost:
+        say(f"{PROG}: kept for dynamo-run in {kept}")
+    elif not keep and not args.no_keep:
+        say(f"{PROG}: not kept for dynamo-run, as it was measured with settings of its own")
+    try:
+        put_out(f"{summary(profile)}\n")  # nobody may read it to its end
+    finally:
+        for reason in lost.values():
+            fail(PROG, reason)
+    return 1 if lost else 0
+
+
+def _write_all(*files: tuple[Path | None, Callable[[Path], None]]) -> dict[Path, OutputError]:
+    """Write what is to be written; returns why a file is not there, as what was measured is shown all the same."""
+    lost = {}
+    for path, write in files:
+        if path is None:
+            continue
+        try:
+            write(path)
+        except OutputError as error:
+            lost[path] = error
+    return lost
 
 
 def _write_page(path: Path | None, profiles: Sequence[Profile], names: Sequence[str]) -> None:
@@ -182,7 +200,7 @@ def _progress(quick: bool) -> Iterator[Progress]:
     """A progress bar on stderr where tqdm is there and stderr is a terminal, else a line."""
     tqdm = optional("tqdm")
     if tqdm is None:
-        print(f"{PROG}: measuring, {'half a minute' if quick else 'two minutes'} or more", file=sys.stderr)
+        say(f"{PROG}: measuring, {'half a minute' if quick else 'two minutes'} or more")
         yield lambda stage, share: None
         return
     with tqdm.tqdm(total=100, disable=None, leave=False, bar_format="{desc:24}|{bar}| {percentage:3.0f} %") as bar:

@@ -32,8 +32,8 @@ from .arguments import (
     given_sampling,
     put,
 )
-from .conversation import converse, write
-from .ending import INTERRUPTED, fail, nobody_reads
+from .conversation import check_stdin, converse, write
+from .ending import INTERRUPTED, check_stdout, fail, nobody_reads, open_streams, put_out, say
 
 PROG = "dynamo-run"
 _REPEATS = 3
@@ -105,15 +105,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    open_streams()
     args = build_parser().parse_args(arguments)
     try:
+        check_stdout()
         return _run(args)
     except DynamoError as error:
         return fail(PROG, error)
     except BrokenPipeError:
         return nobody_reads()
     except OSError as error:
-        return fail(PROG, f"cannot write the text: {error}")
+        return fail(PROG, error)
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -137,15 +139,15 @@ def _run(args: argparse.Namespace) -> int:
     stream = engine.stream(prompt, strategy=args.strategy, **ours)
     if args.target_speedup is not None:
         threshold = threshold_for(engine.profile, args.target_speedup)
-        print(f"{PROG}: note: by its profile, a back-off threshold of {threshold:.3g}", file=sys.stderr)
+        say(f"{PROG}: note: by its profile, a back-off threshold of {threshold:.3g}")
     plain = _plain_engine(args, engine) if args.compare else None
     if text is SAMPLE_PROMPT:  # which the user did not write
-        sys.stdout.write(text)
+        put_out(text)
     _warn(engine, args.strategy)
     interrupted = write(stream)
     if sys.stdout.isatty():
-        print(file=sys.stderr)
-    print(stream.statistics.line(), file=sys.stderr)
+        say("")
+    say(stream.statistics.line())
     if interrupted:
         return INTERRUPTED
     if plain is not None:
@@ -153,7 +155,7 @@ def _run(args: argparse.Namespace) -> int:
         parameters = dataclasses.asdict(parameters_for(args.strategy, engine.bundle, sampling))
         theirs = options | read_by(Autoregressive.name, parameters)
         plainly = Side(plain, Autoregressive.name, theirs)
-        print(_compare(Side(engine, args.strategy, ours), plainly, prompt, repeats), file=sys.stderr)
+        say(_compare(Side(engine, args.strategy, ours), plainly, prompt, repeats))
     return 0
 
 
@@ -241,25 +243,25 @@ def _warn(engine: Engine, strategy: str) -> None:
     if engine.backend.threads is not None:
         command += f" --threads {engine.backend.threads}"
     if strategy == Auto.name and engine.profile is None and can_draft(bundle) and bundle.lossless:
-        print(
+        say(
             f"{PROG}: note: this device has not been profiled for this bundle, so drafting is planned by rules of "
-            f"thumb; `{command}` measures it, once",
-            file=sys.stderr,
+            f"thumb; `{command}` measures it, once"
         )
     if bundle.degraded:
-        print(f"{PROG}: note: this bundle failed its quality gates when it was quantized", file=sys.stderr)
+        say(f"{PROG}: note: this bundle failed its quality gates when it was quantized")
     if strategy == Speculative.name and not bundle.lossless:
-        print(
+        say(
             f"{PROG}: note: {bundle.precision} makes a pass depend on how many tokens it carries, so this is "
-            "not exactly the text of autoregressive",
-            file=sys.stderr,
+            "not exactly the text of autoregressive"
         )
 
 
 def _read_stdin() -> str:
-    data = sys.stdin.buffer.read()
+    check_stdin()
     try:
-        return data.decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8")
+    except OSError as error:
+        raise PromptError(f"stdin cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError:
         raise PromptError("the prompt on stdin is not valid UTF-8") from None
 

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..providers import import_onnxruntime
+from ..providers import cores, import_onnxruntime
 from .profile import Device
 
 _INTERESTING_FLAGS = {
@@ -52,11 +52,6 @@ def processor() -> tuple[str, tuple[str, ...]]:
         name = _output(["sysctl", "-n", "machdep.cpu.brand_string"]) or name
     present = set(flags.split())
     return name, tuple(label for flag, label in _INTERESTING_FLAGS.items() if flag in present)
-
-
-def cores() -> int:
-    """Logical cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_processor() -> str:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..device.profile import Profile
-from ..errors import ProfileError
-from ..tables import number, printable
+from ..errors import ProfileError, printable
+from ..quiet import hush
+from ..tables import number
 from .report import caveats, comparison, is_plain, tables
 from .series import grid
 
@@ -83,6 +84,7 @@ def check_extra() -> None:
     Raises:
         ProfileError: matplotlib or jinja2 is not installed.
     """
+    hush()
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401

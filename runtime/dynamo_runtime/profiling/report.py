@@ -8,7 +8,8 @@ import textwrap
 from collections.abc import Sequence
 
 from ..device.profile import Conditions, Profile, StrategyRun
-from ..tables import MISSING, NAME_WIDTH, WIDTH, Table, percent, printable
+from ..errors import printable
+from ..tables import MISSING, NAME_WIDTH, WIDTH, Table, percent
 from .facts import BUNDLE, CONDITIONS, CONSTANTS, DEVICE, FACTS
 from .figures import Fact, Line, Row, side_by_side
 from .series import SERIES
