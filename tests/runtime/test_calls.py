@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.ids import without_addresses
 from support.uncached import uncached_logits
 
 from dynamo_runtime import Ask, Autoregressive, Backend, Engine, ParameterError, SamplingParameters, Turn, load_bundle
@@ -269,7 +270,7 @@ class _Drafter:
         ({"top_k": [1]}, "top_k must be a whole number"),
         ({"target_speedup": "2", "strategy": "dynamo"}, "target_speedup must be a number, not a str"),
     ],
-    ids=str,
+    ids=without_addresses,
 )
 def test_what_is_of_the_wrong_type_is_one_line(engine: Engine, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ParameterError, match=re.escape(message)) as raised:
@@ -295,7 +296,7 @@ def test_what_is_of_the_wrong_type_is_one_line(engine: Engine, wrong: dict[str, 
         ({"backend": "cpu"}, "backend must be a Backend, not a str"),
         ({"profile": "p.json"}, "profile must be a Profile, not a str"),
     ],
-    ids=str,
+    ids=without_addresses,
 )
 def test_an_engine_takes_nothing_of_the_wrong_type(multi: Path, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ParameterError, match=re.escape(message)):

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from support.ids import without_addresses
 
 from dynamo_runtime import BundleError, Engine, ParameterError
 from dynamo_runtime.cli.run import main
@@ -52,7 +53,7 @@ def damage(folder: Path, name: str, change: Callable[[np.ndarray], None]) -> Non
         {"strategy": "dynamo"},
         {"strategy": "dynamo", "top_k": 200, "backoff_threshold": 0.9, "cooccurrence_weight": 1.0},
     ],
-    ids=str,
+    ids=without_addresses,
 )
 def test_every_strategy_says_so(copied, change: Callable, options: dict[str, Any]) -> None:
     damage(copied.folder, "output", change)
