@@ -132,8 +132,8 @@ def _work(args: argparse.Namespace) -> None:
         "prompts": {"source": Path(args.prompts).name, "sha256": fingerprint(prompts)},
         **experiment.record,
     }
-    results = Results.start(args.out, header, overwrite=args.overwrite)
-    generate.run(results, multi, plain, experiment)
+    with Results.start(args.out, header, overwrite=args.overwrite) as results:
+        generate.run(results, multi, plain, experiment)
     print_summary(results)
 
 
