@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dynamo_runtime.tables import printable
+
 from ..errors import EvaluationError
 
 PROG = "dynamo-eval"
@@ -52,7 +54,7 @@ class Command:
 
 def note(text: str) -> None:
     """Say something on stderr."""
-    print(f"{PROG}: note: {text}", file=sys.stderr)
+    print(f"{PROG}: note: {printable(text)}", file=sys.stderr)
 
 
 def at_least(least: int, args: argparse.Namespace, *names: str) -> None:
@@ -68,5 +70,5 @@ def at_least(least: int, args: argparse.Namespace, *names: str) -> None:
 
 
 def to_json(values: Any) -> str:
-    """As it is written to a file."""
-    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    """As it is written to a file; file names that are no text are in it as escapes."""
+    return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace").decode()

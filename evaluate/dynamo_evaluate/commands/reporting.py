@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from dynamo_runtime.files import check_writable, write_whole
+from dynamo_runtime.tables import printable
 
 from ..results import Results
 from .command import PROG, Command, at_least, to_json
@@ -45,7 +46,7 @@ def _report(args: argparse.Namespace) -> None:
         write_whole(args.out / "report.md", report.markdown(made, where))
         write_whole(args.out / "report.json", to_json(values))
         names = ["report.md", "report.json", *(path.name for path in drawn)]
-        print(f"{PROG}: wrote {', '.join(names)} in {args.out}", file=sys.stderr)
+        print(f"{PROG}: wrote {', '.join(names)} in {printable(str(args.out))}", file=sys.stderr)
 
 
 def _compare(args: argparse.Namespace) -> None:
