@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from .loading import interruptible
+
 INTERRUPTED = 130  # as in `dynamo_runtime.cli.ending`, which takes its time to load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     try:
-        from .commands.run import run  # takes long, and may be interrupted like anything else
+        with interruptible():
+            from .commands.run import run
 
         return run(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:

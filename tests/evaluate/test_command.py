@@ -217,3 +217,27 @@ def test_interrupted_while_it_loads(module: str) -> None:
     ended = subprocess.run([sys.executable, "-c", INTERRUPTED, module], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 130
     assert ended.stderr.startswith("dynamo-eval: interrupted") and ended.stderr.count("\n") == 1
+
+
+SWALLOWED = """
+import signal, sys
+
+class Careless:
+    def find_spec(self, name, *rest):
+        if name == "scipy":
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except:
+                pass
+
+sys.meta_path.insert(0, Careless())
+from dynamo_evaluate.cli import main
+sys.exit(main(["report", "x"]))
+"""
+
+
+def test_an_interrupt_that_a_library_swallows_counts() -> None:
+    """Some catch whatever is raised while they load."""
+    ended = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 130
+    assert ended.stderr.startswith("dynamo-eval: interrupted") and ended.stderr.count("\n") == 1

@@ -13,6 +13,7 @@ from typing import Any
 from dynamo_runtime.tables import printable
 
 from ..errors import EvaluationError
+from ..loading import interruptible
 
 PROG = "dynamo-eval"
 
@@ -46,7 +47,8 @@ class Command:
         """
         for module in self.needs:
             try:
-                importlib.import_module(module)
+                with interruptible():
+                    importlib.import_module(module)
             except ImportError as error:
                 raise EvaluationError(f"this needs {error.name}: pip install 'dynamo-edge[cpu,eval]'") from error
         self.work(args)
