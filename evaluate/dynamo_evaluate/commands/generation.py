@@ -89,7 +89,7 @@ def _add_generation(parser: argparse.ArgumentParser, thresholds: list[str], seed
 
 
 def _work(args: argparse.Namespace) -> None:
-    from .. import generate
+    from .. import generate, shapes
 
     at_least(1, args, "limit", "max_new_tokens")
     at_least(2, args, "seeds")  # quality is held against plain decoding's own spread
@@ -133,7 +133,7 @@ def _work(args: argparse.Namespace) -> None:
         **experiment.record,
     }
     with Results.start(args.out, header, overwrite=args.overwrite) as results:
-        generate.run(results, multi, plain, experiment)
+        generate.run(shapes.check(results), multi, plain, experiment)
     print_summary(results)
 
 

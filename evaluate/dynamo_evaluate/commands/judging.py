@@ -68,8 +68,9 @@ def _work(args: argparse.Namespace) -> None:
 
 def _judge(results: Results, args: argparse.Namespace, request: dict[str, Any]) -> None:
     """Add what is asked for."""
-    from .. import judge, similarity, summary
+    from .. import judge, shapes, similarity, summary
 
+    shapes.check(results)
     names = [setting["name"] for setting in summary.of_generations(results)["settings"]]
     wanted = args.settings or names
     if unknown := set(wanted) - set(names):

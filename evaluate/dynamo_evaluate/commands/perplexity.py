@@ -52,7 +52,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _work(args: argparse.Namespace) -> None:
-    from .. import perplexity, perplexity_tables, report
+    from .. import perplexity, perplexity_tables, report, shapes
 
     at_least(1, args, "limit", "limit_tokens")
     bundles, sources = _sort_inputs(args.inputs)
@@ -86,7 +86,7 @@ def _work(args: argparse.Namespace) -> None:
         check_writable(args.json)
     scoring = perplexity.Scoring(size, stride, thresholds=thresholds, sampling=given)
     with Results.start(args.out, header, overwrite=args.overwrite) as results:
-        perplexity.run(results, sessions, documents, scoring, args.limit_tokens)
+        perplexity.run(shapes.check(results), sessions, documents, scoring, args.limit_tokens)
     figures = perplexity_tables.figures(results)
     print(report.text(perplexity_tables.tables(figures), perplexity_tables.conditions(results, figures)))
     if args.json:

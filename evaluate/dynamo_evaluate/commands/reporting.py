@@ -26,10 +26,11 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from .. import perplexity_tables, plots, report
+    from ..shapes import check
     from ..summary import summarize
 
     at_least(1, args, "degree")
-    results = Results.load(args.results)
+    results = check(Results.load(args.results))
     if args.out:
         check_writable(args.out / "report.md")
     drawn: list[Path] = []
@@ -51,8 +52,9 @@ def _report(args: argparse.Namespace) -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     from .. import compare, report
+    from ..shapes import check
 
-    made = compare.compare(Results.load(args.a), Results.load(args.b))
+    made = compare.compare(check(Results.load(args.a)), check(Results.load(args.b)))
     print(report.text(made, f"A is {args.a}, B is {args.b}. Brackets hold 95 % bootstrap intervals."))
 
 
