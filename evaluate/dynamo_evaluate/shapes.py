@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +15,13 @@ from .generate import GENERATION
 from .perplexity import DOCUMENT
 from .results import Record, Results
 
-# A shape is a type, a set of values, [shape of every item], {field: shape} or {...: shape of every value}.
+# A shape is a type, a function, a set of values, [shape of every item], {field: shape} or {...: shape of every value}.
 Shape = Any
+
+
+def _positive(value: Any) -> bool:
+    return fits(value, _NUMBER) and 0 < value < math.inf
+
 
 _NUMBER, _PERHAPS = int | float, int | float | None
 _BUNDLE = {"name": str, "kind": set(TOPOLOGIES), "n_tokens": int, "precision": str}
@@ -46,9 +53,9 @@ RECORDS: Mapping[str, Mapping[str, Shape]] = {
     GENERATION: {
         **_PLACE,
         "text": str,
-        "tokens": int,
-        "passes": int,
-        "seconds": _NUMBER,
+        "tokens": _positive,
+        "passes": _positive,
+        "seconds": _positive,
         "steps": {...: int},
         "measures": {...: _PERHAPS},
     },
@@ -90,6 +97,8 @@ def _demand(results: Results, number: int, line: Record, shape: Mapping[str, Sha
 
 def fits(value: Any, shape: Shape) -> bool:
     """Whether a JSON value has a shape; true and false are no numbers."""
+    if isinstance(shape, types.FunctionType):
+        return bool(shape(value))
     if isinstance(shape, set):
         return isinstance(value, str | None) and value in shape
     if isinstance(shape, list):

@@ -273,18 +273,25 @@ def _evaluate(rng: Random, scratch: Path, log: Log) -> list[str]:
     path = scratch / "damaged.jsonl"
     _damage(rng, _results[0], path, log)
     if rng.random() < 0.2:
-        prompts = scratch / "prompts.jsonl"
-        prompts.write_bytes(damage_bytes(rng, b'{"prompt": "def"}\n{"turns": ["a", "b"]}\n')[0])
-        return [
-            "generate",
-            str(_bundle[0]),
-            "--prompts",
-            str(prompts),
+        texts, bundle = scratch / "texts.jsonl", str(_bundle[0])
+        texts.write_bytes(damage_bytes(rng, b'{"text": "def f(x):"}\n{"turns": ["a", "b"], "text": "if x:"}\n')[0])
+        small = [
+            "--thresholds",
+            "0.5",
+            "--limit",
+            "1",
+            "--threads",
+            "1",
             "--out",
             str(scratch / "new.jsonl"),
-            "--seeds",
-            "1",
+            "--overwrite",
         ]
+        return rng.choice(
+            (
+                ["generate", bundle, "--prompts", str(texts), "--seeds", "2", "--max-new-tokens", "2", *small],
+                ["perplexity", bundle, str(texts), *small],
+            )
+        )
     return rng.choice((["report", str(path)], ["compare", str(_results[0]), str(path)], ["judge", str(path)]))
 
 

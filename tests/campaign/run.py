@@ -51,7 +51,7 @@ def main() -> int:
         if args.case:
             name, _, number = args.case.partition(":")
             with tempfile.TemporaryDirectory() as scratch:
-                print(run_case(names[name], args.seed, int(number), Path(scratch)))
+                print(run_case(names[name], args.seed, int(number), Path(scratch), show=True))
             return 0
         state = _state(args.json, args.seed)
         chosen = [names[name] for name in args.kinds] or list(SHARES)

@@ -47,17 +47,20 @@ class Log:
     """What a case was made of, known even if it ends in an exception."""
 
     steps: list[str] = field(default_factory=list)
+    show: bool = False  # at once, as the process may die
 
     def __call__(self, step: str) -> None:
         self.steps.append(step[:200])
+        if self.show:
+            print(self.steps[-1], flush=True)
 
     def __str__(self) -> str:
         return "; ".join(self.steps)[:600]
 
 
-def run_case(kind: ModuleType, seed: int, number: int, scratch: Path) -> Verdict:
+def run_case(kind: ModuleType, seed: int, number: int, scratch: Path, show: bool = False) -> Verdict:
     """One case of a kind, which is a module with `case`; what escapes it is a verdict too."""
-    log = Log()
+    log = Log(show=show)
     try:
         verdict: Verdict = kind.case(Random(f"{seed} {kind.__name__} {number}"), scratch, log)
     except DynamoError as error:

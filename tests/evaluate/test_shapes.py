@@ -33,6 +33,8 @@ def path(tmp_path: Path) -> Path:
         (3, "steps", {"1": "x"}),
         (3, "measures", 3),
         (3, "seconds", None),
+        (3, "seconds", float("inf")),
+        (3, "passes", 0),
     ],
 )
 @pytest.mark.parametrize("command", ["report", "compare", "judge"])
