@@ -219,6 +219,8 @@ def _two(rng: Random, folder: Path, log: Log) -> Verdict:
         return Verdict(WRITER, "two writers")
     if found == "half":
         return Verdict(HALF, "two writers")
+    if found not in ("new", "other") and 0 not in codes:
+        return Verdict("neither of two writers, as both said")
     if found not in ("new", "other"):
         return Verdict(UNTOLD, f"two writers, {found}")
     try:
