@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
-from collections.abc import Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 
 from tqdm import tqdm
@@ -91,8 +93,14 @@ class Judge:
         key = os.environ.get(key_variable)
         if endpoint is None and not key:
             raise EvaluationError(f"there is no key in the environment variable {key_variable}")
-        self.model, self._request, self._errors = model, dict(request), openai.OpenAIError
-        self._client = openai.OpenAI(base_url=endpoint, api_key=key or _NO_KEY, max_retries=4)
+        self.model, self._request = model, dict(request)
+        try:
+            self._client = openai.OpenAI(base_url=endpoint, api_key=key or _NO_KEY, max_retries=4)
+            url = self._client.base_url
+            self._where = str(url.copy_with(userinfo=b"", query=None, fragment=None))
+        except Exception:  # of the client's own library; it may cite a password, as it does not know where that ends
+            raise EvaluationError("--endpoint is not a URL that can be asked: http://HOST:PORT/v1") from None
+        self._secrets = [secret for secret in (key, url.password, url.query.decode()) if secret]
 
     def ask(self, question: str) -> str:
         """Its answer.
@@ -103,12 +111,22 @@ class Judge:
         messages: Any = [{"role": "user", "content": question}]
         try:
             found = self._client.chat.completions.create(model=self.model, messages=messages, **self._request)
-        except (self._errors, TypeError, ValueError) as error:
-            raise EvaluationError(f"the judge at {self._client.base_url} does not answer: {error}") from error
+        except Exception as error:  # of the client, of what it stands on, or of how it reads JSON
+            raise EvaluationError(f"the judge at {self._where} does not answer: {self._redacted(error)}") from None
         try:
-            return found.choices[0].message.content or ""
-        except (AttributeError, IndexError, TypeError) as error:
-            raise EvaluationError(f"{self._client.base_url} answers, but not as OpenAI's protocol has it") from error
+            answer = found.choices[0].message.content
+            if not isinstance(answer, str | None):
+                raise TypeError
+        except (AttributeError, LookupError, TypeError):
+            raise EvaluationError(f"{self._where} answers, but not as OpenAI's protocol has it") from None
+        return answer or ""
+
+    def _redacted(self, error: Exception) -> str:
+        """What an error says, without what nobody but the judge is to know."""
+        said = str(error)
+        for secret in self._secrets:
+            said = said.replace(secret, "…")
+        return said
 
 
 @dataclass(frozen=True)
@@ -151,15 +169,43 @@ def judge(results: Results, model: Judge, questions: Questions, at_once: int) ->
             tasks.append(task)
         else:
             results.append({"kind": PAIR, **task.place, "verdict": "tie", "plain_first": False, "judge": model.model})
-    with ThreadPoolExecutor(at_once) as pool:
-        asked = {pool.submit(model.ask, task.question): task for task in tasks}
-        try:
-            for answer in tqdm(as_completed(asked), total=len(asked), desc="questions", disable=None):
-                results.append(_record(asked[answer], answer.result()) | {"judge": model.model})
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    for task, answer in tqdm(_ask(model, tasks, at_once), total=len(tasks), desc="questions", disable=None):
+        results.append(_record(task, answer) | {"judge": model.model})
     return len(list(_tasks(results, questions)))
+
+
+def _ask(model: Judge, tasks: Sequence[Task], at_once: int) -> Iterator[tuple[Task, str]]:
+    """Answers as they come.
+
+    The threads are daemons: an interrupt does not wait for answers that are under way, which may take minutes.
+    """
+    waiting: SimpleQueue[Task] = SimpleQueue()
+    found: SimpleQueue[tuple[Task, str | Exception]] = SimpleQueue()
+
+    def work() -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                task = waiting.get_nowait()
+                try:
+                    found.put((task, model.ask(task.question)))
+                except Exception as error:
+                    found.put((task, error))
+                    return
+
+    for task in tasks:
+        waiting.put(task)
+    for _ in range(min(at_once, len(tasks))):
+        Thread(target=work, daemon=True).start()
+    try:
+        for _ in tasks:
+            task, answer = found.get()
+            if isinstance(answer, Exception):
+                raise answer
+            yield task, answer
+    finally:  # nothing new is asked
+        with contextlib.suppress(Empty):
+            while True:
+                waiting.get_nowait()
 
 
 def read_grade(answer: str) -> float | None:

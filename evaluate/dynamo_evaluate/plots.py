@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dynamo_runtime.errors import printable
+
 from .cells import AXES, MEASURES, SPEED, TOKENS_PER_PASS
 from .errors import EvaluationError
 from .summary import Outcome, Summary, variants
@@ -56,6 +58,7 @@ def draw(summary: Summary, folder: Path) -> list[Path]:
             "axes.spines.right": False,
             "svg.fonttype": "none",
             "svg.hashsalt": "0",
+            "text.parse_math": False,  # names of bundles may hold dollar signs
         }
     )
     figures: dict[str, Figure] = {}
@@ -96,7 +99,7 @@ def _curve(summary: Summary, variant: str, axis: str) -> Figure:
         _frame(axes, [np.nanmin(curve.low), np.nanmax(curve.high), low, high, *_extent(points, measure)])
         axes.set(xlabel=AXES[axis], ylabel=MEASURES[measure])
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.suptitle(f"{summary.header['bundle']['name']}: quality against {AXES[axis]}", fontsize=10)
+    figure.suptitle(f"{printable(summary.header['bundle']['name'])}: quality against {AXES[axis]}", fontsize=10)
     return figure
 
 
@@ -118,7 +121,7 @@ def _compared(summary: Summary, names: Sequence[str], axis: str) -> Figure:
         _frame(axes, extent)
         axes.set(xlabel=AXES[axis], ylabel=MEASURES[measure])
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    title = f"{summary.header['bundle']['name']}: every variant at every ε_b"
+    title = f"{printable(summary.header['bundle']['name'])}: every variant at every ε_b"
     figure.suptitle(title, fontsize=10)
     return figure
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from dynamo_runtime import Engine
-from dynamo_runtime.corpus import STANDARD_LIBRARY, standard_library
+from dynamo_runtime.corpus import STANDARD_LIBRARY, json_object, standard_library
+from dynamo_runtime.text import as_text
 
 from .errors import EvaluationError
 
@@ -76,7 +77,7 @@ def load_prompts(source: str, engine: Engine, limit: int | None = None, code: bo
         code: Whether a file's prompts are Python; those of HumanEval and "stdlib" are known to be.
 
     Raises:
-        EvaluationError: There is no such file, or no prompt in it.
+        DynamoError: There is no such file, no prompt in it, or a line is none.
     """
     if source == PAPER:
         return [Prompt(str(i), (text,)) for i, text in enumerate(PAPER_PROMPTS, 1)][:limit]
@@ -123,9 +124,16 @@ def _read(path: Path, code: bool) -> list[Prompt]:
     name = path.name.removesuffix(".gz")
     try:
         data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise EvaluationError(f"cannot read prompts from {path}: {error}") from error
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise EvaluationError(
+            f"cannot read prompts from {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise EvaluationError(f"line {line} of {path} is not text in UTF-8") from None
     lines = text.replace("\r\n", "\n").split("\n")  # a JSON line may hold other separators of lines
     if name.endswith((".jsonl", ".json")):
         prompts = [_row(path, i, line, code) for i, line in enumerate(lines, 1) if line.strip()]
@@ -139,15 +147,14 @@ def _read(path: Path, code: bool) -> list[Prompt]:
 
 
 def _row(path: Path, number: int, line: str, code: bool) -> Prompt:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
+    row = json_object(line)
+    if row is None:
         raise EvaluationError(f"line {number} of {path} is not a JSON object: one a line is wanted")
     turns = row.get("turns") or [row.get("prompt") or row.get("text")]
     if not isinstance(turns, list) or not all(isinstance(turn, str) and turn for turn in turns):
         raise EvaluationError(f"line {number} of {path} has no prompt in a field prompt, text or turns")
+    for turn in turns:
+        as_text(turn, f"the prompt in line {number} of {path}")
     identity = next((row[name] for name in ("question_id", "task_id", "id") if name in row), number)
     is_code = code or {"task_id", "prompt", "entry_point"} <= row.keys()  # HumanEval's
     return Prompt(str(identity), tuple(turns), is_code, str(row.get("category", "")))

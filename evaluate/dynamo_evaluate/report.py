@@ -7,8 +7,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dynamo_runtime.errors import printable
 from dynamo_runtime.interval import Interval
-from dynamo_runtime.tables import MISSING, WIDTH, Table, percent
+from dynamo_runtime.tables import MISSING, WIDTH, Table, in_markdown, percent
 from dynamo_runtime.tables import interval as with_ends
 
 from .cells import AXES, MEASURES, SPEED, TOKENS_PER_PASS, VERDICTS, WIN_RATE
@@ -56,12 +57,12 @@ def conditions(summary: Summary) -> str:
 
 def text(made: Sequence[Table], where: str) -> str:
     """Tables and conditions for a terminal."""
-    return "\n\n".join([*(table.text() for table in made), textwrap.fill(where, WIDTH)])
+    return "\n\n".join([*(table.text() for table in made), textwrap.fill(printable(where), WIDTH)])
 
 
 def markdown(made: Sequence[Table], where: str) -> str:
     """The same as Markdown."""
-    return "\n\n".join([*(table.markdown() for table in made), where]) + "\n"
+    return "\n\n".join([*(table.markdown() for table in made), in_markdown(where)]) + "\n"
 
 
 def as_json(summary: Summary) -> dict[str, Any]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dynamo_runtime.bundle import Bundle
+from dynamo_runtime.corpus import json_object
 from dynamo_runtime.device.inspection import describe_processor
 from dynamo_runtime.providers import import_onnxruntime
 
 from .errors import EvaluationError
+from .locking import lock
 
 VERSION = 1
 _SHOWN = 60  # characters of a value in a complaint
@@ -46,15 +48,28 @@ def describe_machine(provider: str) -> Record:
 class Results:
     """One results file: a header that says what was run, and a record for every piece of work that is done.
 
+    Whoever adds to a file has it alone until `close`, or until the process ends, however it does; others may read it.
+
     Attributes:
         path: The file.
         header: Its first line: "command", "machine", and all that the records depend on.
         records: The others, in the order they were finished.
     """
 
-    def __init__(self, path: Path | None, header: Record, records: list[Record]):
-        """Use `start` or `load`; without a path nothing is written."""
-        self.path, self.header, self.records = path, header, records
+    def __init__(self, path: Path | None, header: Record, records: list[Record], file: io.FileIO | None = None):
+        """Use `start` or `load`; without a file nothing is written."""
+        self.path, self.header, self.records, self._file = path, header, records, file
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others write the file."""
+        if self._file is not None:
+            self._file.close()
 
     @classmethod
     def start(cls, path: Path | None, header: Record, *, overwrite: bool = False) -> Results:
@@ -66,23 +81,30 @@ class Results:
             overwrite: Begin anew whatever is there.
 
         Raises:
-            EvaluationError: The file holds other results, or cannot be written.
+            EvaluationError: The file holds other results, another run writes it, or it cannot be written.
         """
         header = json.loads(json.dumps({"dynamo_eval": VERSION, **header}))
         if path is None:
             return cls(None, header, [])
+        file = _open(path)
         try:
-            if path.is_file() and path.stat().st_size and not overwrite:
-                return cls._resume(path, header)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(_line(header), encoding="utf-8")
-        except OSError as error:
-            raise EvaluationError(f"cannot write {path}: {error.strerror or error}") from error
-        return cls(path, header, [])
+            found = cls(path, header, [], file)
+            if path.is_file() and not overwrite and not _line(header).startswith(path.read_bytes()):
+                found = cls._resume(path, header, file)
+            else:  # nothing is there, or a header that was cut off
+                if path.is_file():
+                    file.truncate(0)
+                found._write(header)
+        except BaseException as error:
+            file.close()
+            if isinstance(error, OSError):
+                raise EvaluationError(f"cannot write {path}: {error.strerror or error}") from error
+            raise
+        return found
 
     @classmethod
-    def _resume(cls, path: Path, header: Record) -> Results:
-        found = cls.load(path, repair=True)
+    def _resume(cls, path: Path, header: Record, file: io.FileIO) -> Results:
+        found = cls._read(path, file)
         ours, theirs = flat(header), flat(found.header)
         for name in sorted(set(ours) | set(theirs)):
             if ours.get(name) != theirs.get(name):
@@ -93,42 +115,65 @@ class Results:
         return found
 
     @classmethod
-    def load(cls, path: str | Path, repair: bool = False) -> Results:
+    def load(cls, path: str | Path, to_append: bool = False) -> Results:
         """Read a file; a last line that was cut off is left out.
 
         Args:
             path: The file.
-            repair: Cut that line off in the file as well, so that records can be appended.
+            to_append: Cut that line off in the file as well, and have it alone from now on.
 
         Raises:
-            EvaluationError: It is missing or not a results file of this version.
+            EvaluationError: It is missing, not a results file of this version, or another run writes it.
         """
         path = Path(path)
+        if not to_append:
+            return cls._read(path, None)
+        if not path.is_file():
+            raise EvaluationError(f"cannot read {path}: there is no such file")
+        file = _open(path)
+        try:
+            return cls._read(path, file)
+        except BaseException:
+            file.close()
+            raise
+
+    @classmethod
+    def _read(cls, path: Path, file: io.FileIO | None) -> Results:
+        """Of a file, which is repaired if it is open."""
         try:
             data = path.read_bytes()
             whole = data[: data.rfind(b"\n") + 1]
-            if repair and len(whole) < len(data):
-                os.truncate(path, len(whole))
+            if file is not None and len(whole) < len(data):
+                file.truncate(len(whole))
             lines = whole.decode("utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise EvaluationError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-        try:
-            header, *records = [json.loads(line) for line in lines[:-1]]
-        except ValueError:
-            raise EvaluationError(f"{path} is not a results file of dynamo-eval") from None
-        if not isinstance(header, dict) or header.get("dynamo_eval") != VERSION:
+        header, *records = [json_object(line) for line in lines[:-1]] or [None]
+        if header is None or header.get("dynamo_eval") != VERSION or not isinstance(header.get("command"), str):
             raise EvaluationError(f"{path} is not a results file of dynamo-eval, version {VERSION}")
-        return cls(path, header, records)
+        for number, record in enumerate(records, 2):
+            if record is None or not isinstance(record.get("kind"), str):
+                raise EvaluationError(f"line {number} of {path} is not a result of dynamo-eval: take it out")
+        return cls(path, header, [record for record in records if record is not None], file)
 
     def append(self, record: Record) -> None:
-        """Add a record; once this returns, an interrupt does not lose it."""
+        """Add a record; once this returns, an interrupt does not lose it.
+
+        Raises:
+            EvaluationError: It cannot be written.
+        """
         self.records.append(record)
-        if self.path is not None:
+        if self._file is not None:
             try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(_line(record))
+                self._write(record)
             except OSError as error:
                 raise EvaluationError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+    def _write(self, record: Record) -> None:
+        assert self._file is not None
+        rest = _line(record)
+        while rest:  # a disk that fills up takes a part
+            rest = rest[self._file.write(rest) or 0 :]
 
     def of(self, kind: str) -> Iterator[Record]:
         """The records of one kind."""
@@ -169,5 +214,23 @@ def _short(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def _line(record: Record) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
+def _open(path: Path) -> io.FileIO:
+    """A file to append to, for us alone.
+
+    Raises:
+        EvaluationError: Another run has it, or it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab", buffering=0)
+    except OSError as error:
+        raise EvaluationError(f"cannot write {path}: {error.strerror or error}") from error
+    if not lock(file.fileno()):
+        file.close()
+        raise EvaluationError(f"another run is writing {path}: wait for its end, or name another file")
+    return file
+
+
+def _line(record: Record) -> bytes:
+    """As JSON; file names that are no text are in it as escapes."""
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")

@@ -13,8 +13,10 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import PromptError
+from .text import as_text
 
 STANDARD_LIBRARY = "stdlib"
 """Name of the corpus every user has: the Python standard library of the running interpreter."""
@@ -75,7 +77,10 @@ def text_files(root: Path) -> Iterator[Document]:
     for path in sorted(root.rglob("*")):
         if path.suffix in TEXT_SUFFIXES and path.is_file():
             parts = path.relative_to(root).with_suffix("").parts
-            text = path.read_text(encoding="utf-8", errors="replace")
+            try:
+                text = path.read_text(encoding="utf-8", errors="replace")
+            except OSError as error:
+                raise PromptError(f"cannot read {path}: {error.strerror or error}") from error
             yield Document(parts[0], path.relative_to(root).as_posix(), text)
 
 
@@ -89,12 +94,14 @@ def read_documents(source: str | Path) -> Iterator[Document]:
     if path.is_dir():
         documents = text_files(path)
     elif path.suffix == ".jsonl" and path.is_file():
-        documents = _json_rows(path)
+        documents = json_rows(path)
     elif path.is_file():
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise PromptError(f"{path} is not text in UTF-8") from None
+        except OSError as error:
+            raise PromptError(f"cannot read {path}: {error.strerror or error}") from error
         documents = iter([Document(path.name, path.name, text)])
     else:
         raise PromptError(f"no text at '{source}': give a folder, a text file or a .jsonl file")
@@ -107,12 +114,40 @@ def read_documents(source: str | Path) -> Iterator[Document]:
         raise PromptError(f"'{source}' holds no text (files ending in {', '.join(TEXT_SUFFIXES)} count)")
 
 
-def _json_rows(path: Path) -> Iterator[Document]:
-    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise PromptError(f"row {i} of '{path}' has no text in a field named 'text'")
-        yield Document(f"{path.name}:{i}", f"{path.name}:{i}", row["text"])
+def json_rows(path: Path) -> Iterator[Document]:
+    """The rows of a ``.jsonl`` file, each a text of its own; empty lines do not count.
+
+    Raises:
+        PromptError: A line is no row with a text; the message names it.
+    """
+    row = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield Document(f"{path.name}:{row}", f"{path.name}:{row}", _text_of(path, number, line))
+                    row += 1
+    except OSError as error:
+        raise PromptError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _text_of(path: Path, number: int, line: bytes) -> str:
+    try:
+        values = json_object(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError:
+        raise PromptError(f"line {number} of '{path}' is not text in UTF-8") from None
+    if values is None:
+        raise PromptError(f"line {number} of '{path}' is not a JSON object: one a line is wanted")
+    text = values.get("text")
+    if not isinstance(text, str):
+        raise PromptError(f"line {number} of '{path}' has no text in a field named 'text'")
+    return as_text(text, f"the text in line {number} of '{path}'")
+
+
+def json_object(line: str) -> dict[str, Any] | None:
+    """What a line of JSON holds; None if that is no object."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):  # not JSON, or nested without end
+        return None
+    return values if isinstance(values, dict) else None

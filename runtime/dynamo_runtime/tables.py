@@ -6,6 +6,7 @@ import itertools
 import math
 import textwrap
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import printable
 from .interval import Interval
@@ -51,12 +52,12 @@ class Table:
 
     def markdown(self) -> str:
         """The same as Markdown, with a bold title; names and values become one line."""
-        title = f"**{_in_markdown(self.title)}**"
+        title = f"**{in_markdown(self.title)}**"
         if not self.columns:
-            return f"{title}: " + "; ".join(_in_markdown(": ".join(row)) for row in self.rows)
+            return f"{title}: " + "; ".join(in_markdown(": ".join(row)) for row in self.rows)
         count = len(self.columns)
         rows = [row if len(row) > 1 else [f"**{row[0]}**", *[""] * (count - 1)] for row in self.rows]
-        lines = ["| " + " | ".join(map(_in_markdown, row)) + " |" for row in [self.columns, *rows]]
+        lines = ["| " + " | ".join(map(in_markdown, row)) + " |" for row in [self.columns, *rows]]
         return "\n".join([title, "", lines[0], "|---" * count + "|", *lines[1:]])
 
 
@@ -86,9 +87,18 @@ def _wrap(cell: str, width: int) -> list[str]:
     return textwrap.wrap(printable(cell), width) or [""]
 
 
-def _in_markdown(cell: str) -> str:
+def in_markdown(cell: str) -> str:
+    """Text that Markdown takes for nothing else: no tags, no links, no cells of a table."""
     cell = printable(cell).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
-    return cell.replace("|", "\\|").replace("`", "\\`")
+    return cell.replace("|", "\\|").replace("`", "\\`").replace("](", "]\\(")
+
+
+def in_spreadsheet(cell: Any) -> Any:
+    """A cell of a CSV file that no spreadsheet takes for a formula; numbers stay numbers."""
+    if not isinstance(cell, str):
+        return cell
+    cell = printable(cell)
+    return f"'{cell}" if cell.lstrip().startswith(("=", "+", "-", "@")) else cell
 
 
 def number(value: float | None) -> str:

@@ -195,3 +195,49 @@ def test_runs_as_a_module(module: str) -> None:
     ended = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0
     assert ended.stdout == f"dynamo-eval {importlib.metadata.version('dynamo-edge')}\n"
+
+
+INTERRUPTED = """
+import sys
+
+class Impatient:
+    def find_spec(self, name, *rest):
+        if name == sys.argv[1]:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Impatient())
+from dynamo_evaluate.cli import main
+sys.exit(main(["report", "x"]))
+"""
+
+
+@pytest.mark.parametrize("module", ["numpy", "dynamo_evaluate.commands", "scipy", "dynamo_evaluate.plots"])
+def test_interrupted_while_it_loads(module: str) -> None:
+    """At whatever module it is: one line."""
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED, module], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 130
+    assert ended.stderr.startswith("dynamo-eval: interrupted") and ended.stderr.count("\n") == 1
+
+
+SWALLOWED = """
+import signal, sys
+
+class Careless:
+    def find_spec(self, name, *rest):
+        if name == "scipy":
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except:
+                pass
+
+sys.meta_path.insert(0, Careless())
+from dynamo_evaluate.cli import main
+sys.exit(main(["report", "x"]))
+"""
+
+
+def test_an_interrupt_that_a_library_swallows_counts() -> None:
+    """Some catch whatever is raised while they load."""
+    ended = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 130
+    assert ended.stderr.startswith("dynamo-eval: interrupted") and ended.stderr.count("\n") == 1

@@ -78,6 +78,7 @@ def test_goes_on_where_it_was(tmp_path: Path, results: Results, engines: tuple[E
     whole = go(Results.start(path, {"command": "generate"}), engines)
     assert timeless(whole.records) == timeless(results.records)
     lines = path.read_text().splitlines(keepends=True)
+    whole.close()
     path.write_text("".join(lines[:8]) + lines[8][:30])  # inside a conversation, and inside a line
     again = go(Results.start(path, {"command": "generate"}), engines)
     assert again.records[:7] == whole.records[:7]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -35,6 +40,9 @@ class Server(ThreadingHTTPServer):
         self.fail_after = 10**9
         self.mute = False
         self.page = b""  # put out instead of an answer
+        self.content: Any = None  # likewise
+        self.patience = threading.Event()
+        self.patience.set()
 
     @property
     def url(self) -> str:
@@ -66,7 +74,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(401)
             self.end_headers()
             return
-        message = {"role": "assistant", "content": self.server.answer(question)}
+        self.server.patience.wait(30)
+        content = self.server.answer(question) if self.server.content is None else self.server.content
+        message = {"role": "assistant", "content": content}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         reply = {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [choice]}
         data = self.server.page or json.dumps(reply).encode()
@@ -74,7 +84,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/html" if self.server.page else "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        with contextlib.suppress(BrokenPipeError):  # whoever asked was interrupted
+            self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -136,7 +147,8 @@ def test_goes_on_after_the_judge_fell_silent(server: Server, results: Results) -
     assert len(list(results.of("score"))) == 5
     server.fail_after, asked = 10**9, len(server.questions)
     assert results.path is not None
-    again = Results.load(results.path)
+    results.close()
+    again = Results.load(results.path, to_append=True)
     judge(again, Judge(server.url, "strong", "NO_KEY"), Questions(["score"], [FAST]), 1)
     assert len(list(again.of("score"))) == 24
     assert len(server.questions) - asked == 24 - 5
@@ -184,6 +196,50 @@ def test_answers_in_another_protocol(server: Server) -> None:
         model.ask("?")
 
 
+@pytest.mark.parametrize("content", [3, [{"type": "text", "text": "[[5]]"}], {"text": "[[5]]"}, True])
+def test_answers_that_are_no_text(server: Server, content: Any) -> None:
+    server.content = content
+    with pytest.raises(EvaluationError, match="not as OpenAI's protocol has it"):
+        Judge(server.url, "strong", "NO_KEY").ask("?")
+
+
+@pytest.mark.parametrize("page", [b"null", b"[]", b'{"choices": {}}', b'{"choices": [null]}', b'{"choices": null}'])
+def test_pages_of_another_shape(server: Server, page: bytes) -> None:
+    server.page = page
+    with pytest.raises(EvaluationError, match="not as OpenAI's protocol has it"):
+        Judge(server.url, "strong", "NO_KEY").ask("?")
+
+
+def test_a_key_is_in_no_complaint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the client cites."""
+    monkeypatch.setenv("MY_KEY", KEY)
+    model = Judge("http://me:hidden@there/v1", "strong", "MY_KEY")
+
+    def refuse(**request: Any) -> None:
+        raise RuntimeError(f"no such key: {KEY} of me:hidden")
+
+    monkeypatch.setattr(model._client.chat.completions, "create", refuse)
+    with pytest.raises(EvaluationError, match="the judge at http://there/v1/ does not answer: no such key: … of me:…"):
+        model.ask("?")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_an_interrupt_does_not_wait_for_the_judge(server: Server, results: Results) -> None:
+    """A question may take minutes."""
+    server.patience.clear()
+    results.close()
+    command = [sys.executable, "-m", "dynamo_evaluate", "judge", str(results.path)]
+    command += ["--model", "strong", "--endpoint", server.url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        while not server.questions:
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=10)
+    server.patience.set()
+    assert running.returncode == 130
+    assert said.splitlines()[-1].startswith("dynamo-eval: interrupted") and "Traceback" not in said
+
+
 @pytest.mark.parametrize(
     ("answer", "grade"),
     [("fine [[7]]", 7), ("[[3]] no, [[4.5]]", 4.5), ("[[0]]", None), ("[[11]]", None), ("7/10", None), ("", None)],
@@ -202,6 +258,7 @@ def test_command(
     server: Server, results: Results, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    results.close()
     arguments = ["judge", str(results.path), "--model", "strong", "--endpoint", server.url]
     assert main([*arguments, "--ask", "pair", "--settings", FAST]) == 0
     assert "A judge's verdicts against plain" in capsys.readouterr().out
@@ -220,3 +277,12 @@ def test_command(
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
     assert main(dead) == 1
     assert "the judge at http://127.0.0.1:9/v1/ does not answer" in capsys.readouterr().err
+    dead[-1] = "http://me:hidden@127.0.0.1:9/v1?token=hidden#hidden"
+    assert main(dead) == 1
+    complaint = capsys.readouterr().err
+    assert "the judge at http://127.0.0.1:9/v1/ does not answer" in complaint and "hidden" not in complaint
+    for wrong in ("http://me:hid/den@there", "http://me:hidden@there:port"):
+        dead[-1] = wrong
+        assert main(dead) == 1
+        complaint = capsys.readouterr().err
+        assert complaint == "dynamo-eval: error: --endpoint is not a URL that can be asked: http://HOST:PORT/v1\n"

@@ -11,7 +11,7 @@ import pytest
 
 from dynamo_evaluate.errors import EvaluationError
 from dynamo_evaluate.prompts import Prompt, fingerprint, load_prompts
-from dynamo_runtime import Engine
+from dynamo_runtime import DynamoError, Engine
 
 VICUNA = {"question_id": 1, "text": "How can I improve my time management skills?", "category": "generic"}
 MT_BENCH = {
@@ -91,6 +91,8 @@ def test_held_out_modules(engine: Engine) -> None:
     [
         ("", "has no prompts"),
         ("no json\n", "line 1 of .* is not a JSON object"),
+        ("[" * 100_000, "line 1 of .* is not a JSON object"),
+        ('\n{"prompt": "\\ud800"}', "the prompt in line 2 of .* is not valid UTF-8"),
         ('{"prompt": "a"}\n{"question": "b"}\n', "line 2 of .* has no prompt"),
         ('{"turns": []}\n', "has no prompt"),
         ('{"turns": ["a", 3]}\n', "has no prompt"),
@@ -100,6 +102,22 @@ def test_held_out_modules(engine: Engine) -> None:
 def test_bad_files(tmp_path: Path, engine: Engine, content: str, message: str) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text(content)
+    with pytest.raises(DynamoError, match=message):
+        load_prompts(str(path), engine)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has no prompts"),
+        (b"no gzip", "cannot read prompts from .*p.jsonl.gz: Not a gzipped file"),
+        (gzip.compress(b'{"prompt": "a"}')[:-9], "cannot read prompts from .*p.jsonl.gz: Compressed file ended"),
+        (gzip.compress(b'{"prompt": "a"}\n{"prompt": "\xff"}'), "line 2 of .*p.jsonl.gz is not text in UTF-8"),
+    ],
+)
+def test_broken_archives(tmp_path: Path, engine: Engine, content: bytes, message: str) -> None:
+    path = tmp_path / "p.jsonl.gz"
+    path.write_bytes(content)
     with pytest.raises(EvaluationError, match=message):
         load_prompts(str(path), engine)
 

@@ -11,6 +11,7 @@ from support import made_up
 
 from dynamo_evaluate import compare, plots, report
 from dynamo_evaluate.cells import SPEED, TOKENS_PER_PASS
+from dynamo_evaluate.cli import main
 from dynamo_evaluate.errors import EvaluationError
 from dynamo_evaluate.results import Results
 from dynamo_evaluate.settings import PLAIN, Setting
@@ -210,3 +211,17 @@ def test_constant_quality_has_no_width() -> None:
     found = summarize(results)
     assert found.same["dynamo", SPEED]["nll"].speed.value == pytest.approx(2.0)
     assert np.isfinite(found.outcomes[PLAIN].measures["nll"].low)
+
+
+def test_names_of_bundles_are_only_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever stands in them: in a terminal, in Markdown, in a plot."""
+    name = '<script src="http://evil.test">|`$x^{$\x1b[31m ![x](http://evil.test)'
+    bundle = made_up.BUNDLE | {"name": name}
+    path = tmp_path / "r.jsonl"
+    made_up.grid(path, [0.1, 0.5, 0.9], bundle=bundle, plain=bundle).close()
+    assert main(["report", str(path), "--out", str(tmp_path / "out")]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    written = (tmp_path / "out" / "report.md").read_text()
+    assert "evil.test" in written and "<script" not in written and "](" not in written and "\x1b" not in written
+    drawn = (tmp_path / "out" / "curve.svg").read_text()
+    assert "evil.test" in drawn and "<script" not in drawn and "\x1b" not in drawn

@@ -22,13 +22,30 @@ def test_rows(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("row", ["{", "[]", '{"content": "x"}', '{"text": 3}'])
-def test_bad_rows(row: str, tmp_path: Path) -> None:
-    """A row without text is named by its number."""
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (b"{", "is not a JSON object"),
+        (b"[]", "is not a JSON object"),
+        (b"[" * 100_000, "is not a JSON object"),
+        (b'{"content": "x"}', "has no text in a field named 'text'"),
+        (b'{"text": 3}', "has no text in a field named 'text'"),
+        (b'{"text": "\xff"}', "is not text in UTF-8"),
+        (b'{"text": "\\ud800"}', "is not valid UTF-8"),
+    ],
+)
+def test_bad_rows(row: bytes, message: str, tmp_path: Path) -> None:
+    """A row without text is named by its line."""
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "fine"}\n' + row)
-    with pytest.raises(PromptError, match=r"row 1 of '.*rows\.jsonl' has no text in a field named 'text'"):
+    path.write_bytes(b'{"text": "fine"}\n\n' + row)
+    with pytest.raises(PromptError, match=rf"line 3 of '.*rows\.jsonl' {message}"):
         list(read_documents(path))
+
+
+def test_rows_end_where_lines_end(tmp_path: Path) -> None:
+    """A text may hold other separators of lines, and a file begin with a byte-order mark."""
+    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a\xe2\x80\xa8b"}\r\n')
+    assert [document.text for document in read_documents(tmp_path / "rows.jsonl")] == ["a\u2028b"]
 
 
 def test_folder(tmp_path: Path) -> None:

@@ -142,6 +142,17 @@ def test_markdown_has_the_tables_of_the_summary() -> None:
     assert all(len({line.count("|") for line in block.splitlines()}) == 1 for block in blocks)
 
 
+@pytest.mark.parametrize("name", ['=HYPERLINK("http://evil.test")', "+1", "-2+3", "@x", " =1", "\t=1", "x\x1b[31m"])
+def test_a_name_is_no_formula(name: str) -> None:
+    """Nor does it talk to a terminal; figures stay numbers, whatever their sign."""
+    profile = replace(FULL, bundle=replace(FULL.bundle, name=name), bandwidth=-1.5)
+    found = {r["name"]: r["value"] for r in csv.DictReader(io.StringIO(report.to_csv(profile)))}
+    assert name not in found.values() and float(found["bandwidth"]) == -1.5
+    cells = [cell for line in csv.reader(io.StringIO(report.to_csv(profile))) for cell in line]
+    assert not any(cell.lstrip().startswith(("=", "+", "@")) or "\x1b" in cell for cell in cells)
+    assert [cell for cell in cells if cell.startswith("-")] == ["-1.5"]
+
+
 def test_csv_holds_every_figure_exactly() -> None:
     read = list(csv.DictReader(io.StringIO(report.to_csv(FULL))))
     assert list(read[0]) == ["section", "name", "variant", "unit", "value"]

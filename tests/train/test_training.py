@@ -1,5 +1,6 @@
 """Objective, schedule, batches and the loop, against direct computation on tiny models."""
 
+import gzip
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dynamo_model import MultiTokenModel
 from dynamo_runtime.corpus import Document, is_held_out
+from dynamo_runtime.errors import PromptError
 from dynamo_train import TrainingError, loop
 from dynamo_train.card import greedy_agreement
 from dynamo_train.corpus import read_corpus
@@ -234,6 +236,29 @@ def test_standard_library_corpus() -> None:
     assert not any(".tests." in name for name in names)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", b'{"text": "a"}\n{"te', "line 2 of .* is not a JSON object"),
+        ("rows.jsonl", b"", "holds no text"),
+        ("rows.parquet", b"PAR1, not", "cannot be read as parquet, behind 0 rows: "),
+        ("rows.parquet", b"", "holds no text"),
+        ("rows.json", b"{", "cannot be read as json, behind 0 rows: "),
+        ("rows.json", b'{"body": "a"}', "row 0 of .* has no text in a column named 'text'"),
+        ("rows.txt.gz", gzip.compress(b"text"), "is not text: unpack it first"),
+        ("image.txt", b"\x89PNG\0", "is not text: unpack it first"),
+    ],
+)
+def test_broken_corpora_are_named_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((TrainingError, PromptError), match=message) as raised:
+        list(read_corpus(str(tmp_path / name)))
+    assert name in str(raised.value) and "\n" not in str(raised.value)
+    assert not capfd.readouterr().err
+
+
 def test_corpora_from_files(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "one.py").write_text("x = 1\n")
@@ -242,7 +267,7 @@ def test_corpora_from_files(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"body": "first"}\n')
     assert [d.name for d in read_corpus(str(tmp_path / "a"))] == ["one.py"]
     assert [d.text for d in read_corpus(str(tmp_path / "rows.jsonl"))] == ["first", "second"]
-    with pytest.raises(TrainingError, match="column named 'text'"):
+    with pytest.raises(PromptError, match=r"line 1 of .*bad\.jsonl' has no text in a field named 'text'"):
         list(read_corpus(str(tmp_path / "bad.jsonl")))
     with pytest.raises(TrainingError, match="no corpus"):
         list(read_corpus(str(tmp_path / "nowhere")))

@@ -12,6 +12,7 @@ from dynamo_runtime.corpus import (
     TEXT_SUFFIXES,
     Document,
     is_held_out,
+    json_rows,
     python_modules,
     standard_library,
     text_files,
@@ -19,6 +20,7 @@ from dynamo_runtime.corpus import (
 
 from .errors import TrainingError
 
+GZIP = b"\x1f\x8b"
 PACKAGE = "package:"
 """Prefix that names an installed package as a corpus: ``package:numpy``."""
 
@@ -33,6 +35,7 @@ def read_corpus(source: str) -> Iterator[Document]:
 
     Raises:
         TrainingError: there is no such thing, or no text in it.
+        PromptError: a line of a ``.jsonl`` file has no text.
     """
     path = Path(source)
     documents: Iterator[Document]
@@ -77,14 +80,32 @@ def _package(name: str) -> Iterator[Document]:
 
 
 def _rows(path: Path) -> Iterator[Document]:
-    if path.suffix not in (".jsonl", ".json", ".parquet"):
-        yield Document(path.name, path.name, path.read_text(encoding="utf-8", errors="replace"))
-        return
+    if path.suffix == ".jsonl":
+        yield from json_rows(path)
+    elif path.suffix in (".json", ".parquet") and path.stat().st_size:
+        yield from _table(path, path.suffix.removeprefix("."))
+    else:
+        data = path.read_bytes()
+        if b"\0" in data or data.startswith(GZIP):
+            raise TrainingError(f"'{path}' is not text: unpack it first, or give one of the kinds that --help lists")
+        yield Document(path.name, path.name, data.decode("utf-8", errors="replace"))
+
+
+def _table(path: Path, kind: str) -> Iterator[Document]:
     import datasets
 
-    kind = "parquet" if path.suffix == ".parquet" else "json"
-    rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
-    for i, row in enumerate(rows):
-        if not isinstance(row.get("text"), str):
-            raise TrainingError(f"row {i} of '{path}' has no text in a column named 'text'")
-        yield Document(f"{path.name}:{i}", f"{path.name}:{i}", row["text"])
+    i, verbosity = 0, datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said below, once
+    try:
+        for row in datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True):
+            if not isinstance(row.get("text"), str):
+                raise TrainingError(f"row {i} of '{path}' has no text in a column named 'text'")
+            yield Document(f"{path.name}:{i}", f"{path.name}:{i}", row["text"])
+            i += 1
+    except TrainingError:
+        raise
+    except Exception as error:  # datasets hands on whatever its readers raise
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrainingError(f"'{path}' cannot be read as {kind}, behind {i} rows: {said}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)

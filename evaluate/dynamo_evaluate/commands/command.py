@@ -10,7 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dynamo_runtime.errors import printable
+
 from ..errors import EvaluationError
+from ..loading import interruptible
 
 PROG = "dynamo-eval"
 
@@ -44,7 +47,8 @@ class Command:
         """
         for module in self.needs:
             try:
-                importlib.import_module(module)
+                with interruptible():
+                    importlib.import_module(module)
             except ImportError as error:
                 raise EvaluationError(f"this needs {error.name}: pip install 'dynamo-edge[cpu,eval]'") from error
         self.work(args)
@@ -52,7 +56,7 @@ class Command:
 
 def note(text: str) -> None:
     """Say something on stderr."""
-    print(f"{PROG}: note: {text}", file=sys.stderr)
+    print(f"{PROG}: note: {printable(text)}", file=sys.stderr)
 
 
 def at_least(least: int, args: argparse.Namespace, *names: str) -> None:
@@ -68,5 +72,5 @@ def at_least(least: int, args: argparse.Namespace, *names: str) -> None:
 
 
 def to_json(values: Any) -> str:
-    """As it is written to a file."""
-    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    """As it is written to a file; file names that are no text are in it as escapes."""
+    return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace").decode()

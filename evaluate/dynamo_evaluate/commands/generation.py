@@ -89,7 +89,7 @@ def _add_generation(parser: argparse.ArgumentParser, thresholds: list[str], seed
 
 
 def _work(args: argparse.Namespace) -> None:
-    from .. import generate
+    from .. import generate, shapes
 
     at_least(1, args, "limit", "max_new_tokens")
     at_least(2, args, "seeds")  # quality is held against plain decoding's own spread
@@ -132,8 +132,8 @@ def _work(args: argparse.Namespace) -> None:
         "prompts": {"source": Path(args.prompts).name, "sha256": fingerprint(prompts)},
         **experiment.record,
     }
-    results = Results.start(args.out, header, overwrite=args.overwrite)
-    generate.run(results, multi, plain, experiment)
+    with Results.start(args.out, header, overwrite=args.overwrite) as results:
+        generate.run(shapes.check(results), multi, plain, experiment)
     print_summary(results)
 
 

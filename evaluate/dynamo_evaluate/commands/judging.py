@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+from typing import Any
 
 from dynamo_runtime.cli.arguments import add_backend, backend
+from dynamo_runtime.corpus import json_object
 
 from ..errors import EvaluationError
 from ..results import Results
@@ -54,18 +55,22 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _work(args: argparse.Namespace) -> None:
-    from .. import judge, similarity, summary
-
     if not args.mauve and not args.model:
         raise EvaluationError("who is to judge? give --mauve FEATURES, or --model NAME and its --endpoint")
     at_least(1, args, "at_once", "limit")
-    try:
-        request = json.loads(args.request)
-    except ValueError:
-        request = None
-    if not isinstance(request, dict):
+    request = json_object(args.request)
+    if request is None:
         raise EvaluationError(f"--request must be a JSON object, not {args.request!r}")
-    results = Results.load(args.results, repair=True)
+    with Results.load(args.results, to_append=True) as results:
+        _judge(results, args, request)
+    print_summary(results)
+
+
+def _judge(results: Results, args: argparse.Namespace, request: dict[str, Any]) -> None:
+    """Add what is asked for."""
+    from .. import judge, shapes, similarity, summary
+
+    shapes.check(results)
     names = [setting["name"] for setting in summary.of_generations(results)["settings"]]
     wanted = args.settings or names
     if unknown := set(wanted) - set(names):
@@ -80,7 +85,6 @@ def _work(args: argparse.Namespace) -> None:
             note(
                 f"{unread} answers had no grade or choice in them; they do not count, and are asked for again next time"
             )
-    print_summary(results)
 
 
 JUDGE = Command(

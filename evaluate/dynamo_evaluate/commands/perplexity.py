@@ -52,7 +52,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _work(args: argparse.Namespace) -> None:
-    from .. import perplexity, perplexity_tables, report
+    from .. import perplexity, perplexity_tables, report, shapes
 
     at_least(1, args, "limit", "limit_tokens")
     bundles, sources = _sort_inputs(args.inputs)
@@ -84,9 +84,9 @@ def _work(args: argparse.Namespace) -> None:
     }
     if args.json:
         check_writable(args.json)
-    results = Results.start(args.out, header, overwrite=args.overwrite)
     scoring = perplexity.Scoring(size, stride, thresholds=thresholds, sampling=given)
-    perplexity.run(results, sessions, documents, scoring, args.limit_tokens)
+    with Results.start(args.out, header, overwrite=args.overwrite) as results:
+        perplexity.run(shapes.check(results), sessions, documents, scoring, args.limit_tokens)
     figures = perplexity_tables.figures(results)
     print(report.text(perplexity_tables.tables(figures), perplexity_tables.conditions(results, figures)))
     if args.json:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from dynamo_runtime.errors import printable
 from dynamo_runtime.files import check_writable, write_whole
 
 from ..results import Results
@@ -25,10 +26,11 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from .. import perplexity_tables, plots, report
+    from ..shapes import check
     from ..summary import summarize
 
     at_least(1, args, "degree")
-    results = Results.load(args.results)
+    results = check(Results.load(args.results))
     if args.out:
         check_writable(args.out / "report.md")
     drawn: list[Path] = []
@@ -45,13 +47,14 @@ def _report(args: argparse.Namespace) -> None:
         write_whole(args.out / "report.md", report.markdown(made, where))
         write_whole(args.out / "report.json", to_json(values))
         names = ["report.md", "report.json", *(path.name for path in drawn)]
-        print(f"{PROG}: wrote {', '.join(names)} in {args.out}", file=sys.stderr)
+        print(f"{PROG}: wrote {', '.join(names)} in {printable(str(args.out))}", file=sys.stderr)
 
 
 def _compare(args: argparse.Namespace) -> None:
     from .. import compare, report
+    from ..shapes import check
 
-    made = compare.compare(Results.load(args.a), Results.load(args.b))
+    made = compare.compare(check(Results.load(args.a)), check(Results.load(args.b)))
     print(report.text(made, f"A is {args.a}, B is {args.b}. Brackets hold 95 % bootstrap intervals."))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from ..device.profile import Conditions, Profile, StrategyRun
 from ..errors import printable
-from ..tables import MISSING, NAME_WIDTH, WIDTH, Table, percent
+from ..tables import MISSING, NAME_WIDTH, WIDTH, Table, in_spreadsheet, percent
 from .facts import BUNDLE, CONDITIONS, CONSTANTS, DEVICE, FACTS
 from .figures import Fact, Line, Row, side_by_side
 from .series import SERIES
@@ -69,11 +69,11 @@ def _facts(title: str, profile: Profile) -> Table:
 
 
 def to_csv(profile: Profile) -> str:
-    """`csv_rows` below `HEADER`, as the content of a file."""
+    """`csv_rows` below `HEADER`, as the content of a file; in front of what looks like a formula is an apostrophe."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(HEADER)
-    writer.writerows(csv_rows(profile))
+    writer.writerows([in_spreadsheet(cell) for cell in row] for row in csv_rows(profile))
     return buffer.getvalue()
 
 
