@@ -1,5 +1,7 @@
 """Errors a user can cause: every one is a single clear line, and a non-zero exit at the command line."""
 
+_SHOWN_CHARACTERS = 60
+
 
 class DynamoError(Exception):
     """Base class of the runtime's user errors; its message is one line."""
@@ -31,3 +33,12 @@ class ProfileError(DynamoError):
 
 class OutputError(DynamoError):
     """A file of results cannot be written where it was asked for."""
+
+
+def shown(value: object) -> str:
+    """A value as an error may show it, which is short however long the value is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits, or of brackets
+        return f"a {type(value).__name__} too long to be shown"
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"

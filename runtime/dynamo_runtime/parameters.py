@@ -2,17 +2,18 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypedDict
 
-from .errors import ParameterError
+from .errors import ParameterError, shown
 
 ADAPTIVE = ("blur", "otsu", "none")
 PREMASK_TESTS = ("sole", "all", "none")
 FIRST_TOKENS = ("joint", "base")
 DRAFT_CHOICES = ("argmax", "sample")
-
+_MOST = (1 << 31) - 1  # of whole numbers: all of any vocabulary
 
 TARGET = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty"})
 """Parameters of plain decoding's choice of a token."""
@@ -127,8 +128,9 @@ class SamplingParameters:
         self._number("cooccurrence_weight", 0, 1)
         for name in ("top_k", "draft_tokens"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ParameterError(f"{name} must be a whole number of at least 0, not {value}")
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST:
+                most = f" and at most {_MOST}" if isinstance(value, int) and value > _MOST else ""
+                raise ParameterError(f"{name} must be a whole number of at least 0{most}, not {shown(value)}")
         choices_of = {
             "adaptive_threshold": ADAPTIVE,
             "premask_test": PREMASK_TESTS,
@@ -137,10 +139,10 @@ class SamplingParameters:
         }
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
-                raise ParameterError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+                raise ParameterError(f"{name} must be one of {', '.join(choices)}, not {shown(getattr(self, name))}")
         for name in ("otsu_zeros", "normalize_joint"):
             if not isinstance(getattr(self, name), bool):
-                raise ParameterError(f"{name} must be true or false, not {getattr(self, name)!r}")
+                raise ParameterError(f"{name} must be true or false, not {shown(getattr(self, name))}")
 
     @property
     def greedy(self) -> bool:
@@ -150,10 +152,12 @@ class SamplingParameters:
     def _number(self, name: str, low: float, high: float, open_below: bool = False) -> None:
         value = getattr(self, name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not low <= value <= high or (open_below and value == low):
+        # Beyond the largest float there are whole numbers still.
+        is_finite = is_number and abs(value) <= sys.float_info.max
+        if not is_finite or not low <= value <= high or (open_below and value == low):
             least = f"greater than {low}" if open_below else f"at least {low}"
             most = "" if high == math.inf else f" and at most {high}"
-            raise ParameterError(f"{name} must be a finite number, {least}{most}, not {value}")
+            raise ParameterError(f"{name} must be a finite number, {least}{most}, not {shown(value)}")
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -175,6 +179,16 @@ class SamplingOptions(TypedDict, total=False):
     draft_choice: str | None
     draft_cooccurrence_weight: float | None
     draft_confidence: float | None
+
+
+def check_defaults(defaults: Mapping[str, Any]) -> None:
+    """Check the sampling defaults of a bundle; fields that are not ours are left alone.
+
+    Raises:
+        ParameterError: A value is out of range or of the wrong type.
+    """
+    names = {field.name for field in dataclasses.fields(SamplingParameters)}
+    SamplingParameters(**{name: value for name, value in defaults.items() if name in names})
 
 
 def resolve_parameters(
