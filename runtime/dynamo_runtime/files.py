@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,8 @@ def read_object(path: Path, most_bytes: int) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
     return content
+
+
+def file_name(text: str) -> str:
+    """A text as part of a file's name, wherever it comes from: it names no other folder."""
+    return re.sub(r"[^A-Za-z0-9._-]|^\.", "_", text)[:100]

@@ -314,7 +314,7 @@ def test_the_command_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["/nowhere"], "/nowhere does not exist"),
         (["--compare", "{old}"], "two profiles or more"),
         (["--compare", "{old}", "{old}"], "has schema version 0, this program reads 1"),
-        (["--compare", "{list}", "{list}"], "holds no JSON object"),
+        (["--compare", "{list}", "{list}"], "it is not a JSON object"),
         (["--compare", "{broken}", "{broken}"], "is not a profile"),
         (["--compare", "{half}", "{half}"], "is not a whole profile"),
         (["--compare", "/no.json", "/no.json"], "/no.json cannot be read"),
