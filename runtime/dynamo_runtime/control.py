@@ -12,6 +12,7 @@ from functools import cached_property
 from tokenizers import Tokenizer
 
 from .errors import PromptError
+from .tokenizer import bounded
 
 
 @dataclass(frozen=True)
@@ -152,4 +153,4 @@ class ControlTokens:
         numbered = tokenizer.get_added_tokens_decoder()
         tokens = {name: token for token, name in names.items()}
         ids = {number: tokens[known.content] for number, known in numbered.items()}
-        return _Literal(tokenizer, stand_ins, ids)
+        return _Literal(bounded(tokenizer), stand_ins, ids)

@@ -9,6 +9,9 @@ from typing import Any
 
 from .errors import OutputError
 
+# What a bundle knows of text besides its tokenizer, as Hugging Face names it.
+TEMPLATE, CONFIG, SPECIAL_TOKENS = "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"
+
 
 def write_whole(path: Path, content: str) -> None:
     """Write a file that is there only once it is whole.
@@ -73,3 +76,9 @@ def read_object(path: Path, most_bytes: int) -> dict[str, Any]:
 def file_name(text: str) -> str:
     """A text as part of a file's name, wherever it comes from: it names no other folder."""
     return re.sub(r"[^A-Za-z0-9._-]|^\.", "_", text)[:100]
+
+
+def lies_in(folder: Path, name: str) -> bool:
+    """Whether a name, wherever it comes from, is that of a file in a folder itself, and of no link out of it."""
+    path = folder / name
+    return Path(name).name == name and os.path.isfile(path) and path.resolve().parent == folder.resolve()

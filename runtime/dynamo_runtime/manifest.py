@@ -6,6 +6,7 @@ a device never reads.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -150,11 +151,25 @@ class Manifest:
             elif isinstance(value, Quantization | PassBytes | Source):
                 value = asdict(value)
             content[each.name] = value
+        content["sha256"] = _digest(content)
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def read_manifest(path: Path) -> Manifest:
+def _digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's content, however it is laid out, but for the digest itself."""
+    rest = {name: value for name, value in content.items() if name != "sha256"}
+    try:
+        return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    except RecursionError:  # brackets that could just be read
+        return ""
+
+
+def read_manifest(path: Path, verify: bool = False) -> Manifest:
     """Read a manifest of any version that is understood.
+
+    Args:
+        path: Where it lies.
+        verify: Compare its content with its own sha256, if it has one.
 
     Raises:
         BundleError: It is unreadable, of another version, or a field is missing or of the wrong type; the message names
@@ -164,6 +179,11 @@ def read_manifest(path: Path) -> Manifest:
         content = read_object(path, _MOST_BYTES)
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} is not readable: {error}") from error
+    if verify and content.get("sha256") not in (None, _digest(content)):
+        raise BundleError(
+            f"{path} does not have the sha256 that it says: copy the bundle again, or take the field sha256 out of it "
+            "if you changed it yourself"
+        )
     version = _Fields(path, content).integer("format_version", 1, _MOST_ENTRIES)
     if version not in READABLE_VERSIONS:
         raise BundleError(

@@ -210,7 +210,7 @@ def _copy(source: Path, to: Path) -> Path:
 def _edited(source: Path, to: Path, **changes: Any) -> Path:
     _copy(source, to)
     manifest = json.loads((to / "dynamo_config.json").read_text())
-    (to / "dynamo_config.json").write_text(json.dumps(manifest | changes))
+    (to / "dynamo_config.json").write_text(json.dumps(manifest | {"sha256": None} | changes))
     return to
 
 
@@ -234,7 +234,7 @@ def _changed(source: Path, to: Path) -> Path:
 def _without_tokenizer(source: Path, to: Path) -> Path:
     (_copy(source, to) / "tokenizer.json").unlink()
     manifest = json.loads((to / "dynamo_config.json").read_text())
-    del manifest["files"]["tokenizer.json"]
+    del manifest["files"]["tokenizer.json"], manifest["sha256"]
     (to / "dynamo_config.json").write_text(json.dumps(manifest))
     return to
 

@@ -260,6 +260,7 @@ def test_the_command_asks_questions(
     (copied.folder / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
+    copied.relist()
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\ufeffone\ntwo\n", encoding="utf-8")
     decode, talk = load_bundle(copied.folder).tokenizer.decode, ["--chat", "--system", "s", "--no-keep", "--quick"]
