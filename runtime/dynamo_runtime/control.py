@@ -11,8 +11,10 @@ from functools import cached_property
 
 from tokenizers import Tokenizer
 
-from .errors import PromptError
+from .errors import BundleError, PromptError
 from .tokenizer import bounded
+
+_MOST_OF_FORMS = 1 << 26  # characters of all that control tokens begin and end with; thousands of them have a million
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class ControlTokens:
         self._tokenizer, self._added = tokenizer, added
         self.hidden = {token: text for token, text in added.items() if known[token].special}
         self.texts = self.hidden | {token: added[token] for token in end_tokens if token in added}
+        if sum(len(text) ** 2 for text in self.texts.values()) > _MOST_OF_FORMS:
+            raise BundleError("the bundle's tokenizer has special tokens of a length that no tokenizer's have")
 
     def mark(self, text: str, marker: str) -> str:
         """A text with a marker inside whatever is a control token's text, or may become one by what is beside it."""
