@@ -235,6 +235,8 @@ def check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
             )
         if not record.sha256 and verify:
             raise BundleError(f"{path} cannot be verified: {MANIFEST} does not give its sha256")
+        if not record.sha256 and not path.resolve().is_relative_to(folder.resolve()):
+            raise BundleError(f"{path} is a link out of the bundle, and {MANIFEST} does not give its sha256")
         if record.sha256 and known.get(name) != state and sha256(path) != record.sha256:
             raise BundleError(f"{path} does not have the sha256 in the manifest: changed, copy it again")
     if known != states:

@@ -58,6 +58,9 @@ class Bounded:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bounded, (self._tokenizer,)
+
     def encode(self, text: str, *args: Any, **options: Any) -> Encoding:
         """Encode a text.
 

@@ -1,7 +1,9 @@
 """Tokenizers that come from anywhere: none takes the memory or the process, and usual ones are what they were."""
 
 import base64
+import copy
 import json
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,12 @@ def test_a_panic_is_an_error(copied) -> None:
         with pytest.raises(PromptError, match="the tokenizer fails on this text"):
             encode("a" * 50 + "!")
     assert bundle.tokenizer.encode("aaa").ids
+
+
+def test_it_is_copied_like_any(copied) -> None:
+    bundle = load_bundle(copied.folder)
+    assert pickle.loads(pickle.dumps(bundle.tokenizer)).encode(TEXT).ids == bundle.tokenizer.encode(TEXT).ids
+    assert copy.copy(bundle.tokenizer).get_vocab_size() == bundle.tokenizer.get_vocab_size()
 
 
 def test_what_is_no_panic_goes_on(copied) -> None:

@@ -101,6 +101,18 @@ def test_verify_needs_a_sha256(copied) -> None:
         load_bundle(copied.folder, verify=True)
 
 
+def test_a_link_out_needs_a_sha256(copied, tmp_path: Path) -> None:
+    """As caches of downloads have them; but the sum has to be right."""
+    elsewhere = (copied.folder / "tokenizer.json").rename(tmp_path / "elsewhere")
+    (copied.folder / "tokenizer.json").symlink_to(elsewhere)
+    load_bundle(copied.folder, verify=True)
+    files = json.loads((copied.folder / "dynamo_config.json").read_text())["files"]
+    files["tokenizer.json"]["sha256"] = ""
+    copied.edit(files=files)
+    with pytest.raises(BundleError, match="is a link out of the bundle"):
+        load_bundle(copied.folder)
+
+
 def with_weights_in(folder: Path, location: str) -> None:
     """Puts the weights of a bundle into a file of their own, and has the graph look for them elsewhere."""
     path = folder / "model.onnx"
