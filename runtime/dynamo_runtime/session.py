@@ -282,10 +282,10 @@ class Session:
         sizes += [(name, 3, bundle.head_size, "head_size") for name in caches(PAST, layers)]
         for name, axis, size, what in sizes:
             kind, shape = ("output", outputs[name].shape) if name in outputs else ("input", inputs[name].shape)
-            if shape and len(shape) <= axis:
-                raise BundleError(f"{path}: {kind} {name} has {len(shape)} axes: it has no {what}")
-            found = shape[axis] if shape else None
-            if isinstance(found, int) and found != size:  # a named axis says nothing
+            found = shape[axis] if len(shape) > max(axis, 0) else None
+            if not isinstance(found, int):  # an axis that is only named says nothing
+                raise BundleError(f"{path}: {kind} {name} has no {what} of a fixed size")
+            if found != size:
                 raise BundleError(f"{path}: {kind} {name} has a {what} of {found} where the manifest says {size}")
         if SKIPPED in inputs:
             states = inputs[SKIPPED]

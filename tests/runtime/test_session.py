@@ -4,6 +4,7 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from support import handmade
 
@@ -253,6 +254,18 @@ def test_heads_are_counted_before_anything_is_decoded(copied, n_heads: int) -> N
 def test_the_check_of_heads_leaves_no_trace(multi: Path) -> None:
     session = Session(load_bundle(multi), threads=1)
     assert (session.cache.length, session.passes, session.ort_seconds, session.step_seconds) == (0, 0, 0, 0)
+
+
+def test_an_axis_without_a_size(copied) -> None:
+    """What onnxruntime does not find out by itself has to be said."""
+    path = copied.folder / "model.onnx"
+    model = onnx.load(path)
+    (cache,) = [each for each in model.graph.input if each.name == "past_key_values.3.value"]
+    cache.type.tensor_type.shape.dim[1].dim_param = "heads"
+    onnx.save(model, path)
+    copied.relist()
+    with pytest.raises(BundleError, match=r"input past_key_values.3.value has no kv_heads of a fixed size"):
+        Session(load_bundle(copied.folder), threads=1)
 
 
 @pytest.mark.parametrize(("field", "size"), [("kv_heads", 5), ("head_size", 8)])
