@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dynamo_runtime.files import read_object
 from dynamo_runtime.manifest import MANIFEST, REPORT
 
 from .errors import WriteError
+
+_MOST_BYTES = 64 << 20  # reports are the largest, with a row for every comparison
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -21,12 +24,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path, _MOST_BYTES)
     except (OSError, ValueError) as error:
         raise WriteError(f"{path} is not readable: {error}") from error
-    if not isinstance(content, dict):
-        raise WriteError(f"{path} is not a JSON object")
-    return content
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from dynamo_runtime.wire import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, field, fields
+from dynamo_runtime.errors import shown
+from dynamo_runtime.files import lies_in
+from dynamo_runtime.wire import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, external_files, field, fields
 
 from .errors import WriteError
 from .initializers import BIG_BYTES
@@ -26,17 +28,25 @@ def read_model(path: Path) -> ir.Model:
         path: The `.onnx` file, which must stay where it is.
 
     Raises:
-        WriteError: It is not an ONNX file.
+        WriteError: It is not an ONNX file, or has weights in a file that does not lie beside it.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
+            elsewhere = [name for name in external_files(data) if not lies_in(path.parent, name)]
+            if elsewhere:
+                raise WriteError(
+                    f"{path} has weights in {shown(elsewhere[0])}, which is no file in the folder of the graph"
+                )
             skeleton = b"".join(
                 data[start:end] if number != MODEL_GRAPH else field(MODEL_GRAPH, _graph(data, begin, end, path.name))
                 for number, start, begin, end in fields(data, 0, len(data))
             )
             model = ir.from_proto(onnx.ModelProto.FromString(skeleton))
+        except WriteError:
+            raise
         except Exception as error:  # protobuf and onnx_ir raise whatever they stumble over
             raise WriteError(f"{path} is not a readable ONNX file: {error}") from error
+    ir.external_data.set_base_dir(model.graph, path.parent)  # of those that are not replaced here
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = _lazy(value.const_value, path.parent)
@@ -75,6 +85,8 @@ def _lazy(tensor: ir.ExternalTensor, folder: Path) -> ir.TensorProtocol:
     """The same weight, read from its file at every use; a small one is read now."""
     path, dtype, shape, name = folder / tensor.location, tensor.dtype.numpy(), tensor.shape.numpy(), tensor.name
     offset = tensor.offset or 0
+    if min(offset, *shape, 0) < 0 or offset + tensor.nbytes > path.stat().st_size:
+        raise WriteError(f"{path} ends before the weight {shown(name)} does")
 
     def read() -> ir.Tensor:
         count = int(np.prod(shape))

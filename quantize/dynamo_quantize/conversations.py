@@ -22,10 +22,11 @@ from dynamo_runtime import Engine
 from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.cache import cache_folder
 from dynamo_runtime.errors import DynamoError, OutputError
-from dynamo_runtime.files import write_whole
+from dynamo_runtime.files import file_name, read_small, write_whole
 
 QUESTIONS = Path(__file__).with_name("questions.txt")
 NEW_TOKENS = 72  # of an answer
+MOST_BYTES = 16 << 20  # of answers that are kept
 SENTENCE_TOKENS = 48  # of an answer, for its first sentence
 GREEDY: dict[str, Any] = {"strategy": "autoregressive", "temperature": 0.0, "repetition_penalty": 1.0}
 log = logging.getLogger("dynamo_quantize")
@@ -58,7 +59,7 @@ def conversations(bundle: Bundle) -> list[Conversation]:
     prompts = [template.encode([{"role": "user", "content": each}], control).encoded.ids for each in questions]
     prompts = [prompt for prompt in prompts if len(prompt) + NEW_TOKENS <= bundle.context_length]
     asked = hashlib.sha256(json.dumps([prompts, NEW_TOKENS]).encode()).hexdigest()
-    path = cache_folder() / "answers" / f"{bundle.graph_sha256[:16]}-{asked[:16]}.json"
+    path = cache_folder() / "answers" / f"{file_name(bundle.graph_sha256[:16])}-{asked[:16]}.json"
     answers = _kept(path, len(prompts), bundle.vocab_size)
     if answers is None:
         log.info("asking the bundle %d questions, once: its answers are what the gates run on", len(prompts))
@@ -93,8 +94,8 @@ def _first_sentence(text: str) -> str:
 
 def _kept(path: Path, count: int, vocab_size: int) -> list[list[int]] | None:
     try:
-        answers = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        answers = json.loads(read_small(path, MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
         return None
     whole = isinstance(answers, list) and len(answers) == count and all(isinstance(each, list) for each in answers)
     known = whole and all(isinstance(i, int) and 0 <= i < vocab_size for each in answers for i in each)

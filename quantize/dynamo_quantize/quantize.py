@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from dynamo_graph.branches import pass_bytes
-from dynamo_graph.files import read_report, version, write_json, write_report
+from dynamo_graph.files import read_json, read_report, version, write_json, write_report
 from dynamo_graph.read import read_model
 from dynamo_graph.staging import Target, discard
 from dynamo_runtime.bundle import Bundle, list_files, load_bundle
@@ -250,6 +249,9 @@ def _copy_rest(bundle: Bundle, staged: Path, graph: str) -> None:
     write_report(staged, **read_report(bundle.folder))
     interop = staged / "genai_config.json"
     if interop.is_file():
-        config = json.loads(interop.read_text(encoding="utf-8"))
-        config["model"]["decoder"]["filename"] = graph
+        config = read_json(interop)
+        try:
+            config["model"]["decoder"]["filename"] = graph
+        except (KeyError, TypeError):
+            raise QuantizeError(f"{bundle.folder / interop.name} does not say which graph it is about") from None
         write_json(interop, config)

@@ -1,18 +1,22 @@
 """The bundle: the folder that crosses from host to device, described by its manifest."""
 
 import hashlib
+import mmap
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import verified
 from .cache import bundles_folder
-from .errors import BundleError
+from .errors import BundleError, shown
+from .files import CONFIG, SPECIAL_TOKENS, TEMPLATE, lies_in
 from .manifest import MANIFEST, FileRecord, Manifest, read_manifest
 from .parameters import SamplingParameters, resolve_parameters
+from .wire import external_files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
     from .control import ControlTokens
     from .cooccurrence import Cooccurrence
 
-COUNTS = "cooccurrence.npz"
+TOKENIZER, COUNTS = "tokenizer.json", "cooccurrence.npz"
 DEFAULT_BUNDLE = Path(__file__).parent / "default"
 """The bundle that ships with the package: a small model of Python source code, in int8."""
 _CHUNK_BYTES = 1 << 20
@@ -96,15 +100,10 @@ class Bundle(Manifest):
         Raises:
             BundleError: It is absent, unreadable, or has tokens the graph does not know.
         """
-        from tokenizers import Tokenizer
+        from .tokenizer import read_tokenizer
 
-        path = self.folder / "tokenizer.json"
-        if not path.is_file():
-            raise BundleError(f"{path} is missing: this bundle cannot turn text into tokens")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise BundleError(f"{path} is not a readable tokenizer: {error}") from error
+        path = self.folder / TOKENIZER
+        tokenizer = read_tokenizer(path)
         # Tokens added to it that the graph has no row for are refused where a prompt has one.
         largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
         if largest >= self.vocab_size:
@@ -167,7 +166,8 @@ def load_bundle(path: str | Path, verify: bool = False) -> Bundle:
 
     Args:
         path: The folder, or the ONNX file inside it; or the name of a model that was exported into the cache.
-        verify: Also compare every file's sha256; sizes are compared at every load.
+        verify: Compare the sha256 of every file, and that of the manifest if it has one. Otherwise sizes are compared,
+            and sha256 only of files that were never verified, or have changed since.
 
     Raises:
         BundleError: Something is missing, truncated, changed or not understood; the message names it.
@@ -178,12 +178,12 @@ def load_bundle(path: str | Path, verify: bool = False) -> Bundle:
     folder = path if path.is_dir() else path.parent
     if not (folder / MANIFEST).is_file():
         raise BundleError(f"{folder} is not a bundle, or only half of one: it has no {MANIFEST}")
-    manifest = read_manifest(folder / MANIFEST)
+    manifest = read_manifest(folder / MANIFEST, verify)
     if not path.is_dir() and path.name != manifest.graph:
         raise BundleError(f"{path} is not the graph of the bundle in {folder}: that is {manifest.graph}")
-    check_files(folder, manifest.files, verify)
     if manifest.graph not in manifest.files:
         raise BundleError(f"{folder / MANIFEST} does not list its own graph {manifest.graph}")
+    check_files(folder, manifest, verify)
     return Bundle(folder=folder, **{each.name: getattr(manifest, each.name) for each in fields(Manifest)})
 
 
@@ -207,32 +207,60 @@ def _named(name: str | Path) -> Path:
     return max(found, key=lambda manifest: manifest.stat().st_mtime).parent
 
 
-def check_files(folder: Path, files: Mapping[str, FileRecord], verify: bool) -> None:
-    """Compare files with what is said of them.
+def check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
+    """Compare files with what the manifest says of them.
 
     Args:
         folder: Where they lie.
-        files: By name.
-        verify: Whether to compare sha256 besides sizes.
+        manifest: Of the bundle.
+        verify: Whether to read those too that were found to be whole before and have not changed since.
 
     Raises:
-        BundleError: One is missing or another.
+        BundleError: One is missing, another, or not listed.
     """
-    for name, record in files.items():
-        # A manifest may come from anywhere: it must not make us read outside its folder.
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in name or re.match(r"^[A-Za-z]:", name):
-            raise BundleError(f"{folder / MANIFEST} lists a file outside its folder: {name}")
+    for name in (TOKENIZER, COUNTS, TEMPLATE, CONFIG, SPECIAL_TOKENS):
+        if name not in manifest.files and (folder / name).exists():
+            raise BundleError(f"{folder / name} would be read, and {MANIFEST} does not list it: take it out of there")
+    known = {} if verify else verified.recall(folder)
+    states = {}
+    for name, record in manifest.files.items():
         path = folder / name
         if not path.is_file():
             raise BundleError(f"{path} is missing: the bundle is incomplete, copy it again")
-        size = path.stat().st_size
-        if size != record.bytes:
+        state = states[name] = verified.state(path, record.sha256)
+        if state[0] != record.bytes:
             raise BundleError(
-                f"{path} has {size} bytes where the manifest says {record.bytes}: truncated or changed, copy it again"
+                f"{path} has {state[0]} bytes where the manifest says {record.bytes}: "
+                "truncated or changed, copy it again"
             )
-        if verify and sha256(path) != record.sha256:
+        if not record.sha256 and verify:
+            raise BundleError(f"{path} cannot be verified: {MANIFEST} does not give its sha256")
+        if not record.sha256 and not path.resolve().is_relative_to(folder.resolve()):
+            raise BundleError(f"{path} is a link out of the bundle, and {MANIFEST} does not give its sha256")
+        if record.sha256 and known.get(name) != state and sha256(path) != record.sha256:
             raise BundleError(f"{path} does not have the sha256 in the manifest: changed, copy it again")
+    if known != states:
+        _check_weights(folder, manifest)
+        verified.remember(folder, states)
+
+
+def _check_weights(folder: Path, manifest: Manifest) -> None:
+    """Find out before onnxruntime does which further files the graph is in.
+
+    Raises:
+        BundleError: One is not listed, or lies outside the folder; or the graph is none.
+    """
+    path = folder / manifest.graph
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            names = external_files(data)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} does not load: it is not an ONNX file: {error}") from error
+    for name in names:
+        if name not in manifest.files:
+            raise BundleError(f"{path} has weights in {shown(name)}, which {MANIFEST} does not list")
+        if not lies_in(folder, name):
+            raise BundleError(f"{path} has weights in {name}, which lies outside the bundle's folder")
 
 
 def list_files(folder: Path) -> dict[str, FileRecord]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,11 +11,11 @@ from typing import Any
 
 from .control import ControlTokens, Encoded
 from .errors import BundleError, PromptError
+from .files import CONFIG, SPECIAL_TOKENS, TEMPLATE, read_object, read_small
 from .text import as_text
 
-TEMPLATE = "chat_template.jinja"
-CONFIG = "tokenizer_config.json"
-SPECIAL_TOKENS = "special_tokens_map.json"
+_MOST_TEMPLATE_BYTES = 1 << 20
+_MOST_CONFIG_BYTES = 16 << 20  # some list every token that was added
 _NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _MARKERS = range(0xF8FF, 0xE000, -1)  # for private use, so that no tokenizer and no template knows them
 
@@ -144,15 +143,17 @@ def read_template(folder: Path, special: Mapping[str, str]) -> ChatTemplate:
     config, named = _object(folder / CONFIG), _object(folder / SPECIAL_TOKENS)
     path = folder / TEMPLATE
     try:
-        source: Any = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
+        source: Any = read_small(path, _MOST_TEMPLATE_BYTES) if path.is_file() else config.get("chat_template")
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} is not readable: {error}") from error
     if isinstance(source, list):  # several, by name
-        found = {each.get("name"): each.get("template") for each in source if isinstance(each, dict)}
+        found = {str(each.get("name")): each.get("template") for each in source if isinstance(each, dict)}
         source = found.get("default")
         if source is None:
-            names = ", ".join(sorted(map(str, found)))
+            names = ", ".join(sorted(found))[:200]
             raise BundleError(f"{folder / CONFIG} has several chat templates and none called default: {names}")
+    if isinstance(source, str) and len(source) > _MOST_TEMPLATE_BYTES:
+        raise BundleError(f"{folder / CONFIG} has a chat template of {len(source)} characters, which none ever has")
     if not isinstance(source, str):
         raise BundleError(f"{folder} has no chat template: this model continues texts, and is not one to talk to")
     return ChatTemplate(source, {**special, **_special(named), **_special(config)})
@@ -170,10 +171,9 @@ def _object(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path, _MOST_CONFIG_BYTES)
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} is not readable: {error}") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

@@ -11,7 +11,10 @@ from functools import cached_property
 
 from tokenizers import Tokenizer
 
-from .errors import PromptError
+from .errors import BundleError, PromptError
+from .tokenizer import bounded
+
+_MOST_OF_FORMS = 1 << 26  # characters of all that control tokens begin and end with; thousands of them have a million
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class ControlTokens:
         self._tokenizer, self._added = tokenizer, added
         self.hidden = {token: text for token, text in added.items() if known[token].special}
         self.texts = self.hidden | {token: added[token] for token in end_tokens if token in added}
+        if sum(len(text) ** 2 for text in self.texts.values()) > _MOST_OF_FORMS:
+            raise BundleError("the bundle's tokenizer has special tokens of a length that no tokenizer's have")
 
     def mark(self, text: str, marker: str) -> str:
         """A text with a marker inside whatever is a control token's text, or may become one by what is beside it."""
@@ -152,4 +157,4 @@ class ControlTokens:
         numbered = tokenizer.get_added_tokens_decoder()
         tokens = {name: token for token, name in names.items()}
         ids = {number: tokens[known.content] for number, known in numbered.items()}
-        return _Literal(tokenizer, stand_ins, ids)
+        return _Literal(bounded(tokenizer), stand_ins, ids)

@@ -1,5 +1,6 @@
 """The co-occurrence mask of DynaMo (Eq. 3, 6): n-gram counts in a trie, and the ratio computed from them."""
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from .errors import BundleError
 
 # Looking a candidate up by binary search costs about as much as passing over this many children.
 CHILDREN_PER_SEARCH = 16
+_MOST_ORDERS = 16
+# Memory of the arrays over the size of the file: counts that training writes take up to 8 times as much.
+_MOST_RATIO, _FREE_BYTES = 32, 64 << 20
 
 
 @dataclass
@@ -112,14 +116,15 @@ def load_cooccurrence(path: Path, vocab_size: int | None = None) -> Cooccurrence
     if not path.is_file():
         raise BundleError(f"{path} is missing: there are no n-gram counts for the co-occurrence mask")
     try:
+        _check_headers(path)
         with np.load(path, allow_pickle=False) as file:
-            totals = np.asarray(file["totals"], np.int64)
-            counts_1 = np.asarray(file["counts_1"], np.int64)
+            totals = np.asarray(file["totals.npy"], np.int64)
+            counts_1 = np.asarray(file["counts_1.npy"], np.int64)
             levels = [
                 _Level(
-                    np.asarray(file[f"offsets_{order}"], np.int64),
-                    np.asarray(file[f"ids_{order}"], np.int32),
-                    np.asarray(file[f"counts_{order}"], np.float64),
+                    np.asarray(file[f"offsets_{order}.npy"], np.int64),
+                    np.asarray(file[f"ids_{order}.npy"], np.int32),
+                    np.asarray(file[f"counts_{order}.npy"], np.float64),
                 )
                 for order in range(2, len(totals) + 1)
             ]
@@ -132,6 +137,8 @@ def load_cooccurrence(path: Path, vocab_size: int | None = None) -> Cooccurrence
             f"{path} counts a vocabulary of {len(counts_1)} tokens where the graph has {vocab_size}: "
             "it belongs to another tokenizer"
         )
+    if counts_1.min(initial=0) < 0 or any(level.counts.min(initial=0) < 0 for level in levels):
+        raise BundleError(f"{path} is inconsistent: it has counts below 0")
     below = len(counts_1)
     for order, level in enumerate(levels, 2):
         size = len(level.ids)
@@ -142,3 +149,35 @@ def load_cooccurrence(path: Path, vocab_size: int | None = None) -> Cooccurrence
             raise BundleError(f"{path} is inconsistent: order {order} counts tokens outside the vocabulary")
         below = size
     return Cooccurrence(totals, counts_1, levels)
+
+
+def _check_headers(path: Path) -> None:
+    """Judge what is said of the arrays before any is read: a small archive may unpack to more than there is memory.
+
+    Raises:
+        ValueError: They are not what counts are made of; or whatever a damaged archive raises.
+    """
+    with zipfile.ZipFile(path) as archive:
+        orders, elements = _length(archive, "totals"), _length(archive, "counts_1")
+        if orders > _MOST_ORDERS:
+            raise ValueError(f"it is of order {orders}, and {_MOST_ORDERS} is the most")
+        for order in range(2, orders + 1):
+            elements += sum(_length(archive, f"{name}_{order}") for name in ("offsets", "ids", "counts"))
+    if 8 * elements > _MOST_RATIO * path.stat().st_size + _FREE_BYTES:
+        raise ValueError(f"it would take {8 * elements >> 20} MiB of memory, far more than its size accounts for")
+
+
+def _length(archive: zipfile.ZipFile, name: str) -> int:
+    """Elements of an array of whole numbers, by its header and by the archive alike."""
+    member = archive.getinfo(f"{name}.npy")
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        begin = file.tell()
+    length: int = shape[0] if len(shape) == 1 else -1
+    if length < 0 or (length and dtype.kind not in "iu") or dtype.hasobject:
+        raise ValueError(f"{name} is not a row of whole numbers")
+    if begin + length * dtype.itemsize != member.file_size:
+        raise ValueError(f"{name} has {member.file_size - begin} bytes where its header says {length * dtype.itemsize}")
+    return length

@@ -1,5 +1,7 @@
 """Errors a user can cause: every one is a single clear line, and a non-zero exit at the command line."""
 
+_SHOWN_CHARACTERS = 60
+
 
 def printable(text: str) -> str:
     """A text for terminals: names of bundles and files may hold anything, and what moves a cursor is shown escaped."""
@@ -40,3 +42,12 @@ class OutputError(DynamoError):
 
 class EngineError(DynamoError, RuntimeError):
     """An engine is closed, at work for another thread, or has begun something else."""
+
+
+def shown(value: object) -> str:
+    """A value as an error may show it, which is short however long the value is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits, or of brackets
+        return f"a {type(value).__name__} too long to be shown"
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"

@@ -6,13 +6,17 @@ a device never reads.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import BundleError
+from .errors import BundleError, ParameterError, shown
+from .files import read_object
+from .parameters import check_defaults
 from .registry import TOPOLOGIES
 from .topology import Plain, Topology
 
@@ -20,6 +24,19 @@ MANIFEST = "dynamo_config.json"
 REPORT = "report.json"
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (2, 3)
+
+# Far beyond any model there is, and small enough that nothing made of them hurts.
+_MOST_BYTES = 1 << 20  # of the manifest itself
+_MOST_TOKENS = 1 << 24  # in a vocabulary
+_MOST_POSITIONS = 1 << 27
+_MOST_LAYERS = _MOST_KV_HEADS = 4096
+_MOST_HEAD_SIZE = 1 << 14
+_MOST_POSITION_BYTES = 64 << 20  # of keys and values, in fp32
+_MOST_AHEAD = 1024  # heads, tokens, ranks
+_MOST_FILE_BYTES = 1 << 50
+_MOST_ENTRIES = 4096
+_MOST_CHARACTERS = 4096
+_MOST_NAME_BYTES = 255
 
 
 @dataclass(frozen=True)
@@ -134,23 +151,40 @@ class Manifest:
             elif isinstance(value, Quantization | PassBytes | Source):
                 value = asdict(value)
             content[each.name] = value
+        content["sha256"] = _digest(content)
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def read_manifest(path: Path) -> Manifest:
+def _digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's content, however it is laid out, but for the digest itself."""
+    rest = {name: value for name, value in content.items() if name != "sha256"}
+    try:
+        return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    except RecursionError:  # brackets that could just be read
+        return ""
+
+
+def read_manifest(path: Path, verify: bool = False) -> Manifest:
     """Read a manifest of any version that is understood.
+
+    Args:
+        path: Where it lies.
+        verify: Compare its content with its own sha256, if it has one.
 
     Raises:
         BundleError: It is unreadable, of another version, or a field is missing or of the wrong type; the message names
             file and field.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path, _MOST_BYTES)
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} is not readable: {error}") from error
-    if not isinstance(content, dict):
-        raise BundleError(f"{path} is not a JSON object")
-    version = _Fields(path, content).integer("format_version", 1)
+    if verify and content.get("sha256") not in (None, _digest(content)):
+        raise BundleError(
+            f"{path} does not have the sha256 that it says: copy the bundle again, or take the field sha256 out of it "
+            "if you changed it yourself"
+        )
+    version = _Fields(path, content).integer("format_version", 1, _MOST_ENTRIES)
     if version not in READABLE_VERSIONS:
         raise BundleError(
             f"{path} has format version {version}; this program reads {' and '.join(map(str, READABLE_VERSIONS))}: "
@@ -158,28 +192,28 @@ def read_manifest(path: Path) -> Manifest:
         )
     read = _Fields(path, _from_version_2(path, content) if version == 2 else content)
     manifest = Manifest(
-        graph=read.text("graph", "model.onnx"),
+        graph=_graph(read),
         topology=_topology(read.object("topology")),
         model_type=read.text("model_type", ""),
-        vocab_size=read.integer("vocab_size", 1),
-        tokenizer_size=read.optional_integer("tokenizer_size", 0),
-        context_length=read.integer("context_length", 1),
-        kv_layers=read.integer("kv_layers", 1),
-        kv_heads=read.integer("kv_heads", 1),
-        head_size=read.integer("head_size", 1),
+        vocab_size=read.integer("vocab_size", 1, _MOST_TOKENS),
+        tokenizer_size=read.optional_integer("tokenizer_size", 0, 2 * _MOST_TOKENS),
+        context_length=read.integer("context_length", 1, _MOST_POSITIONS),
+        kv_layers=read.integer("kv_layers", 1, _MOST_LAYERS),
+        kv_heads=read.integer("kv_heads", 1, _MOST_KV_HEADS),
+        head_size=read.integer("head_size", 1, _MOST_HEAD_SIZE),
         precision=read.text("precision", "fp32"),
-        top_k_outputs=read.integer("top_k_outputs", 1),
-        bos_token_id=read.optional_integer("bos_token_id", 0),
-        eos_token_ids=tuple(read.get("eos_token_ids", list, [])),
-        sampling=read.get("sampling", dict, {}),
+        top_k_outputs=read.integer("top_k_outputs", 1, _MOST_TOKENS),
+        bos_token_id=read.optional_integer("bos_token_id", 0, _MOST_TOKENS),
+        eos_token_ids=tuple(read.integers("eos_token_ids", 0, _MOST_TOKENS)),
+        sampling=_sampling(read),
         pass_bytes=_pass_bytes(read.object("pass_bytes")) if read.has("pass_bytes") else None,
         quantization=_quantization(read.object("quantization")) if read.has("quantization") else None,
         source=_source(read.object("source")) if read.has("source") else Source(),
-        files=_files(path, read.get("files", dict)),
+        files=_files(read),
     )
     _check(path, manifest)
-    if version == 2 and read.integer("n_heads", 1) != manifest.topology.n_heads:
-        raise BundleError(f"{path}: a {manifest.topology.kind} bundle cannot have {read.integer('n_heads', 1)} heads")
+    if version == 2 and (heads := read.integer("n_heads", 1, _MOST_AHEAD)) != manifest.topology.n_heads:
+        raise BundleError(f"{path}: a {manifest.topology.kind} bundle cannot have {heads} heads")
     return manifest
 
 
@@ -190,42 +224,86 @@ def _from_version_2(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, "topology": {"kind": kind, **sizes}}
 
 
+def _graph(read: _Fields) -> str:
+    """The graph's name, which lies in the bundle's folder itself."""
+    name = read.text("graph", "model.onnx")
+    if wrong := wrong_name(name) or ("in a folder of its own" if "/" in name else ""):
+        raise BundleError(f"{read.path}: field 'graph' names a file {wrong}: {shown(name)}")
+    return name
+
+
 def _topology(read: _Fields) -> Topology:
     kind = read.text("kind")
     if kind not in TOPOLOGIES:
-        raise BundleError(f"{read.path}: kind {kind!r} is not one of {', '.join(TOPOLOGIES)}")
+        raise BundleError(f"{read.path}: kind {shown(kind)} is not one of {', '.join(TOPOLOGIES)}")
     chosen = TOPOLOGIES[kind]
-    return chosen(**{name: read.integer(name, least) for name, least in chosen.least.items()})
+    return chosen(**{name: read.integer(name, least, _MOST_AHEAD) for name, least in chosen.least.items()})
+
+
+def _sampling(read: _Fields) -> dict[str, Any]:
+    values: dict[str, Any] = read.get("sampling", dict, {})
+    try:
+        check_defaults(values)
+    except ParameterError as error:
+        raise BundleError(f"{read.path}: field 'sampling': {error}") from error
+    return values
 
 
 def _pass_bytes(read: _Fields) -> PassBytes:
-    return PassBytes(read.integer("plain", 0), read.integer("heads", 0))
+    return PassBytes(read.integer("plain", 0, _MOST_FILE_BYTES), read.integer("heads", 0, _MOST_FILE_BYTES))
 
 
 def _quantization(read: _Fields) -> Quantization:
     return Quantization(
         scheme=read.text("scheme", ""),
-        parts=read.get("parts", dict, {}),
+        parts={name: read.texts(name, names) for name, names in read.entries("parts").items()},
         kv_cache=read.text("kv_cache", "fp32"),
-        calibration=read.get("calibration", dict) if read.has("calibration") else None,
+        calibration=_calibration(read.object("calibration")) if read.has("calibration") else None,
         lossless=read.flag("lossless", True),
         degraded=read.flag("degraded", False),
-        versions=read.get("versions", dict, {}),
+        versions=_versions(read),
     )
+
+
+def _calibration(read: _Fields) -> dict[str, Any]:
+    return {"text": read.text("text", ""), "tokens": read.integer("tokens", 0, _MOST_FILE_BYTES)}
 
 
 def _source(read: _Fields) -> Source:
     model, architecture, rotary = (read.text(name, "") for name in ("model", "architecture", "rotary"))
-    return Source(model, architecture, rotary, read.get("versions", dict, {}))
+    return Source(model, architecture, rotary, _versions(read))
 
 
-def _files(path: Path, listed: Mapping[str, Any]) -> dict[str, FileRecord]:
+def _versions(read: _Fields) -> dict[str, str]:
+    entries = read.entries("versions")
+    read.texts("versions", list(entries.values()))
+    return entries
+
+
+def _files(outer: _Fields) -> dict[str, FileRecord]:
     files = {}
-    for name, entry in listed.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int):
-            raise BundleError(f"{path} does not give the size of {name}")
-        files[name] = FileRecord(entry["bytes"], str(entry.get("sha256", "")))
+    for name, entry in outer.entries("files", required=True).items():
+        if wrong := wrong_name(name):
+            raise BundleError(f"{outer.path} lists a file {wrong}: {shown(name)}")
+        if not isinstance(entry, dict) or "bytes" not in entry:
+            raise BundleError(f"{outer.path} does not give the size of {name}")
+        read = _Fields(outer.path, entry)
+        sha256 = read.text("sha256", "").lower()
+        if sha256 and not re.fullmatch(r"[0-9a-f]{64}", sha256):
+            raise BundleError(f"{outer.path}: field 'sha256' of {name} is not 64 hex digits")
+        files[name] = FileRecord(read.integer("bytes", 0, _MOST_FILE_BYTES), sha256)
     return files
+
+
+def wrong_name(name: str) -> str:
+    """What is wrong with the name of a file, which must lie in the bundle's folder; empty if nothing is."""
+    if name.startswith("/") or ".." in name.split("/") or "\\" in name or re.match(r"[A-Za-z]:", name):
+        return "outside its folder"
+    if any(part in ("", ".") for part in name.split("/")) or not name.isprintable():
+        return "with a name that cannot be"
+    if any(len(part.encode("utf-8")) > _MOST_NAME_BYTES for part in name.split("/")):
+        return "with a name that is too long"
+    return ""
 
 
 def _check(path: Path, manifest: Manifest) -> None:
@@ -238,8 +316,14 @@ def _check(path: Path, manifest: Manifest) -> None:
         raise BundleError(
             f"{path}: field 'kv_layers' is {manifest.kv_layers}, less than {manifest.topology.layers + 1}"
         )
+    position = 8 * manifest.kv_layers * manifest.kv_heads * manifest.head_size
+    if position > _MOST_POSITION_BYTES:
+        raise BundleError(
+            f"{path}: fields 'kv_layers', 'kv_heads' and 'head_size' make {position >> 20} MiB of keys and values for "
+            "every token, which no model has"
+        )
     special = [*manifest.eos_token_ids, *([] if manifest.bos_token_id is None else [manifest.bos_token_id])]
-    if not all(isinstance(i, int) and 0 <= i < manifest.vocab_size for i in special):
+    if not all(i < manifest.vocab_size for i in special):
         raise BundleError(f"{path}: bos or eos token outside the vocabulary of {manifest.vocab_size}")
     if manifest.top_k_outputs > manifest.vocab_size:
         raise BundleError(f"{path}: top_k_outputs {manifest.top_k_outputs} exceeds vocab_size {manifest.vocab_size}")
@@ -262,7 +346,23 @@ class _Fields:
 
     def text(self, name: str, default: str | None = None) -> str:
         value: str = self.get(name, str, default)
-        return value
+        return self.texts(name, [value])[0]
+
+    def texts(self, name: str, values: Any) -> list[str]:
+        """A list of texts that stands in a field."""
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise BundleError(f"{self.path}: field {shown(name)} is not made of texts")
+        if len(values) > _MOST_ENTRIES or any(len(value) > _MOST_CHARACTERS for value in values):
+            raise BundleError(f"{self.path}: field {shown(name)} is too long")
+        if any(re.search("[\ud800-\udfff]", value) for value in values):
+            raise BundleError(f"{self.path}: field {shown(name)} is not valid UTF-8")
+        return values
+
+    def entries(self, name: str, *, required: bool = False) -> dict[str, Any]:
+        """An object whose names are the bundle's own."""
+        values: dict[str, Any] = self.get(name, dict, None if required else {})
+        self.texts(name, list(values))
+        return values
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._values.get(name, default)
@@ -270,14 +370,24 @@ class _Fields:
             raise BundleError(f"{self.path}: field {name!r} is not true or false")
         return value
 
-    def integer(self, name: str, least: int) -> int:
-        value: int = self.get(name, int)
-        if value < least:
-            raise BundleError(f"{self.path}: field {name!r} is {value}, less than {least}")
-        return value
+    def integer(self, name: str, least: int, most: int) -> int:
+        return self._within(name, self.get(name, int), least, most)
 
-    def optional_integer(self, name: str, least: int) -> int | None:
-        return self.integer(name, least) if self.has(name) else None
+    def integers(self, name: str, least: int, most: int) -> list[int]:
+        values: list[Any] = self.get(name, list, [])
+        if len(values) > _MOST_ENTRIES or not all(type(value) is int for value in values):
+            raise BundleError(f"{self.path}: field {name!r} is not a short list of whole numbers")
+        return [self._within(name, value, least, most) for value in values]
+
+    def optional_integer(self, name: str, least: int, most: int) -> int | None:
+        return self.integer(name, least, most) if self.has(name) else None
 
     def object(self, name: str) -> _Fields:
         return _Fields(self.path, self.get(name, dict))
+
+    def _within(self, name: str, value: int, least: int, most: int) -> int:
+        if value < least:
+            raise BundleError(f"{self.path}: field {name!r} is {shown(value)}, less than {least}")
+        if value > most:
+            raise BundleError(f"{self.path}: field {name!r} is {shown(value)}, more than {most}")
+        return value

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypedDict
 
-from .errors import ParameterError
+from .errors import ParameterError, shown
 
 ADAPTIVE = ("blur", "otsu", "none")
 PREMASK_TESTS = ("sole", "all", "none")
 FIRST_TOKENS = ("joint", "base")
 DRAFT_CHOICES = ("argmax", "sample")
+_MOST = (1 << 31) - 1  # of whole numbers: all of any vocabulary
 
 TARGET = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty"})
 """Parameters of plain decoding's choice of a token."""
@@ -40,18 +41,19 @@ PAPER: Mapping[str, Any] = {"temperature": 0.7, "top_k": 50, "repetition_penalty
 _OF_COUNTS = frozenset({"cooccurrence_weight", "draft_cooccurrence_weight"})
 
 
-def whole(name: str, value: Any, least: int) -> int:
+def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
     """A whole number of any kind that a caller gives.
 
     Raises:
-        ParameterError: It is none, or too small.
+        ParameterError: It is none, too small, or too large.
     """
     try:
         number = operator.index(value)
     except TypeError:
         number = None
-    if number is None or isinstance(value, bool) or number < least:
-        raise ParameterError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    if number is None or isinstance(value, bool) or number < least or (most is not None and number > most):
+        bound = f" and at most {most}" if most is not None and number is not None and number > most else ""
+        raise ParameterError(f"{name} must be a whole number of at least {least}{bound}, not {shown(value)}")
     return number
 
 
@@ -158,7 +160,7 @@ class SamplingParameters:
         self._number("backoff_threshold", 0, 1)
         self._number("cooccurrence_weight", 0, 1)
         for name in ("top_k", "draft_tokens"):
-            object.__setattr__(self, name, whole(name, getattr(self, name), 0))
+            object.__setattr__(self, name, whole(name, getattr(self, name), 0, _MOST))
         choices_of = {
             "adaptive_threshold": ADAPTIVE,
             "premask_test": PREMASK_TESTS,
@@ -168,10 +170,10 @@ class SamplingParameters:
         for name, choices in choices_of.items():
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
-                raise ParameterError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+                raise ParameterError(f"{name} must be one of {', '.join(choices)}, not {shown(value)}")
         for name in ("otsu_zeros", "normalize_joint"):
             if not isinstance(getattr(self, name), bool):
-                raise ParameterError(f"{name} must be true or false, not {getattr(self, name)!r}")
+                raise ParameterError(f"{name} must be true or false, not {shown(getattr(self, name))}")
 
     @property
     def greedy(self) -> bool:
@@ -187,7 +189,7 @@ class SamplingParameters:
         if not math.isfinite(number) or not low <= number <= high or (open_below and number == low):
             least = f"greater than {low}" if open_below else f"at least {low}"
             most = "" if high == math.inf else f" and at most {high}"
-            raise ParameterError(f"{name} must be a finite number, {least}{most}, not {value!r}")
+            raise ParameterError(f"{name} must be a finite number, {least}{most}, not {shown(value)}")
         if not isinstance(value, int | float):
             object.__setattr__(self, name, number)
 
@@ -211,6 +213,16 @@ class SamplingOptions(TypedDict, total=False):
     draft_choice: str | None
     draft_cooccurrence_weight: float | None
     draft_confidence: float | None
+
+
+def check_defaults(defaults: Mapping[str, Any]) -> None:
+    """Check the sampling defaults of a bundle; fields that are not ours are left alone.
+
+    Raises:
+        ParameterError: A value is out of range or of the wrong type.
+    """
+    names = {field.name for field in dataclasses.fields(SamplingParameters)}
+    SamplingParameters(**{name: value for name, value in defaults.items() if name in names})
 
 
 def resolve_parameters(

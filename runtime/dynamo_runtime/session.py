@@ -131,15 +131,16 @@ class Session:
             growth=growth if self._device == "cpu" else length,
             allocate=np.zeros if self._device == "cpu" else self._allocate,
         )
-        self._ones = np.ones(length, np.int64)
         self._rows = np.zeros((), np.int64)
-        self._ids = np.empty(length, np.int64)
-        self._head_rows = np.empty(length, np.int64)
+        self._head_rows: np.ndarray
+        self._make_room()
         self._with_heads = _Binding(self._session, [*OUTPUTS, *bundle.topology.outputs], self._device)
         self._without_heads: _Binding | None = None
         if self.skips_heads:
             states = inputs[SKIPPED]
             self._none_skipped = np.empty((1, 0, states.shape[-1]), _TYPES[states.type])
+        if self._parts:
+            self._check_heads()
 
     @property
     def max_length(self) -> int:
@@ -173,6 +174,8 @@ class Session:
             raise ValueError("a pass returns rows of the first head, at least one")
         total = self.cache.length + m
         self.cache.reserve(total)
+        if len(self._ones) < total:
+            self._make_room()
         skipping = self.skips_heads and not head_rows
         if skipping and self._without_heads is None:
             self._without_heads = self._bind_without_heads()
@@ -187,6 +190,8 @@ class Session:
         if self._parts and not skipping:
             # Counted from the end, where the heads see states of earlier passes in front.
             wanted = len(head_rows)
+            if wanted > len(self._head_rows):  # a row may be wanted twice
+                self._head_rows = np.empty(wanted, np.int64)
             self._head_rows[:wanted] = head_rows
             bound.input(HEAD_ROWS, self._head_rows, (wanted,))
             if self.skips_heads:
@@ -225,6 +230,12 @@ class Session:
         """A buffer in the provider's memory; stale contents are never read, so it is not cleared."""
         return import_onnxruntime().OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, self._device, 0)
 
+    def _make_room(self) -> None:
+        """What a pass is given, for as many positions as the cache: a context may be long, and most texts are short."""
+        self._ones = np.ones(self.cache.capacity, np.int64)
+        self._ids = np.empty(self.cache.capacity, np.int64)
+        self._head_rows = np.empty(self.cache.capacity, np.int64)
+
     def _bind_without_heads(self) -> _Binding:
         """A binding for passes that leave the further heads out.
 
@@ -240,7 +251,7 @@ class Session:
             bound = _Binding(session, names, self._device)
         else:
             bound = _Binding(session, names, self._device)
-            bound.input(HEAD_ROWS, self._head_rows, (0,))
+            bound.input(HEAD_ROWS, self._rows, (0,))
         return bound
 
     def _bind_cache(self, bound: _Binding) -> None:
@@ -281,9 +292,32 @@ class Session:
         sizes += [(name, -1, width, f"width of {name}") for name, width in topology.outputs.items()]
         sizes += [(name, 1, bundle.kv_heads, "kv_heads") for name in presents]
         sizes += [(name, 3, bundle.head_size, "head_size") for name in presents]
+        sizes += [(name, 1, bundle.kv_heads, "kv_heads") for name in caches(PAST, layers)]
+        sizes += [(name, 3, bundle.head_size, "head_size") for name in caches(PAST, layers)]
         for name, axis, size, what in sizes:
-            shape = outputs[name].shape
-            found = shape[axis] if shape else None
-            if isinstance(found, int) and found != size:  # a named axis says nothing
-                raise BundleError(f"{path}: output {name} has a {what} of {found} where the manifest says {size}")
+            kind, shape = ("output", outputs[name].shape) if name in outputs else ("input", inputs[name].shape)
+            found = shape[axis] if len(shape) > max(axis, 0) else None
+            if not isinstance(found, int):  # an axis that is only named says nothing
+                raise BundleError(f"{path}: {kind} {name} has no {what} of a fixed size")
+            if found != size:
+                raise BundleError(f"{path}: {kind} {name} has a {what} of {found} where the manifest says {size}")
+        if SKIPPED in inputs:
+            states = inputs[SKIPPED]
+            if states.type not in _TYPES or len(states.shape) != 3 or not isinstance(states.shape[-1], int):
+                raise BundleError(f"{path}: input {SKIPPED} is not of a supported type and shape")
         return inputs
+
+    def _check_heads(self) -> None:
+        """Run one pass: how many heads there are is in no shape of the graph, and with others its text would be wrong.
+
+        Raises:
+            BundleError: They are not as many as the manifest says, or the graph does not run.
+        """
+        rows = len(self.step([0]).read(LOGITS))
+        if rows != 1 + self._parts:
+            raise BundleError(
+                f"{self.bundle.graph_path} puts out {rows - 1} rows of further heads where field 'topology' of the "
+                f"manifest says {self._parts}"
+            )
+        self.cache.reset()
+        self.step_seconds, self.ort_seconds, self.passes = 0.0, 0.0, 0

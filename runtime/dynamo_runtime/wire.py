@@ -8,6 +8,19 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 # Field numbers of the ONNX schema; all of these are length-delimited.
 MODEL_GRAPH, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT, VALUE_NAME, TENSOR_RAW_DATA = 7, 5, 11, 12, 1, 9
 
+# Which messages hold which others by which field, as far as there are tensors in them.
+_HOLDS = {
+    "model": {MODEL_GRAPH: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", GRAPH_INITIALIZER: "tensor", 15: "sparse tensor"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse tensor", 23: "sparse tensor"},
+    "sparse tensor": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "external data"},
+}
+_LOCATION = b"location"
+
 Data = bytes | mmap.mmap
 
 
@@ -60,11 +73,35 @@ def _read_varint(data: Data, at: int) -> tuple[int, int]:
     """The number that begins there, and where it ends."""
     number = shift = 0
     while True:
+        if shift > 63 or at >= len(data):
+            raise ValueError(f"no number ends before byte {at}")
         byte = data[at]
         number |= (byte & 0x7F) << shift
         at, shift = at + 1, shift + 7
         if byte < 0x80:
             return number, at
+
+
+def external_files(data: Data) -> set[str]:
+    """Every file that an ONNX model says some of its weights are in, as it names them.
+
+    Raises:
+        ValueError: It is not such a model.
+    """
+    found = set()
+    inside = [("model", 0, len(data))]
+    while inside:
+        kind, start, end = inside.pop()
+        if kind == "external data":
+            entry = {number: data[begin:stop] for number, _, begin, stop in fields(data, start, end)}
+            if entry.get(1) == _LOCATION:
+                found.add(entry.get(2, b"").decode("utf-8"))
+            continue
+        holds = _HOLDS[kind]
+        inside += [
+            (holds[number], begin, stop) for number, _, begin, stop in fields(data, start, end) if number in holds
+        ]
+    return found
 
 
 def without_ends(model: bytes, names: Iterable[str]) -> bytes:

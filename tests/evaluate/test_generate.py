@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import handmade
 
 from dynamo_evaluate.errors import EvaluationError
 from dynamo_evaluate.generate import TURN_SEPARATOR, Chat, Experiment, check_length, run
@@ -96,7 +97,7 @@ def test_questions_go_through_the_chat_template(engines: tuple[Engine, Engine], 
     for engine in engines:
         folder = tmp_path / engine.bundle.folder.name
         shutil.copytree(engine.bundle.folder, folder)
-        (folder / "chat_template.jinja").write_text(TEMPLATE)
+        handmade.add_file(folder, "chat_template.jinja", TEMPLATE)
         both.append(Engine(folder, provider="cpu", threads=1))
     multi, plain = both
     chat = Chat(system="S")

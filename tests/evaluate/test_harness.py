@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import handmade
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -132,7 +133,7 @@ def test_chat_templates(pair: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     """Messages are the very texts of the harness's own model, and so is what is measured of them."""
     for folder in (pair.multi, pair.checkpoint):
         shutil.copytree(folder, tmp_path / folder.name)
-        (tmp_path / folder.name / "chat_template.jinja").write_text(TEMPLATE)
+        handmade.add_file(tmp_path / folder.name, "chat_template.jinja", TEMPLATE)
     ours = DynamoLM(str(tmp_path / pair.multi.name), threads=1, provider="cpu")
     theirs = HFLM(pretrained=str(tmp_path / pair.checkpoint.name), device="cpu", dtype="float32", batch_size=1)
     assert ours.chat_template(True) == theirs.chat_template(True) == TEMPLATE

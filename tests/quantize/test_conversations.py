@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import handmade
 
 from dynamo_graph.files import read_report
 from dynamo_quantize import conversations, quantize_bundle
 from dynamo_quantize.conversations import QUESTIONS, first_sentences, own_words
 from dynamo_runtime import Engine
-from dynamo_runtime.bundle import Bundle, list_files, load_bundle
+from dynamo_runtime.bundle import Bundle, load_bundle
 
 from .conftest import Exported
 
@@ -28,10 +29,7 @@ def talking(export: Callable[[str], Exported], tmp_path: Path, monkeypatch: pyte
     """A plain bundle with a chat template, few questions, and an empty cache."""
     folder = tmp_path / "bundle"
     shutil.copytree(export("plain").folder, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    bundle = load_bundle(folder)
-    made = Bundle(**{**vars(bundle), "files": list_files(folder)})
-    made.write_manifest()
+    handmade.add_file(folder, "chat_template.jinja", TEMPLATE)
     questions = tmp_path / "questions.txt"
     questions.write_text("\n".join(QUESTIONS.read_text().splitlines()[:FEW]))
     monkeypatch.setattr(conversations, "QUESTIONS", questions)
@@ -123,7 +121,7 @@ def test_a_text_that_is_named_comes_first(talking: Bundle, tmp_path: Path, text:
     made = load_bundle(graph)
     assert made.quantization is not None and made.quantization.calibration is not None
     assert made.quantization.calibration["text"] == read_report(made.folder)["gates"]["text"] == "code.py"
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "answers").exists()
 
 
 @pytest.mark.parametrize(

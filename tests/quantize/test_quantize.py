@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from support import handmade
 from support.naive import initializers, outputs
 
 from dynamo_graph.files import read_report
@@ -210,7 +211,7 @@ def _copy(source: Path, to: Path) -> Path:
 def _edited(source: Path, to: Path, **changes: Any) -> Path:
     _copy(source, to)
     manifest = json.loads((to / "dynamo_config.json").read_text())
-    (to / "dynamo_config.json").write_text(json.dumps(manifest | changes))
+    (to / "dynamo_config.json").write_text(json.dumps(manifest | {"sha256": None} | changes))
     return to
 
 
@@ -234,8 +235,13 @@ def _changed(source: Path, to: Path) -> Path:
 def _without_tokenizer(source: Path, to: Path) -> Path:
     (_copy(source, to) / "tokenizer.json").unlink()
     manifest = json.loads((to / "dynamo_config.json").read_text())
-    del manifest["files"]["tokenizer.json"]
+    del manifest["files"]["tokenizer.json"], manifest["sha256"]
     (to / "dynamo_config.json").write_text(json.dumps(manifest))
+    return to
+
+
+def _with_file(source: Path, to: Path, name: str, content: str) -> Path:
+    handmade.add_file(_copy(source, to), name, content)
     return to
 
 
@@ -252,6 +258,12 @@ BAD_SOURCES: list[tuple[str, Callable[[Path, Path], Path], str]] = [
     ("changed", _changed, "does not have the sha256 in the manifest"),
     ("other graph", lambda source, to: _copy(source, to) / "tokenizer.json", "is not the graph of the bundle"),
     ("no tokenizer", _without_tokenizer, "tokenizer.json is missing"),
+    (
+        "other interop",
+        lambda source, to: _with_file(source, to, "genai_config.json", '{"model": 7}'),
+        "genai_config.json does not say which graph it is about",
+    ),
+    ("report", lambda source, to: _with_file(source, to, "report.json", "[" * 200_000), "report.json is not readable"),
     ("layers", lambda source, to: _edited(source, to, kv_layers=2), "has attention layers [0, 1, 2] where 2 are"),
 ]
 
@@ -262,7 +274,7 @@ def test_bad_sources(
 ) -> None:
     """One line, and nothing is written."""
     source = make(export("cp").folder, tmp_path / "source")
-    with pytest.raises(QuantizeError) as found:
+    with pytest.raises(WriteError) as found:
         quantize_bundle(source, tmp_path / "out" / "m.onnx", "fp16", gate_text=text)
     assert complaint in str(found.value) and "\n" not in str(found.value)
     assert {path.name for path in tmp_path.iterdir()} <= {"source"}

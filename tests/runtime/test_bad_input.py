@@ -115,6 +115,14 @@ DAMAGES: dict[str, tuple[Callable, str]] = {
         ),
         "do not fit together",
     ),
+    "tokenizer not listed": (
+        lambda c: c.edit(files={"model.onnx": handmade.listed(c.folder)["model.onnx"]}),
+        "would be read, and dynamo_config.json does not list it",
+    ),
+    "graph not listed": (
+        lambda c: c.edit(files={"tokenizer.json": handmade.listed(c.folder)["tokenizer.json"]}),
+        "does not list its own graph",
+    ),
     "counts of single tokens only": (
         lambda c: replace_counts(c, totals=[9], counts_1=np.ones(320, int)),
         "at least pairs",
@@ -138,12 +146,14 @@ def test_damaged_bundles(copied, capsys, damage: str) -> None:
     assert_refused(capsys, [str(copied.folder), "x", "--max-new-tokens", "3"], message)
 
 
+@pytest.mark.parametrize("flags", [[], ["--verify"]])
 @pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "cooccurrence.npz"])
-def test_verify_finds_a_changed_byte(copied, capsys, name: str) -> None:
-    assert main([str(copied.folder), "x", "--verify", "--max-new-tokens", "1"]) == 0
+def test_a_changed_byte_is_found(copied, capsys, name: str, flags: list[str]) -> None:
+    """At the next load, whether asked to verify or not."""
+    assert main([str(copied.folder), "x", *flags, "--max-new-tokens", "1"]) == 0
     capsys.readouterr()
     flip_a_byte(copied.folder / name)
-    assert_refused(capsys, [str(copied.folder), "x", "--verify"], f"{name} does not have the sha256")
+    assert_refused(capsys, [str(copied.folder), "x", *flags], f"{name} does not have the sha256")
 
 
 @pytest.mark.parametrize(

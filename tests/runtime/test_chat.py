@@ -232,6 +232,27 @@ def test_templates_that_fail(source: str, message: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", "[" * 200_000, "nested too deeply"),
+        ("tokenizer_config.json", "[1]", "is not a JSON object"),
+        ("tokenizer_config.json", " " * (17 << 20), "has more than 16777216 bytes"),
+        ("tokenizer_config.json", json.dumps({"chat_template": "x" * (2 << 20)}), "template of 2097152 characters"),
+        ("tokenizer_config.json", json.dumps({"chat_template": [{"name": [], "template": 7}]}), "none called default"),
+        ("special_tokens_map.json", "[" * 200_000, "nested too deeply"),
+        ("chat_template.jinja", "x" * (2 << 20), "has more than 1048576 bytes"),
+    ],
+)
+def test_no_file_beside_is_believed(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / "chat_template.jinja").write_text("t")
+    if name == "tokenizer_config.json":
+        (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / name).write_text(content)
+    with pytest.raises(BundleError, match=message):
+        read_template(tmp_path, {})
+
+
 def test_where_a_template_lies(tmp_path: Path) -> None:
     def written(**files: Any) -> ChatTemplate:
         for name in ("chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support import handmade
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from dynamo_runtime import Candidates, Engine, Generation, ParameterError, PromptError
+from dynamo_runtime import BundleError, Candidates, Engine, Generation, ParameterError, PromptError
 from dynamo_runtime.control import ControlTokens
 from dynamo_runtime.drafting import Ask
 from dynamo_runtime.text import StopStrings
@@ -254,3 +254,10 @@ def test_tokens_that_end_a_text_are_control_tokens_too() -> None:
     assert end not in ControlTokens(tokenizer, [end]).encode_literally("a<end>")
     assert end in ControlTokens(tokenizer).encode_literally("a<end>")
     assert json.loads(tokenizer.to_str())["added_tokens"][-1]["special"] is False
+
+
+def test_control_tokens_of_a_length_that_none_have(tmp_path: Path) -> None:
+    """All that they begin and end with is looked for in messages, which is the square of their length."""
+    graph = handmade.write_bundle(tmp_path / "bundle", 1, tokenizer=handmade.train_tokenizer(["<" + "x" * 100_000]))
+    with pytest.raises(BundleError, match="special tokens of a length that no tokenizer's have"):
+        Engine(graph, threads=1).generate("def", max_new_tokens=2)

@@ -1,14 +1,17 @@
 """The manifest: one writer and one reader, and bundles of the version before."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import handmade
 
 from dynamo_runtime import DEFAULT_BUNDLE, Engine, load_bundle
 from dynamo_runtime.bundle import list_files
+from dynamo_runtime.errors import BundleError
 from dynamo_runtime.manifest import FileRecord, Manifest, PassBytes, Quantization, Source, read_manifest
 from dynamo_runtime.registry import TOPOLOGIES
 
@@ -43,7 +46,7 @@ def full(kind: str) -> Manifest:
             "int8", {"stem": ["int8, blocks of 32"]}, "int8", {"text": "ours", "tokens": 9}, False, True, {"onnx": "1"}
         ),
         source=Source("model", "GPTNeoXForCausalLM", "inside", {"torch": "2"}),
-        files={"m.onnx": FileRecord(9, "ab")},
+        files={"m.onnx": FileRecord(9, "ab" * 32)},
     )
 
 
@@ -95,3 +98,76 @@ def test_the_embedded_bundle_has_a_short_manifest() -> None:
     report = json.loads((DEFAULT_BUNDLE / "report.json").read_text())
     assert report["parity"]["passed"] and report["gates"]["passed"]
     assert "report.json" in load_bundle(DEFAULT_BUNDLE, verify=True).files
+
+
+DEEP = "[" * 200_000 + "]" * 200_000
+UNBELIEVABLE: dict[str, tuple[dict[str, Any], str]] = {
+    "context": ({"context_length": 10**9}, "field 'context_length' is 1000000000, more than"),
+    "layers": ({"kv_layers": 2**33}, "field 'kv_layers' is 8589934592, more than"),
+    "cache of one token": ({"kv_layers": 4096, "kv_heads": 4096}, "make 8192 MiB of keys and values for every token"),
+    "heads": ({"topology": {"kind": "parallel", "n_heads": 10**6}}, "field 'n_heads' is 1000000, more than"),
+    "vocabulary": ({"vocab_size": 10**400}, "field 'vocab_size' is 1000"),
+    "true as a number": ({"vocab_size": True}, "field 'vocab_size' is missing or not a int"),
+    "end tokens of words": ({"eos_token_ids": ["a"]}, "field 'eos_token_ids' is not a short list of whole numbers"),
+    "true as an end token": ({"eos_token_ids": [True]}, "field 'eos_token_ids' is not a short list of whole numbers"),
+    "end token below 0": ({"eos_token_ids": [-1]}, "field 'eos_token_ids' is -1, less than 0"),
+    "long name": ({"graph": "m" * 300}, "field 'graph' names a file with a name that is too long"),
+    "graph elsewhere": ({"graph": "/etc/passwd"}, "field 'graph' names a file outside its folder"),
+    "graph without a name": ({"graph": "."}, "field 'graph' names a file with a name that cannot be"),
+    "long name in the list": ({"files": {"m" * 300: {"bytes": 1}}}, "lists a file with a name that is too long"),
+    "half a character": ({"model_type": "\ud800"}, "field 'model_type' is not valid UTF-8"),
+    "long text": ({"model_type": "m" * 5000}, "field 'model_type' is too long"),
+    "sampling, a list": ({"sampling": []}, "field 'sampling' is missing or not a dict"),
+    "sampling of 400 digits": ({"sampling": {"temperature": 10**400}}, "field 'sampling': temperature must be"),
+    "sampling of another type": ({"sampling": {"top_k": "many"}}, "field 'sampling': top_k must be"),
+    "files, a list": ({"files": []}, "field 'files' is missing or not a dict"),
+    "size below 0": ({"files": {"m.onnx": {"bytes": -1}}}, "field 'bytes' is -1, less than 0"),
+    "size a truth": ({"files": {"m.onnx": {"bytes": True}}}, "field 'bytes' is missing or not a int"),
+    "a path for a sha256": (
+        {"files": {"m.onnx": {"bytes": 9, "sha256": "/../../../pwn"}}},
+        "field 'sha256' of m.onnx is not 64 hex digits",
+    ),
+    "sha256 a number": ({"files": {"m.onnx": {"bytes": 9, "sha256": 7}}}, "field 'sha256' is missing or not a str"),
+    "parts of numbers": ({"quantization": {"parts": {"stem": [1]}}}, "field 'stem' is not made of texts"),
+    "parts, a text": ({"quantization": {"parts": "int8"}}, "field 'parts' is missing or not a dict"),
+    "versions of numbers": ({"source": {"versions": {"torch": 2}}}, "field 'versions' is not made of texts"),
+    "calibration of numbers": ({"quantization": {"calibration": {"text": 1}}}, "field 'text' is missing"),
+    "bytes of a pass": ({"pass_bytes": {"plain": 10**400}}, "field 'plain' is 1000"),
+}
+
+
+@pytest.mark.parametrize("case", UNBELIEVABLE)
+def test_no_size_and_no_type_is_believed(tmp_path: Path, case: str) -> None:
+    """One short line that names file and field, at once, before anything is made of it."""
+    changes, message = UNBELIEVABLE[case]
+    path = tmp_path / "dynamo_config.json"
+    path.write_text(json.dumps(json.loads(full("parallel").to_json()) | changes))
+    started = time.perf_counter()
+    with pytest.raises(BundleError) as error:
+        read_manifest(path)
+    assert time.perf_counter() - started < 1
+    assert message in str(error.value) and str(path) in str(error.value)
+    assert len(str(error.value)) < len(str(path)) + 200
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (DEEP, "nested too deeply"),
+        ('{"vocab_size": ' + "9" * 10_000 + "}", "is not readable"),
+        (" " * (2 << 20), "has more than 1048576 bytes"),
+        (b"\xff\xfe", "is not readable"),
+    ],
+)
+def test_no_manifest_at_all(tmp_path: Path, content: str | bytes, message: str) -> None:
+    path = tmp_path / "dynamo_config.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(BundleError, match=message):
+        read_manifest(path)
+
+
+def test_what_is_unknown_or_null_is_left_alone(tmp_path: Path) -> None:
+    content = json.loads(full("plain").to_json()) | {"novelty": [{"a": 10**400}], "quantization": None}
+    path = tmp_path / "dynamo_config.json"
+    path.write_text(json.dumps(content))
+    assert read_manifest(path) == replace(full("plain"), quantization=None)

@@ -260,6 +260,7 @@ def test_the_command_asks_questions(
     (copied.folder / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
+    copied.relist()
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\ufeffone\ntwo\n", encoding="utf-8")
     decode, talk = load_bundle(copied.folder).tokenizer.decode, ["--chat", "--system", "s", "--no-keep", "--quick"]
@@ -314,7 +315,7 @@ def test_the_command_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["/nowhere"], "/nowhere does not exist"),
         (["--compare", "{old}"], "two profiles or more"),
         (["--compare", "{old}", "{old}"], "has schema version 0, this program reads 1"),
-        (["--compare", "{list}", "{list}"], "holds no JSON object"),
+        (["--compare", "{list}", "{list}"], "it is not a JSON object"),
         (["--compare", "{broken}", "{broken}"], "is not a profile"),
         (["--compare", "{half}", "{half}"], "is not a whole profile"),
         (["--compare", "/no.json", "/no.json"], "/no.json cannot be read"),

@@ -1,8 +1,10 @@
 """Session and KV cache: the same numbers however tokens are cut into passes and whatever was rolled back."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from support import handmade
 
@@ -12,6 +14,7 @@ from dynamo_runtime import (
     At,
     Backend,
     Bundle,
+    BundleError,
     Last,
     ParameterError,
     PromptError,
@@ -221,3 +224,52 @@ def test_cache_remembers_what_the_heads_have_not_seen() -> None:
     cache.advance([1], states[:1])
     cache.advance([2])
     assert cache.skipped_length == 0
+
+
+def test_a_long_context_costs_nothing_before_it_is_used(copied) -> None:
+    copied.edit(context_length=1 << 27)
+    tracemalloc.start()
+    try:
+        session = Session(load_bundle(copied.folder), threads=1)
+        session.step(TOKENS)
+        assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    finally:
+        tracemalloc.stop()
+    assert session.max_length == 1 << 27
+
+
+def test_rows_may_be_wanted_twice(multi: Path) -> None:
+    session = Session(load_bundle(multi), threads=1, growth=1)
+    assert len(session.step(TOKENS[:1], heads=At([0, 0, -1])).logits(2)) == 3
+
+
+@pytest.mark.parametrize("n_heads", [2, 4])
+def test_heads_are_counted_before_anything_is_decoded(copied, n_heads: int) -> None:
+    """The base's last layers would be taken for heads, and left out of passes without them: wrong text, unnoticed."""
+    copied.edit(topology={"kind": "parallel", "n_heads": n_heads})
+    with pytest.raises(BundleError, match=f"puts out 2 rows of further heads .* says {n_heads - 1}"):
+        Session(load_bundle(copied.folder), threads=1)
+
+
+def test_the_check_of_heads_leaves_no_trace(multi: Path) -> None:
+    session = Session(load_bundle(multi), threads=1)
+    assert (session.cache.length, session.passes, session.ort_seconds, session.step_seconds) == (0, 0, 0, 0)
+
+
+def test_an_axis_without_a_size(copied) -> None:
+    """What onnxruntime does not find out by itself has to be said."""
+    path = copied.folder / "model.onnx"
+    model = onnx.load(path)
+    (cache,) = [each for each in model.graph.input if each.name == "past_key_values.3.value"]
+    cache.type.tensor_type.shape.dim[1].dim_param = "heads"
+    onnx.save(model, path)
+    copied.relist()
+    with pytest.raises(BundleError, match=r"input past_key_values.3.value has no kv_heads of a fixed size"):
+        Session(load_bundle(copied.folder), threads=1)
+
+
+@pytest.mark.parametrize(("field", "size"), [("kv_heads", 5), ("head_size", 8)])
+def test_the_caches_of_the_graph_are_compared(copied, field: str, size: int) -> None:
+    copied.edit(**{field: size})
+    with pytest.raises(BundleError, match=f"{field} of .* where the manifest says {size}"):
+        Session(load_bundle(copied.folder), threads=1)

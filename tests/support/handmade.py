@@ -234,13 +234,26 @@ def random_counts(path: Path, vocab: int, orders: int, *, seed: int = 0, branchi
     np.savez(path, totals=np.array(totals), min_count=np.ones(orders, np.int64), **arrays)
 
 
-def write_manifest(folder: Path, **changes: Any) -> None:
-    """Write `dynamo_config.json` for the files that lie in `folder`."""
-    files = {
+def listed(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a manifest says of the files that lie in `folder`."""
+    return {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.iterdir())
         if path.name != "dynamo_config.json"
     }
+
+
+def add_file(folder: Path, name: str, content: str) -> None:
+    """Put a file into a bundle, and into its manifest if it has one."""
+    (folder / name).write_text(content, encoding="utf-8")
+    path = folder / "dynamo_config.json"
+    if path.is_file():
+        manifest = json.loads(path.read_text()) | {"files": listed(folder), "sha256": None}
+        path.write_text(json.dumps(manifest))
+
+
+def write_manifest(folder: Path, **changes: Any) -> None:
+    """Write `dynamo_config.json` for the files that lie in `folder`."""
     n_heads = changes.pop("n_heads", 1)
     manifest = {
         "format_version": 3,
@@ -254,7 +267,7 @@ def write_manifest(folder: Path, **changes: Any) -> None:
         "bos_token_id": None,
         "eos_token_ids": [0],
         "graph": "model.onnx",
-        "files": files,
+        "files": listed(folder),
     }
     (folder / "dynamo_config.json").write_text(json.dumps(manifest | changes))
 

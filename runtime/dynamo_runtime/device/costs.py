@@ -62,13 +62,14 @@ class Curve:
     @staticmethod
     def of(profile: Profile) -> Curve:
         """The medians of a profile."""
-        passes: dict[tuple[bool, int], list[tuple[float, float]]] = {}
-        for each in sorted(profile.passes, key=lambda each: each.rows):
-            passes.setdefault((each.heads, each.past), []).append((float(each.rows), each.time.p50))
-        for (_, past), points in list(passes.items()):  # a bundle without further heads
-            passes.setdefault((True, past), points)
-        resumes = sorted((float(each.skipped), each.extra) for each in profile.resume)
-        return Curve(passes, resumes, profile.drafting, profile.overhead)
+        found: dict[tuple[bool, int], dict[float, float]] = {}  # one time for every number of rows
+        for each in profile.passes:
+            found.setdefault((each.heads, each.past), {})[float(each.rows)] = each.time.p50
+        for (_, past), times in list(found.items()):  # a bundle without further heads
+            found.setdefault((True, past), times)
+        passes = {key: sorted(times.items()) for key, times in found.items()}
+        resumes = {float(each.skipped): each.extra for each in profile.resume if each.skipped > 0}
+        return Curve(passes, sorted(resumes.items()), profile.drafting, profile.overhead)
 
     def step(self, rows: int, with_heads: bool, past: int) -> float:
         """See `Costs`."""

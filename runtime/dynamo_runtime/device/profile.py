@@ -14,12 +14,14 @@ from typing import Any
 
 from ..bundle import Bundle
 from ..cache import cache_folder
-from ..errors import ProfileError
-from ..files import write_whole
+from ..errors import ProfileError, shown
+from ..files import file_name, read_object, write_whole
 from ..interval import Interval
 
 SCHEMA_VERSION = 1
 PROFILES = "DYNAMO_PROFILES"  # environment variable: the folder that profiles are kept in
+_MOST_BYTES = 16 << 20  # of a profile
+_MOST_NUMBER = 1e18  # in it, where bytes are counted
 
 
 @dataclass(frozen=True)
@@ -270,25 +272,35 @@ class Profile:
             ProfileError: There is none, or it is damaged or of another schema version.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_object(path, _MOST_BYTES)
         except OSError as error:
             raise ProfileError(f"{path} cannot be read: {error.strerror or error}") from error
         except ValueError as error:
             raise ProfileError(f"{path} is not a profile: {error}") from error
-        if not isinstance(content, dict):
-            raise ProfileError(f"{path} is not a profile: it holds no JSON object")
         version = content.get("schema_version")
         if version != SCHEMA_VERSION:
             raise ProfileError(
-                f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: run dynamo-profile again"
+                f"{path} has schema version {shown(version)}, this program reads {SCHEMA_VERSION}: "
+                "run dynamo-profile again"
             )
         try:
             profile: Profile = _read(Profile, content)
         except (TypeError, ValueError) as error:
             raise ProfileError(f"{path} is not a whole profile: {error}") from error
-        if not profile.passes or min(each.time.p50 for each in profile.passes) <= 0:
-            raise ProfileError(f"{path} is not a whole profile: it does not say what passes cost")
+        if wrong := profile._wrong():
+            raise ProfileError(f"{path} is not a whole profile: {wrong}")
         return profile
+
+    def _wrong(self) -> str:
+        """What planning cannot go by; empty if nothing is wrong."""
+        if not any(not each.heads for each in self.passes) or min(each.time.p50 for each in self.passes) <= 0:
+            return "it does not say what passes cost"
+        if min(min(each.rows - 1, each.past) for each in self.passes) < 0:
+            return "passes: rows or past is too small"
+        for each in self.acceptance:
+            if each.depth < 1 or not 0 <= each.confidence <= 1 or not 0 <= each.accepted <= each.seen:
+                return "acceptance: depth, confidence, seen or accepted is out of range"
+        return ""
 
     def save(self, path: Path) -> None:
         """Write the profile, or nothing.
@@ -299,30 +311,40 @@ class Profile:
         write_whole(path, self.to_json())
 
 
-def _read(kind: Any, value: Any) -> Any:
+def _read(kind: Any, value: Any, where: str = "it") -> Any:
     """A value of JSON as the type that a dataclass wants.
+
+    Args:
+        kind: The type.
+        value: Whatever stands there.
+        where: The field, for errors.
 
     Raises:
         TypeError: It is not of that type.
     """
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
-            raise TypeError(f"{kind.__name__} is not an object")  # type: ignore[union-attr]
+            raise TypeError(f"{where} is not an object")
         hints = typing.get_type_hints(kind)
-        return kind(**{name: _read(hints.get(name), content) for name, content in value.items()})  # type: ignore[operator]
+        return kind(**{name: _read(hints.get(name), content, shown(name)) for name, content in value.items()})  # type: ignore[operator]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is list:
         if not isinstance(value, list):
-            raise TypeError(f"{value!r} is not a list")
-        return [_read(arguments[0], item) for item in value]
+            raise TypeError(f"{where} is not a list")
+        return [_read(arguments[0], item, where) for item in value]
     if origin is dict:
-        return {name: _read(arguments[1], item) for name, item in dict(value).items()}
+        if not isinstance(value, dict):
+            raise TypeError(f"{where} is not an object")
+        return {name: _read(arguments[1], item, where) for name, item in value.items()}
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _read(arguments[0], value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return None if value is None else _read(arguments[0], value, where)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind in (int, float) and is_number and not abs(value) <= _MOST_NUMBER:
+        raise TypeError(f"{where} is {shown(value)}, which is not a number to go by")
+    if kind is float and is_number:
         return float(value)
-    if kind is None or not isinstance(value, kind):
-        raise TypeError(f"{value!r} is not what is expected there")
+    if kind is None or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{where} is {shown(value)}, which is not what is expected there")
     return value
 
 
@@ -340,5 +362,5 @@ def cached_path(device_key: str, bundle: Bundle, threads: int | None) -> Path:
         bundle: Told from others by its graph.
         threads: Within an operator; None is onnxruntime's choice.
     """
-    graph = bundle.graph_sha256[:16] or bundle.folder.name
+    graph = file_name(bundle.graph_sha256[:16] or bundle.folder.name)
     return profiles_folder() / f"{device_key}-{threads or 0}-{graph}.json"
