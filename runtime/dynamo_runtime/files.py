@@ -28,6 +28,7 @@ def write_whole(path: Path, content: str) -> None:
     try:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(content, encoding="utf-8")
+        _sync(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
