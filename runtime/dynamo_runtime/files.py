@@ -102,8 +102,12 @@ class WholeFolder:
         for work in sorted(parent.glob(f".*{WORK}")):
             if work != self._work:
                 _settle_dead(work)
-        self._lock = _take_lock(self._work)
-        if self._lock is None:
+        for _ in range(10):
+            self._lock = _take_lock(self._work)
+            if self._lock is not None:
+                break
+            time.sleep(0.05)  # one that only clears away or puts back is done by then
+        else:
             return False
         _settle(self._work)
         return True

@@ -197,29 +197,43 @@ def _forked(work: Callable[[], None]) -> bool:
     return os.WIFSIGNALED(status)
 
 
+def _at_once(replacing: dict[Path, list[Path]]) -> list[tuple[Path, int]]:
+    """Replaces folders by bundles, each in a process of its own; which ended how: 0 is done, 3 refused."""
+    children = []
+    for folder, bundle in [(folder, each) for folder, some in replacing.items() for each in some]:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                replace(folder, bundle)
+                status = 0
+            except WriteError as error:
+                status = 3 if "another process is writing" in str(error) else 1
+            finally:
+                os._exit(status)
+        children.append((bundle, child))
+    return [(bundle, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for bundle, child in children]
+
+
 @posix
 def test_two_writers_at_once_never_mix(way: str, bundles: dict[str, Path], tmp_path: Path) -> None:
     """Either one is told at once that there is another, or it comes after it."""
     folder = tmp_path / "bundle"
     shutil.copytree(bundles["old"], folder)
     for _ in range(int(os.environ.get("DYNAMO_TEST_ROUNDS", "20"))):
-        children = {}
-        for name in ("old", "new"):
-            child = os.fork()
-            if child == 0:
-                status = 1
-                try:
-                    replace(folder, bundles[name])
-                    status = 0
-                except WriteError as error:
-                    status = 3 if "another process is writing" in str(error) else 1
-                finally:
-                    os._exit(status)
-            children[name] = child
-        ended = {name: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for name, child in children.items()}
+        ended = dict(_at_once({folder: list(bundles.values())}))
         assert set(ended.values()) <= {0, 3} and 0 in ended.values()
-        assert ended[which(folder, bundles)] == 0
+        assert ended[bundles[which(folder, bundles)]] == 0
         assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@posix
+def test_writers_of_other_folders_do_not_disturb(way: str, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Although each looks for what dead ones left behind in that place."""
+    for _ in range(10):
+        ended = _at_once({tmp_path / str(i): [bundles["new"]] for i in range(4)})
+        assert [status for _, status in ended] == [0, 0, 0, 0]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3"]
 
 
 def test_a_second_writer_fails_at_once(bundles: dict[str, Path], tmp_path: Path) -> None:

@@ -150,7 +150,10 @@ def restore(
         rates = [(int(each["steps"]), [float(rate) for rate in each["rates"]]) for each in progress["schedules"]]
         if [len(each) for _, each in rates] != [len(optimizer.param_groups) for optimizer in optimizers]:
             raise ValueError("learning rates of other parameters")
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise TrainingError(f"{folder} is damaged ({error}): remove it to start over") from error
     with torch.no_grad():
         for name, tensor in ours.items():
@@ -161,9 +164,6 @@ def restore(
             {"state": state, "param_groups": [group | {"lr": rate} for group, rate in zip(groups, each, strict=True)]}
         )
         schedule.last_epoch, schedule._step_count, schedule._last_lr = steps, steps + 1, list(each)
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random:
-        torch.cuda.set_rng_state(random["cuda"])
 
 
 def random_state() -> dict[str, Tensor]:
