@@ -304,7 +304,7 @@ def _take_lock(work: Path) -> IO[bytes] | None:
     for _ in range(100):
         if work.is_symlink():  # which would have us remove what lies elsewhere
             raise OSError(errno.EEXIST, f"{work} is a symbolic link")
-        work.mkdir(exist_ok=True)
+        work.mkdir(parents=True, exist_ok=True)  # whoever made the folder above may just have removed it
         try:
             lock = (work / LOCK).open("a+b")
             if not _locked(lock):
