@@ -71,7 +71,8 @@ def _model_features(path: Path) -> Features:
         raise EvaluationError(
             "features of a model's folder need torch and transformers: pip install 'dynamo-edge[export]'"
         ) from None
-    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    model = AutoModel.from_pretrained(path, trust_remote_code=False).eval()
     most = getattr(model.config, "max_position_embeddings", None)
 
     def features(text: str) -> np.ndarray:

@@ -12,10 +12,10 @@ from typing import Any
 from dynamo_graph.branches import pass_bytes
 from dynamo_graph.files import write_report
 from dynamo_graph.read import read_model
-from dynamo_graph.staging import Target, discard
+from dynamo_graph.staging import Target
 from dynamo_graph.write import write_model
 from dynamo_model.sources import Checkpoint
-from dynamo_quantize import check_request, quantize_bundle
+from dynamo_quantize import check_request, quantize_into
 from dynamo_runtime.bundle import list_files, load_bundle
 from dynamo_runtime.errors import DynamoError
 
@@ -68,45 +68,55 @@ def export_bundle(
         WriteError: The checkpoint, the arguments or the target do not allow it, or the graph fails a gate; nothing is
             left behind.
     """
-    target = Target(Path(output), overwrite)
-    if quantize is not None:
-        check_request(quantize, **quantization)
-    checkpoint = find_source(model)
+    with Target(Path(output), overwrite) as target:
+        if quantize is not None:
+            check_request(quantize, **quantization)
+        checkpoint = find_source(model)
+        try:
+            staged = _stage(target, checkpoint, heads, drafter, context_length, external_data, parity_length)
+        except OSError as error:
+            raise ExportError(f"cannot write the bundle: {error.strerror or error}; nothing was written") from error
+        if quantize is not None:
+            return quantize_into(target, staged, quantize, external_data=external_data, **quantization)
+        target.move_in(staged)
+        log.info("the bundle is in %s", target.folder)
+    return target.folder / target.graph
+
+
+def _stage(
+    target: Target,
+    checkpoint: Checkpoint,
+    heads: int | None,
+    drafter: str | None,
+    context_length: int | None,
+    external_data: bool,
+    parity_length: int,
+) -> Path:
+    """Makes the bundle in a folder of its own and proves it; arguments as of `export_bundle`."""
     clock = _Clock()
     subject = _load(checkpoint, heads, drafter, context_length)
     topology = subject.exported.topology
     what = f"{type(subject.base).__name__}, {topology.kind}, {topology.n_tokens} token(s) a pass"
     clock.lap(f"loaded {checkpoint.label}: {what}")
     staged = target.stage()
-    try:
-        bundle = write_rest(checkpoint, staged, target.graph, subject)
-        cases, left_out = parity.reference(subject, parity_length)
-        clock.lap("ran the torch model")
-        graph, weights = build_graph(subject)
-        clock.lap(f"traced {len(graph.graph)} nodes")
-        files = write_model(graph, staged / target.graph, external_data)
-        clock.lap(f"wrote {sum(f.stat().st_size for f in files) / 1e6:.1f} MB of graph and weights")
-        weights.clear()
-        del graph, subject  # the session's weights come instead of torch's
-        gc.collect()
-        read = pass_bytes(read_model(staged / target.graph))
-        bundle = replace(bundle, pass_bytes=read, files=list_files(staged))
-        bundle.write_manifest()
-        rows = _gate(staged, cases, left_out)
-        clock.lap("passed the parity gate")
-        write_report(staged, parity=parity.as_json(rows, cases, left_out))
-        replace(bundle, files=list_files(staged)).write_manifest()
-        if quantize is not None:
-            return quantize_bundle(
-                staged, output, quantize, overwrite=overwrite, external_data=external_data, **quantization
-            )
-        target.move_in(staged)
-    except OSError as error:
-        raise ExportError(f"cannot write the bundle: {error.strerror or error}") from error
-    finally:
-        discard(staged)
-    clock.lap(f"the bundle is in {target.folder}")
-    return target.folder / target.graph
+    bundle = write_rest(checkpoint, staged, target.graph, subject)
+    cases, left_out = parity.reference(subject, parity_length)
+    clock.lap("ran the torch model")
+    graph, weights = build_graph(subject)
+    clock.lap(f"traced {len(graph.graph)} nodes")
+    files = write_model(graph, staged / target.graph, external_data)
+    clock.lap(f"wrote {sum(f.stat().st_size for f in files) / 1e6:.1f} MB of graph and weights")
+    weights.clear()
+    del graph, subject  # the session's weights come instead of torch's
+    gc.collect()
+    read = pass_bytes(read_model(staged / target.graph))
+    bundle = replace(bundle, pass_bytes=read, files=list_files(staged))
+    bundle.write_manifest()
+    rows = _gate(staged, cases, left_out)
+    clock.lap("passed the parity gate")
+    write_report(staged, parity=parity.as_json(rows, cases, left_out))
+    replace(bundle, files=list_files(staged)).write_manifest()
+    return staged
 
 
 class _Clock:

@@ -1,96 +1,112 @@
-"""Where a bundle goes: what may be replaced, and how finished files get there."""
+"""Where a bundle goes: what may be replaced, and how a finished folder gets there."""
 
 from __future__ import annotations
 
+import logging
 import os
-import shutil
-import tempfile
 from pathlib import Path
+from types import TracebackType
 
-from dynamo_runtime.manifest import MANIFEST, REPORT
+from dynamo_runtime.errors import OutputError
+from dynamo_runtime.files import WholeFolder
+from dynamo_runtime.manifest import MANIFEST
 
 from .errors import WriteError
 from .files import read_json
 
-TEXT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "genai_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    REPORT,
-)
-REPLACED = ".dynamo_config.replaced.json"  # the earlier manifest while its files are being replaced
+log = logging.getLogger("dynamo_graph")
 
 
 class Target:
-    """The folder a bundle will lie in, which may already hold other things.
+    """The folder that becomes a bundle, as a whole; `with` keeps other writers out while the bundle is made.
 
-    A folder holds at most one bundle, because a bundle *is* a folder. Files are replaced only with `overwrite`, and
-    only those that an earlier export wrote according to its manifest.
+    A folder holds at most one bundle, because a bundle *is* a folder, and nothing else: it is replaced as a whole, and
+    only with `overwrite`, and only where all that lies in it is what an earlier export wrote according to its manifest.
     """
 
     def __init__(self, graph: Path, overwrite: bool) -> None:
-        """Checks what can be checked before the work begins.
+        """Checks the names.
 
         Args:
             graph: The `.onnx` file asked for.
             overwrite: Whether an earlier export of the same name may be replaced.
 
         Raises:
-            WriteError: The name is not that of an ONNX file, or the folder is none or cannot be written to.
+            WriteError: The name is not that of an ONNX file, or the folder is none or cannot be replaced as a whole.
         """
         if graph.suffix != ".onnx":
             raise WriteError(f"the output must be an .onnx file in the bundle's folder, not {graph}")
         self.graph = graph.name
-        self.folder = graph.expanduser().absolute().parent
+        try:
+            self.folder = graph.expanduser().absolute().parent.resolve()
+        except (OSError, RuntimeError) as error:
+            raise WriteError(f"{graph.parent} is not a folder: {error}") from error
         self.overwrite = overwrite
+        self._place = WholeFolder(self.folder)
         existing = self.folder
         while not existing.exists():
             existing = existing.parent
         if not existing.is_dir():
             raise WriteError(f"{existing} is a file, not a folder")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise WriteError(f"cannot write to {existing}")
-        self.nearest = existing
-        self.check([self.graph, f"{self.graph}.data", "cooccurrence.npz", MANIFEST, *TEXT_FILES])
+        if os.path.ismount(self.folder):
+            raise WriteError(
+                f"{self.folder} is where a file system is mounted, and cannot be replaced as a whole: "
+                f"choose a folder in it, as {self.folder / 'bundle' / self.graph}"
+            )
+        beside = existing.parent if existing == self.folder else existing
+        if not os.access(beside, os.W_OK | os.X_OK):
+            raise WriteError(f"cannot write to {beside}, where the bundle is made before it moves to {self.folder}")
 
-    def earlier(self) -> tuple[str | None, set[str]]:
-        """Graph and files of the bundle that lies in the folder, going by its manifest."""
-        graph, files = None, set()
-        for name in (MANIFEST, REPLACED):
-            manifest = read_json(self.folder / name)
-            listed = manifest.get("files")
-            if manifest.get("format_version") and isinstance(listed, dict):
-                graph = str(manifest.get("graph", "model.onnx"))
-                files |= {file for file in listed if Path(file).name == file} | {name}
-        return graph, files
-
-    def check(self, names: list[str]) -> None:
-        """Refuses to touch what an earlier export of the same graph did not write.
-
-        Args:
-            names: Files that will be written, or that would be taken for part of the bundle.
+    def __enter__(self) -> Target:
+        """Keeps other writers out, and checks what can be checked before the work begins.
 
         Raises:
-            WriteError: One of them is in the way.
+            WriteError: There is another writer, or something is in the way.
         """
-        present = [name for name in names if (self.folder / name).exists()]
+        try:
+            self._place.__enter__()
+        except OutputError as error:
+            raise WriteError(str(error)) from error
+        try:
+            self.check()
+        except BaseException as error:
+            self._place.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Removes what was staged; an interrupt goes on with what is on disk by now as its message."""
+        self._place.__exit__(kind, error, trace)
+
+    def check(self) -> None:
+        """Refuses to replace what an earlier export of the same graph did not write.
+
+        Raises:
+            WriteError: Something is in the way.
+        """
+        present = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
         if not present:
             return
-        graph, own = self.earlier()
-        if graph is not None and graph != self.graph:
+        manifest = read_json(self.folder / MANIFEST)
+        listed = manifest.get("files")
+        if not manifest.get("format_version") or not isinstance(listed, dict):
+            raise WriteError(self._foreign(present[0]))
+        graph = str(manifest.get("graph", "model.onnx"))
+        if graph != self.graph:
             raise WriteError(f"{self.folder} already holds the bundle {graph}; a folder holds one: choose another")
-        if not self.overwrite:
-            raise WriteError(
-                f"{self.folder / present[0]} already exists"
-                + (": pass --overwrite to replace that export" if graph is not None else ": choose another folder")
-            )
-        foreign = [name for name in present if name not in own]
+        foreign = [name for name in present if name != MANIFEST and name not in listed]
         if foreign:
-            raise WriteError(f"{self.folder / foreign[0]} was not written by an earlier export: choose another folder")
+            raise WriteError(self._foreign(foreign[0]))
+        if not self.overwrite:
+            raise WriteError(f"{self.folder / graph} already exists: pass --overwrite to replace that export")
+
+    def _foreign(self, name: str) -> str:
+        return (
+            f"{self.folder / name} was not written by an earlier export, and a bundle takes its whole folder: "
+            "choose another folder"
+        )
 
     def stage(self) -> Path:
         """A new, empty folder on the same file system.
@@ -99,47 +115,29 @@ class Target:
             WriteError: It cannot be made.
         """
         try:
-            return Path(tempfile.mkdtemp(prefix=".dynamo-export-", dir=self.nearest))
-        except OSError as error:
-            raise WriteError(f"cannot write to {self.nearest}: {error.strerror}") from error
+            return self._place.new()
+        except OutputError as error:
+            raise WriteError(str(error)) from error
 
     def move_in(self, staged: Path) -> None:
-        """Moves a finished bundle into place, the manifest last.
+        """Puts a finished bundle into place, in one step: there is the earlier one or the new one, whole.
 
         Raises:
-            WriteError: Something is in the way by now, or a file cannot be moved; what was moved is taken back.
+            WriteError: Something is in the way by now, or the folder cannot be replaced; it says what is there.
         """
-        names = sorted(path.name for path in staged.iterdir())
-        self.check(names)
-        umask = os.umask(0)
-        os.umask(umask)
+        self.check()
+        here = _stands_in(self.folder)
         try:
-            if not self.folder.exists():
-                self.folder.parent.mkdir(parents=True, exist_ok=True)
-                staged.chmod(0o777 & ~umask)
-                os.rename(staged, self.folder)
-                return
-            self._move_files(staged, names)
-        except OSError as error:
-            raise WriteError(f"cannot move the bundle to {self.folder}: {error.strerror}") from error
-
-    def _move_files(self, staged: Path, names: list[str]) -> None:
-        _, own = self.earlier()
-        if (self.folder / MANIFEST).exists():  # from here on there is no valid bundle until the new manifest is in
-            os.replace(self.folder / MANIFEST, self.folder / REPLACED)
-        moved: list[str] = []
-        try:
-            for name in [*(n for n in names if n != MANIFEST), MANIFEST]:
-                os.replace(staged / name, self.folder / name)
-                moved.append(name)
-        except BaseException:
-            for name in set(moved) - own:  # what replaced an earlier file stays, as part of a bundle without manifest
-                (self.folder / name).unlink(missing_ok=True)
-            raise
-        for name in (own - set(names)) | {REPLACED}:
-            (self.folder / name).unlink(missing_ok=True)
+            self._place.put(staged)
+        except OutputError as error:
+            raise WriteError(str(error)) from error
+        if here:
+            os.chdir(self.folder)
+            log.warning("the current folder was replaced: `cd .` shows the new one")
 
 
-def discard(staged: Path) -> None:
-    """Removes a staging folder, if it is still there."""
-    shutil.rmtree(staged, ignore_errors=True)
+def _stands_in(folder: Path) -> bool:
+    try:
+        return Path.cwd() == folder
+    except FileNotFoundError:
+        return False

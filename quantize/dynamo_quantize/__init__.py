@@ -8,14 +8,14 @@ from .errors import QuantizeError
 from .schemes import SCHEMES, Options
 
 if TYPE_CHECKING:
-    from .quantize import check_request, quantize_bundle
+    from .quantize import check_request, quantize_bundle, quantize_into
 
-__all__ = ["SCHEMES", "Options", "QuantizeError", "WriteError", "check_request", "quantize_bundle"]
+__all__ = ["SCHEMES", "Options", "QuantizeError", "WriteError", "check_request", "quantize_bundle", "quantize_into"]
 
 
 def __getattr__(name: str) -> Any:
     """Imports onnx only when it is needed: Optimum reads the arguments of dynamo-export at every start."""
-    if name in ("check_request", "quantize_bundle"):
+    if name in ("check_request", "quantize_bundle", "quantize_into"):
         from . import quantize
 
         return getattr(quantize, name)

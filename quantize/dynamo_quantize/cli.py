@@ -159,8 +159,8 @@ def guarded(work: Callable[[], None], name: str, debug: bool = False) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         work()
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted, nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:  # its message is what was on disk when the target was left
+        print(f"{name}: interrupted, {interrupt or 'nothing was written'}", file=sys.stderr)
         return 130
     except Exception as error:
         if debug:

@@ -11,7 +11,7 @@ from pathlib import Path
 from dynamo_graph.branches import pass_bytes
 from dynamo_graph.files import read_json, read_report, version, write_json, write_report
 from dynamo_graph.read import read_model
-from dynamo_graph.staging import Target, discard
+from dynamo_graph.staging import Target
 from dynamo_runtime.bundle import Bundle, list_files, load_bundle
 from dynamo_runtime.corpus import read_documents
 from dynamo_runtime.errors import DynamoError
@@ -68,10 +68,39 @@ def quantize_bundle(
     Raises:
         WriteError: The bundle, the arguments or the target do not allow it, or a gate failed; nothing is left behind.
     """
-    wanted = resolve(scheme, options or Options())
+    resolve(scheme, options or Options())  # what means nothing is said first
     if Path(output).absolute().parent.resolve() == _folder(source):
         raise QuantizeError(f"{source} is the bundle that is to be quantized: choose another folder for the new one")
-    target = Target(Path(output), overwrite)
+    with Target(Path(output), overwrite) as target:
+        return quantize_into(
+            target,
+            source,
+            scheme,
+            options,
+            calibration=calibration,
+            gate_text=gate_text,
+            allow_degraded=allow_degraded,
+            external_data=external_data,
+        )
+
+
+def quantize_into(
+    target: Target,
+    source: str | Path,
+    scheme: str,
+    options: Options | None = None,
+    *,
+    calibration: str | Path | None = None,
+    gate_text: str | Path | None = None,
+    allow_degraded: bool = False,
+    external_data: bool = False,
+) -> Path:
+    """The same into a target that is entered already; arguments as of `quantize_bundle`.
+
+    Raises:
+        WriteError: As `quantize_bundle`.
+    """
+    wanted = resolve(scheme, options or Options())
     try:
         bundle = load_bundle(source, verify=True)
     except DynamoError as error:
@@ -80,8 +109,8 @@ def quantize_bundle(
         raise QuantizeError(
             f"{bundle.folder} is {bundle.precision} already: quantize the bundle in fp32 that it came from"
         )
-    staged = target.stage()
     try:
+        staged = target.stage()
         spoken = own_words(bundle) if calibration is None or gate_text is None else []
         # Before the work begins, as the text may not do. Calibration and gates get every other conversation each.
         samples = _samples(bundle, gate_text, spoken[1::2])
@@ -91,13 +120,11 @@ def quantize_bundle(
         small = write_bundle(bundle, wanted, staged, target.graph, calibration, external_data, spoken[::2])
         log.info("wrote it; running both bundles through the gates")
         lost = _pass_gates(bundle, small, wanted, samples, allow_degraded)
-        target.move_in(staged)
     except DynamoError as error:
         raise QuantizeError(str(error)) from error
     except OSError as error:
-        raise QuantizeError(f"cannot write the bundle: {error.strerror or error}") from error
-    finally:
-        discard(staged)
+        raise QuantizeError(f"cannot write the bundle: {error.strerror or error}; nothing was written") from error
+    target.move_in(staged)
     log.info("the %s bundle is in %s: %s", scheme, target.folder, lost)
     return target.folder / target.graph
 

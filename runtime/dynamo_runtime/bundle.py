@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import verified
 from .cache import bundles_folder
 from .errors import BundleError, shown
-from .files import CONFIG, SPECIAL_TOKENS, TEMPLATE, lies_in
+from .files import CONFIG, SPECIAL_TOKENS, TEMPLATE, lies_in, recover, recover_below
 from .manifest import MANIFEST, FileRecord, Manifest, read_manifest
 from .parameters import SamplingParameters, resolve_parameters
 from .wire import external_files
@@ -173,6 +173,9 @@ def load_bundle(path: str | Path, verify: bool = False) -> Bundle:
         BundleError: Something is missing, truncated, changed or not understood; the message names it.
     """
     path = _named(path) if _is_name(path) else Path(path)
+    if not os.path.exists(path):
+        recover(path)
+        recover(path.parent)
     if not os.path.exists(path):  # which says no to what is too long for a path
         raise BundleError(f"{path} does not exist")
     folder = path if path.is_dir() else path.parent
@@ -198,6 +201,7 @@ def _named(name: str | Path) -> Path:
     Raises:
         BundleError: There is none.
     """
+    recover_below(bundles_folder() / name)
     found = list(bundles_folder().glob(f"{name}/*/{MANIFEST}"))
     if not found:
         raise BundleError(

@@ -184,10 +184,8 @@ def test_dynamic_is_not_lossless(export: ExportOf, text: Path, tmp_path: Path) -
 
 @pytest.mark.usefixtures("without_gates")
 def test_overwrite_rules(export: ExportOf, text: Path, tmp_path: Path) -> None:
-    """Refuse first; then replace what was ours, remove what is stale, keep what is the user's."""
+    """Refuse first; then replace the whole folder, and only if all in it was ours."""
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "notes.txt").write_text("mine")
     source = export("cp").folder
     quantized: dict[str, Any] = {"gate_text": text}
     quantize_bundle(source, out / "m.onnx", "fp16", external_data=True, **quantized)
@@ -198,9 +196,14 @@ def test_overwrite_rules(export: ExportOf, text: Path, tmp_path: Path) -> None:
     with pytest.raises(WriteError, match=r"already holds the bundle m\.onnx"):
         quantize_bundle(source, out / "other.onnx", "fp16", overwrite=True, **quantized)
     assert contents(out) == before
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(WriteError, match=r"notes\.txt was not written by an earlier export"):
+        quantize_bundle(source, out / "m.onnx", "int8-dynamic", overwrite=True, **quantized)
+    (out / "notes.txt").unlink()
+    assert contents(out) == before
     quantize_bundle(source, out / "m.onnx", "int8-dynamic", overwrite=True, **quantized)
     assert load_bundle(out, verify=True).precision == "int8-dynamic"
-    assert "m.onnx.data" not in contents(out) and (out / "notes.txt").read_text() == "mine"
+    assert "m.onnx.data" not in contents(out) and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def _copy(source: Path, to: Path) -> Path:

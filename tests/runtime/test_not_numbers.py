@@ -58,9 +58,8 @@ def damage(folder: Path, name: str, change: Callable[[np.ndarray], None]) -> Non
 def test_every_strategy_says_so(copied, change: Callable, options: dict[str, Any]) -> None:
     damage(copied.folder, "output", change)
     copied.relist()
-    engine = Engine(copied.folder, threads=1)
     with pytest.raises(BundleError, match=r"in a pass over \d+ tokens behind 0, gave .*that are not finite numbers"):
-        engine.generate(PROMPT, seed=1, max_new_tokens=8, ignore_eos=True, **options)
+        Engine(copied.folder, threads=1).generate(PROMPT, seed=1, max_new_tokens=8, ignore_eos=True, **options)
 
 
 def test_so_does_a_text_that_went_well_at_first(copied, capsys: pytest.CaptureFixture[str]) -> None:

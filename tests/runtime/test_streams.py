@@ -126,7 +126,8 @@ def test_ctrl_c_during_the_imports(multi: Path, command: str, delay: float) -> N
     time.sleep(delay)
     started.send_signal(signal.SIGINT)
     _, err = started.communicate(timeout=60)
-    assert started.returncode == 130 and b"Traceback" not in err
+    # A shell calls both 130; the second is how Python itself ends where it has not come to our code yet.
+    assert started.returncode in (130, -signal.SIGINT) and b"Traceback" not in err
 
 
 def test_the_entry_imports_next_to_nothing() -> None:

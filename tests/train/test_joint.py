@@ -219,7 +219,7 @@ def test_an_interrupted_run_ends_bit_equal(whole_and_resumed: WholeAndResumed) -
 def test_a_checkpoint_of_other_settings_is_refused(recipe: Recipe, streams: TokenStreams, tmp_path: Path) -> None:
     recipe = replace(recipe, steps=1)
     loop.train(JointCLM(make(), 0.01), streams, recipe, tmp_path)
-    with pytest.raises(TrainingError, match="another recipe"):
+    with pytest.raises(TrainingError, match=r"another run: objective\.balance was 0\.01 and is 0\.02"):
         loop.train(JointCLM(make(), 0.02), streams, recipe, tmp_path)
 
 

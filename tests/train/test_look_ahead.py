@@ -169,6 +169,6 @@ def test_a_checkpoint_of_other_settings_is_refused(recipe: Recipe, streams: Toke
     recipe = replace(recipe, steps=1)
     loop.train(LookAheadCLM(make(CONFIGS["llama"]), anchors=4), streams, recipe, tmp_path)
     progress = json.loads((tmp_path / "checkpoint" / "progress.json").read_text())
-    assert progress["settings"] == {"n_look_ahead": 3, "anchors": 4}
-    with pytest.raises(TrainingError, match="another recipe"):
+    assert progress["fingerprint"]["objective"] == {"kind": "LookAheadCLM", "n_look_ahead": 3, "anchors": 4}
+    with pytest.raises(TrainingError, match=r"another run: objective\.anchors was 4"):
         loop.train(LookAheadCLM(make(CONFIGS["llama"]), anchors=5), streams, recipe, tmp_path)

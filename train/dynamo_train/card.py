@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from dynamo_model import MultiTokenModel, has_drafter
 from dynamo_runtime.corpus import STANDARD_LIBRARY
+from dynamo_runtime.files import write_whole
 
 from .corpus import PACKAGE, held_out_documents
 from .parallel import ModifiedCLM
@@ -84,8 +85,8 @@ def greedy_agreement(model: MultiTokenModel, prompts: torch.Tensor, new_tokens: 
 def write_card(checkpoint: Path, source: str, held_out_percent: float) -> None:
     """Measure a checkpoint and write its card and ``figures.json`` into its folder."""
     figures = measure(checkpoint, source, held_out_percent)
-    (checkpoint / FIGURES_FILE).write_text(json.dumps(figures, indent=2) + "\n")
-    (checkpoint / CARD_FILE).write_text(card_text(checkpoint, figures))
+    write_whole(checkpoint / FIGURES_FILE, json.dumps(figures, indent=2) + "\n")
+    write_whole(checkpoint / CARD_FILE, card_text(checkpoint, figures))
 
 
 def card_text(checkpoint: Path, figures: dict[str, float]) -> str:

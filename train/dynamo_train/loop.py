@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
-from dataclasses import asdict, dataclass
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from tqdm import tqdm
 
+from dynamo_runtime.files import WholeFolder, write_whole
+
+from . import state
 from .errors import TrainingError
 from .objective import Objective
 from .optimizers import cosine_schedule, make_optimizers
 from .tokens import TokenStreams, batch, validation_batches
 
 logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -86,14 +94,16 @@ def train(
         objective: holds the model, which is trained in place.
         streams: training and held-out tokens.
         recipe: what to do.
-        folder: checkpoints and ``metrics.jsonl``; a checkpoint of another recipe or other settings is refused.
+        folder: checkpoints and ``metrics.jsonl``; a checkpoint of a run that differs in anything that decides its
+            result is refused.
         checkpoint_every: steps between checkpoints; an interrupt (Ctrl-C) writes one as well.
 
     Returns:
         The steps that were run and the held-out perplexities at the end.
 
     Raises:
-        TrainingError: ``folder`` holds another run's checkpoint, or the loss is no longer finite.
+        TrainingError: ``folder`` holds another run's checkpoint or a damaged one, or the loss is no longer finite.
+        OutputError: another process trains in ``folder``, or it cannot be written.
     """
     set_seed(recipe.seed)
     accelerator = Accelerator(mixed_precision=recipe.precision)
@@ -102,65 +112,166 @@ def train(
             f"{recipe.sequences} sequences a batch do not divide into micro-batches of {recipe.micro_batch} "
             f"on {accelerator.num_processes} process(es)"
         )
-    optimizers = make_optimizers(
-        objective,
-        kind=recipe.optimizer,
-        base_lr=recipe.base_lr,
-        heads_lr=recipe.heads_lr,
-        weight_decay=recipe.weight_decay,
-    )
-    prepared, *optimizers = accelerator.prepare(objective.train(), *optimizers)
-    schedules = [cosine_schedule(optimizer.optimizer, recipe.steps, recipe.warmup) for optimizer in optimizers]
-    accelerator.register_for_checkpointing(*schedules)
+    with _Run(accelerator, objective, streams, recipe, folder) as run:
+        bar = tqdm(
+            total=recipe.steps,
+            initial=run.step,
+            desc="training",
+            unit="step",
+            disable=not accelerator.is_main_process,
+        )
+        try:
+            while run.step < recipe.steps and not (recipe.early_stop and _stalled(run.validations)):
+                losses = run.backward()
+                with _undisturbed():
+                    run.update(losses, bar)
+                if run.step % checkpoint_every == 0 and run.step < recipe.steps:
+                    run.save()
+        except KeyboardInterrupt:
+            run.save()
+            raise
+        finally:
+            bar.close()
+        run.save()
+        return Outcome(run.step, _validate(objective, streams, recipe))
 
-    settings = {"settings": objective.settings} if objective.settings else {}
-    identity = json.loads(json.dumps({"recipe": asdict(recipe), "corpus": streams.record.sha256} | settings))
-    step, validations = _resume(accelerator, folder, identity)
-    bar = tqdm(
-        total=recipe.steps,
-        initial=step,
-        desc="training",
-        unit="step",
-        disable=not accelerator.is_main_process,
-    )
+
+class _Run:
+    """A run between two steps: all that its next step depends on.
+
+    Attributes:
+        step: steps done.
+        validations: what early stopping goes by, so far.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, objective: Objective, streams: TokenStreams, recipe: Recipe, folder: Path
+    ) -> None:
+        self.step, self.validations = 0, list[float]()
+        self._accelerator, self._streams, self._recipe, self._folder = accelerator, streams, recipe, folder
+        self._objective = objective
+        self._fingerprint = state.fingerprint(objective, streams, recipe, accelerator.num_processes)
+        optimizers = make_optimizers(
+            objective,
+            kind=recipe.optimizer,
+            base_lr=recipe.base_lr,
+            heads_lr=recipe.heads_lr,
+            weight_decay=recipe.weight_decay,
+        )
+        self._prepared, *self._optimizers = accelerator.prepare(objective.train(), *optimizers)
+        self._plain = [optimizer.optimizer for optimizer in self._optimizers]
+        self._schedules = [cosine_schedule(optimizer, recipe.steps, recipe.warmup) for optimizer in self._plain]
+        self._place = WholeFolder(folder / "checkpoint")
+        self._held = ExitStack()
+
+    def __enter__(self) -> _Run:
+        """Go on from the last checkpoint, if there is one, and keep other runs out of the folder.
+
+        Raises:
+            TrainingError: the checkpoint is damaged, or another run's.
+            OutputError: another process trains in there.
+        """
+        with ExitStack() as held:
+            if self._accelerator.is_main_process:
+                held.enter_context(self._place)
+            self._accelerator.wait_for_everyone()
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._resume()
+            self._random = state.random_state()
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Let go of the folder."""
+        self._held.__exit__(*error)
+
+    def _resume(self) -> None:
+        progress = state.read_progress(self._place.folder)
+        if progress is not None:
+            found = state.differences(progress["fingerprint"], self._fingerprint)
+            if found:
+                more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+                raise TrainingError(
+                    f"{self._folder} holds another run: {'; '.join(found[:3])}{more}: "
+                    "remove it, name another --work, or go back to what it was"
+                )
+            rank = self._accelerator.process_index
+            state.restore(self._place.folder, self._objective, self._plain, self._schedules, rank)
+            self.step, self.validations = progress["step"], progress["validations"]
+            logger.info("resuming at step %d", self.step)
+        if self._accelerator.is_main_process:
+            _cut(self._folder / METRICS, self.step)
+
+    def backward(self) -> torch.Tensor:
+        """The gradients of the next step; returns the mean of every loss."""
+        return _backward(self._accelerator, self._prepared, self._streams, self._recipe, self.step)
+
+    def update(self, losses: torch.Tensor, bar: tqdm) -> None:
+        """Apply the gradients, and note down how the step went.
+
+        Raises:
+            TrainingError: the loss is no longer finite.
+        """
+        if not torch.isfinite(losses).all():
+            raise TrainingError(f"the loss is no longer finite at step {self.step}: lower the learning rate")
+        for optimizer, schedule in zip(self._optimizers, self._schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        self.step += 1
+        bar.update()
+        bar.set_postfix_str(" ".join(f"{loss:.3f}" for loss in losses.tolist()))
+        metrics: dict[str, Any] = {"step": self.step, "loss": losses.tolist()}
+        every = self._recipe.validate_every
+        if every and self.step % every == 0 and self.step < self._recipe.steps:
+            figures = _validate(self._objective, self._streams, self._recipe)
+            self.validations.append(list(figures.values())[-1])
+            bar.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+            metrics |= figures
+        if self._accelerator.is_main_process:
+            with (self._folder / METRICS).open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+        self._random = state.random_state()
+
+    def save(self) -> None:
+        """Put a checkpoint in the place of the last one."""
+        random = gather_object([self._random])
+        if self._accelerator.is_main_process:
+            progress = {"fingerprint": self._fingerprint, "step": self.step, "validations": self.validations}
+            new = self._place.new()
+            state.save(new, self._objective, self._plain, self._schedules, random, progress)
+            self._place.put(new)
+        self._accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C waits for the end: half an optimizer step is nothing to go on from."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     try:
-        while step < recipe.steps and not (recipe.early_stop and _stalled(validations)):
-            losses = _train_step(accelerator, prepared, optimizers, schedules, streams, recipe, step)
-            if not torch.isfinite(losses).all():
-                raise TrainingError(f"the loss is no longer finite at step {step}: lower the learning rate")
-            step += 1
-            bar.update()
-            bar.set_postfix_str(" ".join(f"{loss:.3f}" for loss in losses.tolist()))
-            metrics: dict[str, Any] = {"step": step, "loss": losses.tolist()}
-            if recipe.validate_every and step % recipe.validate_every == 0 and step < recipe.steps:
-                figures = _validate(objective, streams, recipe)
-                validations.append(list(figures.values())[-1])
-                bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-                metrics |= figures
-            if accelerator.is_main_process:
-                with (folder / "metrics.jsonl").open("a") as file:
-                    file.write(json.dumps(metrics) + "\n")
-            if step % checkpoint_every == 0 and step < recipe.steps:
-                _save(accelerator, folder, identity, step, validations)
-    except KeyboardInterrupt:
-        _save(accelerator, folder, identity, step, validations)
-        raise
+        yield
     finally:
-        bar.close()
-    _save(accelerator, folder, identity, step, validations)
-    return Outcome(step, _validate(objective, streams, recipe))
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
-def _train_step(
-    accelerator: Accelerator,
-    objective: torch.nn.Module,
-    optimizers: list[Any],
-    schedules: list[Any],
-    streams: TokenStreams,
-    recipe: Recipe,
-    step: int,
+def _cut(metrics: Path, step: int) -> None:
+    """Drop the lines of steps that were done after the last checkpoint, and will be done again."""
+    if metrics.is_file():
+        lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+        write_whole(metrics, "".join(kept))
+
+
+def _backward(
+    accelerator: Accelerator, objective: torch.nn.Module, streams: TokenStreams, recipe: Recipe, step: int
 ) -> torch.Tensor:
-    """One optimizer step over this process' share of the batch; returns the mean of every loss."""
+    """The gradients of this process' share of a batch; returns the mean of every loss."""
     plain: Objective = accelerator.unwrap_model(objective)
     tokens = batch(
         streams.train,
@@ -181,10 +292,6 @@ def _train_step(
         total += losses.detach() / len(micro_batches)
     if recipe.clip:
         accelerator.clip_grad_norm_([p for p in objective.parameters() if p.requires_grad], recipe.clip)
-    for optimizer, schedule in zip(optimizers, schedules, strict=True):
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
     return accelerator.reduce(total, "mean")
 
 
@@ -196,31 +303,3 @@ def _validate(objective: Objective, streams: TokenStreams, recipe: Recipe) -> di
 
 def _stalled(validations: list[float]) -> bool:
     return len(validations) > 1 and validations[-1] >= validations[-2]
-
-
-def _save(
-    accelerator: Accelerator, folder: Path, identity: dict[str, Any], step: int, validations: list[float]
-) -> None:
-    """Write a checkpoint beside the last one, then put it in its place."""
-    new, current = folder / "checkpoint.new", folder / "checkpoint"
-    accelerator.save_state(str(new), safe_serialization=True)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (new / "progress.json").write_text(json.dumps(identity | {"step": step, "validations": validations}))
-        shutil.rmtree(current, ignore_errors=True)
-        new.rename(current)
-    accelerator.wait_for_everyone()
-
-
-def _resume(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) -> tuple[int, list[float]]:
-    folder.mkdir(parents=True, exist_ok=True)
-    progress_path = folder / "checkpoint" / "progress.json"
-    if not progress_path.is_file():
-        return 0, []
-    progress = json.loads(progress_path.read_text())
-    step, validations = progress.pop("step"), progress.pop("validations")
-    if progress != identity:
-        raise TrainingError(f"{folder} holds a run with another recipe or corpus: remove it or name another folder")
-    accelerator.load_state(str(progress_path.parent))
-    logger.info("resuming at step %d", step)
-    return step, validations

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import platform
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from accelerate import PartialState
 from tokenizers import Tokenizer
@@ -23,6 +24,8 @@ from dynamo_model.checkpoint import load_base, load_tokenizer, stored_dtype
 from dynamo_model.preflight import preflight
 from dynamo_model.sources import Checkpoint, find_checkpoint
 from dynamo_runtime.corpus import is_held_out
+from dynamo_runtime.files import WholeFolder, write_whole
+from dynamo_runtime.version import __version__
 
 from . import cooccurrence
 from .corpus import read_corpus
@@ -30,7 +33,7 @@ from .drafter import NewDrafter
 from .errors import TrainingError
 from .loop import Outcome, Recipe, train
 from .objective import NextTokenCLM, Objective
-from .tokens import END_OF_TEXT, TokenStreams, tokenize_corpus, train_tokenizer
+from .tokens import END_OF_TEXT, TokenStreams, sha256_of, tokenize_corpus, train_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -79,14 +82,8 @@ def train_base(job: Job, shape: BaseShape, recipe: Recipe) -> None:
         TrainingError: something about the text, the recipe or the folders; see :func:`dynamo_train.loop.train`.
     """
     _refuse_existing(job.out)
-    tokenizer_path = job.work / "tokenizer.json"
     with PartialState().main_process_first():
-        if not tokenizer_path.is_file():
-            logger.info("training a tokenizer of %d tokens", shape.vocab_size)
-            job.work.mkdir(parents=True, exist_ok=True)
-            documents = (d for d in read_corpus(job.source) if not is_held_out(d, job.held_out_percent))
-            train_tokenizer(documents, shape.vocab_size).save(str(tokenizer_path))
-        tokenizer = Tokenizer.from_file(str(tokenizer_path))
+        tokenizer = _own_tokenizer(job, shape.vocab_size)
         end_id = tokenizer.token_to_id(END_OF_TEXT)
         assert end_id is not None  # the tokenizer was trained with it
         streams = tokenize_corpus(job.source, tokenizer, end_id, job.held_out_percent, job.work / "tokens")
@@ -103,11 +100,11 @@ def train_base(job: Job, shape: BaseShape, recipe: Recipe) -> None:
         bos_token_id=end_id,
         eos_token_id=end_id,
     )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     objective = NextTokenCLM(model)
     outcome = train(objective, streams, recipe, job.work / "run")
     if PartialState().is_main_process:
-        with _new_folder(job.out, job.work) as folder:
+        with _new_folder(job.out) as folder:
             model.save_pretrained(folder)
             PreTrainedTokenizerFast(
                 tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
@@ -143,7 +140,7 @@ def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe) -> N
     streams, tokenizer = _streams_of(checkpoint, job)
     outcome = train(objective, streams, recipe, job.work / "run")
     if PartialState().is_main_process:
-        with _new_folder(job.out, job.work) as folder:
+        with _new_folder(job.out) as folder:
             if recipe.freeze_base:
                 for file in (*(each.file for each in DRAFTERS.values()), cooccurrence.FILE):
                     if beside := checkpoint.file(file):
@@ -186,7 +183,7 @@ def add_counts(job: Job, min_counts: list[int]) -> None:
 def convert(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
     """Copy a checkpoint, its base and all drafters beside it, with the weights stored in another precision."""
     _refuse_existing(out)
-    with _new_folder(out, out.parent) as folder:
+    with _new_folder(out) as folder:
         load_base(checkpoint, dtype).save_pretrained(folder)
         for drafter in map(DRAFTERS.__getitem__, drafters_of(checkpoint)):
             tensors, shape = drafter.read(checkpoint)
@@ -217,18 +214,25 @@ def _refuse_existing(out: Path) -> None:
         raise TrainingError(f"{out} exists and is not empty: name a new folder")
 
 
+def _own_tokenizer(job: Job, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a base from scratch: what an earlier run trained on the same text, or a new one."""
+    made_of = f"{sha256_of(job.source)} {job.held_out_percent} {vocab_size} {tokenizers.__version__} {__version__}"
+    path = job.work / f"tokenizer-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.json"
+    if not path.is_file():
+        logger.info("training a tokenizer of %d tokens", vocab_size)
+        documents = (d for d in read_corpus(job.source) if not is_held_out(d, job.held_out_percent))
+        write_whole(path, train_tokenizer(documents, vocab_size).to_str())
+    return Tokenizer.from_file(str(path))
+
+
 @contextmanager
-def _new_folder(out: Path, beside: Path) -> Iterator[Path]:
+def _new_folder(out: Path) -> Iterator[Path]:
     """A folder to write into that becomes ``out`` once everything in it is written."""
-    beside.mkdir(parents=True, exist_ok=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".new-") as temporary:
-        folder = Path(temporary) / out.name
-        folder.mkdir()
+    with WholeFolder(out) as place:
+        folder = place.new()
         yield folder
-        if out.exists():
-            out.rmdir()
-        shutil.move(folder, out)
+        _refuse_existing(out)
+        place.put(folder)
 
 
 def _stage(streams: TokenStreams, recipe: Recipe, objective: Objective, outcome: Outcome) -> dict[str, Any]:

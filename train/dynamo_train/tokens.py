@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,11 +14,14 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dynamo_runtime.corpus import Document, is_held_out
+from dynamo_runtime.files import WholeFolder
+from dynamo_runtime.version import __version__
 
 from .corpus import read_corpus
 from .errors import TrainingError
 
 END_OF_TEXT = "<|endoftext|>"
+RECORD = "tokens.json"
 
 
 def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
@@ -52,48 +55,92 @@ class CorpusRecord:
 
 @dataclass(frozen=True)
 class TokenStreams:
-    """Training and held-out tokens of a corpus, memory-mapped; documents end with the end-of-text token."""
+    """Training and held-out tokens of a corpus, memory-mapped; documents end with the end-of-text token.
+
+    Attributes:
+        train: token ids [tokens].
+        held_out: token ids [tokens].
+        record: what they were made from.
+        tokenizer: sha256 of what made them.
+    """
 
     train: NDArray[np.unsignedinteger]
     held_out: NDArray[np.unsignedinteger]
     record: CorpusRecord
+    tokenizer: str = ""
+
+
+def sha256_of(source: str) -> str:
+    """Of a corpus' content, wherever it lies."""
+    digest = hashlib.sha256()
+    for document in read_corpus(source):
+        digest.update(_bytes(document))
+    return digest.hexdigest()
 
 
 def tokenize_corpus(source: str, tokenizer: Tokenizer, end_id: int, percent: float, folder: Path) -> TokenStreams:
-    """Tokenise a corpus into ``folder``, or map what an earlier run left there for the same tokenizer.
+    """Tokenise a corpus into ``folder``, or map what an earlier run made there of the same text in the same way.
 
     Args:
         source: see :func:`dynamo_train.corpus.read_corpus`.
         tokenizer: the model's tokenizer; special tokens that it would add are left out.
         end_id: id put behind every document.
         percent: share of the groups that is held out.
-        folder: where the two token files and their record lie.
+        folder: where the two token files and their record lie; it is replaced as a whole.
+
+    Raises:
+        TrainingError: there is no such text or too little of it, or it changed while it was read.
+        OutputError: the folder cannot be written, or another process writes it.
     """
-    stamp = hashlib.sha256(tokenizer.to_str().encode() + f"{source} {end_id} {percent}".encode()).hexdigest()
-    record_path = folder / "tokens.json"
+    content = sha256_of(source)
+    how = hashlib.sha256(f"{end_id} {tokenizer.to_str()}".encode()).hexdigest()
+    stamp = hashlib.sha256(f"{content} {how} {percent} {__version__}".encode()).hexdigest()
     dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
-    paths = {held: folder / f"tokens-{'held-out' if held else 'train'}.bin" for held in (False, True)}
-    if not record_path.is_file() or json.loads(record_path.read_text())["stamp"] != stamp:
-        folder.mkdir(parents=True, exist_ok=True)
-        record = _tokenize(source, tokenizer, end_id, percent, dtype, paths)
-        record_path.write_text(json.dumps({"stamp": stamp, "record": asdict(record)}, indent=1))
-    record = CorpusRecord(**json.loads(record_path.read_text())["record"])
+    if _record(folder, stamp, dtype) is None:
+        with WholeFolder(folder) as place:
+            new = place.new()
+            made = _tokenize(source, tokenizer, end_id, percent, dtype, new)
+            if made.sha256 != content:
+                raise TrainingError(f"'{source}' changed while it was read: start again")
+            (new / RECORD).write_text(json.dumps({"stamp": stamp, "record": asdict(made)}, indent=1))
+            place.put(new)
+    record = _record(folder, stamp, dtype)
+    if record is None:
+        raise TrainingError(f"{folder} does not hold what was just written there: is another process at work in it?")
     if not record.train_tokens or not record.held_out_tokens:
         raise TrainingError(
             f"'{source}' leaves {record.train_tokens} training and {record.held_out_tokens} held-out tokens: "
             "more files, or another --held-out-percent, are needed"
         )
-    return TokenStreams(
-        np.memmap(paths[False], dtype=dtype, mode="r"), np.memmap(paths[True], dtype=dtype, mode="r"), record
-    )
+    train, held_out = (np.memmap(path, dtype=dtype, mode="r") for path in _paths(folder).values())
+    return TokenStreams(train, held_out, replace(record, source=source), how)
+
+
+def _paths(folder: Path) -> dict[bool, Path]:
+    return {held: folder / f"tokens-{'held-out' if held else 'train'}.bin" for held in (False, True)}
+
+
+def _record(folder: Path, stamp: str, dtype: np.dtype) -> CorpusRecord | None:
+    """Of the tokens in a folder; None if they are others, or not whole."""
+    try:
+        found = json.loads((folder / RECORD).read_text())
+        record = CorpusRecord(**found["record"])
+        sizes = [path.stat().st_size // dtype.itemsize for path in _paths(folder).values()]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record if found["stamp"] == stamp and sizes == [record.train_tokens, record.held_out_tokens] else None
+
+
+def _bytes(document: Document) -> bytes:
+    return f"{document.name}\0{document.text}\0".encode()
 
 
 def _tokenize(
-    source: str, tokenizer: Tokenizer, end_id: int, percent: float, dtype: np.dtype, paths: dict[bool, Path]
+    source: str, tokenizer: Tokenizer, end_id: int, percent: float, dtype: np.dtype, folder: Path
 ) -> CorpusRecord:
     digest = hashlib.sha256()
     documents, tokens, characters = {False: 0, True: 0}, {False: 0, True: 0}, 0
-    files = {held: path.open("wb") for held, path in paths.items()}
+    files = {held: path.open("wb") for held, path in _paths(folder).items()}
     try:
         for document in read_corpus(source):
             held = is_held_out(document, percent)
@@ -102,7 +149,7 @@ def _tokenize(
             documents[held] += 1
             tokens[held] += len(ids)
             characters += len(document.text)
-            digest.update(f"{document.name}\0{document.text}\0".encode())
+            digest.update(_bytes(document))
     finally:
         for file in files.values():
             file.close()

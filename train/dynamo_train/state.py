@@ -1,0 +1,232 @@
+"""What a run goes on from: weights, optimizers and random numbers as safetensors, the rest as JSON; no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dynamo_runtime.version import __version__
+
+from .errors import TrainingError
+from .objective import Objective
+from .tokens import TokenStreams
+
+PROGRESS, MODEL, OPTIMIZER, RANDOM = "progress.json", "model.safetensors", "optimizer.safetensors", "random.safetensors"
+_OF_A_PATH = ("_name_or_path", "transformers_version")  # in configurations; says nothing of the result
+
+
+def fingerprint(objective: Objective, streams: TokenStreams, recipe: Any, processes: int) -> dict[str, Any]:
+    """Everything that decides the result of a run, to be taken before its first step.
+
+    Args:
+        objective: the model as it starts, base and what is new, and what it is trained by.
+        streams: the tokens.
+        recipe: of the training.
+        processes: over how many a batch is divided.
+    """
+    config = getattr(objective.model, "config", None)
+    shape = config.to_dict() if config is not None else {}
+    corpus = asdict(streams.record)
+    del corpus["source"]  # where the text lies does not matter
+    whole = {
+        "recipe": asdict(recipe),
+        "objective": {"kind": type(objective).__name__} | objective.settings,
+        "model": {name: value for name, value in shape.items() if name not in _OF_A_PATH},
+        "weights": _sha256(_tensors(objective)),
+        "corpus": corpus,
+        "tokenizer": streams.tokenizer,
+        "processes": processes,
+        "versions": {"dynamo-edge": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    return json.loads(json.dumps(whole, default=str))
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What two fingerprints do not agree on, each in words."""
+    found = []
+    for name in sorted({*there, *here}):
+        before, now = there.get(name), here.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += differences(before, now, f"{prefix}{name}.")
+        elif before != now:
+            found.append(f"{prefix}{name} was {_short(before)} and is {_short(now)}")
+    return found
+
+
+def save(
+    folder: Path,
+    objective: Objective,
+    optimizers: Sequence[Optimizer],
+    schedules: Sequence[LRScheduler],
+    random: Sequence[Mapping[str, Tensor]],
+    progress: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint into an empty folder.
+
+    Args:
+        folder: where to.
+        objective: whose weights.
+        optimizers: their states, with ``schedules``, one for each.
+        schedules: of the learning rates.
+        random: from `random_state`, of every process.
+        progress: what else there is to say, as JSON.
+    """
+    save_file({name: tensor.detach().contiguous() for name, tensor in _tensors(objective).items()}, folder / MODEL)
+    states = {
+        f"{i}.{number}.{name}": tensor.contiguous()
+        for i, optimizer in enumerate(optimizers)
+        for number, state in optimizer.state_dict()["state"].items()
+        for name, tensor in state.items()
+    }
+    save_file(states, folder / OPTIMIZER)
+    save_file(
+        {f"{rank}.{name}": state for rank, each in enumerate(random) for name, state in each.items()}, folder / RANDOM
+    )
+    rates = [{"steps": schedule.last_epoch, "rates": schedule.get_last_lr()} for schedule in schedules]
+    (folder / PROGRESS).write_text(json.dumps({**progress, "schedules": rates, "states": len(states)}))
+
+
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """What `save` was told of a checkpoint; None if there is no checkpoint.
+
+    Raises:
+        TrainingError: there is, and it is damaged or not one of this version.
+    """
+    if not folder.exists():
+        return None
+    try:
+        progress = json.loads((folder / PROGRESS).read_text())
+        if not isinstance(progress["fingerprint"], dict):
+            raise TypeError
+        step, validations = progress["step"], progress["validations"]
+        if not (isinstance(step, int) and step >= 0 and all(isinstance(each, float) for each in validations)):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"{folder} is damaged, or of another version of dynamo-train: remove it to start over"
+        ) from error
+    return progress
+
+
+def restore(
+    folder: Path,
+    objective: Objective,
+    optimizers: Sequence[Optimizer],
+    schedules: Sequence[LRScheduler],
+    rank: int,
+) -> None:
+    """Take up what `save` wrote.
+
+    Raises:
+        TrainingError: it is damaged, or belongs to something else.
+    """
+    try:
+        ours = _tensors(objective)
+        stored = load_file(folder / MODEL)
+        _check(stored, ours)
+        progress = json.loads((folder / PROGRESS).read_text())
+        found = load_file(folder / OPTIMIZER)
+        if len(found) != progress["states"]:
+            raise ValueError("states of an optimizer are missing or too much")
+        states = _optimizer_states(found, optimizers)
+        random = {
+            name.partition(".")[2]: state
+            for name, state in load_file(folder / RANDOM).items()
+            if name.partition(".")[0] == str(rank)
+        }
+        _check(random, random_state())
+        rates = [(int(each["steps"]), [float(rate) for rate in each["rates"]]) for each in progress["schedules"]]
+        if [len(each) for _, each in rates] != [len(optimizer.param_groups) for optimizer in optimizers]:
+            raise ValueError("learning rates of other parameters")
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise TrainingError(f"{folder} is damaged ({error}): remove it to start over") from error
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            tensor.copy_(stored[name])
+    for optimizer, schedule, state, (steps, each) in zip(optimizers, schedules, states, rates, strict=True):
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(
+            {"state": state, "param_groups": [group | {"lr": rate} for group, rate in zip(groups, each, strict=True)]}
+        )
+        schedule.last_epoch, schedule._step_count, schedule._last_lr = steps, steps + 1, list(each)
+
+
+def random_state() -> dict[str, Tensor]:
+    """The random numbers that training draws from: torch's, on this process' devices."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def _optimizer_states(
+    stored: Mapping[str, Tensor], optimizers: Sequence[Optimizer]
+) -> list[dict[int, dict[str, Tensor]]]:
+    """States by the number of their parameter, for every optimizer.
+
+    Raises:
+        ValueError: they are not those of these parameters.
+    """
+    states: list[dict[int, dict[str, Tensor]]] = []
+    for i, optimizer in enumerate(optimizers):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        expected = [_expected(optimizer, parameter) for parameter in parameters]
+        states.append({})
+        for number, each in enumerate(expected):
+            prefix = f"{i}.{number}."
+            found = {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}
+            if found:  # none before a parameter's first gradient
+                _check(found, each)
+                states[-1][number] = found
+    if sum(len(state) for each in states for state in each.values()) != len(stored):
+        raise ValueError("states of other parameters")
+    return states
+
+
+def _expected(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What a state looks like."""
+    if isinstance(optimizer, torch.optim.Muon):
+        return {"momentum_buffer": parameter}
+    return {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+
+
+def _check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    if wrong := sorted({*found} ^ {*expected}):
+        raise ValueError(f"{wrong[0]} is missing or too much")
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
+            raise ValueError(f"{name} has another shape or type")
+
+
+def _tensors(objective: Objective) -> dict[str, Tensor]:
+    """Parameters and buffers by name, those that are tied once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in objective.state_dict(keep_vars=True).items():
+        found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}…"
