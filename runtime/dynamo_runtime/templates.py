@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -15,9 +16,13 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from .errors import PromptError
+
+_MOST_CHARACTERS = 16_000_000  # of a text
+_MOST_TIMES = 10_000  # that something is repeated or filled up to
 
 
 class _Generation(Extension):
@@ -32,6 +37,54 @@ class _Generation(Extension):
         return nodes.Scope(body, lineno=line)
 
 
+class _Bounded(ImmutableSandboxedEnvironment):
+    """The sandbox, in which no single expression makes much of little: such numbers stand in no template for chats."""
+
+    intercepted_binops = frozenset({"+", "*", "%", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """What an operator gives, unless that is long."""
+        if operator == "%" and isinstance(left, str):
+            _check_format(left)
+        elif operator == "**" or (operator == "*" and not _are_numbers(left, right)):
+            number = right if isinstance(right, int) else left
+            if isinstance(number, int) and abs(number) > _MOST_TIMES:
+                raise SecurityError(f"{operator} {number} is too much for a chat template")
+        elif operator == "+" and isinstance(left, str) and isinstance(right, str):
+            _check_length(len(left) + len(right))
+        return super().call_binop(context, operator, left, right)
+
+    def wrap_str_format(self, value: Any) -> Any:
+        """`str.format` of a text that does not ask for wide fields."""
+        formatting = super().wrap_str_format(value)
+        if formatting is not None:
+            _check_format(value.__self__)
+        return formatting
+
+    def call(self, context: Context, called: Any, *args: Any, **kwargs: Any) -> Any:
+        """What a function gives; methods of texts fill up to no great width."""
+        if isinstance(getattr(called, "__self__", None), str):
+            for number in (*args, *kwargs.values()):
+                if isinstance(number, int) and number > _MOST_TIMES:
+                    raise SecurityError(f"a width of {number} is too much for a chat template")
+        return super().call(context, called, *args, **kwargs)
+
+
+def _are_numbers(*values: Any) -> bool:
+    return all(isinstance(value, int | float) for value in values)
+
+
+def _check_format(text: str) -> None:
+    """Refuse fields of five digits' width, and widths that come from elsewhere."""
+    if re.search(r"\d{5,}|%[^a-zA-Z%]*\*|\{[^{}]*\{", text):
+        raise SecurityError(f"{text[:40]!r} makes more of its arguments than a chat template needs")
+
+
+def _check_length(length: int) -> None:
+    if length > _MOST_CHARACTERS:
+        raise SecurityError(f"it writes more than {_MOST_CHARACTERS} characters")
+
+
 def render(source: str, variables: Mapping[str, Any]) -> str:
     """Render a chat template.
 
@@ -42,8 +95,13 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
         template = _compiled(source)
     except jinja2.TemplateError as error:
         raise PromptError(f"the bundle's chat template is not one: {error}") from error
+    parts, length = [], 0
     try:
-        return template.render(variables)
+        for part in template.generate(variables):
+            length += len(part)
+            _check_length(length)
+            parts.append(part)
+        return "".join(parts)
     except jinja2.TemplateError as error:
         raise PromptError(f"the chat template refuses these messages: {error}") from error
     except Exception as error:  # whatever a program in a template may do
@@ -52,12 +110,29 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
 
 @lru_cache(maxsize=8)
 def _compiled(source: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _Generation]
-    )
+    environment = _Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _Generation])
     environment.filters["tojson"] = _to_json
+    for name in ("center", "indent"):
+        environment.filters[name] = _narrow(environment.filters[name])
+    environment.filters["format"] = _format
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     return environment.from_string(source)
+
+
+def _narrow(filter: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter of text to whose width there is a limit."""
+
+    def narrow(text: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(number, int) and number > _MOST_TIMES for number in (*args, *kwargs.values())):
+            raise SecurityError("a width is too much for a chat template")
+        return filter(text, *args, **kwargs)
+
+    return narrow
+
+
+def _format(text: Any, *args: Any, **kwargs: Any) -> str:
+    _check_format(str(text))
+    return str(text) % (kwargs or args)
 
 
 def _to_json(

@@ -232,7 +232,6 @@ PARALLEL: list[tuple[Damage, set[str]]] = [
     (topk_of_another_row, {"prefill", "decode 1"}),
     (skipped_states_behind, {"skip 1", "skip 4"}),
     (penultimate_of_another_layer, {"skip 1", "skip 4"}),
-    (not_a_number, {"prefill", "decode 1"}),
 ]
 JOINT: list[tuple[Damage, set[str]]] = [
     (gate_of_a_component, {"prefill", "decode 1", "decode 4", "rollback 1", "chunks"}),
@@ -277,6 +276,13 @@ def test_damage_is_seen(
     damaged = damaged_copy(bundle(name), tmp_path, damage)
     failed = {row.run for row in parity.gate(damaged, answers(name)) if not row.passed}
     assert runs <= failed
+
+
+def test_what_is_no_number_is_seen_at_once(answers: CasesOf, bundle: FolderOf, tmp_path: Path) -> None:
+    """Not by comparing: the bundle does not run."""
+    damaged = damaged_copy(bundle("mistral-window"), tmp_path, not_a_number)
+    with pytest.raises(ExportError, match=r"does not run: .* not finite numbers"):
+        parity.gate(damaged, answers("mistral-window"))
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,7 @@ def test_a_fault_at_any_call_leaves_one_bundle_and_says_which(
     assert at > 40 and seen == {"old", "new"}
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.parametrize("earlier", [True, False])
 def test_killed_at_any_call_there_is_one_bundle(

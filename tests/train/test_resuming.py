@@ -118,6 +118,7 @@ print(hashlib.sha256(b"".join(t.numpy().tobytes() for t in objective.model.state
 
 
 @pytest.mark.skipif(os.name == "nt", reason="kills with a signal")
+@pytest.mark.slow
 def test_killed_while_a_checkpoint_is_replaced_nothing_is_lost(recipe: Recipe, tmp_path: Path) -> None:
     """Between the two renames, and right behind an exchange: the run goes on, and ends as if nothing had been."""
 
