@@ -23,6 +23,11 @@ def _positive(value: Any) -> bool:
     return fits(value, _NUMBER) and 0 < value < math.inf
 
 
+def _steps(value: Any) -> bool:
+    """Counts of passes by the tokens they gave, which JSON makes texts of."""
+    return fits(value, {...: int}) and all(size.isdecimal() for size in value)
+
+
 _NUMBER, _PERHAPS = int | float, int | float | None
 _BUNDLE = {"name": str, "kind": set(TOPOLOGIES), "n_tokens": int, "precision": str}
 _MACHINE = {name: str for name in ("processor", "provider", "onnxruntime", "python")}
@@ -56,7 +61,7 @@ RECORDS: Mapping[str, Mapping[str, Shape]] = {
         "tokens": _positive,
         "passes": _positive,
         "seconds": _positive,
-        "steps": {...: int},
+        "steps": _steps,
         "measures": {...: _PERHAPS},
     },
     DOCUMENT: {

@@ -172,6 +172,8 @@ def load_bundle(path: str | Path, verify: bool = False) -> Bundle:
     Raises:
         BundleError: Something is missing, truncated, changed or not understood; the message names it.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise BundleError(f"a bundle is named by its path, not by a {type(path).__name__}")
     path = _named(path) if _is_name(path) else Path(path)
     if not os.path.exists(path):
         recover(path)

@@ -151,7 +151,10 @@ class ControlTokens:
         stand_ins = {token: f"\ue000{nonce}-{token}\ue001" for token in self.texts}
         for entry in content["added_tokens"]:
             entry["content"] = stand_ins.get(entry["id"], entry["content"])
-        tokenizer = Tokenizer.from_str(json.dumps(content))
+        try:
+            tokenizer = Tokenizer.from_str(json.dumps(content))
+        except Exception as error:  # tokenizers raises plain Exception, of what it has written itself
+            raise PromptError(f"the bundle's tokenizer cannot take control tokens as text: {error}") from error
         # Added tokens outside the vocabulary are numbered anew.
         names = self._added | stand_ins
         numbered = tokenizer.get_added_tokens_decoder()

@@ -207,6 +207,9 @@ class Session:
         self.ort_seconds += time.perf_counter() - started
         self.passes += 1
         values = bound.read()
+        found, asked = values[LOGITS].shape()[1], len(kept) + self._parts * wanted
+        if found != asked:
+            raise BundleError(f"{self.bundle.graph_path} puts out {found} rows where {asked} were asked for")
         self.cache.advance(tokens, values.pop(PENULTIMATE).numpy()[0] if skipping else None)
         self.step_seconds += time.perf_counter() - entered
         what = f"{self.bundle.graph_path}, in a pass over {m} tokens behind {total - m},"

@@ -247,7 +247,9 @@ def _foreign_tokenizer(rng: Random, folder: Path, log: Log) -> None:
     names = [f"<{i}>" for i in range(rng.choice((1, 5, 300)))]
     control, added = rng.choice(((names, []), ([], names)))
     log(f"tokenizer with {len(control)} more control tokens and {len(added)} added ones")
-    handmade.train_tokenizer(control, added).save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer.json"
+    if not path.is_dir():  # as another fault may have made of it
+        handmade.train_tokenizer(control, added).save(str(path))
 
 
 def _counts(rng: Random, folder: Path, log: Log) -> None:
@@ -259,7 +261,7 @@ def _counts(rng: Random, folder: Path, log: Log) -> None:
     except Exception:  # of counts that another fault has spoilt already
         return _bytes_of(rng, path, log)
     name = rng.choice(sorted(arrays))
-    array = arrays[name]
+    array = np.atleast_1d(arrays[name])
     place = rng.randrange(max(1, array.size))
     changes: dict[str, Callable[[], Any]] = {
         "missing": lambda: None,
