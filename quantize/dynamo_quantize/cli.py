@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from dynamo_graph.errors import WriteError
 from dynamo_runtime.cli.arguments import add_version
+from dynamo_runtime.cli.ending import open_streams
 
 from .schemes import ALGORITHMS, BLOCK_SIZES, KV_CACHES, PRECISIONS, SCHEMES, Options, Part
 
@@ -153,6 +154,7 @@ def guarded(work: Callable[[], None], name: str, debug: bool = False) -> int:
     Returns:
         The exit status.
     """
+    open_streams()
     logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
     for package in ("dynamo_model", "dynamo_export", "dynamo_quantize"):
         logging.getLogger(package).setLevel(logging.INFO)

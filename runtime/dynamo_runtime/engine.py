@@ -31,6 +31,9 @@ from .stream import Generation, Limits, TextStream
 from .text import as_text
 from .turns import Ticket
 
+CHARACTERS_A_TOKEN = 1000
+"""More than the longest token of any vocabulary has."""
+
 
 class StreamOptions(SamplingOptions, total=False):
     """What `Engine.stream` takes as keywords."""
@@ -169,6 +172,10 @@ class Engine:
         self.session.turns.check_open()
         if isinstance(prompt, str):
             text = as_text(prompt, "the prompt")
+            if len(text) > CHARACTERS_A_TOKEN * self.session.max_length:  # which would take memory to find out
+                raise PromptError(
+                    f"the prompt has {len(text)} characters, more than any {self.session.max_length} tokens say"
+                )
             tokens = bundle.control_tokens.encode_literally(text) if plain_prompt else bundle.tokenizer.encode(text).ids
         elif plain_prompt:
             raise ParameterError("plain_prompt is about text, and this prompt is made of tokens already")

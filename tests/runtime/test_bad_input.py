@@ -193,6 +193,7 @@ def test_bad_flags(multi: Path, capsys, arguments: list[str], message: str) -> N
 def test_bad_prompts_and_paths(multi: Path, copied, capsys) -> None:
     assert_refused(capsys, [str(multi), ""], "the prompt is empty")
     assert_refused(capsys, [str(multi), "x " * 2000], "more than the context of 640")
+    assert_refused(capsys, [str(multi), "x" * 640_001], "640001 characters, more than any 640 tokens say")
     assert_refused(capsys, [str(multi), "x\udcff"], "not valid UTF-8")
     assert_refused(capsys, ["/nowhere/model.onnx", "x"], "/nowhere/model.onnx does not exist")
     assert_refused(capsys, [str(copied.folder / "tokenizer.json"), "x"], "is not the graph of the bundle")

@@ -130,6 +130,28 @@ def test_ctrl_c_during_the_imports(multi: Path, command: str, delay: float) -> N
     assert started.returncode in (130, -signal.SIGINT) and b"Traceback" not in err
 
 
+@pytest.mark.parametrize("command", ["quantize", "export", "train"])
+@pytest.mark.parametrize("delay", [0.0, 0.05])
+def test_ctrl_c_during_the_imports_of_the_others(command: str, delay: float) -> None:
+    script = f"import sys; from dynamo_runtime.cli import entry; print('here', flush=True); sys.exit(entry.{command}())"
+    started = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert started.stdout is not None and started.stdout.readline() == b"here\n"
+    time.sleep(delay)
+    started.send_signal(signal.SIGINT)
+    _, err = started.communicate(timeout=60)
+    ended = started.returncode in (130, -signal.SIGINT)
+    # By then it may have found that it has no arguments.
+    assert (ended or started.returncode in (1, 2)) and b"Traceback" not in err
+
+
+@pytest.mark.parametrize("module", ["dynamo_quantize.cli nowhere -o out --scheme int8", "dynamo_train.train counts x"])
+def test_complaints_never_go_to_stdout(module: str, tmp_path: Path) -> None:
+    more = " --data y" if "train" in module else ""
+    command = f"{sys.executable} -m {module}{more} 2>&-"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True)
+    assert (done.returncode, done.stdout) == (1, b"")
+
+
 def test_the_entry_imports_next_to_nothing() -> None:
     heavy = {"numpy", "tokenizers", "onnxruntime", "argparse", "dynamo_runtime.engine"}
     script = f"import sys; import dynamo_runtime.cli.entry; sys.exit(str({heavy!r} & set(sys.modules)))"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dynamo_model import CheckpointError
 from dynamo_runtime.cli.arguments import add_version
+from dynamo_runtime.cli.ending import open_streams
 from dynamo_runtime.errors import DynamoError
 
 from .arguments import add_job, add_rate, add_recipe, count, job_of, recipe_of, work_of
@@ -20,6 +21,7 @@ from .registry import DRAFTERS
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
+    open_streams()
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:

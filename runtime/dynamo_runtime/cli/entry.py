@@ -7,17 +7,32 @@ from .ending import INTERRUPTED
 
 def run() -> int:
     """`dynamo-run`."""
-    return _start("run")
+    return _start("dynamo_runtime.cli.run")
 
 
 def profile() -> int:
     """`dynamo-profile`."""
-    return _start("profile")
+    return _start("dynamo_runtime.cli.profile")
 
 
-def _start(command: str) -> int:
+def quantize() -> int:
+    """`dynamo-quantize`."""
+    return _start("dynamo_quantize.cli")
+
+
+def export() -> int:
+    """`dynamo-export`."""
+    return _start("dynamo_export.cli")
+
+
+def train() -> int:
+    """`dynamo-train`."""
+    return _start("dynamo_train.train")
+
+
+def _start(module: str) -> int:
     try:
-        code: int = importlib.import_module(f".{command}", __package__).main()
+        code: int = importlib.import_module(module).main()
         return code
     except KeyboardInterrupt:
         return INTERRUPTED
