@@ -111,7 +111,10 @@ def test_bad_files(tmp_path: Path, engine: Engine, content: str, message: str) -
     [
         (b"", "has no prompts"),
         (b"no gzip", "cannot read prompts from .*p.jsonl.gz: Not a gzipped file"),
-        (gzip.compress(b'{"prompt": "a"}', mtime=0)[:-9], "cannot read prompts from .*p.jsonl.gz: Compressed file ended"),
+        (
+            gzip.compress(b'{"prompt": "a"}', mtime=0)[:-9],
+            "cannot read prompts from .*p.jsonl.gz: Compressed file ended",
+        ),
         (gzip.compress(b'{"prompt": "a"}\n{"prompt": "\xff"}', mtime=0), "line 2 of .*p.jsonl.gz is not text in UTF-8"),
     ],
 )
