@@ -1,6 +1,8 @@
 """Where the commands begin: with next to no imports, so that Ctrl-C during those of a command ends it quietly too."""
 
 import importlib
+import signal
+from types import FrameType
 
 from .ending import INTERRUPTED
 
@@ -31,8 +33,18 @@ def train() -> int:
 
 
 def _start(module: str) -> int:
+    pressed = False
+
+    def press(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
     try:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, press)
         code: int = importlib.import_module(module).main()
-        return code
     except KeyboardInterrupt:
         return INTERRUPTED
+    # A library that is interrupted while it loads may call that another error.
+    return INTERRUPTED if pressed and code == 1 else code
