@@ -46,5 +46,9 @@ def _start(module: str) -> int:
         code: int = importlib.import_module(module).main()
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Exception:
+        if not pressed:  # else it is why something failed
+            raise
+        return INTERRUPTED
     # A library that is interrupted while it loads may call that another error.
     return INTERRUPTED if pressed and code == 1 else code
