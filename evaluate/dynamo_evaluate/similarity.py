@@ -48,7 +48,7 @@ def _bundle_features(path: Path, backend: Backend) -> Features:
 
     bundle = load_bundle(path)
     session = Session(bundle, backend)
-    if not session.skips_heads:
+    if session.cache.states is None:
         raise EvaluationError(
             f"{path} puts out no states ({PENULTIMATE}): give a bundle with heads, or a model's folder"
         )
@@ -57,7 +57,8 @@ def _bundle_features(path: Path, backend: Backend) -> Features:
         tokens = bundle.tokenizer.encode(text).ids[-session.max_length :]
         session.cache.reset()
         session.step(tokens, heads=NONE)
-        state: np.ndarray = session.cache.skipped[-1][-1]
+        assert session.cache.states is not None
+        state: np.ndarray = session.cache.states[session.cache.length - 1]
         return state.astype(np.float32)
 
     return features

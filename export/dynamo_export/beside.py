@@ -16,16 +16,17 @@ from dynamo_model.checkpoint import load_tokenizer
 from dynamo_model.sources import Checkpoint
 from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.errors import DynamoError
-from dynamo_runtime.manifest import Source
+from dynamo_runtime.manifest import DrafterGraph, Source
 from dynamo_runtime.parameters import SamplingParameters
 
+from .drafting import TOP_K as DRAFT_TOP_K
 from .errors import ExportError
 from .genai import genai_config
 from .graph import Subject
 from .tail import TOP_K
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-COUNTS = "cooccurrence.npz"
+COUNTS, DRAFTER = "cooccurrence.npz", "drafter.onnx"
 log = logging.getLogger("dynamo_export")
 
 
@@ -62,11 +63,12 @@ def write_rest(checkpoint: Checkpoint, staged: Path, graph: str, subject: Subjec
         folder=staged,
         graph=graph,
         topology=subject.exported.topology,
+        drafter=_drafter_graph(subject, vocab_size),
         model_type=base.config.model_type,
         vocab_size=vocab_size,
         tokenizer_size=tokenizer.get_vocab_size(),
         context_length=subject.context_length,
-        kv_layers=len(subject.attention),
+        kv_layers=len(subject.attention) - subject.exported.topology.layers,
         kv_heads=first.kv_heads,
         head_size=first.head_size,
         top_k_outputs=min(TOP_K, vocab_size),
@@ -83,6 +85,20 @@ def write_rest(checkpoint: Checkpoint, staged: Path, graph: str, subject: Subjec
     pad = _first(_special(generation, base.config, "pad_token_id", vocab_size))
     write_json(staged / "genai_config.json", genai_config(bundle, int(base.config.hidden_size), first.heads, pad))
     return bundle
+
+
+def _drafter_graph(subject: Subject, vocab_size: int) -> DrafterGraph | None:
+    """What the manifest says of the graph of further heads."""
+    exported = subject.exported
+    if not exported.topology.layers:
+        return None
+    words = exported.draft_vocabulary
+    return DrafterGraph(
+        DRAFTER,
+        min(DRAFT_TOP_K, vocab_size if words is None else len(words)),
+        bool(exported.conditions),
+        None if words is None else tuple(words.tolist()),
+    )
 
 
 def write_tokenizer(checkpoint: Checkpoint, staged: Path, vocab_size: int) -> Tokenizer:

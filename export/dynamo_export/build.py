@@ -1,15 +1,20 @@
-"""From what is exported to the graph of the contract: the trace, and the passes over it in order."""
+"""From what is exported to the graphs of the contract: the trace, and the passes over it in order."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dynamo_graph.files import version
-from dynamo_graph.passes import FoldHeads, TakeSkippedStates, run_passes
+from dynamo_graph.passes import run_passes
 
+from .drafting import Words
 from .graph import Subject, trace
 from .passes import (
+    AddDraft,
+    AddHeadStates,
     AddOutputs,
     ClearMetadata,
     NameByScope,
@@ -19,24 +24,93 @@ from .passes import (
     SimplifyReshapes,
     TransposeWeights,
 )
+from .passes.add_outputs import OUTPUT_EMBEDDING, input_embedding
 from .weights import WeightStore
 
 
-def build_graph(subject: Subject) -> tuple[ir.Model, WeightStore]:
-    """The graph of the contract, and its weights, which are still torch's memory."""
-    model, weights = trace(subject)
-    run_passes(model, passes_of(subject, weights))
-    model.producer_name, model.producer_version = "dynamo-edge", version("dynamo-edge")
-    return model, weights
+@dataclass(frozen=True)
+class Built:
+    """The graphs of a bundle.
+
+    Attributes:
+        base: The base model's.
+        drafter: Of what predicts further tokens; None where that needs no graph.
+        weights: Of both, still torch's memory.
+    """
+
+    base: ir.Model
+    drafter: ir.Model | None
+    weights: WeightStore
+
+    @property
+    def graphs(self) -> list[ir.Model]:
+        """All there are."""
+        return [self.base] if self.drafter is None else [self.base, self.drafter]
 
 
-def passes_of(subject: Subject, weights: WeightStore) -> list[ir.passes.PassBase]:
-    """What makes the graph of the contract of the traced one, in order.
+def build_graphs(subject: Subject) -> Built:
+    """The graphs of the contract."""
+    traced = trace(subject)
+    run_passes(traced.base, base_passes(subject, traced.weights))
+    if traced.drafter is not None:
+        run_passes(traced.drafter, drafter_passes(subject, traced.weights, traced.base))
+    built = Built(traced.base, traced.drafter, traced.weights)
+    for model in built.graphs:
+        model.producer_name, model.producer_version = "dynamo-edge", version("dynamo-edge")
+    return built
+
+
+def base_passes(subject: Subject, weights: WeightStore) -> list[ir.passes.PassBase]:
+    """What makes the base's graph of the traced one, in order.
 
     Args:
         subject: What is exported.
         weights: Those of the traced graph; added to.
     """
+    embedding = subject.base.get_output_embeddings()
+    bias = None if embedding.bias is None else embedding.bias.detach().numpy().copy()
+    weight = embedding.weight.detach().numpy()
+    return [
+        *_tidy(),
+        AddOutputs(weights, weight, bias, _is_tied(subject), subject.output),
+        RemoveUnusedNodesPass(),
+        ShortenNames(),
+        ClearMetadata(),
+    ]
+
+
+def drafter_passes(subject: Subject, weights: WeightStore, base: ir.Model) -> list[ir.passes.PassBase]:
+    """What makes the drafter's graph of the layers cut off the traced one, in order.
+
+    Args:
+        subject: What is exported.
+        weights: Those of the traced graph; added to.
+        base: The base's graph, as it is written.
+    """
+    exported = subject.exported
+    embedding = subject.base.get_output_embeddings()
+    lookup = input_embedding(base)
+    tied = _is_tied(subject)
+    words = Words(
+        exported.draft_vocabulary,
+        embedding.weight.detach().numpy(),
+        None if embedding.bias is None else embedding.bias.detach().numpy().copy(),
+        subject.output,
+        lookup if tied else base.graph.initializers[OUTPUT_EMBEDDING],
+        tied,
+        lookup,
+    )
+    return [
+        *_tidy(),
+        AddHeadStates(weights, exported.topology.layers, embedding.weight.shape[1], exported.ahead),
+        RemoveUnusedNodesPass(),
+        ShortenNames(),
+        ClearMetadata(),
+        AddDraft(weights, words, exported.conditions),
+    ]
+
+
+def _tidy() -> list[ir.passes.PassBase]:
     return [
         TransposeWeights(),
         RemoveUnusedNodesPass(),
@@ -45,24 +119,9 @@ def passes_of(subject: Subject, weights: WeightStore) -> list[ir.passes.PassBase
         SimplifyReshapes(),
         PackQKV(),
         RemoveUnusedNodesPass(),
-        _outputs(subject, weights),
-        RemoveUnusedNodesPass(),
-        ShortenNames(),
-        ClearMetadata(),
-        TakeSkippedStates(),
-        FoldHeads(),
     ]
 
 
-def _outputs(subject: Subject, weights: WeightStore) -> AddOutputs:
-    embedding = subject.base.get_output_embeddings()
-    bias = getattr(embedding, "bias", None)
-    return AddOutputs(
-        weights,
-        subject.exported.n_states,
-        embedding.weight.detach().numpy(),
-        None if bias is None else bias.detach().numpy().copy(),
-        embedding.weight is subject.base.get_input_embeddings().weight,
-        subject.output,
-        subject.exported.ahead,
-    )
+def _is_tied(subject: Subject) -> bool:
+    """Whether input and output embedding are one."""
+    return subject.base.get_output_embeddings().weight is subject.base.get_input_embeddings().weight

@@ -20,8 +20,11 @@ Values = dict[str, np.ndarray]
 # What one pass put out, and what torch says of the same positions.
 Passed = tuple[Step, Values]
 
-# Reads one output of a pass by name, and its top-K logits and ids if it has any, as [rows, parts, width] each.
-PutOut = Callable[[Step, str], tuple[np.ndarray, ...]]
+# Reads one output of a pass by name, and its top-K logits and ids if it has any, as [rows, parts, width] each; what
+# torch says of the same positions has the tokens that conditioned heads are told.
+PutOut = Callable[[Step, str, Values], tuple[np.ndarray, ...]]
+
+TOLD = "before_"  # begins the name of what is no output but the token that a head is told, [positions, 1, 1]
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,9 @@ def compare(case: Case, run: str, steps: list[Passed], put_out: PutOut) -> list[
     """
     rows = []
     for name in steps[0][1]:
-        found = [put_out(step, name) for step, _ in steps]
+        if name.startswith(TOLD):
+            continue
+        found = [put_out(step, name, expected) for step, expected in steps]
         theirs = [expected[name] for _, expected in steps]
         if [values.shape for values, *_ in found] != [values.shape for values in theirs]:
             raise ExportError(f"{name} is {found[0][0].shape} where {theirs[0].shape} is expected")

@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dynamo_graph.branches import pass_bytes
 from dynamo_graph.files import write_report
-from dynamo_graph.read import read_model
+from dynamo_graph.read import pass_bytes, places
 from dynamo_graph.staging import Target
 from dynamo_graph.write import write_model
 from dynamo_model.sources import Checkpoint
@@ -21,7 +20,7 @@ from dynamo_runtime.errors import DynamoError
 
 from . import parity
 from .beside import write_rest
-from .build import build_graph
+from .build import build_graphs
 from .compare import Row, table
 from .errors import ExportError
 from .graph import Subject, inspect
@@ -102,15 +101,17 @@ def _stage(
     bundle = write_rest(checkpoint, staged, target.graph, subject)
     cases, left_out = parity.reference(subject, parity_length)
     clock.lap("ran the torch model")
-    graph, weights = build_graph(subject)
-    clock.lap(f"traced {len(graph.graph)} nodes")
-    files = write_model(graph, staged / target.graph, external_data)
+    built = build_graphs(subject)
+    clock.lap(f"traced {sum(len(graph.graph) for graph in built.graphs)} nodes")
+    files = write_model(built.base, staged / bundle.graph, external_data)
+    if built.drafter is not None and bundle.drafter is not None:
+        shared = places(staged / bundle.graph)
+        files += write_model(built.drafter, staged / bundle.drafter.graph, external_data, shared)
     clock.lap(f"wrote {sum(f.stat().st_size for f in files) / 1e6:.1f} MB of graph and weights")
-    weights.clear()
-    del graph, subject  # the session's weights come instead of torch's
+    built.weights.clear()
+    del built, subject  # the session's weights come instead of torch's
     gc.collect()
-    read = pass_bytes(read_model(staged / target.graph))
-    bundle = replace(bundle, pass_bytes=read, files=list_files(staged))
+    bundle = replace(bundle, pass_bytes=pass_bytes(bundle), files=list_files(staged))
     bundle.write_manifest()
     rows = _gate(staged, cases, left_out)
     clock.lap("passed the parity gate")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dynamo_model.output import logits_of
+from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.session import Session
 from dynamo_runtime.step import Step
 from dynamo_runtime.topology import Plain, Topology
 
 from .compare import Case, Passed, Values
+from .drafting import DraftEnd
 from .errors import ExportError
-from .tail import Tail
 
 
 class Exported:
@@ -59,17 +60,29 @@ class Exported:
         """Fewest positions of a bundle: the gate has to see every look-ahead token behind a token."""
         return 2 + self.topology.look_ahead
 
-    def ahead(self, tail: Tail, chosen: list[ir.Value]) -> list[tuple[ir.Value, int]]:
+    @property
+    def draft_vocabulary(self) -> np.ndarray | None:
+        """Ids of the tokens that drafts are made of, int64 [words]; None for all there are."""
+        return None
+
+    @property
+    def conditions(self) -> Sequence[nn.Module]:
+        """Of every further head, the maps `hidden` and `out` of its condition on the token in front; none without."""
+        return ()
+
+    def ahead(self, end: DraftEnd, chosen: list[ir.Value]) -> tuple[ir.Value, list[tuple[ir.Value, int]]]:
         """Makes of the chosen states those that become logits; every state is a token head's here, and so stays.
 
         Args:
-            tail: The end of the graph, added to.
-            chosen: The rows of every state [batch, its rows, hidden]; changed in place.
+            end: The end of the drafter's graph, added to.
+            chosen: The rows of every further state [batch, head_rows, hidden].
 
         Returns:
-            Further outputs [batch, head_rows, width], and their widths.
+            All states of a row one after the other [batch, head_rows · parts, hidden]; further outputs
+            [batch, head_rows, width] with their widths.
         """
-        return []
+        hidden = self.base.get_output_embeddings().weight.shape[1]
+        return end.joined(chosen, hidden), []
 
     def keep_heads(self, heads: int) -> None:
         """Drops all token heads but the first ones.
@@ -103,15 +116,11 @@ class Exported:
             input_ids: int64 [1, seq].
             start: First row wanted.
         """
-        return self.head_values(self.states(input_ids, use_cache=False), start)
+        return self.head_values(self.states(input_ids, use_cache=False)[0], start)
 
-    def head_values(self, states: tuple[Tensor, ...], start: int) -> Values:
-        """Logits of token heads, of their states [1, seq, hidden]."""
-        names = ("logits", *(f"logits_{head}" for head in range(2, len(states) + 1)))
-        return {
-            name: logits_of(self.base, state[0, start:])[:, None].numpy()
-            for name, state in zip(names, states, strict=True)
-        }
+    def head_values(self, state: Tensor, start: int) -> Values:
+        """Logits of the first head, of its states [1, seq, hidden]."""
+        return {"logits": logits_of(self.base, state[0, start:])[:, None].numpy()}
 
     def prepare(self, tokens: np.ndarray, other: np.ndarray, fork: int) -> None:
         """Writes into two random sequences what they must have for everything to be compared.
@@ -123,16 +132,16 @@ class Exported:
         """
 
     @staticmethod
-    def put_out(topology: Topology, step: Step, name: str) -> tuple[np.ndarray, ...]:
+    def put_out(bundle: Bundle, step: Step, name: str, theirs: Values) -> tuple[np.ndarray, ...]:
         """One output of a pass, and its top-K logits and ids if it has any, as [rows, parts, width] each.
 
         Args:
-            topology: Of the bundle.
+            bundle: The bundle.
             step: The pass.
             name: As `values` calls it.
+            theirs: What torch says of the same positions.
         """
-        head = int(name.partition("_")[2] or 1)
-        return tuple(array[:, None] for array in (step.logits(head), *step.topk(head)))
+        return tuple(array[:, None] for array in (step.logits(), *step.topk()))
 
     @staticmethod
     def runs(session: Session, case: Case) -> Iterator[tuple[str, list[Passed]]]:

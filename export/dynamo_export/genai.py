@@ -10,8 +10,8 @@ from dynamo_runtime.bundle import Bundle
 def genai_config(bundle: Bundle, hidden_size: int, attention_heads: int, pad: int | None) -> dict[str, Any]:
     """Describes a bundle to onnxruntime-genai.
 
-    Its model type `decoder` feeds ids, mask and caches and reads `logits`; it leaves the further heads' outputs alone,
-    but has to give every KV cache a buffer, so their layers count.
+    Its model type `decoder` feeds ids, mask and caches of the base's graph and reads `logits`; it knows nothing of the
+    drafter's.
 
     Args:
         bundle: What its manifest says.

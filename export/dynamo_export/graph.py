@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,7 +20,7 @@ from dynamo_model.attention import LayerAttention
 from dynamo_model.output import Output
 from dynamo_model.preflight import preflight
 from dynamo_model.rotary import Rotary, rotary_replaced
-from dynamo_runtime.names import ATTENTION_MASK, INPUT_IDS, PAST, PRESENT, caches
+from dynamo_runtime.names import ATTENTION_MASK, INPUT_IDS, PAST, PENULTIMATE, PRESENT, caches
 
 from .attention import Emitter, PassThroughCache, emitting
 from .errors import ExportError
@@ -68,7 +69,7 @@ def inspect(exported: Exported, context_length: int) -> Subject:
 
 
 class Traced(nn.Module):
-    """The module that is traced: graph inputs in, states of all heads and present caches out."""
+    """The module that is traced: graph inputs in, states and present caches out."""
 
     def __init__(self, subject: Subject, emitter: Emitter) -> None:
         super().__init__()
@@ -89,6 +90,10 @@ class Traced(nn.Module):
             input_ids: int64 [batch, seq].
             attention_mask: int64 [batch, total].
             past: Key and value per layer, [batch, kv_heads, capacity, head_size].
+
+        Returns:
+            States of all heads [batch, seq, hidden]; where there are further layers, the state that they and the base's
+            last layer read; present keys and values.
         """
         emitter = self.emitter
         lengths = attention_mask.sum(1)
@@ -104,8 +109,15 @@ class Traced(nn.Module):
         else:  # the rows are the last positions that the mask covers
             seq = input_ids.shape[1]
             inputs["position_ids"] = (lengths - seq)[:, None] + torch.arange(seq)
-        all_states = self.subject.exported.states(input_ids, **inputs)
-        return (*all_states, *(x for layer in sorted(emitter.present) for x in emitter.present[layer]))
+        stem: list[Tensor] = []
+        decoder: Any = self.subject.base.base_model
+        handle = decoder.layers[-1].register_forward_pre_hook(lambda _, args: stem.append(args[0]))
+        try:
+            all_states = self.subject.exported.states(input_ids, **inputs)
+        finally:
+            handle.remove()
+        presents = [x for layer in sorted(emitter.present) for x in emitter.present[layer]]
+        return (*all_states, *(stem if self.subject.exported.topology.layers else []), *presents)
 
 
 @contextmanager
@@ -138,15 +150,27 @@ def quiet() -> Iterator[None]:
                 logging.getLogger(name).setLevel(level)
 
 
-def trace(subject: Subject) -> tuple[ir.Model, WeightStore]:
-    """Traces the model with `torch.onnx.export`.
+@dataclass
+class Graphs:
+    """What a model is traced to.
+
+    Attributes:
+        base: From ids to `states_1`, `penultimate_states` and caches: the base model alone.
+        drafter: From `penultimate_states` to `states_2` … `states_n` and caches; None where nothing reads them.
+        weights: Of both, still torch's own memory: nothing is copied, but for an input embedding that look-ahead
+            embeddings extend.
+    """
+
+    base: ir.Model
+    drafter: ir.Model | None
+    weights: WeightStore
+
+
+def trace(subject: Subject) -> Graphs:
+    """Traces the model with `torch.onnx.export`, and cuts the layers of further heads off it.
 
     Raises:
         ExportError: It cannot be traced.
-
-    Returns:
-        A graph whose outputs are `states_1` … `states_n` and `present.N.key|value`, and its weights, which are still
-        torch's own memory: nothing is copied, but for an input embedding that look-ahead embeddings extend.
     """
     layers = subject.attention
     emitter = Emitter(layers)
@@ -185,14 +209,67 @@ def trace(subject: Subject) -> tuple[ir.Model, WeightStore]:
             raise ExportError(f"{type(subject.base).__name__} cannot be traced: {reason}") from error
     assert program is not None
     model = program.model
-    _name_ends(model, subject.exported.n_states)
+    exported = subject.exported
+    further = exported.topology.layers
+    _name_ends(model, exported.n_states, bool(further))
     store = WeightStore()
     for value in model.graph.initializers.values():
         store.adopt(value)
-    return model, store
+    if not further:
+        return Graphs(model, None, store)
+    drafter, own = model.clone(), len(layers) - further
+    _keep_heads(drafter, own, [state_name(i) for i in range(2, exported.n_states + 1)])
+    _keep_base(model, own)
+    return Graphs(model, drafter, store)
 
 
-def _name_ends(model: ir.Model, n_states: int) -> None:
+def _keep_base(model: ir.Model, layers: int) -> None:
+    """Drops the further heads."""
+    graph = model.graph
+    graph.inputs[:] = _named(graph.inputs, [INPUT_IDS, ATTENTION_MASK, *caches(PAST, range(layers))])
+    graph.outputs[:] = _named(graph.outputs, ["states_1", PENULTIMATE, *caches(PRESENT, range(layers))])
+    RemoveUnusedNodesPass()(model)
+
+
+def _keep_heads(model: ir.Model, first: int, states: list[str]) -> None:
+    """Drops the base's own layers: what is left begins with the state that its last layer reads.
+
+    Args:
+        model: All that was traced.
+        first: Number of the first further layer; its cache becomes number 0.
+        states: Names of the further states.
+
+    Raises:
+        ExportError: The heads read something else of the tokens.
+    """
+    graph = model.graph
+    layers = range(first, len(graph.inputs[2:]) // 2)
+    (stem,) = _named(graph.outputs, [PENULTIMATE])
+    entry = ir.Value(name=PENULTIMATE, type=stem.type, shape=stem.shape)
+    stem.name = f"{PENULTIMATE}.traced"
+    pasts = _named(graph.inputs, caches(PAST, layers))
+    presents = _named(graph.outputs, caches(PRESENT, layers))
+    further = _named(graph.outputs, states)
+    ids, mask = graph.inputs[:2]
+    graph.outputs[:] = [*further, *presents]
+    for value in (stem, ids):  # of the ids they may still ask how many there are
+        value.replace_all_uses_with(entry)
+    graph.inputs[:] = [entry, mask, *pasts]
+    for prefix, values in ((PAST, pasts), (PRESENT, presents)):
+        for value, name in zip(values, caches(prefix, range(len(layers))), strict=True):
+            value.name = name
+    RemoveUnusedNodesPass()(model)
+    if any(use.node.op_type == "Gather" for use in entry.uses()):
+        raise ExportError("the further heads read the tokens themselves: not supported")
+
+
+def _named(values: Sequence[ir.Value], names: Sequence[str]) -> list[ir.Value]:
+    """Those of some values that have these names, in their order."""
+    found = {value.name: value for value in values}
+    return [found[name] for name in names]
+
+
+def _name_ends(model: ir.Model, n_states: int, has_heads: bool) -> None:
     """Gives inputs and outputs the names of the contract."""
     graph = model.graph
     for value, name in zip(graph.inputs[:2], (INPUT_IDS, ATTENTION_MASK), strict=True):
@@ -200,6 +277,11 @@ def _name_ends(model: ir.Model, n_states: int) -> None:
     layers = range(len(graph.inputs[2:]) // 2)
     for value, name in zip(graph.inputs[2:], caches(PAST, layers), strict=True):
         value.name = name
-    states = [f"states_{i + 1}" for i in range(n_states)]
+    states = [state_name(i) for i in range(1, n_states + 1)] + [PENULTIMATE] * has_heads
     for value, name in zip(graph.outputs, [*states, *caches(PRESENT, layers)], strict=True):
         value.name = name
+
+
+def state_name(head: int) -> str:
+    """What a traced graph calls the state of a head, counted from 1."""
+    return f"states_{head}"

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from dynamo_model import CPModel
 from dynamo_model.output import logits_of
+from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.joint import JointHead
 from dynamo_runtime.names import GATE
 from dynamo_runtime.step import Step
 from dynamo_runtime.topology import Topology
 
 from .compare import Values
+from .drafting import DraftEnd
 from .exported import Exported
-from .tail import Tail
 
 FACTORS = "factor_logits"
 
@@ -38,17 +39,14 @@ class ExportedJoint(Exported):
         """See `Exported`."""
         return self.drafter.multi
 
-    def ahead(self, tail: Tail, chosen: list[ir.Value]) -> list[tuple[ir.Value, int]]:
+    def ahead(self, end: DraftEnd, chosen: list[ir.Value]) -> tuple[ir.Value, list[tuple[ir.Value, int]]]:
         """Of the context embedding e_t the gate, log w_α, and the states of all factors, n_tokens · rank for a row."""
         gate, factors = (linear.weight.detach().numpy() for linear in (self.drafter.gate, self.drafter.factors))
-        context = chosen[1]
-        scores = tail.add("MatMul", [context, tail.turned("cp.gate.weight", gate)], ["out_gate"]).outputs[0]
-        log_w = tail.add("LogSoftmax", [scores], [GATE], axis=-1).outputs[0]
-        weight = tail.turned("cp.factors.weight", factors)
-        shape = tail.constant("out_factor_rows", np.array([0, -1, factors.shape[1]], np.int64))
-        mapped = tail.add("MatMul", [context, weight], ["out_mapped"]).outputs[0]
-        chosen[1] = tail.add("Reshape", [mapped, shape], ["out_factors"]).outputs[0]
-        return [(log_w, self.drafter.rank)]
+        (context,) = chosen
+        scores = end.add("MatMul", [context, end.turned("cp.gate.weight", gate)], ["out_gate"]).outputs[0]
+        log_w = end.add("LogSoftmax", [scores], [GATE], axis=-1).outputs[0]
+        mapped = end.add("MatMul", [context, end.turned("cp.factors.weight", factors)], ["out_mapped"]).outputs[0]
+        return end.split_rows(mapped, factors.shape[1]), [(log_w, self.drafter.rank)]
 
     def states(self, input_ids: Tensor, **inputs: Any) -> tuple[Tensor, ...]:
         """See `Exported`; the second is the context embedding."""
@@ -59,15 +57,17 @@ class ExportedJoint(Exported):
         first, context = self.states(input_ids, use_cache=False)
         log_w, factors = self.drafter.mixture(context[0, start:])
         mixture = {GATE: log_w[:, None].numpy(), FACTORS: logits_of(self.base, factors.flatten(1, 2)).numpy()}
-        return self.head_values((first,), start) | mixture
+        return self.head_values(first, start) | mixture
 
     @staticmethod
-    def put_out(topology: Topology, step: Step, name: str) -> tuple[np.ndarray, ...]:
+    def put_out(bundle: Bundle, step: Step, name: str, theirs: Values) -> tuple[np.ndarray, ...]:
         """See `Exported`."""
+        topology = bundle.topology
         assert isinstance(topology, JointHead)  # the registry's
         if name == GATE:
-            return (topology.gate(step)[:, None],)
+            return (topology.gate(step.ahead())[:, None],)
         if name == FACTORS:
-            arrays = (topology.factors(step), *topology.factor_topk(step))
+            ahead = step.ahead()
+            arrays = (topology.factors(ahead), *topology.factor_topk(ahead))
             return tuple(array.reshape(len(array), -1, array.shape[-1]) for array in arrays)
-        return Exported.put_out(topology, step, name)
+        return Exported.put_out(bundle, step, name, theirs)

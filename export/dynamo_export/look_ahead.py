@@ -44,7 +44,7 @@ class ExportedLookAhead(Exported):
         decoder = self.base.base_model
         embedded = self.drafter.embed(input_ids)
         state = decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        return self.head_values((state,), start)
+        return self.head_values(state, start)
 
     def prepare(self, tokens: np.ndarray, other: np.ndarray, fork: int) -> None:
         """Writes all look-ahead ids into `tokens` from `fork` on, and at the end of `other`.

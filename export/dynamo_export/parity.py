@@ -161,7 +161,7 @@ def gate(bundle: Bundle, cases: list[Case]) -> list[Row]:
         ExportError: The bundle does not even run.
     """
     rows: list[Row] = []
-    put_out = partial(EXPORTS[bundle.topology.kind].put_out, bundle.topology)
+    put_out = partial(EXPORTS[bundle.topology.kind].put_out, bundle)
     try:
         session = Session(bundle, provider="cpu")
         for case in tqdm(cases, desc="parity", unit="case", leave=False, disable=None):

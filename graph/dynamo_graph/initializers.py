@@ -21,9 +21,9 @@ def is_weight(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and not value.is_graph_input()
 
 
-def initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    """The initializer of that name, made of an array if there is none."""
-    return _registered(model, name, lambda: ir.Tensor(array, name=name))
+def initializer(owner: ir.Model | ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """The initializer of that name, of a model or of a graph inside it, made of an array if there is none."""
+    return _registered(owner, name, lambda: ir.Tensor(array, name=name))
 
 
 def lazily(
@@ -86,13 +86,14 @@ def lazy_tensor(
     return ir.LazyTensor(evaluate, dtype=dtype or tensors[0].dtype, shape=ir.Shape(shape), name=name)
 
 
-def _registered(model: ir.Model, name: str, make: Callable[[], ir.TensorProtocol]) -> ir.Value:
+def _registered(owner: ir.Model | ir.Graph, name: str, make: Callable[[], ir.TensorProtocol]) -> ir.Value:
     """The graph's own value of that name."""
-    found = model.graph.initializers.get(name)
+    graph = owner.graph if isinstance(owner, ir.Model) else owner
+    found = graph.initializers.get(name)
     if found is None:
         tensor = make()
         found = ir.Value(
             name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
         )
-        model.graph.register_initializer(found)
+        graph.register_initializer(found)
     return found

@@ -40,14 +40,16 @@ def insert_behind(graph: ir.Graph, value: ir.Value, node: ir.Node) -> None:
         graph.insert_after(maker, node)
 
 
-def replace_node(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
+def replace_node(old: ir.Node, new: ir.Node) -> None:
     """Puts a node in another's place; its outputs take over names, types and readers."""
-    model.graph.insert_before(old, new)
+    graph = old.graph
+    assert graph is not None
+    graph.insert_before(old, new)
     names = [value.name for value in old.outputs]
     for before, after in zip(old.outputs, new.outputs, strict=True):
         after.type, after.shape = before.type, before.shape
         before.replace_all_uses_with(after, replace_graph_outputs=True)
-    model.graph.remove(old, safe=True)
+    graph.remove(old, safe=True)
     for value, name in zip(new.outputs, names, strict=True):
         value.name = name
 

@@ -12,23 +12,72 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.errors import shown
 from dynamo_runtime.files import lies_in
+from dynamo_runtime.manifest import PassBytes
 from dynamo_runtime.wire import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, external_files, field, fields
 
 from .errors import WriteError
 from .initializers import BIG_BYTES
-from .passes import UnfoldHeads
+from .reads import read_bytes
+from .write import Place
 
 
 def read_model(path: Path) -> ir.Model:
-    """Reads a graph, its heads unfolded; arrays of big weights are read anew each time they are used, and never kept.
+    """Reads a graph; arrays of big weights are read anew each time they are used, and never kept.
 
     Args:
         path: The `.onnx` file, which must stay where it is.
 
     Raises:
         WriteError: It is not an ONNX file, or has weights in a file that does not lie beside it.
+    """
+    skeleton = _skeleton(path)
+    try:
+        model = ir.from_proto(skeleton)
+    except Exception as error:  # onnx_ir raises whatever it stumbles over
+        raise WriteError(f"{path} is not a readable ONNX file: {error}") from error
+    ir.external_data.set_base_dir(model.graph, path.parent)  # of those that are not replaced here
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = _lazy(value.const_value, path.parent)
+    return model
+
+
+def pass_bytes(bundle: Bundle) -> PassBytes:
+    """Bytes of weights that a pass reads: in the base's graph, and in that of what predicts further tokens.
+
+    Raises:
+        WriteError: See `read_model`.
+    """
+    drafter = bundle.drafter
+    heads = 0 if drafter is None else read_bytes(read_model(bundle.folder / drafter.graph))
+    return PassBytes(read_bytes(read_model(bundle.graph_path)), heads)
+
+
+def places(path: Path) -> dict[str, Place]:
+    """Where the big weights of a graph stand, by name.
+
+    Args:
+        path: The `.onnx` file.
+
+    Raises:
+        WriteError: See `read_model`.
+    """
+    found = {}
+    for tensor in _skeleton(path).graph.initializer:
+        entry = {each.key: each.value for each in tensor.external_data}
+        if entry:
+            found[tensor.name] = Place(entry["location"], int(entry.get("offset", 0)), int(entry["length"]))
+    return found
+
+
+def _skeleton(path: Path) -> onnx.ModelProto:
+    """A graph whose big weights say where they lie, in the file itself or beside it.
+
+    Raises:
+        WriteError: See `read_model`.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
@@ -41,17 +90,11 @@ def read_model(path: Path) -> ir.Model:
                 data[start:end] if number != MODEL_GRAPH else field(MODEL_GRAPH, _graph(data, begin, end, path.name))
                 for number, start, begin, end in fields(data, 0, len(data))
             )
-            model = ir.from_proto(onnx.ModelProto.FromString(skeleton))
+            return onnx.ModelProto.FromString(skeleton)
         except WriteError:
             raise
-        except Exception as error:  # protobuf and onnx_ir raise whatever they stumble over
+        except Exception as error:  # protobuf raises whatever it stumbles over
             raise WriteError(f"{path} is not a readable ONNX file: {error}") from error
-    ir.external_data.set_base_dir(model.graph, path.parent)  # of those that are not replaced here
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value = _lazy(value.const_value, path.parent)
-    UnfoldHeads()(model)
-    return model
 
 
 def _graph(data: mmap.mmap, start: int, end: int, name: str) -> bytes:

@@ -7,9 +7,9 @@ of the graph is serialised first and the initializers are appended one at a time
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import onnx
@@ -18,10 +18,19 @@ from tqdm import tqdm
 
 from dynamo_runtime.wire import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, tag, varint
 
+from .errors import WriteError
 from .initializers import BIG_BYTES
 
 EMBED_LIMIT_BYTES = 1_500_000_000  # a protobuf file ends at 2 GiB
 ALIGNMENT_BYTES = 4096  # of external weights, so that they can be mapped into memory
+
+
+class Place(NamedTuple):
+    """Where a weight's bytes stand: the name of a file in the graph's folder, the first byte, and how many."""
+
+    file: str
+    offset: int
+    length: int
 
 
 def weight_bytes(model: ir.Model) -> int:
@@ -29,13 +38,17 @@ def weight_bytes(model: ir.Model) -> int:
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
-def write_model(model: ir.Model, path: Path, external: bool = False) -> list[Path]:
+def write_model(
+    model: ir.Model, path: Path, external: bool = False, elsewhere: Mapping[str, Place] | None = None
+) -> list[Path]:
     """Writes the model.
 
     Args:
         model: The graph; its lazy weights are computed here, one after the other.
         path: The `.onnx` file, which must not exist.
         external: Put the weights into `path` + ".data" even if they would fit.
+        elsewhere: Weights that stand in another file of the same folder already, by name: where. They are not written
+            again.
 
     Returns:
         The files written.
@@ -52,9 +65,12 @@ def write_model(model: ir.Model, path: Path, external: bool = False) -> list[Pat
     finally:
         for value in values.values():
             graph.register_initializer(value)
+    for name in [name for name in big if elsewhere and name in elsewhere]:
+        assert elsewhere is not None
+        proto.graph.initializer.append(_reference(name, big.pop(name), elsewhere[name]))
     bar = tqdm(big.items(), desc="weights", unit="tensor", leave=False, disable=None)
     data = path.with_name(path.name + ".data")
-    if external or weight_bytes(model) > EMBED_LIMIT_BYTES:
+    if external or sum(tensor.nbytes for tensor in big.values()) > EMBED_LIMIT_BYTES:
         _write_external(proto, bar, path, data)
         return [path, data]
     _write_embedded(proto, bar, path)
@@ -64,6 +80,21 @@ def write_model(model: ir.Model, path: Path, external: bool = False) -> list[Pat
 def _header(name: str, tensor: ir.TensorProtocol) -> onnx.TensorProto:
     dims = [int(dim) for dim in tensor.shape]  # type: ignore[arg-type]
     return onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=dims)
+
+
+def _reference(name: str, tensor: ir.TensorProtocol, place: Place) -> onnx.TensorProto:
+    """A weight that says where it stands.
+
+    Raises:
+        WriteError: What stands there is not as long as the weight.
+    """
+    if place.length != tensor.nbytes:
+        raise WriteError(f"{place.file} holds another {name}: {place.length} bytes and not {tensor.nbytes}")
+    entry = _header(name, tensor)
+    entry.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", place.file), ("offset", place.offset), ("length", place.length)):
+        entry.external_data.add(key=key, value=str(value))
+    return entry
 
 
 def _array(tensor: ir.TensorProtocol) -> np.ndarray:
@@ -77,12 +108,8 @@ def _write_external(
     with data.open("xb") as file:
         for name, tensor in weights:
             file.write(bytes(-file.tell() % ALIGNMENT_BYTES))
-            entry = _header(name, tensor)
-            entry.data_location = onnx.TensorProto.EXTERNAL
-            for key, value in (("location", data.name), ("offset", file.tell()), ("length", tensor.nbytes)):
-                entry.external_data.add(key=key, value=str(value))
+            proto.graph.initializer.append(_reference(name, tensor, Place(data.name, file.tell(), tensor.nbytes)))
             file.write(_array(tensor).data)
-            proto.graph.initializer.append(entry)
     with path.open("xb") as file:
         file.write(proto.SerializeToString())
 

@@ -78,21 +78,24 @@ def _input_name(product: Product) -> str:
 
 
 def _feed(bundle: Bundle, tokens: Sequence[int]) -> dict[str, np.ndarray]:
-    """Inputs for a pass from an empty cache, with all rows of all heads."""
+    """Inputs for a pass of the base from an empty cache, with all rows."""
     length = len(tokens)
     cache = np.zeros((1, bundle.kv_heads, length, bundle.head_size), np.float32)
     feed: dict[str, np.ndarray] = {
         INPUT_IDS: np.array([tokens], np.int64),
         ATTENTION_MASK: np.ones((1, length), np.int64),
     }
-    feed |= dict.fromkeys(caches(PAST, range(bundle.kv_layers)), cache)
-    return feed | dict.fromkeys(bundle.topology.inputs, np.arange(length))
+    return feed | dict.fromkeys(caches(PAST, range(bundle.kv_layers)), cache)
+
+
+Ranges = list[tuple[np.ndarray, np.ndarray]]
+"""Largest magnitude of every channel of keys and of values, [kv_heads, head_size] each, by layer."""
 
 
 def cache_ranges(
-    bundle: Bundle, model: ir.Model, texts: Sequence[Sequence[int]]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Largest magnitude of every channel of the keys and of the values of every layer, [kv_heads, head_size] each.
+    bundle: Bundle, model: ir.Model, drafter: ir.Model | None, texts: Sequence[Sequence[int]]
+) -> tuple[Ranges, Ranges]:
+    """What keys and values look like in the base's layers, and in those of further heads.
 
     Two channels of a key that are rotated into each other both get the largest length of the pair: what the same key
     would reach at any position, those behind the end of the texts among them.
@@ -100,27 +103,43 @@ def cache_ranges(
     Args:
         bundle: The bundle in full precision.
         model: Its graph.
+        drafter: That of further heads.
         texts: Token ids; each is cut to the bundle's context.
     """
     session = Session(bundle, provider="cpu")
-    pairs = _rotated(model)
     shape = (bundle.kv_heads, bundle.head_size)
-    ranges = [(np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in range(bundle.kv_layers)]
+
+    def nothing(layers: int) -> Ranges:
+        return [(np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in range(layers)]
+
+    base, heads = nothing(bundle.kv_layers), nothing(0 if drafter is None else bundle.topology.layers)
     for text in tqdm(texts, desc="cache ranges", unit="text", leave=False, disable=None):
         session.cache.reset()
         tokens = list(text[: session.max_length])
         for at in range(0, len(tokens), CHUNK_TOKENS):
-            session.step(tokens[at : at + CHUNK_TOKENS])
-        for layer, (of_keys, of_values) in enumerate(ranges):
-            keys, values = (np.abs(buffer[0, :, : len(tokens)]) for buffer in session.cache.buffers[layer])
-            for one, other in pairs.get(layer, ()):
-                keys[..., one] = keys[..., other] = np.hypot(keys[..., one], keys[..., other])
-            np.maximum(of_keys, keys.max(axis=1), out=of_keys)
-            np.maximum(of_values, values.max(axis=1), out=of_values)
-    return ranges
+            step = session.step(tokens[at : at + CHUNK_TOKENS])
+        _widen(base, session.cache.buffers, len(tokens), _rotated(model))
+        if drafter is not None and session.heads is not None:
+            step.ahead()
+            _widen(heads, session.heads.kv.buffers, len(tokens), _rotated(drafter))
+    return base, heads
 
 
-def _rotated(model: ir.Model) -> dict[int, list[tuple[int, int]]]:
+def _widen(ranges: Ranges, buffers: Sequence[tuple[np.ndarray, np.ndarray]], length: int, pairs: Pairs) -> None:
+    """Has ranges cover what some caches hold at their first `length` positions."""
+    for layer, (of_keys, of_values) in enumerate(ranges):
+        keys, values = (np.abs(buffer[0, :, :length]) for buffer in buffers[layer])
+        for one, other in pairs.get(layer, ()):
+            keys[..., one] = keys[..., other] = np.hypot(keys[..., one], keys[..., other])
+        np.maximum(of_keys, keys.max(axis=1), out=of_keys)
+        np.maximum(of_values, values.max(axis=1), out=of_values)
+
+
+Pairs = dict[int, list[tuple[int, int]]]
+"""Pairs of channels that attention rotates into each other, by layer."""
+
+
+def _rotated(model: ir.Model) -> Pairs:
     """Pairs of channels that attention rotates into each other, by layer; none where it does not rotate."""
     found = {}
     for layer, node in attentions(model):

@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dynamo_graph.branches import pass_bytes
-from dynamo_graph.read import read_model
+from dynamo_graph.read import pass_bytes
 from dynamo_runtime import Engine
 from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.scoring import Scores, score_window
 from dynamo_runtime.session import Session
-from dynamo_runtime.step import ALL
+from dynamo_runtime.step import ALL, NONE
 from dynamo_runtime.strategies import refusal
 
 from .conversations import GREEDY as ANSWERING
@@ -140,7 +139,7 @@ def measure(bundle: Bundle, samples: Samples, reference: Measured | None = None)
     }
     answers = samples.answers if reference is None else _answers(engine, samples.questions)
     del engine, session
-    read = pass_bytes(read_model(bundle.graph_path))
+    read = pass_bytes(bundle)
     return Measured(
         scores,
         gaps,
@@ -206,9 +205,13 @@ def _in_passes(session: Session, text: Sequence[int], width: int, heads: range) 
     found: dict[int, list[np.ndarray]] = {head: [] for head in heads}
     for at in range(0, len(text), width):
         part = text[at : at + width]
-        step = session.step(part, rows=ALL, heads=ALL)
+        step = session.step(part, rows=ALL, heads=ALL if len(heads) > 1 else NONE)
         for head in heads:
-            found[head].append(step.logits(head).copy())
+            if head == 1:
+                found[head].append(step.logits().copy())
+            else:  # behind the end of the text nothing is known, and any token does
+                told = [*text, *[0] * head][at + head - 1 :][: len(part)]
+                found[head].append(step.ahead().logits(head - 2, told).copy())
     return {head: np.concatenate(rows) for head, rows in found.items()}
 
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from tqdm import tqdm
 
-from dynamo_graph.passes import FoldHeads, run_passes
-from dynamo_graph.read import read_model
-from dynamo_graph.write import weight_bytes, write_model
+from dynamo_graph.passes import run_passes
+from dynamo_graph.read import places, read_model
+from dynamo_graph.write import Place, weight_bytes, write_model
 from dynamo_runtime.bundle import Bundle
 
 from .blocks import Blocks, Format, round_to_nearest
 from .calibration import cache_ranges, hessians
 from .errors import QuantizeError
 from .gptq import gptq
-from .parts import Product, find_products
+from .parts import Product, find_drafter_products, find_products, output_product
 from .passes import QuantizeCache, StoreBlocks, StoreDynamic, ToHalf
 from .schemes import Part, Scheme
 
@@ -28,43 +29,95 @@ LEAST_OUTPUTS = 64  # a narrower product, as the gate of a joint head, is not wo
 LEAST_BLOCK = 16
 
 
-def write_graph(
-    bundle: Bundle, scheme: Scheme, path: Path, texts: list[list[int]], external: bool
-) -> dict[Part, list[str]]:
-    """Writes the smaller graph.
+Stored = dict[Part, list[str]]
+"""What the weights of every part are stored as."""
+
+
+def write_graphs(
+    bundle: Bundle, scheme: Scheme, folder: Path, graph: str, texts: list[list[int]], external: bool
+) -> Stored:
+    """Writes the smaller graphs.
 
     Args:
         bundle: The bundle in full precision.
         scheme: From `resolve`.
-        path: The `.onnx` file to write.
+        folder: Where to write them.
+        graph: File name of the base's; that of the drafter stays.
         texts: Calibration text as tokens, where the scheme needs it.
-        external: Whether the weights go into a file of their own even if they would fit.
-
-    Returns:
-        What the weights of every part are stored as.
+        external: Whether the weights go into files of their own even if they would fit.
     """
+    drafter = None if bundle.drafter is None else read_model(bundle.folder / bundle.drafter.graph)
     model = read_model(bundle.graph_path)
-    ranges = cache_ranges(bundle, model, texts) if scheme.kv_cache == "int8" else None
+    ranges = cache_ranges(bundle, model, drafter, texts) if scheme.kv_cache == "int8" else ([], [])
     products = find_products(model, bundle.kv_layers)
-    formats = _formats(products, scheme)
-    jobs = [(product, form) for product, form in zip(products, formats, strict=True) if form is not None]
-    made = _all_blocks(bundle, model, [job for job in jobs if job[0].is_lookup or not scheme.dynamic], scheme, texts)
+    jobs = list(zip(products, _formats(products, scheme), strict=True))
+    _write(bundle, scheme, model, jobs, ranges[0], folder / graph, external, texts=texts)
+    if drafter is not None and bundle.drafter is not None:
+        of_base = {product.name: form for product, form in jobs if product.part in (Part.OUTPUT, Part.INPUT)}
+        heads = _drafter_formats(find_drafter_products(drafter), scheme, of_base)
+        path = folder / bundle.drafter.graph
+        _write(bundle, scheme, drafter, heads, ranges[1], path, external, elsewhere=places(folder / graph))
+        jobs += [(product, form) for product, form in heads if product.name not in of_base]
+    stored: dict[Part, set[str]] = {product.part: set() for product, _ in jobs}
+    for product, form in jobs:
+        stored[product.part].add(_described(form, scheme, product))
+    return {part: sorted(names) for part, names in stored.items()}
+
+
+def _write(
+    bundle: Bundle,
+    scheme: Scheme,
+    model: ir.Model,
+    products: Sequence[tuple[Product, Format | None]],
+    ranges: Sequence[tuple[np.ndarray, np.ndarray]],
+    path: Path,
+    external: bool,
+    *,
+    texts: Sequence[list[int]] = (),
+    elsewhere: Mapping[str, Place] | None = None,
+) -> None:
+    """Writes one smaller graph.
+
+    Args:
+        bundle: The bundle in full precision.
+        scheme: From `resolve`.
+        model: The graph; changed.
+        products: Its weights, and what they are to be stored as.
+        ranges: Of its caches; empty where they stay as they are.
+        path: The `.onnx` file to write.
+        external: See `write_graphs`.
+        texts: Text that 4-bit weights are fitted to; without any they are rounded to nearest.
+        elsewhere: Weights that stand in another file already.
+    """
+    jobs = [(product, form) for product, form in products if form is not None]
+    in_blocks = [job for job in jobs if job[0].is_lookup or not scheme.dynamic]
+    made = _all_blocks(bundle, model, in_blocks, scheme, texts)
     passes: list[ir.passes.PassBase] = [
         StoreBlocks(product, made[product.name, form]) if (product.name, form) in made else StoreDynamic(product)
         for product, form in jobs
     ]
     passes.append(RemoveUnusedNodesPass())
-    if ranges is not None:
+    if ranges:
         passes.append(QuantizeCache(ranges))
     if scheme.activations == "fp16":
-        passes.append(ToHalf(next(product for product in products if product.part is Part.OUTPUT)))
-    passes.append(FoldHeads())
+        passes.append(ToHalf(output_product(model, [product for product, _ in products])))
     run_passes(model, passes)
-    write_model(model, path, external)
-    stored: dict[Part, set[str]] = {product.part: set() for product in products}
-    for product, form in zip(products, formats, strict=True):
-        stored[product.part].add(_described(form, scheme, product))
-    return {part: sorted(names) for part, names in stored.items()}
+    for graph in model.graphs():  # the weights that were replaced inside branches
+        for name, value in list(graph.initializers.items()):
+            if not value.uses() and not value.is_graph_input():
+                del graph.initializers[name]
+    write_model(model, path, external, elsewhere)
+
+
+def _drafter_formats(
+    products: Sequence[Product], scheme: Scheme, of_base: Mapping[str, Format | None]
+) -> list[tuple[Product, Format | None]]:
+    """What the weights of further heads are stored as; those of the base as they are there."""
+    found = []
+    for product in products:
+        form = of_base.get(product.name, scheme.formats[Part.HEADS])
+        found.append((product, None if product.outputs < LEAST_OUTPUTS else form))
+    return found
 
 
 def _formats(products: list[Product], scheme: Scheme) -> list[Format | None]:
@@ -95,11 +148,12 @@ def _halves(block_size: int) -> list[int]:
 
 
 def _all_blocks(
-    bundle: Bundle, model: ir.Model, jobs: list[tuple[Product, Format]], scheme: Scheme, texts: list[list[int]]
+    bundle: Bundle, model: ir.Model, jobs: list[tuple[Product, Format]], scheme: Scheme, texts: Sequence[list[int]]
 ) -> dict[tuple[str, Format], Blocks]:
     """The blocks of every weight in every format that it is wanted in."""
     made: dict[tuple[str, Format], Blocks] = {}
-    calibrated = [job for job in jobs if scheme.algorithm == "gptq" and job[1].bits == 4 and not job[0].is_lookup]
+    fits = scheme.algorithm == "gptq" and bool(texts)
+    calibrated = [job for job in jobs if fits and job[1].bits == 4 and not job[0].is_lookup]
     with tqdm(total=len(jobs), desc="quantizing", unit="weight", leave=False, disable=None) as bar:
         for group in in_groups(calibrated, max(HESSIAN_BYTES, int(HESSIAN_SHARE * weight_bytes(model)))):
             sums = hessians(bundle, model, [product for product, _ in group], texts)
@@ -140,6 +194,6 @@ def _described(form: Format | None, scheme: Scheme, product: Product) -> str:
         return "int8, by output"
     if form.bits == 8:
         return f"int8, blocks of {form.block_size}"
-    algorithm = "rtn" if product.is_lookup else scheme.algorithm
+    algorithm = "rtn" if product.is_lookup or product.part is Part.HEADS else scheme.algorithm
     zero_points = "symmetric" if form.symmetric else "asymmetric"
     return f"int4, blocks of {form.block_size}, {zero_points}, {algorithm}"

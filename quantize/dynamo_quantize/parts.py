@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import onnx_ir as ir
 
 from dynamo_graph.initializers import is_weight, sizes
 from dynamo_graph.walk import attentions, upstream
-from dynamo_runtime.names import INPUT_IDS, LOGITS
+from dynamo_runtime.names import INPUT_IDS, LOGITS, PREVIOUS
 
 from .errors import QuantizeError
 from .schemes import Part
@@ -62,13 +63,11 @@ class Product:
 def find_products(model: ir.Model, kv_layers: int) -> list[Product]:
     """Every weight matrix that is multiplied with or looked up, in the order of the graph.
 
-    The output embedding is the last product before `logits`. What feeds it is one state per head; a state's own layer
-    is what lies behind the last attention that the state has seen, with that attention's own projections. The state
-    seen by `logits` is the first head's, everything else that it sees is the stem, and what only others see are the
-    further heads.
+    The output embedding is the last product before `logits`. The first head is what lies behind the last attention,
+    with that attention's own projections; everything else is the stem.
 
     Args:
-        model: A graph that keeps the bundle's contract.
+        model: The graph of the base.
         kv_layers: Attention layers.
 
     Raises:
@@ -83,15 +82,7 @@ def find_products(model: ir.Model, kv_layers: int) -> list[Product]:
     output = next((node for node in upstream(outputs[LOGITS]) if node in products), None)
     if output is None or output.op_type == "Gather":
         raise QuantizeError("there is no product with an output embedding before the graph's logits")
-    first_state = output.inputs[0]
-    assert first_state is not None
-    stacked = first_state.producer()
-    if stacked is not None and stacked.op_type == "Concat":
-        first_state = stacked.inputs[0]
-        assert first_state is not None
-    seen = upstream(first_state)
-    # With parallel heads the base's last layer is the first of the heads' attentions, else the last one it has.
-    last = layers[max(layer for layer, node in layers.items() if node in seen)]
+    last = layers[kv_layers - 1]
     projections = upstream(*last.inputs, until=products).keys() & products.keys()
     before = upstream(*last.inputs).keys() - projections
     parts = []
@@ -100,12 +91,31 @@ def find_products(model: ir.Model, kv_layers: int) -> list[Product]:
             part = Part.OUTPUT
         elif node.op_type == "Gather":
             part = Part.INPUT
-        elif node not in seen:
-            part = Part.HEADS
         else:
             part = Part.STEM if node in before else Part.FIRST_HEAD
         parts.append(Product(node, weight, part, transposed))
     return parts
+
+
+def find_drafter_products(model: ir.Model) -> list[Product]:
+    """Every weight matrix in the graph of further heads, those in its branches among them; all are of one part."""
+    nodes = (node for graph in model.graphs() for node in graph)
+    found = ((node, _weight_of(node)) for node in nodes)
+    return [Product(node, of[0], Part.HEADS, of[1]) for node, of in found if of is not None]
+
+
+def output_product(model: ir.Model, products: Sequence[Product]) -> Product:
+    """The product whose result becomes `logits`.
+
+    Raises:
+        QuantizeError: There is none.
+    """
+    by_node = {product.node: product for product in products if not product.is_lookup}
+    logits = next(value for value in model.graph.outputs if value.name == LOGITS)
+    found = next((by_node[node] for node in upstream(logits) if node in by_node), None)
+    if found is None:
+        raise QuantizeError("there is no product with an output embedding before the graph's logits")
+    return found
 
 
 def _weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
@@ -117,7 +127,7 @@ def _weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
             transposed = bool(given.pop("transB", 0))
             if given.pop("alpha", 1.0) != 1.0 or any(given.values()):
                 return None
-    elif node.op_type == "Gather" and node.inputs[1] is not None and node.inputs[1].name == INPUT_IDS:
+    elif node.op_type == "Gather" and node.inputs[1] is not None and node.inputs[1].name in (INPUT_IDS, PREVIOUS):
         weight, transposed = node.inputs[0], True
     else:
         return None

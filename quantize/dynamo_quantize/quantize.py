@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from dynamo_graph.branches import pass_bytes
 from dynamo_graph.files import read_json, read_report, version, write_json, write_report
-from dynamo_graph.read import read_model
+from dynamo_graph.read import pass_bytes
 from dynamo_graph.staging import Target
 from dynamo_runtime.bundle import Bundle, list_files, load_bundle
 from dynamo_runtime.corpus import read_documents
@@ -20,7 +19,7 @@ from dynamo_runtime.manifest import Quantization
 from . import gates
 from .conversations import Conversation, own_words
 from .errors import QuantizeError
-from .graph import write_graph
+from .graph import write_graphs
 from .schemes import Options, Scheme, resolve
 from .texts import OWN, pieces
 
@@ -105,6 +104,10 @@ def quantize_into(
         bundle = load_bundle(source, verify=True)
     except DynamoError as error:
         raise QuantizeError(str(error)) from error
+    if bundle.topology.parts and bundle.drafter is None:
+        raise QuantizeError(
+            f"{bundle.folder} has its heads in the base's graph, as earlier versions did: export it again"
+        )
     if bundle.precision != "fp32":
         raise QuantizeError(
             f"{bundle.folder} is {bundle.precision} already: quantize the bundle in fp32 that it came from"
@@ -180,7 +183,7 @@ def write_bundle(
         DynamoError: The bundle does not run.
     """
     texts, name = _calibration(bundle, calibration, spoken) if scheme.calibrated else ([], "")
-    parts = write_graph(bundle, scheme, folder / graph, texts, external)
+    parts = write_graphs(bundle, scheme, folder, graph, texts, external)
     _copy_rest(bundle, folder, graph)
     made = replace(
         bundle,
@@ -195,9 +198,9 @@ def write_bundle(
             lossless=not scheme.dynamic,
             versions={name: version(name) for name in ("dynamo-edge", "onnx", "onnxruntime")},
         ),
-        pass_bytes=pass_bytes(read_model(folder / graph)),
         files=list_files(folder),
     )
+    made = replace(made, pass_bytes=pass_bytes(made))
     made.write_manifest()
     return load_bundle(folder)
 
@@ -269,9 +272,9 @@ def _samples(bundle: Bundle, source: str | Path | None, spoken: Sequence[Convers
 
 
 def _copy_rest(bundle: Bundle, staged: Path, graph: str) -> None:
-    """Copies everything but graph, weights and manifest."""
+    """Copies everything but graphs, weights and manifest."""
     for name in bundle.files:
-        if not name.startswith(bundle.graph):
+        if not name.startswith(tuple(bundle.graphs)):
             shutil.copyfile(bundle.folder / name, staged / name)
     write_report(staged, **read_report(bundle.folder))
     interop = staged / "genai_config.json"

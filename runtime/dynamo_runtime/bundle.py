@@ -57,9 +57,14 @@ class Bundle(Manifest):
         return self.quantization is not None and self.quantization.degraded
 
     @property
-    def head_layers(self) -> range:
-        """Numbers of the attention layers that only further tokens need; they come last."""
-        return range(self.kv_layers - self.topology.layers, self.kv_layers)
+    def base_layers(self) -> int:
+        """Attention layers of the base; in formats 2 and 3 those of further heads come behind them in its graph."""
+        return self.kv_layers - (self.topology.layers if self.drafter is None else 0)
+
+    @property
+    def graphs(self) -> list[str]:
+        """File names of its graphs."""
+        return [self.graph] if self.drafter is None else [self.graph, self.drafter.graph]
 
     @property
     def graph_path(self) -> Path:
@@ -68,14 +73,14 @@ class Bundle(Manifest):
 
     @property
     def graph_bytes(self) -> int:
-        """Bytes of graph and weights on disk, by the manifest."""
-        return sum(record.bytes for name, record in self.files.items() if name.startswith(self.graph))
+        """Bytes of graphs and weights on disk, by the manifest."""
+        return sum(record.bytes for name, record in self.files.items() if name.startswith(tuple(self.graphs)))
 
     @property
     def graph_sha256(self) -> str:
-        """Of the graph, by the manifest; empty where there is none."""
-        record = self.files.get(self.graph)
-        return record.sha256 if record else ""
+        """Of the graph, by the manifest, and of both if there are two; empty where there is none."""
+        found = [record.sha256 for name in self.graphs if (record := self.files.get(name))]
+        return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest() if found else ""
 
     @property
     def has_cooccurrence(self) -> bool:
@@ -186,8 +191,9 @@ def load_bundle(path: str | Path, verify: bool = False) -> Bundle:
     manifest = read_manifest(folder / MANIFEST, verify)
     if not path.is_dir() and path.name != manifest.graph:
         raise BundleError(f"{path} is not the graph of the bundle in {folder}: that is {manifest.graph}")
-    if manifest.graph not in manifest.files:
-        raise BundleError(f"{folder / MANIFEST} does not list its own graph {manifest.graph}")
+    for graph in [manifest.graph, *([] if manifest.drafter is None else [manifest.drafter.graph])]:
+        if graph not in manifest.files:
+            raise BundleError(f"{folder / MANIFEST} does not list its own graph {graph}")
     check_files(folder, manifest, verify)
     return Bundle(folder=folder, **{each.name: getattr(manifest, each.name) for each in fields(Manifest)})
 
@@ -246,17 +252,18 @@ def check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
         if record.sha256 and known.get(name) != state and sha256(path) != record.sha256:
             raise BundleError(f"{path} does not have the sha256 in the manifest: changed, copy it again")
     if known != states:
-        _check_weights(folder, manifest)
+        for graph in [manifest.graph, *([] if manifest.drafter is None else [manifest.drafter.graph])]:
+            _check_weights(folder, graph, manifest)
         verified.remember(folder, states)
 
 
-def _check_weights(folder: Path, manifest: Manifest) -> None:
-    """Find out before onnxruntime does which further files the graph is in.
+def _check_weights(folder: Path, graph: str, manifest: Manifest) -> None:
+    """Find out before onnxruntime does which further files a graph is in.
 
     Raises:
         BundleError: One is not listed, or lies outside the folder; or the graph is none.
     """
-    path = folder / manifest.graph
+    path = folder / graph
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             names = external_files(data)

@@ -12,7 +12,7 @@ from .parameters import check_kind
 from .sampling import Context
 from .scores import negative_log_likelihood
 from .session import Session
-from .step import LAST, NONE, At, Last, Step
+from .step import NONE, At, Last, Step
 from .strategies import Strategy, Turn
 
 PREFILL_CHUNK = 512
@@ -36,11 +36,10 @@ class Round:
     log_probabilities: list[float] = field(default_factory=list)
 
 
-def reuse_prefix(session: Session, prompt: Sequence[int], heads: bool) -> int:
+def reuse_prefix(session: Session, prompt: Sequence[int]) -> int:
     """Roll the cache back to what it has in common with the prompt; returns how many positions that are.
 
-    The last token is always left to be computed, as the first pass must have a row to read. What the further heads
-    have not seen is of no use where they are to be `heads` and it is more than they should see in one pass.
+    The last token is always left to be computed, as the first pass must have a row to read.
     """
     common = 0
     for held, wanted in zip(session.cache.tokens, prompt[:-1], strict=False):
@@ -48,25 +47,21 @@ def reuse_prefix(session: Session, prompt: Sequence[int], heads: bool) -> int:
             break
         common += 1
     session.cache.rollback(common)
-    if heads and session.cache.skipped_length > PREFILL_CHUNK:
-        common -= session.cache.skipped_length
-        session.cache.rollback(common)
     return common
 
 
-def prefill(session: Session, prompt: Sequence[int], chunk: int, heads: bool) -> Iterator[None]:
+def prefill(session: Session, prompt: Sequence[int], chunk: int) -> Iterator[None]:
     """Feed the prompt in chunks until at most one chunk is left, which the first decode step feeds.
 
     Args:
         session: Rolled back to a prefix of the prompt.
         prompt: Its tokens.
         chunk: Most tokens a pass.
-        heads: Whether the further heads will be read later.
     """
     while len(prompt) - session.cache.length > chunk:
         yield
         held = session.cache.length
-        session.step(prompt[held : held + chunk], heads=LAST if heads else NONE)
+        session.step(prompt[held : held + chunk], heads=NONE)
     yield
 
 

@@ -110,7 +110,7 @@ def sample_ngram(
         counts: For the mask; may be None if cooccurrence_weight is 0.
     """
     if parameters.first_token == "base":
-        token, uniform = _first_token(heads[0], seen, uniform, parameters)
+        token, uniform = choose_first(heads[0], seen, uniform, parameters)
         heads = [certain(token), *heads[1:]]
     joint = back_off(heads, seen, parameters, counts)
     if joint is not None:
@@ -143,7 +143,7 @@ def certain(token: int) -> Candidates:
     return Candidates(np.array([token]), np.ones(1))
 
 
-def _first_token(
+def choose_first(
     first: Candidates, seen: np.ndarray, uniform: float, parameters: SamplingParameters
 ) -> tuple[int, float]:
     """A token of f^1, and what is left of the randomness: inside the token's share of [0, 1) it is uniform again."""

@@ -9,11 +9,11 @@ from typing import ClassVar
 import numpy as np
 
 from .drafting import Ask, Guesses, Passed
-from .names import GATE, LOGITS, TOPK_IDS, TOPK_LOGITS
+from .names import GATE
 from .parameters import SamplingParameters
 from .sampling import Candidates
 from .scores import Scores, log_softmax, log_sum, negative_log_likelihood
-from .step import Step
+from .step import Ahead, Step
 from .topology import Holder, Topology
 
 
@@ -52,30 +52,34 @@ class JointHead(Topology):
         """The gate."""
         return {GATE: self.rank}
 
-    def gate(self, step: Step) -> np.ndarray:
+    def gate(self, ahead: Ahead) -> np.ndarray:
         """Log w_α of the components, [rows, rank]."""
-        return step.read(GATE)
+        return ahead.output(GATE)
 
-    def factors(self, step: Step) -> np.ndarray:
+    def factors(self, ahead: Ahead) -> np.ndarray:
         """Logits of every factor p_α^(s), [rows, n_tokens, rank, vocab]."""
-        return self._by_factor(step.further(LOGITS))
+        return self._by_factor([ahead.logits(part) for part in range(self.parts)])
 
-    def factor_topk(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
+    def factor_topk(self, ahead: Ahead) -> tuple[np.ndarray, np.ndarray]:
         """Every factor's largest logits and their ids, both [rows, n_tokens, rank, K], descending."""
-        return self._by_factor(step.further(TOPK_LOGITS)), self._by_factor(step.further(TOPK_IDS))
+        values, ids = zip(*(ahead.topk(part) for part in range(self.parts)), strict=True)
+        return self._by_factor(values), self._by_factor(ids)
 
     def score(self, step: Step, targets: np.ndarray) -> Scores:
         """See `Topology`; tokens after the first are told by their marginals."""
-        log_w = self.gate(step).astype(np.float64)  # [rows, rank]
-        factors = self.factors(step)
+        ahead = step.ahead()
+        log_w = self.gate(ahead).astype(np.float64)  # [rows, rank]
+        factors = self.factors(ahead)
         log_p = np.array([log_softmax(factors[:, i]) for i in range(len(targets))])  # [n, rows, rank, vocab]
         found = np.take_along_axis(log_p, targets[:, :, None, None], -1)[..., 0]  # [n, rows, rank]
         nll, choices = -log_sum(log_w + found), (np.exp(log_p) * np.exp(log_w)[:, :, None]).sum(2).argmax(-1)
         nll[0], choices[0] = negative_log_likelihood(step.logits(), targets[0]), step.logits().argmax(-1)
         return Scores(nll, -log_sum(log_w + found.sum(0)), choices)
 
-    def _by_factor(self, rows: np.ndarray) -> np.ndarray:
-        return rows.reshape(-1, self.n_tokens, self.rank, rows.shape[1])
+    def _by_factor(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """Parts [rows, width] as [rows, n_tokens, rank, width]."""
+        rows = np.stack(parts, axis=1)
+        return rows.reshape(len(rows), self.n_tokens, self.rank, rows.shape[-1])
 
 
 class JointDrafter:
@@ -96,14 +100,14 @@ class JointDrafter:
 
     def guess(self, passed: Passed) -> Guesses:
         """Σ_α w_α p_α^(s) of the row that the text goes on from, given the tokens chosen before x_s."""
-        row = passed.accepted
-        logits, ids = (each[row] for each in self._joint.factor_topk(passed.step))  # [n_tokens, rank, K]
+        ahead = passed.step.ahead(passed.accepted)
+        logits, ids = (each[0] for each in self._joint.factor_topk(ahead))  # [n_tokens, rank, K]
         k = self._parameters.top_k or logits.shape[-1]
         ids = ids[:, :, :k]
         scaled = logits[:, :, :k].astype(np.float64) / (self._parameters.temperature or 1.0)
         likelihood = np.exp(scaled - scaled[:, :, :1])
         probabilities = likelihood / likelihood.sum(-1, keepdims=True)
-        log_w = self._joint.gate(passed.step)[row].astype(np.float64)
+        log_w = self._joint.gate(ahead)[0].astype(np.float64)
         prior = np.exp(log_w - log_w.max())
 
         def candidates(chosen: Sequence[int]) -> Candidates:

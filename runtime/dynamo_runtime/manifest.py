@@ -22,8 +22,8 @@ from .topology import Plain, Topology
 
 MANIFEST = "dynamo_config.json"
 REPORT = "report.json"
-FORMAT_VERSION = 3
-READABLE_VERSIONS = (2, 3)
+FORMAT_VERSION = 4
+READABLE_VERSIONS = (2, 3, 4)
 
 # Far beyond any model there is, and small enough that nothing made of them hurts.
 _MOST_BYTES = 1 << 20  # of the manifest itself
@@ -53,6 +53,23 @@ class PassBytes:
 
     plain: int
     heads: int = 0
+
+
+@dataclass(frozen=True)
+class DrafterGraph:
+    """The graph of what predicts further tokens, which is run apart from the base's.
+
+    Attributes:
+        graph: File name of the ONNX graph.
+        top_k_outputs: K, the last axis of its `topk_*` outputs.
+        conditioned: Whether a head is told the token in front of what it predicts.
+        vocabulary: Ids of the tokens that drafts are made of; None for all there are.
+    """
+
+    graph: str
+    top_k_outputs: int
+    conditioned: bool = False
+    vocabulary: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,11 +119,12 @@ class Manifest:
     Attributes:
         graph: File name of the ONNX graph.
         topology: What predicts further tokens.
+        drafter: Its graph; None where it needs none, or, in formats 2 and 3, is part of the base's.
         model_type: Architecture of the base, as Hugging Face names it.
         vocab_size: V, the last axis of `logits`.
         tokenizer_size: Tokens that the tokenizer knows; None if that is not checked.
         context_length: Positions the model was built for, an upper bound of every cache.
-        kv_layers: KV caches of the graph: stem, first head, further heads, numbered in that order.
+        kv_layers: KV caches of the base's graph; in formats 2 and 3 those of further heads come behind the base's.
         kv_heads: Key/value heads per layer.
         head_size: Width of one key/value head.
         precision: "fp32", or the scheme of quantization.
@@ -122,6 +140,7 @@ class Manifest:
 
     graph: str = "model.onnx"
     topology: Topology = field(default_factory=Plain)
+    drafter: DrafterGraph | None = None
     model_type: str = ""
     vocab_size: int
     tokenizer_size: int | None = None
@@ -148,11 +167,13 @@ class Manifest:
                 value = {"kind": value.kind} | asdict(value)
             elif each.name == "files":
                 value = {name: asdict(record) for name, record in value.items()}
-            elif isinstance(value, Quantization | PassBytes | Source):
+            elif isinstance(value, DrafterGraph | Quantization | PassBytes | Source):
                 value = asdict(value)
             content[each.name] = value
         content["sha256"] = _digest(content)
-        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        # A vocabulary is thousands of numbers: not a line each.
+        return re.sub(r"\[[\d,\s]{200,}\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -187,13 +208,14 @@ def read_manifest(path: Path, verify: bool = False) -> Manifest:
     version = _Fields(path, content).integer("format_version", 1, _MOST_ENTRIES)
     if version not in READABLE_VERSIONS:
         raise BundleError(
-            f"{path} has format version {version}; this program reads {' and '.join(map(str, READABLE_VERSIONS))}: "
+            f"{path} has format version {version}; this program reads {', '.join(map(str, READABLE_VERSIONS))}: "
             "export the bundle again"
         )
     read = _Fields(path, _from_version_2(path, content) if version == 2 else content)
     manifest = Manifest(
         graph=_graph(read),
         topology=_topology(read.object("topology")),
+        drafter=_drafter(read.object("drafter")) if version >= 4 and read.has("drafter") else None,
         model_type=read.text("model_type", ""),
         vocab_size=read.integer("vocab_size", 1, _MOST_TOKENS),
         tokenizer_size=read.optional_integer("tokenizer_size", 0, 2 * _MOST_TOKENS),
@@ -224,9 +246,9 @@ def _from_version_2(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, "topology": {"kind": kind, **sizes}}
 
 
-def _graph(read: _Fields) -> str:
-    """The graph's name, which lies in the bundle's folder itself."""
-    name = read.text("graph", "model.onnx")
+def _graph(read: _Fields, usual: str = "model.onnx") -> str:
+    """A graph's name, which lies in the bundle's folder itself."""
+    name = read.text("graph", usual)
     if wrong := wrong_name(name) or ("in a folder of its own" if "/" in name else ""):
         raise BundleError(f"{read.path}: field 'graph' names a file {wrong}: {shown(name)}")
     return name
@@ -238,6 +260,12 @@ def _topology(read: _Fields) -> Topology:
         raise BundleError(f"{read.path}: kind {shown(kind)} is not one of {', '.join(TOPOLOGIES)}")
     chosen = TOPOLOGIES[kind]
     return chosen(**{name: read.integer(name, least, _MOST_AHEAD) for name, least in chosen.least.items()})
+
+
+def _drafter(read: _Fields) -> DrafterGraph:
+    vocabulary = tuple(read.integers("vocabulary", 0, _MOST_TOKENS, _MOST_TOKENS)) if read.has("vocabulary") else None
+    top_k, conditioned = read.integer("top_k_outputs", 1, _MOST_TOKENS), read.flag("conditioned", False)
+    return DrafterGraph(_graph(read, "drafter.onnx"), top_k, conditioned, vocabulary)
 
 
 def _sampling(read: _Fields) -> dict[str, Any]:
@@ -312,11 +340,14 @@ def _check(path: Path, manifest: Manifest) -> None:
     Raises:
         BundleError: Two fields do not go together.
     """
-    if manifest.kv_layers <= manifest.topology.layers:
+    drafter, topology = manifest.drafter, manifest.topology
+    if drafter is not None:
+        _check_drafter(path, manifest, drafter)
+    elif manifest.kv_layers <= topology.layers:
         raise BundleError(
             f"{path}: field 'kv_layers' is {manifest.kv_layers}, less than {manifest.topology.layers + 1}"
         )
-    position = 8 * manifest.kv_layers * manifest.kv_heads * manifest.head_size
+    position = 8 * (manifest.kv_layers + topology.layers) * manifest.kv_heads * manifest.head_size
     if position > _MOST_POSITION_BYTES:
         raise BundleError(
             f"{path}: fields 'kv_layers', 'kv_heads' and 'head_size' make {position >> 20} MiB of keys and values for "
@@ -327,6 +358,19 @@ def _check(path: Path, manifest: Manifest) -> None:
         raise BundleError(f"{path}: bos or eos token outside the vocabulary of {manifest.vocab_size}")
     if manifest.top_k_outputs > manifest.vocab_size:
         raise BundleError(f"{path}: top_k_outputs {manifest.top_k_outputs} exceeds vocab_size {manifest.vocab_size}")
+
+
+def _check_drafter(path: Path, manifest: Manifest, drafter: DrafterGraph) -> None:
+    """What no single field tells of the drafter's graph; see `_check`."""
+    if not manifest.topology.parts:
+        raise BundleError(f"{path}: a {manifest.topology.kind} bundle has no drafter's graph")
+    if drafter.graph == manifest.graph:
+        raise BundleError(f"{path}: base and drafter cannot be the same graph {drafter.graph}")
+    words = drafter.vocabulary
+    if words is not None and (len(set(words)) != len(words) or not words or max(words) >= manifest.vocab_size):
+        raise BundleError(f"{path}: the draft vocabulary is not a set of tokens of the vocabulary")
+    if drafter.top_k_outputs > (manifest.vocab_size if words is None else len(words)):
+        raise BundleError(f"{path}: field 'top_k_outputs' of the drafter exceeds its vocabulary")
 
 
 class _Fields:
@@ -373,9 +417,9 @@ class _Fields:
     def integer(self, name: str, least: int, most: int) -> int:
         return self._within(name, self.get(name, int), least, most)
 
-    def integers(self, name: str, least: int, most: int) -> list[int]:
+    def integers(self, name: str, least: int, most: int, entries: int = _MOST_ENTRIES) -> list[int]:
         values: list[Any] = self.get(name, list, [])
-        if len(values) > _MOST_ENTRIES or not all(type(value) is int for value in values):
+        if len(values) > entries or not all(type(value) is int for value in values):
             raise BundleError(f"{self.path}: field {name!r} is not a short list of whole numbers")
         return [self._within(name, value, least, most) for value in values]
 

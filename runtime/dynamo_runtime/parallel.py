@@ -43,9 +43,10 @@ class ParallelDrafter:
 
     def guess(self, passed: Passed) -> Guesses:
         """f^2, f^3, … of the row that the text goes on from, truncated."""
+        ahead = passed.step.ahead(passed.accepted)
 
         def candidates(chosen: Sequence[int]) -> Candidates:
-            logits, ids = passed.step.topk(1 + len(chosen))
-            return truncate(logits[passed.accepted], ids[passed.accepted], self._parameters)
+            logits, ids = ahead.topk(len(chosen) - 1, chosen[-1:])
+            return truncate(logits[0], ids[0], self._parameters)
 
         return candidates

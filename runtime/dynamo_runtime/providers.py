@@ -125,8 +125,7 @@ class Backend:
         Args:
             graph: The ONNX file.
             precision: The bundle's.
-            without: Inputs that are left at their defaults for good, and outputs that nobody wants, so that onnxruntime
-                drops what is not needed.
+            without: Inputs that are not given, and outputs that nobody wants: a part of the graph is left.
 
         Returns:
             The `InferenceSession`, and the short name of the provider that runs it.

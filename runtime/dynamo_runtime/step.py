@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -59,50 +59,96 @@ Rows = Last | All | At
 ALL, LAST, NONE = All(), Last(1), Last(0)
 
 
+class Ahead(Protocol):
+    """What predicts further tokens says behind some rows of a pass: row j of it is about the j-th of them.
+
+    Attributes:
+        rows: How many rows it was asked about.
+    """
+
+    @property
+    def rows(self) -> int:
+        """See above."""
+
+    def logits(self, part: int, before: Sequence[int] | None = None) -> np.ndarray:
+        """The full rows of one part (see `Topology.parts`), [rows, vocab].
+
+        Args:
+            part: Its number.
+            before: The token in front of what it predicts, one a row; only conditioned heads need it.
+        """
+
+    def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The largest logits of one part and their token ids, both [rows, K], in descending order."""
+
+    def output(self, name: str) -> np.ndarray:
+        """What else the topology puts out for every row, [rows, width]."""
+
+
 class Step:
     """What one forward pass says: logits of the rows that were asked for, of every head.
 
     The arrays stay what they are whatever is run later. They become arrays when they are read: full rows stay in
     onnxruntime's own memory, so that a sampler which is content with the top-k outputs does not pay for a vocabulary.
+    Further heads are computed when they are asked, which has to be before the cache is rolled back.
     """
 
     def __init__(
         self,
         values: dict[str, Any],
+        ahead: Callable[[Sequence[int]], Ahead] | None = None,
         *,
         head_rows: int = 0,
-        parts: int = 0,
         hidden: int = 0,
+        behind: int = 0,
         what: str = "a pass",
     ):
         """Take a pass's outputs.
 
         Args:
             values: Arrays, or what onnxruntime holds, by name and with the batch axis: "logits", "topk_logits" and
-                "topk_ids" [1, rows of all heads, …], the first head's first; and what the topology adds.
-            head_rows: Rows of every further head.
-            parts: See `Topology`: rows behind the first head's for every one of them.
+                "topk_ids" [1, rows, …] of the first head.
+            ahead: Asks the further heads about some of the `head_rows` rows, by their numbers.
+            head_rows: Rows that further heads may be asked about.
             hidden: Rows of the first head, from the front, that are left out of what is read here.
+            behind: Rows of further heads that stand behind those of the first.
             what: It is called where it is complained of.
         """
         self._values = values
-        self._head_rows, self._parts = head_rows, parts
-        self._further = head_rows * parts
+        self._behind = behind
+        self._ahead = ahead
+        self._head_rows = head_rows
         self._hidden = hidden
         self._what = what
+        self._all: Ahead | None = None
 
     def logits(self, head: int = 1) -> np.ndarray:
-        """The full rows of one head, [rows, vocab]."""
-        return self._of_head(LOGITS, head)
+        """The full rows of one head, [rows, vocab]; of heads that are not conditioned on the token in front."""
+        return self._first(LOGITS) if head == 1 else self.ahead().logits(head - 2)
 
     def topk(self, head: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """The largest logits of one head and their token ids, both [rows, K], in descending order."""
-        return self._of_head(TOPK_LOGITS, head), self._of_head(TOPK_IDS, head)
+        """The largest logits of one head and their token ids, both [rows, K], in descending order; see `logits`."""
+        if head == 1:
+            return self._first(TOPK_LOGITS), self._first(TOPK_IDS)
+        return self.ahead().topk(head - 2)
 
-    def further(self, name: str) -> np.ndarray:
-        """Of one output, the rows behind the first head's: `Topology.parts` for each of the head rows, [rows, …]."""
-        rows = self.read(name)
-        return rows[len(rows) - self._further :]
+    def ahead(self, row: int | None = None) -> Ahead:
+        """What further heads say.
+
+        Args:
+            row: Of those that were asked for; None for all of them.
+
+        Raises:
+            ValueError: None were asked for, or not this one.
+        """
+        count = self._head_rows
+        if self._ahead is None or not (count if row is None else -count <= row < count):
+            raise ValueError(f"a pass was asked for {count} rows of further heads")
+        if row is not None and count > 1:
+            return self._ahead([row % count])
+        if self._all is None:
+            self._all = self._ahead(range(count))
+        return self._all
 
     def read(self, name: str) -> np.ndarray:
         """One output as the graph gives it, without the batch axis.
@@ -110,31 +156,95 @@ class Step:
         Raises:
             BundleError: It has rows to choose from that are not numbers, or leave nothing to choose.
         """
-        value = self._values[name]
-        if not isinstance(value, np.ndarray):
-            value = value.numpy()  # over the same memory, unless that is a device's
-            # The largest is nan if any of them is, and onnxruntime's top-k puts those first.
-            if name in _OF_NUMBERS and not np.isfinite(value.max(-1)).all():
-                raise BundleError(
-                    f"{self._what} gave {name} that are not finite numbers: its weights are damaged, or what it "
-                    "computes does not fit into its precision"
-                )
-            self._values[name] = value
-        array: np.ndarray = value[0]
-        return array
+        return as_array(self._values, name, self._what)
 
     def without(self, rows: int) -> Step:
         """The same pass without the first so many rows of the first head."""
         if not rows:
             return self
         return Step(
-            self._values, head_rows=self._head_rows, parts=self._parts, hidden=self._hidden + rows, what=self._what
+            self._values,
+            self._ahead,
+            head_rows=self._head_rows,
+            hidden=self._hidden + rows,
+            behind=self._behind,
+            what=self._what,
         )
 
-    def _of_head(self, name: str, head: int) -> np.ndarray:
+    def _first(self, name: str) -> np.ndarray:
         rows = self.read(name)
-        first = len(rows) - self._further
-        if head == 1:
-            return rows[self._hidden : first]
-        begin = first + (head - 2) * self._head_rows
-        return rows[begin : begin + self._head_rows]
+        return rows[self._hidden : len(rows) - self._behind]
+
+
+def as_array(values: dict[str, Any], name: str, what: str) -> np.ndarray:
+    """One of a graph's outputs without the batch axis; what is read stays an array.
+
+    Args:
+        values: What a run put out, by name; changed.
+        name: Of the output.
+        what: The run, for errors.
+
+    Raises:
+        BundleError: It has rows to choose from that are not numbers, or leave nothing to choose.
+    """
+    value = values[name]
+    if not isinstance(value, np.ndarray):
+        value = value.numpy()  # over the same memory, unless that is a device's
+        # The largest is nan if any of them is, and onnxruntime's top-k puts those first.
+        if name in _OF_NUMBERS and not np.isfinite(value.max(-1)).all():
+            raise BundleError(
+                f"{what} gave {name} that are not finite numbers: its weights are damaged, or what it "
+                "computes does not fit into its precision"
+            )
+        values[name] = value
+    array: np.ndarray = value[0]
+    return array
+
+
+class InsideAhead:
+    """Further heads that are in the graph of the base, as formats 2 and 3 have them: computed with the pass itself.
+
+    Their rows stand behind those of the first head.
+    """
+
+    def __init__(
+        self, values: dict[str, Any], head_rows: int, parts: int, by_head: bool, chosen: Sequence[int], what: str
+    ):
+        """Take a pass's outputs.
+
+        Args:
+            values: See `Step`, with the rows of further heads.
+            head_rows: Of every further head.
+            parts: See `Topology`.
+            by_head: Whether all rows of a part stand together; else all parts of a row do.
+            chosen: Rows it is asked about.
+            what: See `Step`.
+        """
+        self._values, self._what = values, what
+        self._head_rows, self._parts, self._by_head = head_rows, parts, by_head
+        self._chosen = list(chosen)
+
+    @property
+    def rows(self) -> int:
+        """See `Ahead`."""
+        return len(self._chosen)
+
+    def logits(self, part: int, before: Sequence[int] | None = None) -> np.ndarray:
+        """See `Ahead`."""
+        return self._part(LOGITS, part)
+
+    def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """See `Ahead`."""
+        return self._part(TOPK_LOGITS, part), self._part(TOPK_IDS, part)
+
+    def output(self, name: str) -> np.ndarray:
+        """See `Ahead`."""
+        return as_array(self._values, name, self._what)[self._chosen]
+
+    def _part(self, name: str, part: int) -> np.ndarray:
+        rows = as_array(self._values, name, self._what)
+        count, parts = self._head_rows, self._parts
+        first = len(rows) - count * parts
+        if self._by_head:
+            return rows[first + part * count : first + (part + 1) * count][self._chosen]
+        return rows[first + part :: parts][self._chosen]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -13,7 +13,7 @@ from .bundle import Bundle
 from .device.costs import Knowledge
 from .device.plan import Planner
 from .drafting import NOTHING, Ask, Drafter, Passed, Proposer
-from .dynamo import check_dynamo, emitted_length, sample_ngram
+from .dynamo import check_dynamo, choose_first, emitted_length, sample_ngram
 from .errors import ParameterError
 from .parameters import DRAFTS_ONLY, DYNAMO_ONLY, PAPER, TARGET, SamplingParameters
 from .registry import can_draft, make_drafter
@@ -220,11 +220,12 @@ class Dynamo:
         counted = parameters.cooccurrence_weight > 0 and bundle.has_cooccurrence
         self._counts = bundle.cooccurrence if counted else None
         check_dynamo(parameters, n_heads, self._counts)
-        self._heads = range(1, n_heads + 1)
+        self._n_heads = n_heads
         self._parameters = parameters
         self._processors = processors
         # Without processors the truncated set is exactly the first k of the graph's top-K outputs.
-        self._full_rows = bool(processors) or parameters.top_k > bundle.top_k_outputs
+        most = min(bundle.top_k_outputs, bundle.drafter.top_k_outputs if bundle.drafter else bundle.top_k_outputs)
+        self._full_rows = bool(processors) or parameters.top_k > most
 
     @staticmethod
     def fits(bundle: Bundle) -> bool:
@@ -233,25 +234,49 @@ class Dynamo:
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
         """Run Alg. 1 on the last row of every head."""
-        heads = self._candidates(step, context, -1)
-        ngram = sample_ngram(heads, context.seen, rng.random(), self._parameters, self._counts)
+        uniform = rng.random()
+        first = self._first(step, context, -1)
+        token = int(first.ids[0])
+        if self._parameters.first_token == "base":
+            token, _ = choose_first(first, context.seen, uniform, self._parameters)
+        heads = [first, *self._further(step, context, -1, token)]
+        ngram = sample_ngram(heads, context.seen, uniform, self._parameters, self._counts)
         return Turn(ngram.tokens, ask=self.ask, weighed=len(heads) - 1)
 
     def length(self, step: Step, context: Context, row: int, following: int) -> int:
         """How many tokens Alg. 1 emits between `context`, which ends with one row of a pass, and a `following` text."""
-        heads = self._candidates(step, context, row)
+        first = self._first(step, context, row)
+        token = following if self._parameters.first_token == "base" else int(first.ids[0])
+        heads = [first, *self._further(step, context, row, token)]
         return emitted_length(heads, context.seen, following, self._parameters, self._counts)
 
-    def _candidates(self, step: Step, context: Context, row: int) -> list[Candidates]:
-        """f^1 … f^n of one row, truncated."""
-        return [truncate(*self._largest(step, head, context, row), self._parameters) for head in self._heads]
-
-    def _largest(self, step: Step, head: int, context: Context, row: int) -> tuple[np.ndarray, np.ndarray]:
+    def _first(self, step: Step, context: Context, row: int) -> Candidates:
+        """f^1 of one row, truncated."""
         if self._full_rows:
-            logits = apply_processors(self._processors, context.tokens, step.logits(head)[row])
-            return sort_logits(logits, self._parameters.top_k)
-        logits, ids = step.topk(head)
-        return logits[row], ids[row]
+            return self._truncated(context, step.logits()[row])
+        logits, ids = step.topk()
+        return truncate(logits[row], ids[row], self._parameters)
+
+    def _further(self, step: Step, context: Context, row: int, token: int) -> Iterator[Candidates]:
+        """f^2 … f^n of one row, truncated.
+
+        Heads that are conditioned on the token in front of what they predict are told `token`, which the first head
+        gives, and then the most probable one of every head.
+        """
+        ahead = step.ahead(row)
+        for part in range(self._n_heads - 1):
+            if self._full_rows:
+                found = self._truncated(context, ahead.logits(part, [token])[0])
+            else:
+                logits, ids = ahead.topk(part, [token])
+                found = truncate(logits[0], ids[0], self._parameters)
+            yield found
+            token = int(found.ids[0])
+
+    def _truncated(self, context: Context, logits: np.ndarray) -> Candidates:
+        """The same of a full row."""
+        processed = apply_processors(self._processors, context.tokens, logits)
+        return truncate(*sort_logits(processed, self._parameters.top_k), self._parameters)
 
 
 STRATEGIES: dict[str, type[Autoregressive] | type[Dynamo] | type[Speculative]] = {

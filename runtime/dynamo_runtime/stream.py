@@ -188,10 +188,9 @@ class TextStream(Iterator[str]):
         session = self._session
         self._ort_before = session.ort_seconds
         context = Context(self._prompt, session.bundle.vocab_size)
-        heads = self._strategy.ask.heads
-        self.statistics.reused_tokens = reuse_prefix(session, self._prompt, heads)
+        self.statistics.reused_tokens = reuse_prefix(session, self._prompt)
         return itertools.chain(
-            prefill(session, self._prompt, self._prefill_chunk, heads),
+            prefill(session, self._prompt, self._prefill_chunk),
             decode(session, self._strategy, context, self._rng, scored=self._scored),
         )
 

@@ -112,7 +112,9 @@ class Topology:
             step: With rows of all heads.
             targets: x_{t+1} … x_{t+n} behind every row t, [n_tokens, rows].
         """
-        logits = [step.logits(head) for head in range(1, len(targets) + 1)]
+        ahead = step.ahead() if len(targets) > 1 else None
+        logits = [step.logits()]
+        logits += [ahead.logits(part, before.tolist()) for part, before in enumerate(targets[:-1]) if ahead is not None]
         nll = np.array([negative_log_likelihood(each, row) for each, row in zip(logits, targets, strict=True)])
         return Scores(nll, nll.sum(0), np.array([each.argmax(-1) for each in logits]))
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 
 # Field numbers of the ONNX schema; all of these are length-delimited.
-MODEL_GRAPH, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT, VALUE_NAME, TENSOR_RAW_DATA = 7, 5, 11, 12, 1, 9
+MODEL_GRAPH, GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 7, 1, 5, 11, 12
+NODE_INPUT, NODE_OUTPUT, VALUE_NAME, TENSOR_RAW_DATA = 1, 2, 1, 9
 
 # Which messages hold which others by which field, as far as there are tensors in them.
 _HOLDS = {
@@ -105,10 +106,10 @@ def external_files(data: Data) -> set[str]:
 
 
 def without_ends(model: bytes, names: Iterable[str]) -> bytes:
-    """An ONNX model in which some outputs are none any more, nor some inputs with defaults, which so are constants.
+    """An ONNX model without some of its inputs and outputs, nor the nodes that depend on such an input.
 
     Args:
-        model: The file's content.
+        model: The file's content; its nodes stand in the order in which they are run, as the format demands.
         names: Of the inputs and outputs.
     """
     dropped = {name.encode() for name in names}
@@ -117,16 +118,20 @@ def without_ends(model: bytes, names: Iterable[str]) -> bytes:
         if number != MODEL_GRAPH:
             parts.append(model[at:stop])
             continue
-        graph = [
-            model[start:end]
-            for kind, start, content, end in fields(model, begin, stop)
-            if kind not in (GRAPH_INPUT, GRAPH_OUTPUT) or _name(model, content, end) not in dropped
-        ]
+        graph = []
+        gone = set(dropped)  # values that there are none of any more
+        for kind, start, content, end in fields(model, begin, stop):
+            if kind == GRAPH_NODE:
+                if any(value in gone for value in _strings(model, content, end, NODE_INPUT)):
+                    gone |= _strings(model, content, end, NODE_OUTPUT)
+                    continue
+            elif kind in (GRAPH_INPUT, GRAPH_OUTPUT) and _strings(model, content, end, VALUE_NAME) & dropped:
+                continue
+            graph.append(model[start:end])
         parts.append(field(MODEL_GRAPH, b"".join(graph)))
     return b"".join(parts)
 
 
-def _name(model: bytes, start: int, end: int) -> bytes:
-    return next(
-        (model[begin:stop] for number, _, begin, stop in fields(model, start, end) if number == VALUE_NAME), b""
-    )
+def _strings(model: bytes, start: int, end: int, wanted: int) -> set[bytes]:
+    """What stands in a field of a message."""
+    return {model[begin:stop] for number, _, begin, stop in fields(model, start, end) if number == wanted}

@@ -87,7 +87,7 @@ def test_nodes_take_the_places_of_others() -> None:
     model, (a, b, _, d) = diamond()
     graph = model.graph
     new = make("Sin", [a.outputs[0]], "new")
-    replace_node(model, b, new)
+    replace_node(b, new)
     assert [node.name for node in graph] == ["a", "new", "c", "d"] and d.inputs[0] is new.outputs[0]
     assert new.outputs[0].name == "b"
     cast = make("Cast", [d.outputs[0]], "cast", attributes={"to": 10})

@@ -1,5 +1,6 @@
 """Changes of the traced graph, each on its own."""
 
+from .add_draft import AddDraft, AddHeadStates
 from .add_outputs import AddOutputs
 from .clear_metadata import ClearMetadata
 from .name_by_scope import NameByScope
@@ -10,6 +11,8 @@ from .simplify_reshapes import SimplifyReshapes
 from .transpose_weights import TransposeWeights
 
 __all__ = [
+    "AddDraft",
+    "AddHeadStates",
     "AddOutputs",
     "ClearMetadata",
     "NameByScope",

@@ -31,7 +31,7 @@ class QuantizeCache(ir.passes.InPlacePass):
         """Changes every attention, and the types of the caches among the graph's inputs and outputs."""
         found = [(layer, node) for layer, node in attentions(model) if "kv_cache_bit_width" not in node.attributes]
         for layer, node in found:
-            replace_node(model, node, self._with_scales(model, layer, node))
+            replace_node(node, self._with_scales(model, layer, node))
         if found:
             for value in filter(is_cache, [*model.graph.inputs, *model.graph.outputs]):
                 value.type = ir.TensorType(ir.DataType.INT8)

@@ -32,19 +32,20 @@ class StoreBlocks(ir.passes.InPlacePass):
         if self.product.node.graph is None:
             return ir.passes.PassResult(model, False)
         model.opset_imports.setdefault(CONTRIB, 1)
-        replace_node(model, self.product.node, _counterpart(model, self.product, self.blocks))
+        replace_node(self.product.node, _counterpart(self.product, self.blocks))
         return ir.passes.PassResult(model, True)
 
 
-def _counterpart(model: ir.Model, product: Product, blocks: Blocks) -> ir.Node:
+def _counterpart(product: Product, blocks: Blocks) -> ir.Node:
     form, node = blocks.format, product.node
     name = f"{product.name}.q{form.bits}b{form.block_size}"
     # Two-dimensional, as the look-up wants it; a product of the same weight sees it through a Reshape.
     flat = blocks.packed.reshape(product.outputs, -1) if product.transposed else blocks.packed
-    data = initializer(model, name, flat)
-    scales = initializer(model, f"{name}.scales", blocks.scales)
-    zero_points = [] if blocks.zero_points is None else [initializer(model, f"{name}.zero_points", blocks.zero_points)]
-    assert node.name is not None
+    graph = node.graph
+    assert graph is not None and node.name is not None
+    data = initializer(graph, name, flat)
+    scales = initializer(graph, f"{name}.scales", blocks.scales)
+    zero_points = [] if blocks.zero_points is None else [initializer(graph, f"{name}.zero_points", blocks.zero_points)]
     if product.is_lookup:
         return make(
             "GatherBlockQuantized",
@@ -54,9 +55,9 @@ def _counterpart(model: ir.Model, product: Product, blocks: Blocks) -> ir.Node:
             domain=CONTRIB,
         )
     if product.transposed:
-        shape = initializer(model, f"{name}.shape", np.array(blocks.packed.shape, np.int64))
+        shape = initializer(graph, f"{name}.shape", np.array(blocks.packed.shape, np.int64))
         reshape = make("Reshape", [data, shape], f"{node.name}/blocks", [f"{name}.blocks"])
-        model.graph.insert_before(node, reshape)
+        graph.insert_before(node, reshape)
         data = reshape.outputs[0]
     return make(
         "MatMulNBits",

@@ -32,18 +32,20 @@ class StoreDynamic(ir.passes.InPlacePass):
         """Replaces it, unless that was done before."""
         if self.product.node.graph is None:
             return ir.passes.PassResult(model, False)
-        _replace(model, self.product)
+        _replace(self.product)
         return ir.passes.PassResult(model, True)
 
 
-def _replace(model: ir.Model, product: Product) -> None:
+def _replace(product: Product) -> None:
     weight, node = product.matrix(), product.node
+    graph = node.graph
+    assert graph is not None
     scales = np.abs(weight).max(axis=0) / INT8_MAX
     scales[scales == 0] = 1.0
     name = f"{product.name}.q8"
-    numbers = initializer(model, name, np.ascontiguousarray(np.round(weight / scales).astype(np.int8)))
-    by_output = initializer(model, f"{name}.scales", scales.astype(np.float32))
-    activations, scale, zero_point = _quantized(model, node)
+    numbers = initializer(graph, name, np.ascontiguousarray(np.round(weight / scales).astype(np.int8)))
+    by_output = initializer(graph, f"{name}.scales", scales.astype(np.float32))
+    activations, scale, zero_point = _quantized(node)
 
     def step(op: str, inputs: Sequence[ir.Value], what: str, attributes: dict[str, int] | None = None) -> ir.Node:
         called = f"{node.name}/{what}"
@@ -52,12 +54,12 @@ def _replace(model: ir.Model, product: Product) -> None:
     integers = step("MatMulInteger", [activations, numbers, zero_point], "integer")
     both = step("Mul", [scale, by_output], "scales")
     cast = step("Cast", integers.outputs, "cast", {"to": ir.DataType.FLOAT.value})
-    model.graph.insert_before(node, [integers, both, cast])
+    graph.insert_before(node, [integers, both, cast])
     assert node.name is not None
-    replace_node(model, node, make("Mul", [cast.outputs[0], both.outputs[0]], node.name))
+    replace_node(node, make("Mul", [cast.outputs[0], both.outputs[0]], node.name))
 
 
-def _quantized(model: ir.Model, reader: ir.Node) -> tuple[ir.Value, ...]:
+def _quantized(reader: ir.Node) -> tuple[ir.Value, ...]:
     """What a product reads as integers, with scale and zero point; once for all products that read it."""
     source = reader.inputs[0]
     assert source is not None
@@ -66,5 +68,8 @@ def _quantized(model: ir.Model, reader: ir.Node) -> tuple[ir.Value, ...]:
             return tuple(use.node.outputs)
     names = [f"{source.name}/{what}" for what in ("integers", "scale", "zero_point")]
     node = make("DynamicQuantizeLinear", [source], f"{source.name}/quantize", names)
-    insert_behind(model.graph, source, node)
+    maker = source.producer()
+    graph = source.graph if maker is None else maker.graph
+    assert isinstance(graph, ir.Graph)
+    insert_behind(graph, source, node)
     return tuple(node.outputs)

@@ -8,13 +8,14 @@ import onnx_ir as ir
 from dynamo_graph.initializers import is_weight, lazy_tensor
 from dynamo_graph.nodes import insert_behind, make, stand_in
 from dynamo_graph.walk import downstream, is_cache
-from dynamo_runtime.names import OUTPUTS, PENULTIMATE
+from dynamo_runtime.names import DRAFT_STATES, HEAD_STATES, OUTPUTS, PENULTIMATE
 
 from ..errors import QuantizeError
 from ..parts import Product
 
 HALF = ir.DataType.FLOAT16
-_COMMON = {*OUTPUTS, PENULTIMATE}
+_COMMON = {*OUTPUTS, PENULTIMATE, HEAD_STATES}
+_STATES = {PENULTIMATE, DRAFT_STATES}
 
 
 class ToHalf(ir.passes.InPlacePass):
@@ -43,12 +44,13 @@ class ToHalf(ir.passes.InPlacePass):
         ends = [value for value in (self.output.node.outputs[0], *(node.inputs[0] for node in makers if node)) if value]
         full = downstream(*ends)
         stays = {value for node in full for value in node.inputs if is_weight(value)}
-        for value in list(graph.initializers.values()):
+        for value in [value for inner in model.graphs() for value in inner.initializers.values()]:
             if value.dtype == ir.DataType.FLOAT and value not in stays:
                 value.const_value = _converted(value)
                 value.type = ir.TensorType(HALF)
-        values = [value for node in graph if node not in full for value in node.outputs]
-        for value in [*values, *filter(is_cache, graph.inputs)]:
+        inputs = [value for value in graph.inputs if is_cache(value) or value.name in _STATES]
+        values = [value for inner in model.graphs() for node in inner if node not in full for value in node.outputs]
+        for value in [*values, *inputs]:
             if value.dtype == ir.DataType.FLOAT:
                 value.type = ir.TensorType(HALF)
         for end in ends:

@@ -38,7 +38,7 @@ def roofline(bundle: Bundle, session: Session, passes: Sequence[Pass], bandwidth
     """How close plain passes come to the time that reading weights and cache must take."""
     if bundle.pass_bytes is None:
         return []
-    layers = bundle.kv_layers - len(bundle.head_layers)
+    layers = bundle.base_layers
     position = 2 * layers * bundle.kv_heads * bundle.head_size * session.cache.dtype.itemsize
     floors = []
     for each in passes:
