@@ -1,217 +1,335 @@
-"""Verification: further heads at all rows of one graph, or a second small graph at the accepted row?
+"""Where further heads are best computed: what a verified round costs with them inside the pass, and beside it.
 
-    python benchmarks/head_rows.py [MULTI/model.onnx PLAIN/model.onnx]
+    python benchmarks/head_rows.py BUNDLE… [--json FILE]
+    python benchmarks/head_rows.py --table JSON
 
-Which row of a verified pass counts is known only after its first head has been read.  Either the further heads are
-computed at all rows of the same graph ("one graph"), or the pass stops at the first head and the stem's output, and a
-second graph runs the further heads over the accepted rows ("two graphs", cut out of the same export; it reads the
-output embedding a second time).  "Known row" is the unreachable best: one graph, further heads at the right row only.
-"One graph ÷ plain token" is how many tokens a pass must give to break even with plain decoding, apart from what Python
-adds.  PLAIN is the `--heads 0` export of MULTI's checkpoint.  Without arguments, random weights of Pythia-160M's shape.
+BUNDLE is one with parallel heads.  Which row of a pass drafts begin at is known only once its first head has been
+judged.  Its two graphs are put together in the ways that there are:
 
-Medians of interleaved rounds, milliseconds inside onnxruntime for a pass over m tokens behind 256 others.  For
-two graphs 1 … m rows are accepted in turn.
+- *inside*: heads at all rows of the pass, whose words come from one product with the first head's (format 3);
+- *a*: the heads' layers at all rows of the pass, and the words of the accepted row from a graph of their own;
+- *b*: the pass is the plain one; layers and words of accepted rows in a graph of their own (what bundles hold);
+- *c*: one graph that finds the accepted row itself, by comparing its own greedy choices with the drafts it was fed.
+  Without the condition on the drafted token, which would make it longer.
+
+All ways run in turn, behind 256 positions, in passes over m tokens of which 1 … m are accepted in turn, and make all
+the drafts there are.  Times are whole calls as Python sees them, medians, in units of a pass of the base over one token.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 from machine import describe_machine
-from onnx import helper
-from step_overhead import make_bundle
+from onnx import TensorProto, helper, numpy_helper
 
-from dynamo_export import export_bundle
-from dynamo_graph.read import read_model
 from dynamo_runtime.bundle import Bundle, load_bundle
-from dynamo_runtime.names import PENULTIMATE
-from dynamo_runtime.providers import import_onnxruntime
+from dynamo_runtime.names import (
+    DRAFT_PART,
+    DRAFT_STATES,
+    HEAD_ROWS,
+    HEAD_STATES,
+    LOGITS,
+    OUTPUTS,
+    PAST,
+    PENULTIMATE,
+    PRESENT,
+    PREVIOUS,
+    TOPK_IDS,
+    caches,
+)
+from dynamo_runtime.providers import Backend
 from dynamo_runtime.session import Session
-from dynamo_runtime.step import ALL, LAST, Last
+from dynamo_runtime.step import ALL, Last
+from dynamo_runtime.wire import without_ends
 
-PAST, MOST = 256, 5
-_NORMS = ("LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization")
-
-
-def norm_readers(graph: onnx.GraphProto) -> dict[str, int]:
-    """For every value that norms read, how many do; in the order of the graph."""
-    readers: dict[str, int] = {}
-    for node in graph.node:
-        if node.op_type in _NORMS:
-            readers[node.input[0]] = readers.get(node.input[0], 0) + 1
-    return readers
+BEFORE, MOST = 256, 5
+WAYS = ("plain", "inside", "a", "b", "c")
 
 
-def first_graph(plain: Path) -> tuple[onnx.ModelProto, str]:
-    """The plain graph with the stem's output (what its last layer reads) as one more output."""
-    model = onnx.load(plain)
-    readers = norm_readers(model.graph)
-    per_layer = max(readers.values())
-    stem = [value for value, count in readers.items() if count == per_layer][-1 if per_layer > 1 else -3]
-    model.graph.output.append(helper.make_tensor_value_info(stem, onnx.TensorProto.FLOAT, None))
-    return model, stem
+def joined(bundle: Bundle, *, draft: bool) -> onnx.ModelProto:
+    """The base's graph and the heads' layers as one, and if wanted the draft behind them; nothing is conditioned.
 
+    The layers' caches follow those of the base; the heads' words are `ahead_logits` and so on.
+    """
+    assert bundle.drafter is not None
+    base = onnx.load(bundle.graph_path)
+    path = bundle.folder / bundle.drafter.graph
+    further = onnx.load(path)
+    if not draft:
+        cut = without_ends(further.SerializeToString(), [DRAFT_STATES, PREVIOUS, DRAFT_PART, *OUTPUTS])
+        further = onnx.ModelProto.FromString(cut)
+    graph, ahead = base.graph, further.graph
+    renamed = {PENULTIMATE: PENULTIMATE, "attention_mask": "attention_mask"}
+    layers = range(bundle.drafter.kv_layers)
+    for prefix in (PAST, PRESENT):
+        renamed |= dict(zip(caches(prefix, layers), caches(prefix, _behind(bundle)), strict=True))
+    renamed |= {HEAD_ROWS: HEAD_ROWS, HEAD_STATES: HEAD_STATES, DRAFT_STATES: HEAD_STATES, "": ""}
 
-def second_graph(multi: Path, bundle: Bundle) -> tuple[onnx.ModelProto, str]:
-    """The further heads of a multi-head graph, from the stem's output on."""
-    model = ir.to_proto(read_model(multi))  # which puts the heads into the graph itself
-    graph = model.graph
-    stem = PENULTIMATE
-    states = next(node for node in graph.node if "out_states" in node.output)
-    del states.input[0]  # the first head's rows
-    further = range(bundle.kv_layers - bundle.topology.n_heads + 1, bundle.kv_layers)
-    presents = [f"present.{layer}.{part}" for layer in further for part in ("key", "value")]
-    wanted = ["logits", "topk_logits", "topk_ids", *presents]
-    maker = {output: node for node in graph.node for output in node.output}
-    kept: list[onnx.NodeProto] = []
-    todo, seen = list(wanted), {stem}
-    while todo:
-        value = todo.pop()
-        if value in seen or value not in maker:
+    def name(value: str) -> str:
+        return renamed.get(value, f"ahead_{value}")
+
+    for node in ahead.node:
+        if any(value in (PREVIOUS, DRAFT_PART) for value in node.input) or node.op_type in ("If", "Less"):
             continue
-        seen.update(maker[value].output)
-        kept.append(maker[value])
-        todo += maker[value].input
-    read = {name for node in kept for name in node.input}
-    nodes = [node for node in graph.node if any(node is other for other in kept)]
-    inputs = [value for value in graph.input if value.name in read]
-    inputs.append(helper.make_tensor_value_info(stem, onnx.TensorProto.FLOAT, ["batch", "seq", None]))
-    outputs = [value for value in graph.output if value.name in presents]
-    outputs += [
-        helper.make_tensor_value_info(name, kind, None) for name, kind in zip(wanted[:3], (1, 1, 7), strict=True)
+        node.input[:] = [name(value) for value in node.input]
+        node.output[:] = [name(value) for value in node.output]
+        node.name = f"/ahead{node.name}"
+        graph.node.append(node)
+    _skip_condition(graph)
+    for weight in ahead.initializer:
+        weight.name = name(weight.name)
+        graph.initializer.append(weight)
+    there = {value.name for value in (*graph.input, *graph.output)}
+    for source, target in ((ahead.input, graph.input), (ahead.output, graph.output)):
+        for value in source:
+            value.name = name(value.name)
+            if value.name not in there and value.name != HEAD_STATES and f"ahead_{PREVIOUS}" != value.name:
+                target.append(value)
+    return base
+
+
+def _behind(bundle: Bundle) -> range:
+    """Numbers of the layers' caches behind the base's."""
+    assert bundle.drafter is not None
+    return range(bundle.kv_layers, bundle.kv_layers + bundle.drafter.kv_layers)
+
+
+def _skip_condition(graph: onnx.GraphProto) -> None:
+    """Has whatever reads the conditioned state read the state itself."""
+    made = {value for node in graph.node for value in node.output}
+    known = made | {value.name for value in (*graph.input, *graph.initializer)}
+    for node in [node for node in graph.node if node.name.startswith("/ahead/out/out_conditioned")]:
+        for other in graph.node:
+            other.input[:] = [HEAD_STATES if value == node.output[0] else value for value in other.input]
+        graph.node.remove(node)
+    for node in [node for node in graph.node if node.name.startswith("/ahead/out/out_both")]:
+        graph.node.remove(node)
+    del known
+
+
+def inside(bundle: Bundle) -> onnx.ModelProto:
+    """Heads at all rows, of all words, in one product with the first head's."""
+    model = joined(bundle, draft=False)
+    graph = model.graph
+    product = next(node for node in graph.node if node.name == "/out/out_product")
+    graph.node.insert(
+        list(graph.node).index(product),
+        helper.make_node("Concat", [product.input[0], HEAD_STATES], ["all_states"], axis=1),
+    )
+    product.input[0] = "all_states"
+    graph.output.append(helper.make_tensor_value_info(HEAD_STATES, TensorProto.FLOAT, None))
+    return _ordered(model)
+
+
+def layers_inside(bundle: Bundle) -> onnx.ModelProto:
+    """The layers at all rows; their states are put out."""
+    model = joined(bundle, draft=False)
+    model.graph.output.append(helper.make_tensor_value_info(HEAD_STATES, TensorProto.FLOAT, None))
+    return _ordered(model)
+
+
+def finding_the_row(bundle: Bundle) -> onnx.ModelProto:
+    """Everything in one graph, heads at the row behind the last draft that the greedy choices agree with."""
+    model = joined(bundle, draft=True)
+    graph = model.graph
+    graph.input.remove(next(value for value in graph.input if value.name == HEAD_ROWS))
+    graph.initializer.remove(next(value for value in graph.initializer if value.name == HEAD_ROWS))
+    constants = {"c_first": [0], "c_second": [1], "c_end": [2**62], "c_axis": [1], "c_last": [-1], "c_none": [0]}
+    for name, numbers in constants.items():
+        graph.initializer.append(numpy_helper.from_array(np.array(numbers, np.int64), name))
+    graph.initializer.append(numpy_helper.from_array(np.array(1, np.int64), "c_along"))
+    nodes = [
+        helper.make_node("Slice", [TOPK_IDS, "c_first", "c_second", "c_last"], ["c_best"]),
+        helper.make_node("Squeeze", ["c_best", "c_last"], ["c_choices"]),
+        helper.make_node("Slice", ["c_choices", "c_first", "c_last", "c_axis"], ["c_judging"]),
+        helper.make_node("Slice", ["input_ids", "c_second", "c_end", "c_axis"], ["c_drafts"]),
+        helper.make_node("Equal", ["c_judging", "c_drafts"], ["c_right"]),
+        helper.make_node("Not", ["c_right"], ["c_wrong"]),
+        helper.make_node("Cast", ["c_wrong"], ["c_misses"], to=TensorProto.INT64),
+        helper.make_node("CumSum", ["c_misses", "c_along"], ["c_missed"]),
+        helper.make_node("Equal", ["c_missed", "c_none"], ["c_stands"]),
+        helper.make_node("Cast", ["c_stands"], ["c_standing"], to=TensorProto.INT64),
+        helper.make_node("ReduceSum", ["c_standing"], ["c_accepted"], keepdims=0),
+        helper.make_node("Reshape", ["c_accepted", "c_axis"], [HEAD_ROWS]),
     ]
-    weights = [weight for weight in graph.initializer if weight.name in read]
-    cut = helper.make_graph(nodes, "heads", inputs, outputs, weights)
-    return helper.make_model(cut, opset_imports=model.opset_import, ir_version=model.ir_version), stem
+    graph.node.extend(nodes)
+    return _ordered(model)
 
 
-class Bound:
-    """A graph with its cache bound in place, as the runtime binds it."""
+def _ordered(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The nodes in an order in which they can be run."""
+    graph = model.graph
+    known = {value.name for value in (*graph.input, *graph.initializer)} | {""}
+    todo = list(graph.node)
+    del graph.node[:]
+    while todo:
+        ready = [node for node in todo if known.issuperset(node.input)]
+        if not ready:
+            raise ValueError(f"nothing makes what {todo[0].name} reads")
+        graph.node.extend(ready)
+        known |= {value for node in ready for value in node.output}
+        todo = [node for node in todo if node not in ready]
+    return model
 
-    def __init__(self, model: onnx.ModelProto, folder: Path, bundle: Bundle, threads: int | None) -> None:
+
+class Whole:
+    """A graph of ours with its caches bound in place, as the runtime binds them."""
+
+    def __init__(self, model: onnx.ModelProto, folder: Path, bundle: Bundle, backend: Backend) -> None:
         folder.mkdir()
-        onnx.save(model, folder / "model.onnx")
-        onnxruntime = import_onnxruntime()
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        if threads:
-            options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+        onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+        self.session, _ = backend.start(folder / "model.onnx", bundle.precision)
         self.binding = self.session.io_binding()
-        shape = (1, bundle.kv_heads, 2 * PAST, bundle.head_size)
-        caches = [i.name for i in self.session.get_inputs() if i.name.startswith("past_key_values.")]
-        self.caches = {name: np.random.default_rng(0).normal(size=shape).astype(np.float32) for name in caches}
-        for name, cache in self.caches.items():
-            self._input(name, cache)
-            present = name.replace("past_key_values", "present")
-            self.binding.bind_output(present, "cpu", 0, np.float32, shape, cache.ctypes.data)
-        self.free = [o.name for o in self.session.get_outputs() if not o.name.startswith("present.")]
+        layers = range(_behind(bundle).stop)
+        kind = np.int8 if "int8" in next(i.type for i in self.session.get_inputs() if PAST in i.name) else np.float32
+        shapes = {each.name: each.shape for each in self.session.get_inputs()}
+        self.kept: list[np.ndarray] = []
+        for past, present in zip(caches(PAST, layers), caches(PRESENT, layers), strict=True):
+            shape = (1, shapes[past][1], 2 * BEFORE, bundle.head_size)
+            buffer = np.ones(shape, kind)
+            self.kept.append(buffer)
+            self.binding.bind_input(past, "cpu", 0, kind, shape, buffer.ctypes.data)
+            self.binding.bind_output(present, "cpu", 0, kind, shape, buffer.ctypes.data)
+        self.free = [o.name for o in self.session.get_outputs() if not o.name.startswith(f"{PRESENT}.")]
+        self.first = len(self.kept)
 
-    def _input(self, name: str, array: np.ndarray) -> None:
-        self.binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-    def run(self, inputs: dict[str, np.ndarray]) -> tuple[float, dict[str, Any]]:
-        """Run once; returns seconds and outputs."""
+    def run(self, **inputs: np.ndarray) -> dict[str, Any]:
+        """Run once, and read what it puts out."""
         for name, array in inputs.items():
-            self._input(name, array)
+            self.binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         for name in self.free:
             self.binding.bind_output(name)
-        started = time.perf_counter()
         self.session.run_with_iobinding(self.binding)
-        seconds = time.perf_counter() - started
-        names = [output.name for output in self.session.get_outputs()]
-        values = dict(zip(self.binding_names(names), self.binding.get_outputs(), strict=True))
-        return seconds, values
-
-    def binding_names(self, names: list[str]) -> list[str]:
-        """Outputs in the order in which they were first bound: caches, then the rest."""
-        return [name for name in names if name.startswith("present.")] + self.free
+        vector = self.binding.get_outputs_as_ortvaluevector()
+        return {name: vector[self.first + i] for i, name in enumerate(self.free)}
 
 
-def measure(
-    multi: Path, plain: Path, rounds: int, threads: int | None
-) -> tuple[float, list[tuple[int, float, float, float]]]:
-    """Milliseconds of a plain token, and rows of the table: m, then those of known row, one graph and two graphs."""
-    bundle = load_bundle(multi)
-    whole = Session(bundle, provider="cpu", threads=threads)
-    alone = Session(load_bundle(plain), provider="cpu", threads=threads)
+def measure(bundle: Bundle, rounds: int, threads: int | None) -> dict[str, dict[str, float]]:
+    """Median milliseconds by way and m, and under "token" that of a pass of the base over one token."""
+    backend = Backend("cpu", threads=threads)
+    session = Session(bundle, backend)
     rng = np.random.default_rng(0)
-    for session in (whole, alone):
-        session.step(rng.integers(0, bundle.vocab_size, PAST).tolist())
+    session.step(rng.integers(0, bundle.vocab_size, BEFORE).tolist()).ahead().topk(0, [0])
+    parts = range(bundle.topology.parts)
+    assert session.heads is not None
+    heads = session.heads
     with tempfile.TemporaryDirectory() as folder:
-        proto, stem = first_graph(plain)
-        first = Bound(proto, Path(folder) / "first", load_bundle(plain), threads)
-        proto, entry = second_graph(multi, bundle)
-        second = Bound(proto, Path(folder) / "second", bundle, threads)
-        del proto
-        times: dict[tuple[int, str], list[float]] = {}
+        made = {"inside": inside, "a": layers_inside, "c": finding_the_row}
+        whole = {way: Whole(make(bundle), Path(folder) / way, bundle, backend) for way, make in made.items()}
+        ways: dict[str, Callable[[list[int], int], object]] = {}
+
+        def plain(tokens: list[int], accepted: int) -> None:
+            session.cache.rollback(BEFORE)
+            session.step(tokens, rows=Last(len(tokens)), heads=ALL).topk()
+
+        def beside(tokens: list[int], accepted: int) -> None:
+            session.cache.rollback(BEFORE)
+            step = session.step(tokens, rows=Last(len(tokens)), heads=ALL)
+            step.topk()
+            ahead = step.ahead(accepted - 1)
+            before = 1
+            for part in parts:
+                before = int(ahead.topk(part, [before])[1][0, 0])
+
+        def fed(tokens: list[int]) -> dict[str, np.ndarray]:
+            return {
+                "input_ids": np.array([tokens], np.int64),
+                "attention_mask": np.ones((1, BEFORE + len(tokens)), np.int64),
+                "num_logits_to_keep": np.array(len(tokens), np.int64),
+            }
+
+        def in_pass(tokens: list[int], accepted: int) -> None:
+            values = whole["inside"].run(**fed(tokens), head_rows=np.arange(len(tokens)))
+            values[TOPK_IDS].numpy()
+
+        def layers_in_pass(tokens: list[int], accepted: int) -> None:
+            values = whole["a"].run(**fed(tokens), head_rows=np.arange(len(tokens)))
+            values[TOPK_IDS].numpy()
+            states = values[HEAD_STATES].numpy().reshape(len(tokens), len(parts), -1)[accepted - 1]
+            before = 1
+            if not heads.drafter.conditioned:
+                heads.draft(states)
+                return
+            for part in parts:
+                before = int(heads.draft(states[part : part + 1], part, [before])[TOPK_IDS][0, 0])
+
+        def one_graph(tokens: list[int], accepted: int) -> None:
+            values = whole["c"].run(**fed(tokens))
+            values[TOPK_IDS].numpy()
+            values[f"ahead_{TOPK_IDS}"].numpy()
+
+        ways |= {"plain": plain, "inside": in_pass, "a": layers_in_pass, "b": beside, "c": one_graph}
+        times: dict[tuple[str, int], list[float]] = {(way, m): [] for way in ways for m in range(1, MOST + 1)}
         for turn in range(rounds + 2):
-            alone.cache.rollback(PAST)
-            before = alone.ort_seconds
-            alone.step([1])
-            if turn >= 2:
-                times.setdefault((0, "plain"), []).append((alone.ort_seconds - before) * 1e3)
             for m in range(1, MOST + 1):
-                tokens = rng.integers(0, bundle.vocab_size, m)
-                found: dict[str, float] = {}
-                for name, head_rows in (("known", LAST), ("one", ALL)):
-                    whole.cache.rollback(PAST)
-                    before = whole.ort_seconds
-                    whole.step(tokens.tolist(), rows=Last(m), heads=head_rows)
-                    found[name] = whole.ort_seconds - before
-                mask = np.ones((1, PAST + m), np.int64)
-                keep = np.array(m, np.int64)
-                ids = tokens[None].astype(np.int64)
-                found["two"], values = first.run({"input_ids": ids, "attention_mask": mask, "num_logits_to_keep": keep})
-                state = values[stem].numpy()
-                accepted = 1 + turn % m
-                part = np.ascontiguousarray(state[:, :accepted])
-                row = np.array([accepted - 1], np.int64)
-                mask = np.ones((1, PAST + accepted), np.int64)
-                seconds, _ = second.run({entry: part, "attention_mask": mask, "head_rows": row})
-                found["two"] += seconds
-                if turn >= 2:  # the first ones warm up
-                    for name, value in found.items():
-                        times.setdefault((m, name), []).append(value * 1e3)
-    medians = {key: statistics.median(values) for key, values in times.items()}
-    rows = [(m, medians[m, "known"], medians[m, "one"], medians[m, "two"]) for m in range(1, MOST + 1)]
-    return medians[0, "plain"], rows
+                tokens = rng.integers(0, bundle.vocab_size, m).tolist()
+                for way in rng.permutation(list(ways)):
+                    started = time.perf_counter()
+                    ways[way](tokens, 1 + turn % m)
+                    if turn >= 2:  # the first ones warm up
+                        times[way, m].append((time.perf_counter() - started) * 1e3)
+    found = {way: {str(m): statistics.median(times[way, m]) for m in range(1, MOST + 1)} for way in ways}
+    return found | {"token": {"1": found["plain"]["1"]}}
 
 
-def main() -> None:
+def table(content: dict[str, Any]) -> str:
+    """Markdown, in units of a pass of the base over one token."""
+    lines = [
+        "| bundle | m | plain | inside − plain | a − plain | b − plain | c − plain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, entry in content["bundles"].items():
+        found, token = entry["ms"], entry["ms"]["token"]["1"]
+        for m in map(str, range(1, MOST + 1)):
+            plain = found["plain"][m]
+            extra = [f"{(found[way][m] - plain) / token:.2f}" for way in WAYS[1:]]
+            lines.append(f"| {' | '.join([name, m, f'{plain / token:.2f}', *extra])} |")
+    return "\n".join([*lines, "", content["conditions"]])
+
+
+def describe(bundle: Bundle) -> str:
+    """What a row of the table is about."""
+    assert bundle.drafter is not None
+    words = "all words" if bundle.drafter.vocabulary is None else f"{len(bundle.drafter.vocabulary):,} words"
+    told = ", conditioned" if bundle.drafter.conditioned else ""
+    return f"{bundle.model_type}, {bundle.precision}, {bundle.topology.parts} heads of {words}{told}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("multi", type=Path, nargs="?", help="multi-head bundle of a GPT-NeoX")
-    parser.add_argument("plain", type=Path, nargs="?", help="`--heads 0` export of the same checkpoint")
+    parser.add_argument("bundles", type=Path, nargs="*")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--threads", type=int)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        multi, plain = arguments.multi, arguments.plain
-        if multi is None:
-            multi = make_bundle(Path(temporary))
-            plain = export_bundle(
-                Path(temporary) / "plain/model.onnx", Path(temporary) / "checkpoint", heads=0, parity_length=64
-            )
-        elif plain is None:
-            parser.error("name the plain bundle too")
-        token, rows = measure(multi, plain, arguments.rounds, arguments.threads)
-        heads = load_bundle(multi).topology.n_heads
-    print("| m | known row, ms | one graph ÷ known | two graphs ÷ known | one graph ÷ plain token |")
-    print("|---|---|---|---|---|")
-    for m, known, one, two in rows:
-        print(f"| {m} | {known:.2f} | {one / known:.2f} | {two / known:.2f} | {one / token:.2f} |")
-    print(f"\nA plain token: {token:.2f} ms. {heads} heads; medians of {arguments.rounds} interleaved rounds.")
-    print(f"{describe_machine()}.")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", type=Path, metavar="JSON", help="run nothing: show results")
+    given = parser.parse_args(arguments)
+    if given.table:
+        print(table(json.loads(given.table.read_text(encoding="utf-8"))))
+        return
+    found = {}
+    for path in given.bundles:
+        bundle = load_bundle(path)
+        if bundle.drafter is None or bundle.topology.n_heads < 2:
+            parser.error(f"{path} has no parallel heads in a graph of their own")
+        found[describe(bundle)] = {"ms": measure(bundle, given.rounds, given.threads)}
+    content = {
+        "conditions": f"Medians of {given.rounds} interleaved rounds behind {BEFORE} positions. {describe_machine()}.",
+        "bundles": found,
+    }
+    print(table(content))
+    if given.json:
+        given.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -95,6 +95,8 @@ def _drafter_graph(subject: Subject, vocab_size: int) -> DrafterGraph | None:
     words = exported.draft_vocabulary
     return DrafterGraph(
         DRAFTER,
+        exported.topology.layers,
+        subject.attention[0].kv_heads,
         min(DRAFT_TOP_K, vocab_size if words is None else len(words)),
         bool(exported.conditions),
         None if words is None else tuple(words.tolist()),

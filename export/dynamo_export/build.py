@@ -9,6 +9,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from dynamo_graph.files import version
 from dynamo_graph.passes import run_passes
+from dynamo_graph.walk import is_cache
 
 from .drafting import Words
 from .graph import Subject, trace
@@ -17,6 +18,8 @@ from .passes import (
     AddHeadStates,
     AddOutputs,
     ClearMetadata,
+    MergeAttentions,
+    MergeProducts,
     NameByScope,
     Optimize,
     PackQKV,
@@ -46,6 +49,13 @@ class Built:
     def graphs(self) -> list[ir.Model]:
         """All there are."""
         return [self.base] if self.drafter is None else [self.base, self.drafter]
+
+    @property
+    def drafter_caches(self) -> tuple[int, int]:
+        """KV caches of the drafter's graph, and the heads in each."""
+        inputs = [] if self.drafter is None else [value for value in self.drafter.graph.inputs if is_cache(value)]
+        heads = {int(value.shape[1]) for value in inputs if value.shape is not None}  # type: ignore[arg-type]
+        return len(inputs) // 2, heads.pop()
 
 
 def build_graphs(subject: Subject) -> Built:
@@ -102,6 +112,9 @@ def drafter_passes(subject: Subject, weights: WeightStore, base: ir.Model) -> li
     )
     return [
         *_tidy(),
+        MergeAttentions(),
+        MergeProducts(),
+        RemoveUnusedNodesPass(),
         AddHeadStates(weights, exported.topology.layers, embedding.weight.shape[1], exported.ahead),
         RemoveUnusedNodesPass(),
         ShortenNames(),

@@ -19,7 +19,7 @@ from dynamo_runtime.bundle import list_files, load_bundle
 from dynamo_runtime.errors import DynamoError
 
 from . import parity
-from .beside import write_rest
+from .beside import DRAFTER, write_rest
 from .build import build_graphs
 from .compare import Row, table
 from .errors import ExportError
@@ -106,7 +106,9 @@ def _stage(
     files = write_model(built.base, staged / bundle.graph, external_data)
     if built.drafter is not None and bundle.drafter is not None:
         shared = places(staged / bundle.graph)
-        files += write_model(built.drafter, staged / bundle.drafter.graph, external_data, shared)
+        layers, heads = built.drafter_caches
+        bundle = replace(bundle, drafter=replace(bundle.drafter, kv_layers=layers, kv_heads=heads))
+        files += write_model(built.drafter, staged / DRAFTER, external_data, shared)
     clock.lap(f"wrote {sum(f.stat().st_size for f in files) / 1e6:.1f} MB of graph and weights")
     built.weights.clear()
     del built, subject  # the session's weights come instead of torch's

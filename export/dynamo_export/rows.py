@@ -39,6 +39,8 @@ def _row_wise(node: ir.Node) -> bool:
         return all(has_features(value) or _is_shared(value) for value in node.inputs)
     if node.op_type == "MatMul":
         return has_features(node.inputs[0]) and is_weight(node.inputs[1])
+    if node.op_type == "Split":
+        return has_features(node.inputs[0]) and node.attributes["axis"].as_int() in (-1, 2)
     if node.op_type in NORMS:
         axis = node.attributes.get("axis")
         return has_features(node.inputs[0]) and (axis is None or axis.as_int() in (-1, 2))

@@ -107,12 +107,13 @@ def cache_ranges(
         texts: Token ids; each is cut to the bundle's context.
     """
     session = Session(bundle, provider="cpu")
-    shape = (bundle.kv_heads, bundle.head_size)
 
-    def nothing(layers: int) -> Ranges:
+    def nothing(layers: int, kv_heads: int) -> Ranges:
+        shape = kv_heads, bundle.head_size
         return [(np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in range(layers)]
 
-    base, heads = nothing(bundle.kv_layers), nothing(0 if drafter is None else bundle.topology.layers)
+    base, record = nothing(bundle.kv_layers, bundle.kv_heads), bundle.drafter
+    heads = [] if record is None else nothing(record.kv_layers, record.kv_heads)
     for text in tqdm(texts, desc="cache ranges", unit="text", leave=False, disable=None):
         session.cache.reset()
         tokens = list(text[: session.max_length])

@@ -31,8 +31,9 @@ class Binding:
             self.binding.bind_input(name, "cpu", 0, array.dtype.type, shape, place[0])
             self._inputs[name] = place
 
-    def output(self, name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
-        """Have the graph write an output into the memory of an array."""
+    def output(self, name: str, array: np.ndarray, shape: tuple[int, ...] | None = None) -> None:
+        """Have the graph write an output into the memory of an array, which the caller keeps alive."""
+        shape = array.shape if shape is None else shape
         self.binding.bind_output(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
 
     def caches(self, held: KVBuffers) -> None:
@@ -54,8 +55,11 @@ class Binding:
         for name, device in self._places:
             self.binding.bind_output(name, device)
 
-    def run(self) -> dict[str, Any]:
-        """Run the graph; returns its outputs by name, as onnxruntime holds them."""
+    def run(self) -> None:
+        """Run the graph."""
         self.session.run_with_iobinding(self.binding)
+
+    def read(self) -> dict[str, Any]:
+        """The outputs of a run by name, as onnxruntime holds them."""
         vector = self.binding.get_outputs_as_ortvaluevector()
         return {name: vector[i] for i, (name, _) in enumerate(self._places)}

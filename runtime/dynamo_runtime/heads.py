@@ -34,8 +34,8 @@ from .names import (
     caches,
 )
 from .providers import Backend
-from .step import as_array
 
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 CATCH_UP_CHUNK = 512
 """Most positions that the layers read at once: bounds the memory of their attention."""
 
@@ -48,14 +48,13 @@ class Heads:
         seconds: Time spent inside onnxruntime so far.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, cache: KVCache, device: str, **room: Any):
+    def __init__(self, bundle: Bundle, backend: Backend, cache: KVCache, **room: Any):
         """Load the graph and check that it keeps the contract of the manifest.
 
         Args:
             bundle: One with a drafter's graph.
             backend: How it is run.
             cache: The base's, with the states that the layers read.
-            device: Where full rows of logits stay until they are read: "cpu" or "cuda".
             **room: `growth` and `allocate` of `KVBuffers`.
 
         Raises:
@@ -65,30 +64,32 @@ class Heads:
         assert bundle.drafter is not None and cache.states is not None
         self.bundle, self.drafter = bundle, bundle.drafter
         self.seconds = 0.0
-        self._cache = cache
+        self._cache, self._width = cache, cache.states.shape[1]
         self._path = bundle.folder / self.drafter.graph
         topology = bundle.topology
         conditioned = [PREVIOUS, DRAFT_PART] if self.drafter.conditioned else []
-        layers = range(topology.layers)
+        layers = range(self.drafter.kv_layers)
         ends = [PENULTIMATE, ATTENTION_MASK, HEAD_ROWS, *caches(PAST, layers), HEAD_STATES, *topology.outputs]
         session, _ = backend.start(self._path, bundle.precision, without=[DRAFT_STATES, *conditioned, *OUTPUTS])
         self._check(session, _layer_sizes(bundle, cache.states.shape[1]))
         kinds = {each.name: each.type for each in session.get_inputs()}
-        dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
         self.kv = KVBuffers(
-            topology.layers,
-            bundle.kv_heads,
+            self.drafter.kv_layers,
+            self.drafter.kv_heads,
             bundle.head_size,
             cache.max_length,
-            dtype=dtype[kinds[caches(PAST, [0])[0]]],
+            dtype=_TYPES[kinds[caches(PAST, [0])[0]]],
             **room,
         )
-        self._layers = Binding(session, [HEAD_STATES, *topology.outputs], "cpu")
+        self._layers = Binding(session, [], "cpu")
+        self._states_type = _TYPES[{each.name: each.type for each in session.get_outputs()}[HEAD_STATES]]
         session, _ = backend.start(self._path, bundle.precision, without=[*ends, *caches(PRESENT, layers)])
         self._check(session, _draft_sizes(bundle, cache.states.shape[1]))
-        self._draft = Binding(session, list(OUTPUTS), device)
+        self._draft = Binding(session, [], "cpu")
         self._ones = np.empty(0, np.int64)
-        self._part = np.zeros((), np.int64)
+        # What a run reads and writes stays bound as long as runs are about as many rows, which they nearly always are.
+        self._wanted, self._put_out = np.empty(0, np.int64), dict[str, np.ndarray]()
+        self._drafted: dict[str, np.ndarray] = {}
 
     def ahead(self, positions: Sequence[int]) -> HeadsAhead:
         """What the heads say behind some positions that the cache holds.
@@ -103,17 +104,10 @@ class Heads:
             begin += CATCH_UP_CHUNK
         values = self._run_layers(begin, end, [position - end for position in positions])
         cache.seen = max(cache.seen, end)
-        what = f"{self._path}, behind {end} tokens,"
-        states = as_array(values, HEAD_STATES, what)
-        parts = self.bundle.topology.parts
-        if len(states) != len(positions) * parts:
-            raise BundleError(
-                f"{self._path} puts out {len(states)} states for {len(positions)} rows: it is not the graph its "
-                "manifest describes"
-            )
-        return HeadsAhead(self, states.reshape(len(positions), parts, -1), values, what)
+        parts, states = self.bundle.topology.parts, values.pop(HEAD_STATES)[0]
+        return HeadsAhead(self, states.reshape(len(positions), parts, -1), values)
 
-    def draft(self, states: np.ndarray, part: int = 0, before: Sequence[int] | None = None) -> dict[str, Any]:
+    def draft(self, states: np.ndarray, part: int = 0, before: Sequence[int] | None = None) -> dict[str, np.ndarray]:
         """Go from states to words.
 
         Args:
@@ -122,28 +116,38 @@ class Heads:
             before: The token in front of each draft, where heads are conditioned.
 
         Returns:
-            Logits and top-K by name, as onnxruntime holds them.
+            Top-K by name, and "logits", which the next draft writes over; [drafts, …].
+
+        Raises:
+            BundleError: The graph does not run, or what it puts out are no numbers.
+            ValueError: Heads are conditioned, and the tokens in front are not named.
         """
-        bound = self._draft
-        states = np.ascontiguousarray(states)
-        bound.input(DRAFT_STATES, states, (1, *states.shape))
+        count = len(states)
+        held = self._drafted
+        if not held or len(held[DRAFT_STATES][0]) != count:
+            held = self._hold_drafts(count)
+        held[DRAFT_STATES][0] = states
         if self.drafter.conditioned:
             if before is None:
                 raise ValueError("these heads are conditioned on the token in front of what they predict: name it")
-            previous = np.array(before, np.int64)
-            self._part[()] = part
-            bound.input(PREVIOUS, previous, (1, len(previous)))
-            if self.bundle.topology.parts > 1:
-                bound.input(DRAFT_PART, self._part)
-        return self._run(bound, f"a draft of {len(states)} rows")
+            held[PREVIOUS][0] = before
+            held[DRAFT_PART][()] = part
+        self._run(self._draft, "a draft")
+        largest = held[TOPK_LOGITS][0]
+        if not np.isfinite(largest[:, 0]).all():  # the largest is nan if any is: onnxruntime's top-k puts those first
+            raise BundleError(
+                f"{self._path} gave logits that are not finite numbers: its weights are damaged, or what it computes "
+                "does not fit into its precision"
+            )
+        return {TOPK_LOGITS: largest.copy(), TOPK_IDS: held[TOPK_IDS][0].copy(), LOGITS: held[LOGITS][0]}
 
     def close(self) -> None:
         """Free graph and memory."""
         self.kv.free()
         del self._layers, self._draft
 
-    def _run_layers(self, begin: int, end: int, rows: Sequence[int]) -> dict[str, Any]:
-        """Have the layers read the states of some positions, and put out rows counted from their end."""
+    def _run_layers(self, begin: int, end: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """Have the layers read the states of some positions; returns what they put out of rows counted from the end."""
         states, bound = self._cache.states, self._layers
         assert states is not None
         self.kv.make_room(end, begin)
@@ -152,19 +156,51 @@ class Heads:
         bound.caches(self.kv)
         bound.input(PENULTIMATE, states[begin:], (1, end - begin, states.shape[1]))
         bound.input(ATTENTION_MASK, self._ones, (1, end))
-        wanted = np.array(rows, np.int64)
-        bound.input(HEAD_ROWS, wanted)
-        return self._run(bound, f"behind {begin} tokens over {end - begin}")
+        if len(self._wanted) != len(rows):
+            self._hold_states(len(rows))
+        self._wanted[:] = rows
+        self._run(bound, f"positions {begin} to {end}")
+        return {name: array.copy() for name, array in self._put_out.items()}
 
-    def _run(self, bound: Binding, what: str) -> dict[str, Any]:
-        bound.renew()
+    def _hold_states(self, rows: int) -> None:
+        """Have the layers put out so many rows into memory that stays the same from run to run."""
+        topology, width = self.bundle.topology, self._width
+        self._wanted = np.empty(rows, np.int64)
+        self._layers.input(HEAD_ROWS, self._wanted)
+        shapes = {HEAD_STATES: (1, rows * topology.parts, width)}
+        shapes |= {name: (1, rows, size) for name, size in topology.outputs.items()}
+        kinds = {HEAD_STATES: self._states_type}
+        self._put_out = {name: np.empty(shape, kinds.get(name, np.float32)) for name, shape in shapes.items()}
+        for name, array in self._put_out.items():
+            self._layers.output(name, array)
+
+    def _hold_drafts(self, count: int) -> dict[str, np.ndarray]:
+        """Have the draft read and write so many rows in memory that stays the same from run to run."""
+        drafter, bound = self.drafter, self._draft
+        words = self.bundle.vocab_size if drafter.vocabulary is None else len(drafter.vocabulary)
+        held = {DRAFT_STATES: np.empty((1, count, self._width), self._states_type)}
+        if drafter.conditioned:
+            held |= {PREVIOUS: np.empty((1, count), np.int64), DRAFT_PART: np.zeros((), np.int64)}
+        for name, array in held.items():
+            if name != DRAFT_PART or self.bundle.topology.parts > 1:
+                bound.input(name, array)
+        for name, size, kind in (
+            (LOGITS, words, np.float32),
+            (TOPK_LOGITS, drafter.top_k_outputs, np.float32),
+            (TOPK_IDS, drafter.top_k_outputs, np.int64),
+        ):
+            held[name] = np.empty((1, count, size), kind)
+            bound.output(name, held[name])
+        self._drafted = held
+        return held
+
+    def _run(self, bound: Binding, what: str) -> None:
         started = time.perf_counter()
         try:
-            values = bound.run()
+            bound.run()
         except Exception as error:  # onnxruntime raises many classes that share no base
             raise BundleError(f"{self._path} fails at {what}: {error}") from error
         self.seconds += time.perf_counter() - started
-        return values
 
     def _check(self, session: Any, wanted: dict[str, list[int | None]]) -> None:
         """Compare inputs and outputs with what the manifest says.
@@ -193,12 +229,13 @@ class Heads:
 
 
 def _layer_sizes(bundle: Bundle, width: int) -> dict[str, list[int | None]]:
-    topology = bundle.topology
-    layers = range(topology.layers)
+    topology, drafter = bundle.topology, bundle.drafter
+    assert drafter is not None
+    layers = range(drafter.kv_layers)
     wanted: dict[str, list[int | None]] = {PENULTIMATE: [None, None, width], ATTENTION_MASK: [None, None]}
     wanted |= {HEAD_ROWS: [None], HEAD_STATES: [None, None, width]}
     wanted |= {name: [None, None, size] for name, size in topology.outputs.items()}
-    cache = [None, bundle.kv_heads, None, bundle.head_size]
+    cache = [None, drafter.kv_heads, None, bundle.head_size]
     return wanted | dict.fromkeys([*caches(PAST, layers), *caches(PRESENT, layers)], cache)
 
 
@@ -218,10 +255,10 @@ def _draft_sizes(bundle: Bundle, width: int) -> dict[str, list[int | None]]:
 class HeadsAhead:
     """What the heads say behind some positions: see `step.Ahead`. Words are worked out when they are asked for."""
 
-    def __init__(self, heads: Heads, states: np.ndarray, values: dict[str, Any], what: str):
-        """Take what the layers put out; states [rows, parts, width]."""
-        self._heads, self._states, self._values, self._what = heads, states, values, what
-        self._drafts: dict[tuple[int, ...], dict[str, Any]] = {}
+    def __init__(self, heads: Heads, states: np.ndarray, outputs: dict[str, np.ndarray]):
+        """Take what the layers put out: states [rows, parts, width], and what else by name."""
+        self._heads, self._states, self._outputs = heads, states, outputs
+        self._top: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
 
     @property
     def rows(self) -> int:
@@ -230,31 +267,30 @@ class HeadsAhead:
 
     def logits(self, part: int, before: Sequence[int] | None = None) -> np.ndarray:
         """See `Ahead`; of a word outside the draft vocabulary it is -inf."""
-        rows = self._read(LOGITS, part, before)
-        words = self._heads.drafter.vocabulary
+        heads = self._heads
+        rows = heads.draft(self._states[:, part], part, before)[LOGITS]
+        words = heads.drafter.vocabulary
         if words is None:
-            return rows
-        whole = np.full((len(rows), self._heads.bundle.vocab_size), -np.inf, rows.dtype)
-        whole[:, np.array(words)] = rows
+            return rows.copy()
+        whole = np.full((len(rows), heads.bundle.vocab_size), -np.inf, rows.dtype)
+        whole[:, words] = rows
         return whole
 
     def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """See `Ahead`."""
-        return self._read(TOPK_LOGITS, part, before), self._read(TOPK_IDS, part, before)
+        """See `Ahead`; heads that are not conditioned are all asked at once."""
+        rows, parts, width = self._states.shape
+        if self._heads.drafter.conditioned:
+            key = (part, *(before or ()))
+            if key not in self._top:
+                found = self._heads.draft(self._states[:, part], part, before)
+                self._top[key] = found[TOPK_LOGITS], found[TOPK_IDS]
+            return self._top[key]
+        if () not in self._top:
+            found = self._heads.draft(self._states.reshape(rows * parts, width))
+            self._top[()] = found[TOPK_LOGITS], found[TOPK_IDS]
+        values, ids = (each.reshape(rows, parts, -1)[:, part] for each in self._top[()])
+        return values, ids
 
     def output(self, name: str) -> np.ndarray:
         """See `Ahead`."""
-        return as_array(self._values, name, self._what)
-
-    def _read(self, name: str, part: int, before: Sequence[int] | None) -> np.ndarray:
-        """One output of the draft, [rows, …]."""
-        if self._heads.drafter.conditioned:
-            key = (part, *(before or ()))
-            if key not in self._drafts:
-                self._drafts[key] = self._heads.draft(self._states[:, part], part, before)
-            return as_array(self._drafts[key], name, self._what)
-        rows, parts, width = self._states.shape
-        if not self._drafts:
-            self._drafts[()] = self._heads.draft(self._states.reshape(rows * parts, width))
-        every = as_array(self._drafts[()], name, self._what)
-        return every.reshape(rows, parts, -1)[:, part]
+        return self._outputs[name][0]

@@ -61,12 +61,16 @@ class DrafterGraph:
 
     Attributes:
         graph: File name of the ONNX graph.
+        kv_layers: KV caches of the graph, of one layer each or of several side by side.
+        kv_heads: Key/value heads in each; as wide as the base's.
         top_k_outputs: K, the last axis of its `topk_*` outputs.
         conditioned: Whether a head is told the token in front of what it predicts.
         vocabulary: Ids of the tokens that drafts are made of; None for all there are.
     """
 
     graph: str
+    kv_layers: int
+    kv_heads: int
     top_k_outputs: int
     conditioned: bool = False
     vocabulary: tuple[int, ...] | None = None
@@ -265,7 +269,8 @@ def _topology(read: _Fields) -> Topology:
 def _drafter(read: _Fields) -> DrafterGraph:
     vocabulary = tuple(read.integers("vocabulary", 0, _MOST_TOKENS, _MOST_TOKENS)) if read.has("vocabulary") else None
     top_k, conditioned = read.integer("top_k_outputs", 1, _MOST_TOKENS), read.flag("conditioned", False)
-    return DrafterGraph(_graph(read, "drafter.onnx"), top_k, conditioned, vocabulary)
+    layers, heads = read.integer("kv_layers", 1, _MOST_LAYERS), read.integer("kv_heads", 1, _MOST_KV_HEADS)
+    return DrafterGraph(_graph(read, "drafter.onnx"), layers, heads, top_k, conditioned, vocabulary)
 
 
 def _sampling(read: _Fields) -> dict[str, Any]:
@@ -347,7 +352,8 @@ def _check(path: Path, manifest: Manifest) -> None:
         raise BundleError(
             f"{path}: field 'kv_layers' is {manifest.kv_layers}, less than {manifest.topology.layers + 1}"
         )
-    position = 8 * (manifest.kv_layers + topology.layers) * manifest.kv_heads * manifest.head_size
+    heads = manifest.kv_layers * manifest.kv_heads + (0 if drafter is None else drafter.kv_layers * drafter.kv_heads)
+    position = 8 * heads * manifest.head_size
     if position > _MOST_POSITION_BYTES:
         raise BundleError(
             f"{path}: fields 'kv_layers', 'kv_heads' and 'head_size' make {position >> 20} MiB of keys and values for "

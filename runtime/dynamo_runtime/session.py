@@ -113,7 +113,7 @@ class Session:
         self._bound.input(KEPT_ROWS, self._rows)
         self.heads: Heads | None = None
         if bundle.drafter is not None:
-            self.heads = Heads(bundle, self.backend, self.cache, self._device, **room)
+            self.heads = Heads(bundle, self.backend, self.cache, **room)
         if bundle.topology.parts:
             self._check_heads()
 
@@ -176,7 +176,8 @@ class Session:
             self._want(head_rows if inside else [], before if inside else cache.seen)
         started = time.perf_counter()
         try:
-            values = bound.run()
+            bound.run()
+            values = bound.read()
         except Exception as error:  # onnxruntime raises many classes that share no base
             raise BundleError(f"{self.bundle.graph_path} fails at a pass over {m} tokens: {error}") from error
         self._seconds += time.perf_counter() - started

@@ -3,6 +3,7 @@
 from .add_draft import AddDraft, AddHeadStates
 from .add_outputs import AddOutputs
 from .clear_metadata import ClearMetadata
+from .merge_heads import MergeAttentions, MergeProducts
 from .name_by_scope import NameByScope
 from .optimize import Optimize
 from .pack_qkv import PackQKV
@@ -15,6 +16,8 @@ __all__ = [
     "AddHeadStates",
     "AddOutputs",
     "ClearMetadata",
+    "MergeAttentions",
+    "MergeProducts",
     "NameByScope",
     "Optimize",
     "PackQKV",

@@ -72,7 +72,8 @@ def _feed(graph: ir.Graph, attention: ir.Node, packed: Projection) -> None:
     attention.replace_input_with(2, None)
 
 
-def _projection(value: ir.Value | None) -> Projection | None:
+def projection(value: ir.Value | None) -> Projection | None:
+    """The projection that makes a value, if that is what makes it."""
     node = value.producer() if value is not None else None
     bias = None
     if node is not None and node.op_type == "Add":
@@ -91,7 +92,7 @@ def _projection(value: ir.Value | None) -> Projection | None:
 
 def _separate(attention: ir.Node) -> tuple[Projection, ...] | None:
     """Queries, keys and values that are three projections of one input (Llama, Qwen 2, Mistral)."""
-    found = [_projection(value) for value in attention.inputs[:3]]
+    found = [projection(value) for value in attention.inputs[:3]]
     if any(p is None for p in found):
         return None
     parts: tuple[Projection, ...] = tuple(p for p in found if p is not None)
@@ -128,7 +129,7 @@ def _interleaved(attention: ir.Node) -> Projection | None:
     reshape = transpose.inputs[0].producer()
     if reshape is None or reshape.op_type != "Reshape":
         return None
-    return _projection(reshape.inputs[0])
+    return projection(reshape.inputs[0])
 
 
 def _join(model: ir.Model, attention: ir.Node, parts: tuple[Projection, ...]) -> Projection:
