@@ -27,7 +27,7 @@ import onnx
 import onnx_ir as ir
 from machine import describe_machine
 from onnx import helper
-from step_overhead import make_bundle
+from random_model import make_bundle
 
 from dynamo_export import export_bundle
 from dynamo_graph.read import read_model
