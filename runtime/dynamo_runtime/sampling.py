@@ -1,6 +1,5 @@
 """From one head's logits to one token: processors, truncation, and the draw."""
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,8 +49,9 @@ class Context:
     def fork(self) -> "Context":
         """A copy, to be extended by tokens that may not stay."""
         self._shared = True
-        other = copy.copy(self)
+        other = Context.__new__(Context)
         other.tokens = self.tokens.copy()
+        other._seen, other._marked, other._shared = self._seen, self._marked, True
         return other
 
 
@@ -107,10 +107,11 @@ def truncate(logits: np.ndarray, ids: np.ndarray, parameters: SamplingParameters
     """
     if parameters.top_k:
         logits, ids = logits[: parameters.top_k], ids[: parameters.top_k]
-    weights = _weights(logits, logits[0], parameters)
-    size = len(weights)
+    _check_finite(logits[0])
+    size = len(ids)
     if size == 1:
         return Candidates(ids, _CERTAIN)
+    weights = _weights(logits, logits[0], parameters)
     cumulative = weights.cumsum()
     if parameters.top_p < 1:
         # A token belongs to the nucleus while those before it have not reached top_p: so at least one does.
@@ -128,7 +129,9 @@ def truncate_row(logits: np.ndarray, parameters: SamplingParameters) -> Candidat
     Raises:
         ParameterError: See `truncate`.
     """
-    weights = _weights(logits, logits.max(), parameters)
+    largest = logits.max()
+    _check_finite(largest)
+    weights = _weights(logits, largest, parameters)
     total = weights.sum()
     # The nucleus holds no token so light that all such tokens together would not make up what it may leave out.
     least = max(parameters.min_p, (1 - parameters.top_p) * total / len(weights))
@@ -140,14 +143,18 @@ def truncate_row(logits: np.ndarray, parameters: SamplingParameters) -> Candidat
     return Candidates(ids, weights / weights.sum())
 
 
-def _weights(logits: np.ndarray, largest: np.floating, parameters: SamplingParameters) -> np.ndarray:
-    """Softmax at temperature T before it is normalised: 1 for the largest logit, in float64, [k].
+def _check_finite(largest: np.floating) -> None:
+    """See that something can be chosen.
 
     Raises:
-        ParameterError: The largest is not finite.
+        ParameterError: The largest logit is not finite.
     """
     if not math.isfinite(largest):
         raise ParameterError("no token can be chosen: the largest logit is not finite")
+
+
+def _weights(logits: np.ndarray, largest: np.floating, parameters: SamplingParameters) -> np.ndarray:
+    """Softmax at temperature T before it is normalised: 1 for the largest logit, in float64, [k]."""
     weights = logits.astype(np.float64)
     weights -= largest
     with np.errstate(over="ignore"):  # a tiny T sends the exponent to -inf, as it should
