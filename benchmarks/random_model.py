@@ -1,7 +1,11 @@
-"""A random T3 model of Pythia-160M's shape at fp32: it costs what such models cost, and says nothing sensible."""
+"""A random T3 model of Pythia-160M's shape at fp32: it costs what such models cost, and says nothing sensible.
+
+python benchmarks/random_model.py FOLDER      # prints where its bundle lies
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +44,7 @@ def make_bundle(work: Path) -> Path:
     counts = count_ngrams(tokens.astype(np.uint16), 3, vocab_size=VOCAB, end_id=None, min_counts=[1, 1, 1])
     counts.save(checkpoint / FILE)
     return export_bundle(graph, checkpoint, parity_length=64)
+
+
+if __name__ == "__main__":
+    print(make_bundle(Path(sys.argv[1])))

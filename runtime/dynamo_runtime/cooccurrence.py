@@ -111,11 +111,12 @@ def _children(level: _Level, node: int, tokens: np.ndarray) -> tuple[np.ndarray,
     """What `Cooccurrence.extend` gives for a single node: its children lie side by side, and are searched there."""
     begin, end = level.offsets.item(node), level.offsets.item(node + 1)
     ids = level.ids[begin:end]
+    if begin == end:
+        tokens = tokens[:0]
     order = tokens.argsort()
     wanted = tokens[order].astype(ids.dtype)
     found = ids.searchsorted(wanted)
-    inside = np.flatnonzero(found < len(ids))
-    kept = inside[ids[found[inside]] == wanted[inside]]
+    (kept,) = (ids.take(found, mode="clip") == wanted).nonzero()  # of what is above all of them the last one is none
     return np.zeros(len(kept), np.intp), order[kept], begin + found[kept]
 
 

@@ -15,6 +15,7 @@ LogitsProcessor = Callable[[Sequence[int], np.ndarray], np.ndarray]
 
 _CERTAIN = np.ones(1)
 _CERTAIN.flags.writeable = False  # many share it
+_FAR = 800.0  # in a float64 exp(-800) is 0
 _BITS_OF_ONE = int(np.float64(1).view(np.int64))
 _FINE_BITS = 44  # of a float64's 52 of mantissa: what is left of them tells 256 weights apart within a factor of two
 
@@ -117,9 +118,9 @@ def truncate(logits: np.ndarray, ids: np.ndarray, parameters: SamplingParameters
         # A token belongs to the nucleus while those before it have not reached top_p: so at least one does.
         size = min(size, 1 + int(cumulative.searchsorted(parameters.top_p * cumulative[-1])))
     if parameters.min_p > 0:
-        size = min(size, np.count_nonzero(weights >= parameters.min_p))
+        size = min(size, int(np.count_nonzero(weights >= parameters.min_p)))
     if weights[size - 1] == 0:  # processors may have left fewer than k
-        size = np.count_nonzero(weights)
+        size = int(np.count_nonzero(weights))
     return Candidates(ids[:size], weights[:size] / cumulative[size - 1])
 
 
@@ -135,12 +136,14 @@ def truncate_row(logits: np.ndarray, parameters: SamplingParameters) -> Candidat
     total = weights.sum()
     # The nucleus holds no token so light that all such tokens together would not make up what it may leave out.
     least = max(parameters.min_p, (1 - parameters.top_p) * total / len(weights))
-    ids = np.flatnonzero(weights >= least if least else weights)
-    weights = weights[ids]
+    ids = np.flatnonzero(weights >= least if least else weights > 0)
+    if len(ids) < len(weights):
+        weights = weights[ids]
     if parameters.top_p < 1:
         kept = _nucleus(weights, logits[ids], parameters.top_p * total)
         ids, weights = ids[kept], weights[kept]
-    return Candidates(ids, weights / weights.sum())
+    weights /= weights.sum()
+    return Candidates(ids, weights)
 
 
 def _check_finite(largest: np.floating) -> None:
@@ -155,10 +158,10 @@ def _check_finite(largest: np.floating) -> None:
 
 def _weights(logits: np.ndarray, largest: np.floating, parameters: SamplingParameters) -> np.ndarray:
     """Softmax at temperature T before it is normalised: 1 for the largest logit, in float64, [k]."""
-    weights = logits.astype(np.float64)
-    weights -= largest
-    with np.errstate(over="ignore"):  # a tiny T sends the exponent to -inf, as it should
-        weights /= parameters.temperature or 1.0
+    temperature = parameters.temperature or 1.0
+    weights = np.subtract(logits, largest, dtype=np.float64)
+    np.maximum(weights, -_FAR * temperature, out=weights)  # with a tiny T they would overflow
+    weights /= temperature
     return np.exp(weights, out=weights)
 
 
@@ -190,7 +193,7 @@ def _nucleus(weights: np.ndarray, logits: np.ndarray, mass: float) -> np.ndarray
 def sort_logits(logits: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
     """The `top_k` largest logits (0: all) and their ids, descending; of equal ones the smaller id first."""
     if top_k == 1:
-        ids = logits.argmax(keepdims=True)
+        ids = np.array([logits.argmax()])
     elif 0 < top_k < len(logits):
         smallest = np.partition(logits, len(logits) - top_k)[len(logits) - top_k]
         ids = np.flatnonzero(logits >= smallest)

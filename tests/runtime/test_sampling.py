@@ -206,6 +206,16 @@ def test_truncate_keeps_one_token_at_least_and_survives_tiny_temperatures() -> N
     assert truncate(logits, ids, SamplingParameters()).ids.tolist() == [7, 8]
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1.0, 1e308])
+def test_extreme_logits_and_temperatures_do_not_overflow(temperature: float) -> None:
+    """Also where a processor forbids tokens by the smallest number there is."""
+    logits = np.array([20.0, 19.0, np.finfo(np.float64).min, -np.inf])
+    with np.errstate(over="raise", invalid="raise"):
+        for parameters in (SamplingParameters(temperature=temperature, top_p=p) for p in (0.5, 1.0)):
+            found = truncate(logits, np.arange(4), parameters)
+            agree(truncate_row(logits, parameters), dict(zip(found.ids, found.probabilities, strict=True)))
+
+
 def test_draw_never_takes_a_zero() -> None:
     weights = np.array([0.0, 0.3, 0.0, 0.7, 0.0])
     assert draw(weights, 0.0) == 1
