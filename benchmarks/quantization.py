@@ -32,8 +32,8 @@ from typing import Any
 import numpy as np
 from drafters import GREEDY
 from machine import describe_machine
+from random_model import make_bundle
 from ratios import Interval, interval, ratio, speed_ratio
-from step_overhead import make_bundle
 from tqdm import tqdm
 
 from dynamo_evaluate.prompts import held_out_prompts

@@ -1,91 +1,152 @@
-"""What a decode step costs outside onnxruntime, on a random T3 model of Pythia-160M's shape at fp32.
+"""What a decode step costs outside onnxruntime, by strategy and sampling; and a draw from a whole large vocabulary.
 
-    python benchmarks/step_overhead.py [--work FOLDER]
+    python benchmarks/step_overhead.py [--bundle PATH]... [--json FILE]
 
-Exports the model (once, into FOLDER) and runs every strategy on it in interleaved rounds.  Random weights say nothing
-sensible, so `dynamo` runs at ε_b = 0: every step forms, masks, thresholds and samples the whole joint.
+Every setting that a bundle can run writes texts in interleaved rounds; what is outside onnxruntime are drafts,
+verification, sampling, text and statistics.  The second table draws a token with top-k 0 from rows of 262,144 logits:
+by sorting all of them, and as `Target` does.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
-import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from machine import describe_machine
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
-from dynamo_export.export import export_bundle
-from dynamo_model import DEFAULT_CHECKPOINT, MultiTokenModel
-from dynamo_runtime import Engine
-from dynamo_train.cooccurrence import FILE, count_ngrams
+from dynamo_runtime import DEFAULT_BUNDLE, Engine, SamplingParameters
+from dynamo_runtime.sampling import Candidates, draw, sort_logits, truncate, truncate_row
+from dynamo_runtime.strategies import refusal
 
-VOCAB = 50304
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "autoregressive": {"strategy": "autoregressive"},
-    "dynamo, ε_b 0.5": {"strategy": "dynamo", "backoff_threshold": 0.5},
-    "dynamo, ε_b 0": {"strategy": "dynamo", "backoff_threshold": 0.0},
-    "speculative, greedy": {"strategy": "speculative", "temperature": 0.0},
+PROMPT = "def fib(n):\n"
+SAMPLED = {"temperature": 0.7, "top_k": 50, "top_p": 0.9}
+WHOLE = {"temperature": 0.7, "top_k": 0, "top_p": 0.9}
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain, greedy": ("autoregressive", {"temperature": 0.0}),
+    "plain, top-k 50, top-p 0.9": ("autoregressive", SAMPLED),
+    "plain, top-k 0, top-p 0.9": ("autoregressive", WHOLE),
+    "speculative, greedy": ("speculative", {"temperature": 0.0}),
+    "speculative, top-k 50, top-p 0.9": ("speculative", SAMPLED),
+    "speculative, top-k 0, top-p 0.9": ("speculative", WHOLE),
+    "dynamo, ε_b 0.5": ("dynamo", {"backoff_threshold": 0.5}),
+    "dynamo, ε_b 0": ("dynamo", {"backoff_threshold": 0.0}),
 }
+LARGE_VOCAB = 262_144
+DRAWS = 15
 
 
-def make_bundle(work: Path) -> Path:
-    """Export the random model, with counts of random text that its heads' top-k meet often."""
-    graph = work / "bundle" / "model.onnx"
-    if graph.is_file():
-        return graph
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=3072,
-        vocab_size=VOCAB,
-        max_position_embeddings=2048,
-    )
-    checkpoint = work / "checkpoint"
-    model = MultiTokenModel(AutoModelForCausalLM.from_config(config), 3)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:  # norms of equal weights would be merged
-            parameter.data += 0.02 * torch.randn(parameter.shape)
-    model.save(checkpoint)
-    AutoTokenizer.from_pretrained(DEFAULT_CHECKPOINT).save_pretrained(checkpoint)
-    tokens = np.random.default_rng(0).zipf(1.2, 3_000_000) % VOCAB
-    counts = count_ngrams(tokens.astype(np.uint16), 3, vocab_size=VOCAB, end_id=None, min_counts=[1, 1, 1])
-    counts.save(checkpoint / FILE)
-    return export_bundle(graph, checkpoint, parity_length=64)
+def measure(engine: Engine, rounds: int, new_tokens: int) -> dict[str, dict[str, float]]:
+    """Medians over the rounds, by setting: milliseconds a step, those outside onnxruntime, and tokens a pass."""
+    able = {name: each for name, each in SETTINGS.items() if refusal(each[0], engine.bundle, each[1]) is None}
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in able}
+    for turn in range(rounds + 1):
+        for name, (strategy, options) in able.items():
+            engine.reset()
+            limits: dict[str, Any] = {"max_new_tokens": new_tokens, "ignore_eos": True}
+            cost = engine.generate(PROMPT, strategy=strategy, seed=turn, **limits, **options).statistics
+            if turn:  # the first round warms up
+                step_ms = (cost.total_s - cost.ttft_s) / (cost.rounds - 1) * 1e3
+                found[name].append((step_ms, cost.outside_share * step_ms, cost.tokens_per_pass))
+    rows = {}
+    for name, taken in found.items():
+        step_ms, outside_ms, tokens = (statistics.median(column) for column in zip(*taken, strict=True))
+        rows[name] = {"step_ms": step_ms, "outside_ms": outside_ms, "tokens_per_pass": tokens}
+    return rows
+
+
+def measure_draws(vocab_size: int = LARGE_VOCAB) -> dict[str, dict[str, float]]:
+    """Milliseconds of a draw with top-k 0, by row and top-p: with a full sort, and as it is done."""
+    rng = np.random.default_rng(0)
+    kinds = {
+        "like text": -1.5 * np.log(1 + rng.permutation(vocab_size)),  # Zipf's law, a little steeper
+        "normal, σ = 1": rng.normal(size=vocab_size),
+    }
+    rows = {}
+    for kind, logits in kinds.items():
+        row = logits.astype(np.float32)
+        for top_p in (0.9, 1.0):
+            parameters = SamplingParameters(temperature=1.0, top_k=0, top_p=top_p)
+
+            def by_sorting(row: np.ndarray = row, parameters: SamplingParameters = parameters) -> Candidates:
+                return truncate(*sort_logits(row, 0), parameters)
+
+            def as_it_is(row: np.ndarray = row, parameters: SamplingParameters = parameters) -> Candidates:
+                return truncate_row(row, parameters)
+
+            taken = interleaved([by_sorting, as_it_is])
+            kept = len(as_it_is().ids)
+            rows[f"{kind}, top-p {top_p}"] = {"kept": kept, "sorted_ms": taken[0], "draw_ms": taken[1]}
+    return rows
+
+
+def interleaved(ways: Sequence[Callable[[], Candidates]]) -> list[float]:
+    """Median milliseconds of a draw from what every one of some functions gives."""
+    taken: list[list[float]] = [[] for _ in ways]
+    for turn in range(DRAWS + 1):
+        for way, times in zip(ways, taken, strict=True):
+            started = time.perf_counter()
+            draw(way().probabilities, turn / (DRAWS + 1))
+            times.append((time.perf_counter() - started) * 1e3)
+    return [statistics.median(times[1:]) for times in taken]
+
+
+def table(bundles: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Markdown of what steps cost."""
+    lines = ["| bundle | strategy | tokens a pass | ms a step | ms outside | outside |", "|---|---|---|---|---|---|"]
+    for bundle, rows in bundles.items():
+        for name, row in rows.items():
+            share = row["outside_ms"] / row["step_ms"]
+            cells = [
+                f"{row['tokens_per_pass']:.2f}",
+                f"{row['step_ms']:.3f}",
+                f"{row['outside_ms']:.3f}",
+                f"{share:.1%}",
+            ]
+            lines.append(f"| {' | '.join([bundle, name, *cells])} |")
+    return "\n".join(lines)
+
+
+def draws_table(rows: dict[str, dict[str, float]]) -> str:
+    """Markdown of what draws from a whole row cost."""
+    lines = [
+        f"| top-k 0 of {LARGE_VOCAB} | tokens kept | ms, all sorted | ms | sorted ÷ this |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        cells = [f"{row['kept']:.0f}", f"{row['sorted_ms']:.2f}", f"{row['draw_ms']:.2f}"]
+        lines.append(f"| {' | '.join([name, *cells, format(row['sorted_ms'] / row['draw_ms'], '.1f')])} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Run the benchmark and print its table."""
+    """Run the benchmark and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="keeps the bundle (default: a temporary folder)")
+    parser.add_argument("--bundle", type=Path, action="append", help="may be repeated (default: the embedded model)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        engine = Engine(make_bundle(arguments.work or Path(temporary)), threads=arguments.threads)
-        prompt = np.random.default_rng(1).integers(1, VOCAB, 64).tolist()
-        shares: dict[str, list[float]] = {name: [] for name in STRATEGIES}
-        steps: dict[str, list[float]] = {name: [] for name in STRATEGIES}
-        for turn in range(arguments.rounds + 1):
-            for name, options in STRATEGIES.items():
-                engine.reset()
-                result = engine.generate(
-                    prompt, max_new_tokens=arguments.new_tokens, seed=turn, ignore_eos=True, **options
-                ).statistics
-                if turn:  # the first round warms up
-                    shares[name].append(result.outside_share)
-                    steps[name].append((result.total_s - result.ttft_s) / (result.rounds - 1) * 1e3)
-    print("| strategy | ms a step | outside onnxruntime |\n|---|---|---|")
-    for name in STRATEGIES:
-        print(f"| {name} | {statistics.median(steps[name]):.1f} | {statistics.median(shares[name]):.1%} |")
-    print(f"\nMedians of {arguments.rounds} interleaved runs of {arguments.new_tokens} tokens. {describe_machine()}.")
+    bundles = {}
+    for path in arguments.bundle or [DEFAULT_BUNDLE]:
+        with Engine(path, threads=arguments.threads) as engine:
+            name = f"{path.resolve().name}, {engine.bundle.precision}, V = {engine.bundle.vocab_size}"
+            bundles[name] = measure(engine, arguments.rounds, arguments.new_tokens)
+    draws = measure_draws()
+    conditions = (
+        f"Medians of {arguments.rounds} interleaved runs of {arguments.new_tokens} tokens, and of {DRAWS} draws. "
+        f"{describe_machine()}"
+    )
+    print(f"{table(bundles)}\n\n{draws_table(draws)}\n\n{conditions}.")
+    if arguments.json:
+        content = {"conditions": conditions, "steps": bundles, "draws": draws}
+        arguments.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

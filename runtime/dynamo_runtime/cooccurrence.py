@@ -59,20 +59,24 @@ class Cooccurrence:
             the n-gram.
         """
         level = self._levels[order - 2]
+        if len(nodes) == 1:
+            return _children(level, int(nodes[0]), tokens)
         starts = level.offsets[nodes]
         sizes = level.offsets[nodes + 1] - starts
-        total = int(sizes.sum())
+        ends = sizes.cumsum()
+        total = int(ends[-1]) if len(ends) else 0
         if total > children_per_search * len(nodes) * len(tokens):
             return self._search(level, nodes, tokens)
-        # Children of all nodes, end to end: `first` turns a place in that row into a node.
-        parent = np.repeat(np.arange(len(nodes)), sizes)
-        first = starts - (np.cumsum(sizes) - sizes)
-        child = np.arange(total) + first[parent]
-        places = np.full(self.vocab_size, -1, np.int32)  # of tokens among the candidates
-        places[tokens] = np.arange(len(tokens), dtype=np.int32)
-        rank = places[level.ids[child]]
-        kept = np.flatnonzero(rank >= 0)
-        return parent[kept], rank[kept], child[kept]
+        # Children of all nodes, end to end.
+        child = np.repeat(starts - ends + sizes, sizes)
+        child += np.arange(total)
+        ids = level.ids.take(child)
+        wanted = np.zeros(self.vocab_size, bool)
+        wanted[tokens] = True
+        kept = np.flatnonzero(wanted.take(ids))
+        ranks = np.empty(self.vocab_size, np.intp)  # among the candidates; of other tokens it is not read
+        ranks[tokens] = np.arange(len(tokens))
+        return ends.searchsorted(kept, side="right"), ranks[ids[kept]], child[kept]
 
     def _search(
         self, level: _Level, nodes: np.ndarray, tokens: np.ndarray
@@ -101,6 +105,19 @@ class Cooccurrence:
         frequency = self._levels[order - 2].counts[nodes] / self._totals[order - 1]
         ratio = np.divide(frequency, chance, out=np.zeros(len(nodes)), where=chance > 0)
         return ratio if alpha == 1 else ratio**alpha
+
+
+def _children(level: _Level, node: int, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `Cooccurrence.extend` gives for a single node: its children lie side by side, and are searched there."""
+    begin, end = level.offsets.item(node), level.offsets.item(node + 1)
+    ids = level.ids[begin:end]
+    if begin == end:
+        tokens = tokens[:0]
+    order = tokens.argsort()
+    wanted = tokens[order].astype(ids.dtype)
+    found = ids.searchsorted(wanted)
+    (kept,) = (ids.take(found, mode="clip") == wanted).nonzero()  # of what is above all of them the last one is none
+    return np.zeros(len(kept), np.intp), order[kept], begin + found[kept]
 
 
 def load_cooccurrence(path: Path, vocab_size: int | None = None) -> Cooccurrence:

@@ -1,5 +1,6 @@
 """From one head's logits to one token: processors, truncation, and the draw."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,29 +13,46 @@ from .step import Step
 LogitsProcessor = Callable[[Sequence[int], np.ndarray], np.ndarray]
 """Maps (context tokens, logits [V]) to new logits [V]; -inf forbids a token."""
 
+_CERTAIN = np.ones(1)
+_CERTAIN.flags.writeable = False  # many share it
+_FAR = 800.0  # in a float64 exp(-800) is 0
+_BITS_OF_ONE = int(np.float64(1).view(np.int64))
+_FINE_BITS = 44  # of a float64's 52 of mantissa: what is left of them tells 256 weights apart within a factor of two
+
 
 class Context:
     """The tokens so far, prompt included, and which of the vocabulary stand among them.
 
     Attributes:
         tokens: In order.
-        seen: Whether a token occurs, [V].
     """
 
     def __init__(self, tokens: Sequence[int], vocab_size: int):
         self.tokens = list(tokens)
-        self.seen = np.zeros(vocab_size, bool)
-        self.seen[self.tokens] = True
+        self._seen = np.zeros(vocab_size, bool)
+        self._marked = 0  # tokens that `_seen` knows of: most texts never ask
+        self._shared = False  # whether another context has the same `_seen`
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Whether a token occurs, [V], as of now."""
+        if self._marked < len(self.tokens):
+            if self._shared:
+                self._seen, self._shared = self._seen.copy(), False
+            self._seen[self.tokens[self._marked :]] = True
+            self._marked = len(self.tokens)
+        return self._seen
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append accepted tokens."""
         self.tokens.extend(tokens)
-        self.seen[list(tokens)] = True
 
     def fork(self) -> "Context":
         """A copy, to be extended by tokens that may not stay."""
+        self._shared = True
         other = Context.__new__(Context)
-        other.tokens, other.seen = self.tokens.copy(), self.seen.copy()
+        other.tokens = self.tokens.copy()
+        other._seen, other._marked, other._shared = self._seen, self._marked, True
         return other
 
 
@@ -53,8 +71,10 @@ def draw(weights: np.ndarray, uniform: float) -> int:
         weights: Not all zero; they need not sum to 1.
         uniform: In [0, 1).
     """
-    cumulative = np.cumsum(weights)
-    index = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+    if len(weights) == 1:
+        return 0
+    cumulative = weights.cumsum()
+    index = int(cumulative.searchsorted(uniform * cumulative[-1], side="right"))
     if index == len(weights) or weights[index] == 0:  # uniform * total was rounded up to the total
         index = int(np.flatnonzero(weights)[-1])
     return index
@@ -68,7 +88,11 @@ def penalize_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) ->
         seen: Which of them belong to tokens in the context, [k].
         penalty: θ.
     """
-    return np.where(seen, np.where(logits > 0, logits / penalty, logits * penalty), logits)
+    penalized = logits.copy()
+    (places,) = seen.nonzero()  # few of many
+    found = logits[places]
+    penalized[places] = np.where(found > 0, found / penalty, found * penalty)
+    return penalized
 
 
 def truncate(logits: np.ndarray, ids: np.ndarray, parameters: SamplingParameters) -> Candidates:
@@ -84,27 +108,93 @@ def truncate(logits: np.ndarray, ids: np.ndarray, parameters: SamplingParameters
     """
     if parameters.top_k:
         logits, ids = logits[: parameters.top_k], ids[: parameters.top_k]
-    scaled = logits.astype(np.float64)
-    if not np.isfinite(scaled[0]):
-        raise ParameterError("no token can be chosen: the largest logit is not finite")
-    with np.errstate(over="ignore"):  # a tiny T sends the exponent to -inf, as it should
-        scaled = np.exp((scaled - scaled[0]) / (parameters.temperature or 1.0))
-    probabilities = scaled / scaled.sum()
+    _check_finite(logits[0])
+    size = len(ids)
+    if size == 1:
+        return Candidates(ids, _CERTAIN)
+    weights = _weights(logits, logits[0], parameters)
+    cumulative = weights.cumsum()
     if parameters.top_p < 1:
         # A token belongs to the nucleus while those before it have not reached top_p: so at least one does.
-        before = np.cumsum(probabilities) - probabilities
-        size = max(1, int(np.searchsorted(before, parameters.top_p, side="left")))
-        ids, probabilities = ids[:size], probabilities[:size] / probabilities[:size].sum()
+        size = min(size, 1 + int(cumulative.searchsorted(parameters.top_p * cumulative[-1])))
     if parameters.min_p > 0:
-        size = int(np.searchsorted(-probabilities, -parameters.min_p * probabilities[0], side="right"))
-        ids, probabilities = ids[:size], probabilities[:size] / probabilities[:size].sum()
-    possible = int(np.searchsorted(-probabilities, 0.0, side="left"))  # processors may have left fewer than k
-    return Candidates(ids[:possible], probabilities[:possible])
+        size = min(size, int(np.count_nonzero(weights >= parameters.min_p)))
+    if weights[size - 1] == 0:  # processors may have left fewer than k
+        size = int(np.count_nonzero(weights))
+    return Candidates(ids[:size], weights[:size] / cumulative[size - 1])
+
+
+def truncate_row(logits: np.ndarray, parameters: SamplingParameters) -> Candidates:
+    """The same of a full row [V] whatever top_k says, without sorting it: the candidates come in the order of ids.
+
+    Raises:
+        ParameterError: See `truncate`.
+    """
+    largest = logits.max()
+    _check_finite(largest)
+    weights = _weights(logits, largest, parameters)
+    total = weights.sum()
+    # The nucleus holds no token so light that all such tokens together would not make up what it may leave out.
+    least = max(parameters.min_p, (1 - parameters.top_p) * total / len(weights))
+    ids = np.flatnonzero(weights >= least if least else weights > 0)
+    if len(ids) < len(weights):
+        weights = weights[ids]
+    if parameters.top_p < 1:
+        kept = _nucleus(weights, logits[ids], parameters.top_p * total)
+        ids, weights = ids[kept], weights[kept]
+    weights /= weights.sum()
+    return Candidates(ids, weights)
+
+
+def _check_finite(largest: np.floating) -> None:
+    """See that something can be chosen.
+
+    Raises:
+        ParameterError: The largest logit is not finite.
+    """
+    if not math.isfinite(largest):
+        raise ParameterError("no token can be chosen: the largest logit is not finite")
+
+
+def _weights(logits: np.ndarray, largest: np.floating, parameters: SamplingParameters) -> np.ndarray:
+    """Softmax at temperature T before it is normalised: 1 for the largest logit, in float64, [k]."""
+    temperature = parameters.temperature or 1.0
+    weights = np.subtract(logits, largest, dtype=np.float64)
+    np.maximum(weights, -_FAR * temperature, out=weights)  # with a tiny T they would overflow
+    weights /= temperature
+    return np.exp(weights, out=weights)
+
+
+def _nucleus(weights: np.ndarray, logits: np.ndarray, mass: float) -> np.ndarray:
+    """Places, ascending, of the largest weights that come before `mass` is reached; of equal logits the first.
+
+    Weights are put into narrow bins, by the upper bits of their float64, and only the bin in which the mass is reached
+    is sorted.
+
+    Args:
+        weights: In (0, 1], [k].
+        logits: What they were made of, [k].
+        mass: Of the weights' sum.
+    """
+    bins = (_BITS_OF_ONE - weights.view(np.int64)) >> _FINE_BITS  # 0 holds the largest
+    masses = np.bincount(bins, weights)
+    reached = masses.cumsum()
+    edge = int(reached.searchsorted(mass))
+    if edge == len(masses):
+        return np.arange(len(weights))
+    kept = bins < edge
+    (places,) = (bins == edge).nonzero()
+    places = places[np.argsort(-logits[places], kind="stable")]
+    inside = weights[places].cumsum()
+    kept[places[: 1 + int(inside.searchsorted(mass - (reached[edge] - masses[edge])))]] = True
+    return np.flatnonzero(kept)
 
 
 def sort_logits(logits: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
     """The `top_k` largest logits (0: all) and their ids, descending; of equal ones the smaller id first."""
-    if 0 < top_k < len(logits):
+    if top_k == 1:
+        ids = np.array([logits.argmax()])
+    elif 0 < top_k < len(logits):
         smallest = np.partition(logits, len(logits) - top_k)[len(logits) - top_k]
         ids = np.flatnonzero(logits >= smallest)
     else:
@@ -154,8 +244,14 @@ class Target:
         penalty = self._parameters.repetition_penalty
         found = None if self._processors else _certified_topk(step, context, penalty, self._top_k, row)
         if found is None:
-            logits = penalize_repetition(step.logits()[row], context.seen, penalty)
-            found = sort_logits(apply_processors(self._processors, context.tokens, logits), self._top_k)
+            logits = step.logits()[row]
+            if penalty != 1:
+                logits = penalize_repetition(logits, context.seen, penalty)
+            if self._processors:
+                logits = apply_processors(self._processors, context.tokens, logits)
+            if self._top_k == 0:
+                return truncate_row(logits, self._parameters)
+            found = sort_logits(logits, self._top_k)
         logits, ids = found
         return truncate(logits, ids, self._parameters)
 

@@ -111,6 +111,8 @@ class StopStrings:
         """Append text; returns what may be given out. After a match `stopped` is set: nothing more comes."""
         if self.stopped:
             return ""
+        if not self._of_all and not self._of_shown:
+            return text if shown else ""
         if shown:
             self._shown += range(len(self._held), len(self._held) + len(text))
         self._held += text

@@ -80,8 +80,12 @@ class Bounded:
         Raises:
             PromptError: The tokenizer panics.
         """
-        with _errors(PromptError, "the tokenizer fails on these tokens"):
+        # Once a token: `_errors` itself would take as long as the work.
+        try:
             return self._tokenizer.decode(*args, **options)
+        except BaseException:
+            with _errors(PromptError, "the tokenizer fails on these tokens"):
+                raise
 
     def _check_growth(self, text: str) -> None:
         """Normalise a text step by step, and look before each how long it may become.

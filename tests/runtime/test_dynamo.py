@@ -188,6 +188,21 @@ def test_search_and_scan_of_the_trie_agree(tables) -> None:
     assert {gram[:3] for gram in found[0]} == wanted
 
 
+def test_continuations_of_one_node_are_those_it_has_among_many(tables) -> None:
+    counts, _ = tables[3]
+    rng = np.random.default_rng(5)
+    parents, _, grams = counts.extend(2, np.arange(VOCAB), np.arange(VOCAB))
+    for order, nodes in ((2, np.arange(VOCAB)), (3, grams)):
+        for size in (1, 3, VOCAB):
+            tokens = rng.permutation(VOCAB)[:size]
+            parent, rank, found = counts.extend(order, nodes, tokens)
+            for place in range(0, len(nodes), 3):
+                _, alone_rank, alone = counts.extend(order, nodes[place : place + 1], tokens)
+                assert np.array_equal(alone_rank, rank[parent == place])
+                assert np.array_equal(alone, found[parent == place])
+    assert len(set(parents)) < VOCAB  # some have none
+
+
 def test_threshold_one_gives_one_token_and_zero_gives_all_seen(tables) -> None:
     counts, literal = tables[3]
     rng = np.random.default_rng(5)

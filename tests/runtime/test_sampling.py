@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import dense_sampling
 
 from dynamo_runtime.errors import ParameterError
 from dynamo_runtime.parameters import SamplingParameters, resolve_parameters
 from dynamo_runtime.sampling import (
+    Candidates,
     Context,
     Target,
     _certified_topk,
@@ -13,6 +17,7 @@ from dynamo_runtime.sampling import (
     penalize_repetition,
     sort_logits,
     truncate,
+    truncate_row,
 )
 from dynamo_runtime.step import Step
 
@@ -26,23 +31,90 @@ def step_of(logits: np.ndarray) -> Step:
 
 
 def exact_distribution(logits: np.ndarray, seen: np.ndarray, p: SamplingParameters) -> np.ndarray:
-    """The textbook: penalty, temperature, top-k, top-p, on full arrays."""
-    logits = logits.astype(float)
-    for token in np.flatnonzero(seen):
-        logits[token] = (
-            logits[token] / p.repetition_penalty if logits[token] > 0 else logits[token] * p.repetition_penalty
+    """The textbook, on full arrays."""
+    probabilities = np.zeros(len(logits))
+    for token, probability in dense_sampling.distribution(logits, np.flatnonzero(seen).tolist(), p).items():
+        probabilities[token] = probability
+    return probabilities
+
+
+def agree(found: Candidates, expected: dict[int, float]) -> None:
+    """The same tokens with the same probabilities, in descending order or in that of their ids."""
+    assert dict(zip(found.ids.tolist(), found.probabilities.tolist(), strict=True)) == pytest.approx(expected, rel=1e-9)
+    descending = np.all(np.diff(found.probabilities) <= 0)
+    assert descending or np.all(np.diff(found.ids) > 0)
+
+
+ROWS = st.lists(
+    st.one_of(
+        st.sampled_from([-np.inf, -1e30, -3.0, 0.0, -0.0, 1.0, 1.5, 4.0, 1e30]),  # ties, and what is far apart
+        st.floats(-20, 20, width=32),
+    ),
+    min_size=K,
+    max_size=VOCAB,
+)
+PROBABILITIES = st.one_of(st.sampled_from([1e-12, 0.25, 0.5, 0.75, 1 - 1e-12, 1.0]), st.floats(0.001, 1))
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    ROWS.filter(lambda row: max(row) > -np.inf),
+    st.lists(st.integers(0, K - 1), max_size=K),
+    st.sampled_from([0, 0, 1, 3, K, K + 1, VOCAB]),
+    PROBABILITIES,
+    st.one_of(st.just(0.0), PROBABILITIES),
+    st.sampled_from([0.0, 1e-300, 1e-3, 0.7, 1.0, 5.0]),
+    st.sampled_from([1.0, 1.3, 0.7]),
+)
+def test_distributions_are_those_of_a_full_sort(
+    row: list[float], context: list[int], top_k: int, top_p: float, min_p: float, temperature: float, penalty: float
+) -> None:
+    """Whatever part of the row is read and sorted."""
+    parameters = SamplingParameters(
+        top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature, repetition_penalty=penalty
+    )
+    logits = np.array(row, np.float32)
+    expected = dense_sampling.distribution(logits, context, parameters)
+    found = Target(parameters).distribution(step_of(logits), Context(context, len(row)))
+    if len(found.ids) != len(expected):  # exactly at the border of the nucleus: rounding may decide
+        parameters = SamplingParameters(
+            top_k=top_k,
+            top_p=min(top_p * (1 + 1e-9), 1),
+            min_p=min_p * (1 - 1e-9),
+            temperature=temperature,
+            repetition_penalty=penalty,
         )
-    probabilities = np.exp(logits / p.temperature)
-    order = sorted(range(VOCAB), key=lambda i: -probabilities[i])
-    if p.top_k:
-        probabilities[order[p.top_k :]] = 0
-    probabilities /= probabilities.sum()
-    reached = 0.0
-    for token in order:
-        if reached >= p.top_p:
-            probabilities[token] = 0
-        reached += probabilities[token]
-    return probabilities / probabilities.sum()
+        wider = dense_sampling.distribution(logits, context, parameters)
+        assert {*expected} ^ {*found.ids.tolist()} <= {*expected} ^ {*wider}
+        return
+    agree(found, expected)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 5.0, 40.0])
+def test_a_large_row_is_cut_without_being_sorted(spread: float) -> None:
+    """From a row in which all are equal to one of which a single token is left."""
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=5000) * spread).astype(np.float32).round(2)  # so that there are ties
+    for top_p in (1e-6, 0.3, 0.9, 0.999, 1.0):
+        for min_p in (0.0, 0.05):
+            parameters = SamplingParameters(temperature=0.9, top_k=0, top_p=top_p, min_p=min_p)
+            agree(truncate_row(logits, parameters), dense_sampling.distribution(logits, [], parameters))
+
+
+def test_a_fork_is_a_context_of_its_own() -> None:
+    context = Context([3], VOCAB)
+    context.extend([5])
+    forks = [context.fork(), context.fork()]
+    forks[0].extend([7])
+    assert np.flatnonzero(forks[0].seen).tolist() == [3, 5, 7]
+    context.extend([9])
+    deeper = forks[0].fork()
+    deeper.extend([1])
+    for each, expected in zip((context, *forks, deeper), ([3, 5, 9], [3, 5, 7], [3, 5], [1, 3, 5, 7]), strict=True):
+        assert np.flatnonzero(each.seen).tolist() == sorted(each.tokens) == expected
+    forks[1].extend([2])
+    assert np.flatnonzero(forks[1].seen).tolist() == [2, 3, 5]
+    assert np.flatnonzero(context.seen).tolist() == [3, 5, 9]
 
 
 @pytest.mark.parametrize("top_k", [0, 5, 12, 30])
@@ -119,6 +191,7 @@ def test_greedy_takes_the_largest_and_processors_are_applied() -> None:
 
 def test_equal_logits_are_taken_in_the_order_of_ids() -> None:
     logits = np.array([1, 5, 5, 0, 5, 1], np.float32)
+    assert sort_logits(logits, 1)[1].tolist() == [1]
     assert sort_logits(logits, 2)[1].tolist() == [1, 2]
     assert sort_logits(logits, 4)[1].tolist() == [1, 2, 4, 0]
     assert sort_logits(logits, 0)[1].tolist() == [1, 2, 4, 0, 5, 3]
@@ -131,6 +204,16 @@ def test_truncate_keeps_one_token_at_least_and_survives_tiny_temperatures() -> N
     assert cold.ids.tolist() == [7]
     assert cold.probabilities.tolist() == [1.0]
     assert truncate(logits, ids, SamplingParameters()).ids.tolist() == [7, 8]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1.0, 1e308])
+def test_extreme_logits_and_temperatures_do_not_overflow(temperature: float) -> None:
+    """Also where a processor forbids tokens by the smallest number there is."""
+    logits = np.array([20.0, 19.0, np.finfo(np.float64).min, -np.inf])
+    with np.errstate(over="raise", invalid="raise"):
+        for parameters in (SamplingParameters(temperature=temperature, top_p=p) for p in (0.5, 1.0)):
+            found = truncate(logits, np.arange(4), parameters)
+            agree(truncate_row(logits, parameters), dict(zip(found.ids, found.probabilities, strict=True)))
 
 
 def test_draw_never_takes_a_zero() -> None:
