@@ -130,8 +130,10 @@ def test_cache_in_int8(name: str, scheme: str, export: ExportOf, smaller: Smalle
 def test_passes_of_every_width_agree_bit_by_bit(
     scheme: str, size: int | None, threads: int, name: str, smaller: SmallerOf
 ) -> None:
-    """By default and in blocks of 32, the cache in int8: one token at a time, several, or all; and behind rolled-back
-    ones."""
+    """With the cache in int8, by default and in blocks of 32: one token at a time, several, or all.
+
+    And behind rolled-back ones.
+    """
     bundle = smaller(name, scheme, block_size=size)
     session = Session(bundle, provider="cpu", threads=threads)
     narrow = in_passes(session, TOKENS, 1)
