@@ -77,7 +77,7 @@ class Scheme:
 _NOTHING: dict[Part, Format | None] = dict.fromkeys(Part)
 _LITTLE = Limits(perplexity=2.0, tokens_per_pass=4.0)
 _MORE = Limits(perplexity=8.0, tokens_per_pass=8.0)
-# The widest blocks that are computed alike in passes of different width; in blocks of 32 several rows cost more.
+# The widest blocks that are computed alike in passes of different width; they are faster than blocks of 32.
 _INT8 = Format(8, 64)
 # Within int4, where every bit counts. Blocks of 128 are not computed alike in passes of different width, by a last bit;
 # behind the output embedding, and only there, nothing is rounded any more that this could change.
