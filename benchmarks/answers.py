@@ -69,7 +69,7 @@ def settings() -> list[Setting]:
         Setting("int4, GPTQ", "int4"),
         Setting("int4, rounded, asymmetric", "int4", Options(algorithm="rtn", symmetric=False)),
         Setting("int4, GPTQ, asymmetric", "int4", Options(symmetric=False)),
-        Setting("int4, GPTQ, last layer in int8", "int4", Options(parts={"first_head": "int8"})),
+        Setting("int4, GPTQ, last layer in int8, blocks of 32", "int4", formats={Part.FIRST_HEAD: Format(8, 32)}),
         Setting("int4, GPTQ, blocks of 16", "int4", Options(block_size=16)),
         Setting("int4, GPTQ, cache in fp32", "int4", Options(kv_cache="fp32")),
     ]

@@ -69,6 +69,7 @@ def schemes() -> list[Setting]:
     """The rows that are compared with one another."""
     return [
         Setting("int8", "int8"),
+        Setting("int8, blocks of 32", "int8", Options(block_size=32)),
         Setting("int8, blocks of 128", "int8", Options(block_size=128)),
         Setting("int8, cache in fp32", "int8", Options(kv_cache="fp32")),
         Setting("int8-dynamic", "int8-dynamic"),
@@ -76,7 +77,7 @@ def schemes() -> list[Setting]:
         Setting("int4, asymmetric", "int4", Options(symmetric=False)),
         Setting("int4, blocks of 128", "int4", Options(block_size=128)),
         Setting("int4, output too", "int4", Options(parts={"output": "int4"})),
-        Setting("int4, heads in int8", "int4", Options(parts={"heads": "int8"})),
+        Setting("int4, heads in int4", "int4", Options(parts={"heads": "int4"})),
         Setting("int4, rtn", "int4", Options(algorithm="rtn")),
         Setting("int4, cache in fp32", "int4", Options(kv_cache="fp32")),
         Setting("fp16", "fp16"),

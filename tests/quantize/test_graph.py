@@ -125,15 +125,23 @@ def test_cache_in_int8(name: str, scheme: str, export: ExportOf, smaller: Smalle
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_passes_of_every_width_agree_bit_by_bit(name: str, scheme: str, smaller: SmallerOf) -> None:
-    """With blocks of 32 and the cache in int8: one token at a time, several, or all; and behind rolled-back ones."""
-    bundle = smaller(name, scheme, block_size=32)
-    narrow = outputs(bundle, TOKENS, 1)
-    for width in (2, 3, 5, 16, None):
-        for output, wide in outputs(bundle, TOKENS, width).items():
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("scheme", "size"), [("int8", None), ("int8", 32), ("int4", 32)], ids=["64", "32", "int4"])
+def test_passes_of_every_width_agree_bit_by_bit(
+    scheme: str, size: int | None, threads: int, name: str, smaller: SmallerOf
+) -> None:
+    """With the cache in int8, by default and in blocks of 32: one token at a time, several, or all.
+
+    And behind rolled-back ones.
+    """
+    bundle = smaller(name, scheme, block_size=size)
+    session = Session(bundle, provider="cpu", threads=threads)
+    narrow = in_passes(session, TOKENS, 1)
+    for width in (2, 3, 4, 5, 6, 7, 8, 16, None):
+        session.cache.reset()
+        for output, wide in in_passes(session, TOKENS, width).items():
             np.testing.assert_array_equal(wide, narrow[output])
-    session = Session(bundle, provider="cpu", threads=1)
+    session.cache.reset()
     session.step(TOKENS[:11])
     session.step([5, 6, 7, 8, 9])
     session.cache.rollback(11)
@@ -223,8 +231,11 @@ def test_dynamic(name: str, export: ExportOf, smaller: SmallerOf) -> None:
 
 @pytest.mark.parametrize("name", ["parallel", "lookahead"])
 def test_tied_embeddings_are_stored_once(name: str, export: ExportOf, smaller: SmallerOf) -> None:
-    """Look-up and product share one weight of 8 bits, so that all weights take little more than a byte a number."""
-    full, small = (initializers(b.graph_path) for b in (export(name).bundle, smaller(name, "int8")))
+    """Look-up and product share one weight of 8 bits, so that all weights take little more than a byte a number.
+
+    In blocks that need no padding here.
+    """
+    full, small = (initializers(b.graph_path) for b in (export(name).bundle, smaller(name, "int8", block_size=32)))
     matrices = {n: array for n, array in full.items() if array.ndim == 2 and "cache" not in n}
     stored = {n: array for n, array in small.items() if array.dtype == np.uint8}
     assert sum(array.nbytes for array in stored.values()) == sum(array.size for array in matrices.values())
@@ -251,18 +262,21 @@ def formats(bundle: Bundle) -> dict[str, str]:
 
 
 def test_formats_of_the_parts(smaller: SmallerOf) -> None:
-    """The output embedding of int4 has 8 bits, every other weight 4; single parts can be given a precision."""
+    """Heads and output embedding of int4 have 8 bits, every other weight 4; single parts can be given a precision."""
+    assert set(formats(smaller("cp", "int8")).values()) == {"q8b64"}
     default = formats(smaller("cp", "int4"))
     assert default.pop("lm_head.weight") == "q8b128"
-    assert set(default.values()) == {"q4b32"} and len(default) == 14
+    heads = {name: default.pop(name) for name in list(default) if name.startswith(("heads.", "cp."))}
+    assert set(heads.values()) == {"q8b64"}
+    assert set(default.values()) == {"q4b32"} and len(default) + len(heads) == 14
     parts = {"stem": "int8", "heads": "fp32", "output": "int4"}
     changed = smaller("cp", "int4", parts=parts, algorithm="rtn")
     found = formats(changed)
     assert not [name for name in found if name.startswith(("heads.", "cp."))]
-    assert {found[name] for name in found if ".layers.0." in name} == {"q8b32"}
+    assert {found[name] for name in found if ".layers.0." in name} == {"q8b64"}
     assert {found[name] for name in found if ".layers.1." in name} == {"q4b32"} == {found["lm_head.weight"]}
     assert changed.quantization.parts == {
-        "stem": ["int8, blocks of 32"],
+        "stem": ["int8, blocks of 64"],
         "first_head": ["int4, blocks of 32, symmetric, rtn"],
         "heads": ["fp32"],
         "output": ["int4, blocks of 32, symmetric, rtn"],

@@ -14,11 +14,11 @@ LITTLE, MORE = Limits(2.0, 4.0), Limits(8.0, 8.0)
 
 
 def test_defaults() -> None:
-    """As documented: int8 everywhere; int4 by GPTQ with the output in 8 bits; no blocks for the other two."""
+    """As documented: int8 everywhere; int4 by GPTQ, heads and output in 8 bits; no blocks for the other two."""
     int8, int4, dynamic, half = (resolve(name, Options()) for name in SCHEMES)
     assert [scheme.name for scheme in (int8, int4, dynamic, half)] == ["int8", "int4", "int8-dynamic", "fp16"]
-    assert int8.formats == dict.fromkeys(Part, Format(8, 32))
-    assert int4.formats == dict.fromkeys(Part, Format(4, 32)) | {Part.OUTPUT: Format(8, 128)}
+    assert int8.formats == dict.fromkeys(Part, Format(8, 64))
+    assert int4.formats == dict.fromkeys(Part, Format(4, 32)) | {Part.HEADS: Format(8, 64), Part.OUTPUT: Format(8, 128)}
     assert int4.algorithm == "gptq"
     assert half.formats == dict.fromkeys(Part) and half.activations == "fp16"
     assert [s.dynamic for s in (int8, int4, dynamic, half)] == [False, False, True, False]
@@ -32,7 +32,7 @@ def test_parts_of_their_own() -> None:
     """A part's precision replaces the scheme's; at 8 bits within int4 the output alone has larger blocks."""
     found = resolve("int4", Options(parts={"stem": "int8", "heads": "fp32", "output": "int4"}))
     assert found.formats == {
-        Part.STEM: Format(8, 32),
+        Part.STEM: Format(8, 64),
         Part.FIRST_HEAD: Format(4, 32),
         Part.HEADS: None,
         Part.OUTPUT: Format(4, 32),
@@ -40,18 +40,22 @@ def test_parts_of_their_own() -> None:
     }
     assert found.given == {Part.STEM, Part.HEADS, Part.OUTPUT}
     mixed = resolve("int8", Options(parts={"heads": "int4"}))
-    assert mixed.formats == dict.fromkeys(Part, Format(8, 32)) | {Part.HEADS: Format(4, 32)}
+    assert mixed.formats == dict.fromkeys(Part, Format(8, 64)) | {Part.HEADS: Format(4, 32)}
     assert mixed.algorithm == "gptq"
+    assert resolve("int4", Options(parts={"heads": "int4"})).formats[Part.HEADS] == Format(4, 32)
     assert resolve("int8-dynamic", Options(parts={"output": "fp32"})).formats[Part.OUTPUT] is None
 
 
 def test_blocks_and_zero_points() -> None:
     """A block size is everybody's; zero points are the 4-bit parts'."""
     found = resolve("int4", Options(block_size=64, symmetric=False))
-    assert found.formats == dict.fromkeys(Part, Format(4, 64, False)) | {Part.OUTPUT: Format(8, 64)}
+    assert found.formats == dict.fromkeys(Part, Format(4, 64, False)) | dict.fromkeys(
+        (Part.HEADS, Part.OUTPUT), Format(8, 64)
+    )
     assert resolve("int8", Options(block_size=16)).formats == dict.fromkeys(Part, Format(8, 16))
     asymmetric = resolve("int4", Options(symmetric=False))
     assert asymmetric.formats[Part.STEM] == Format(4, 32, False)
+    assert asymmetric.formats[Part.HEADS] == Format(8, 64, True)
     assert asymmetric.formats[Part.OUTPUT] == Format(8, 128, True)
 
 

@@ -43,7 +43,7 @@ def full(kind: str) -> Manifest:
         sampling={"temperature": 0.5, "top_k": 40},
         pass_bytes=PassBytes(100, 20),
         quantization=Quantization(
-            "int8", {"stem": ["int8, blocks of 32"]}, "int8", {"text": "ours", "tokens": 9}, False, True, {"onnx": "1"}
+            "int8", {"stem": ["int8, blocks of 64"]}, "int8", {"text": "ours", "tokens": 9}, False, True, {"onnx": "1"}
         ),
         source=Source("model", "GPTNeoXForCausalLM", "inside", {"torch": "2"}),
         files={"m.onnx": FileRecord(9, "ab" * 32)},
