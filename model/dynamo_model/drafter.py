@@ -58,8 +58,8 @@ class DrafterModel(nn.Module):
         """What the drafter adds to its base, sharing memory with the model."""
 
     def head_parameters(self) -> int:
-        """Number of parameters that the drafter adds to the base."""
-        return sum(tensor.numel() for tensor in self.drafter_state_dict().values())
+        """Number of parameters that the drafter adds to the base; ids that it keeps beside them are none."""
+        return sum(tensor.numel() for tensor in self.drafter_state_dict().values() if tensor.is_floating_point())
 
     def save(self, folder: str | Path) -> None:
         """Write the base as an ordinary HF model, and the drafter's :attr:`file` beside it."""
@@ -79,14 +79,32 @@ class DrafterModel(nn.Module):
         """
         checkpoint = find_checkpoint(name)
         tensors, shape = cls.read(checkpoint)
-        base = load_base(checkpoint, dtype)
-        model = cls(base, **{size: shape.get(size, 0) for size in cls.sizes})
+        return cls.restore(load_base(checkpoint, dtype), tensors, shape)
+
+    @classmethod
+    def restore(cls, base: PreTrainedModel, tensors: Mapping[str, Tensor], shape: Mapping[str, int]) -> Self:
+        """Put a drafter on a base that is loaded.
+
+        Args:
+            base: the base, used as it is.
+            tensors: what the drafter adds to it, as :meth:`read` returns it; converted to the base's type.
+            shape: its shape, likewise.
+
+        Raises:
+            CheckpointError: they do not fit the base or each other.
+        """
+        model = cls._shaped(base, tensors, shape)
         own = model.drafter_state_dict()
         if own.keys() != tensors.keys() or any(own[k].shape != tensors[k].shape for k in own):
             raise CheckpointError(f"{cls.file} does not fit the base model's configuration")
         for key, tensor in own.items():
             tensor.data.copy_(tensors[key])
         return model.eval()
+
+    @classmethod
+    def _shaped(cls, base: PreTrainedModel, tensors: Mapping[str, Tensor], shape: Mapping[str, int]) -> Self:
+        """A drafter of a shape, its tensors yet to be set; for kinds whose tensors say more of it than the shape."""
+        return cls(base, **{size: shape.get(size, 0) for size in cls.sizes})
 
     @classmethod
     def read(cls, name: str | Path | Checkpoint) -> tuple[dict[str, Tensor], dict[str, int]]:

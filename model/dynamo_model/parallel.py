@@ -3,23 +3,61 @@
 A decoder-only base model becomes an n-token model: the *stem* is every decoder layer but the last, the
 first-token head is the base's own last layer, and every further head is one more decoder layer that reads
 the stem output.  All heads share the base's final norm and output embedding.
+
+Two things are optional.  A *draft vocabulary* has the further heads choose among the words that are frequent, which
+makes their output embedding as much smaller.  A *condition* tells a head what was drafted in front of the token that
+it predicts (Hydra: Ankner et al. 2024, arXiv 2402.05109), of which independent heads know nothing.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .drafter import DrafterModel
 from .errors import CheckpointError
 from .limits import MAX_HEADS
-from .output import logits_of
+from .output import Output, logits_of
+
+CONDITION_WIDTH = 384
+"""Hidden units of a condition, unless the base is narrower."""
 
 _FINAL_NORM_NAMES = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
+
+
+class Condition(nn.Module):
+    """What the token in front changes in a further head's state: ``s + W2 silu(W1 [s ; e])``, at first nothing.
+
+    Args:
+        width: hidden units; W1 is ``hidden.weight`` [width, 2 · hidden], W2 is ``out.weight`` [hidden, width].
+        embedding: the base's input embedding [vocab, hidden].
+    """
+
+    def __init__(self, width: int, embedding: Tensor) -> None:
+        super().__init__()
+        size = embedding.shape[1]
+        placement: dict[str, Any] = {"dtype": embedding.dtype, "device": embedding.device}
+        self.hidden = nn.Linear(2 * size, width, bias=False, **placement)
+        self.out = nn.Linear(width, size, bias=False, **placement)
+        with torch.no_grad():  # behind a norm numbers are about 1; those of an embedding are small, and count as much
+            nn.init.normal_(self.hidden.weight, std=(2 * size) ** -0.5)
+            self.hidden.weight[:, size:] /= embedding.square().mean().sqrt()
+            nn.init.zeros_(self.out.weight)
+
+    def forward(self, state: Tensor, embedded: Tensor) -> Tensor:
+        """The conditioned state.
+
+        Args:
+            state: behind the final norm, s [..., hidden].
+            embedded: row of the input embedding of the token in front, e [..., hidden].
+        """
+        return state + self.out(F.silu(self.hidden(torch.cat([state, embedded], dim=-1))))
 
 
 class MultiTokenModel(DrafterModel):
@@ -30,9 +68,18 @@ class MultiTokenModel(DrafterModel):
             not copied, and stays the first-token head.
         n_heads: how many tokens one pass predicts, 2 to 8.  The n_heads - 1 new decoder layers start random,
             as the paper's do (a layer copied from the last one trains worse there).
+        draft_vocabulary: ids of the words that further heads choose among, the most frequent first, int64 [words];
+            None for all.  The base's own head chooses among all words in any case.
+        conditioned: whether every further head has a :class:`Condition`.
+        condition_width: its hidden units, never more than the base's hidden size.
+
+    Attributes:
+        draft_vocabulary: as above.
+        conditions: one :class:`Condition` for every further head, or none at all.
 
     Raises:
-        CheckpointError: ``n_heads`` is out of range or the decoder has a layout that is not known here.
+        CheckpointError: ``n_heads`` is out of range, the decoder has a layout that is not known here, or the draft
+            vocabulary is no list of different words of the base.
     """
 
     kind = "parallel"
@@ -40,7 +87,17 @@ class MultiTokenModel(DrafterModel):
     command = "heads"
     sizes: ClassVar = ("n_heads",)
 
-    def __init__(self, base: PreTrainedModel, n_heads: int) -> None:
+    draft_vocabulary: Tensor | None
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        n_heads: int,
+        *,
+        draft_vocabulary: Tensor | None = None,
+        conditioned: bool = False,
+        condition_width: int = CONDITION_WIDTH,
+    ) -> None:
         super().__init__()
         if not 2 <= n_heads <= MAX_HEADS:
             raise CheckpointError(f"a multi-token model has 2 to {MAX_HEADS} heads, not {n_heads}")
@@ -52,6 +109,34 @@ class MultiTokenModel(DrafterModel):
                 "final norm"
             )
         self.heads = nn.ModuleList(self._new_layer(len(layers) + i) for i in range(n_heads - 1))
+        if draft_vocabulary is not None:
+            _check_words(draft_vocabulary, len(self.output_embedding.weight))
+            draft_vocabulary = draft_vocabulary.to(base.device)
+        self.register_buffer("draft_vocabulary", draft_vocabulary)
+        self.conditions = nn.ModuleList()
+        if conditioned:
+            self.add_conditions(condition_width)
+
+    def add_conditions(self, width: int = CONDITION_WIDTH) -> None:
+        """Give every further head a new :class:`Condition`, which leaves its predictions as they are until trained.
+
+        Args:
+            width: hidden units, never more than the base's hidden size.
+
+        Raises:
+            CheckpointError: ``width`` is not a positive number.
+        """
+        if width < 1:
+            raise CheckpointError(f"a condition has one hidden unit or more, not {width}")
+        embedding = self._input_embedding
+        width = min(width, embedding.shape[1])
+        self.conditions = nn.ModuleList(Condition(width, embedding) for _ in self.heads)
+        self.conditions.train(self.heads.training)
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether further heads depend on the token in front of the one they predict."""
+        return len(self.conditions) > 0
 
     @property
     def n_heads(self) -> int:
@@ -80,6 +165,12 @@ class MultiTokenModel(DrafterModel):
         """The output embedding that all heads share."""
         return self.base.get_output_embeddings()
 
+    @property
+    def _input_embedding(self) -> Tensor:
+        """The base's input embedding [vocab, hidden], as a constant."""
+        embedding: Any = self.base.get_input_embeddings()
+        return embedding.weight.detach()
+
     def states(
         self, input_ids: Tensor, *, shared_gradient_scale: float = 1.0, **decoder_inputs: Any
     ) -> tuple[Tensor, ...]:
@@ -93,7 +184,7 @@ class MultiTokenModel(DrafterModel):
                 ``past_key_values`` …); the head layers get exactly what the base's last layer gets.
 
         Returns:
-            One normed hidden state [batch, seq, hidden] a head, the base's first.
+            One normed hidden state [batch, seq, hidden] a head, the base's first; not conditioned yet.
         """
         # A cache that the decoder made itself would have no slots for the further heads.
         decoder_inputs.setdefault("use_cache", decoder_inputs.get("past_key_values") is not None)
@@ -122,25 +213,89 @@ class MultiTokenModel(DrafterModel):
                 further.append(torch.func.functional_call(self.final_norm, norm_weights, (state,)))
         return (first, *further)
 
+    def condition(self, head: int, state: Tensor, previous: Tensor) -> Tensor:
+        """Tell a further head which token is in front of the one that it predicts.
+
+        Args:
+            head: its number, from 2 on; head i predicts token t + i at position t.
+            state: its state of :meth:`states` [..., hidden].
+            previous: ids of the tokens in front, t + i - 1 [...].
+
+        Returns:
+            The state that its logits are made of [..., hidden]: ``state`` itself if the model is not conditioned.
+        """
+        if not self.conditioned:
+            return state
+        return self.conditions[head - 2](state, F.embedding(previous, self._input_embedding))
+
+    def draft_logits(self, state: Tensor) -> Tensor:
+        """Logits of a further head over the draft vocabulary, in its order [..., words]; over all words without one.
+
+        Args:
+            state: of :meth:`condition` [..., hidden].
+        """
+        words = self.draft_vocabulary
+        if words is None:
+            return logits_of(self.base, state)
+        weight, bias = self.output_embedding.weight, self.output_embedding.bias
+        return Output.of(self.base)(state, weight[words], None if bias is None else bias[words])
+
     def forward(self, input_ids: Tensor, **decoder_inputs: Any) -> tuple[Tensor, ...]:
         """Predict the next n tokens at every position.
+
+        A conditioned head is told the token in front as far as ``input_ids`` have it, and behind their end the
+        first choice of the head before it, as in greedy drafting.
 
         Args:
             input_ids: token ids [batch, seq].
             decoder_inputs: see :meth:`states`.
 
         Returns:
-            One tensor of logits [batch, seq, vocab] a head; entry i at position t is about token t + 1 + i.
+            One tensor of logits [batch, seq, vocab] a head; entry i at position t is about token t + 1 + i.  Words
+            that are not in the draft vocabulary have -inf in further heads.
         """
-        return tuple(logits_of(self.base, state) for state in self.states(input_ids, **decoder_inputs))
+        first, *further = self.states(input_ids, **decoder_inputs)
+        logits = [logits_of(self.base, first)]
+        for head, state in enumerate(further, start=2):
+            if self.conditioned:
+                known = input_ids[:, head - 1 :]
+                previous = torch.cat([known, logits[-1].argmax(-1)[:, known.shape[1] :]], dim=1)
+                state = self.condition(head, state, previous)
+            logits.append(self._of_all_words(self.draft_logits(state)))
+        return tuple(logits)
 
     def drafter_state_dict(self) -> dict[str, Tensor]:
-        """The further heads' tensors, named ``<head number>.<parameter>`` with the first further head as 2."""
-        return {
+        """The further heads' tensors, named ``<head number>.<parameter>`` with the first further head as 2.
+
+        With them ``<head number>.condition.hidden.weight`` and ``….out.weight``, and ``draft_vocabulary``, if any.
+        """
+        tensors = {
             f"{number}.{name}": tensor
             for number, layer in enumerate(self.heads, start=2)
             for name, tensor in layer.state_dict().items()
         }
+        for number, condition in enumerate(self.conditions, start=2):
+            tensors |= {f"{number}.condition.{name}": tensor for name, tensor in condition.state_dict().items()}
+        return tensors | ({} if self.draft_vocabulary is None else {"draft_vocabulary": self.draft_vocabulary})
+
+    @classmethod
+    def _shaped(cls, base: PreTrainedModel, tensors: Mapping[str, Tensor], shape: Mapping[str, int]) -> Self:
+        hidden = tensors.get("2.condition.hidden.weight")
+        width = CONDITION_WIDTH if hidden is None else (*hidden.shape, 0)[0]
+        return cls(
+            base,
+            n_heads=shape.get("n_heads", 0),
+            draft_vocabulary=tensors.get("draft_vocabulary"),
+            conditioned=hidden is not None,
+            condition_width=width,
+        )
+
+    def _of_all_words(self, logits: Tensor) -> Tensor:
+        """Logits [..., vocab] of those over the draft vocabulary [..., words]."""
+        if self.draft_vocabulary is None:
+            return logits
+        every = logits.new_full((*logits.shape[:-1], len(self.output_embedding.weight)), -torch.inf)
+        return every.index_copy(-1, self.draft_vocabulary, logits)
 
     def _find_final_norm(self) -> nn.Module | None:
         found = (getattr(self.decoder, name, None) for name in _FINAL_NORM_NAMES)
@@ -170,6 +325,22 @@ class MultiTokenModel(DrafterModel):
             if hasattr(module, "config"):
                 module.config = self.config
         return layer.train(last.training)
+
+
+def _check_words(words: Tensor, vocab_size: int) -> None:
+    """Refuse what is no draft vocabulary.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    if words.dtype != torch.int64 or words.ndim != 1 or not len(words):
+        shape = f"{str(words.dtype).removeprefix('torch.')} {list(words.shape)}"
+        raise CheckpointError(f"a draft vocabulary is a list of token ids, int64 [words], not {shape}")
+    outside = words[(words < 0) | (words >= vocab_size)]
+    if len(outside):
+        raise CheckpointError(f"the draft vocabulary names token {outside[0]}: the base has {vocab_size}")
+    if len(words.unique()) < len(words):
+        raise CheckpointError("the draft vocabulary names a token twice")
 
 
 class _ScaleGradient(torch.autograd.Function):
