@@ -30,7 +30,8 @@ def measure(checkpoint: Path, source: str, held_out_percent: float) -> dict[str,
     Returns:
         ``ppl_1`` …, ``ppl_1:2`` … (papers' definitions), and from greedy continuations of held-out prompts, for
         every further head: ``agreement_i``, the share of positions where its first choice is what the base
-        writes i tokens on, and ``accepted_i``, the same where all heads before it agreed too.
+        writes i tokens on, and ``accepted_i``, the same where all heads before it agreed too; with a draft vocabulary
+        ``coverage`` besides.  A conditioned head is told what the base wrote.
     """
     model = MultiTokenModel.load(checkpoint)
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
@@ -113,6 +114,8 @@ def card_text(checkpoint: Path, figures: dict[str, float]) -> str:
         "| figure | value |",
         "|---|---|",
     ]
+    if (covered := figures.get("coverage")) is not None:
+        lines.append(f"| labels in the draft vocabulary; a further head's PPL is over those alone | {covered:.1%} |")
     lines += [f"| {_ppl(name)} | {value:.2f} |" for name, value in figures.items() if "ppl" in name]
     for i in range(2, n_heads + 1):
         lines.append(f"| head {i}: first choice is what the base writes, greedily | {figures[f'agreement_{i}']:.1%} |")
@@ -133,6 +136,8 @@ def _training(checkpoint: Path) -> list[str]:
             frozen = "base frozen" if stage["recipe"]["freeze_base"] else "base trained along"
             titles[name] = drafter.title
             lines[name] = drafter.card_line(stage, f"{_run(stage)}, {frozen}", _held_out(stage["figures"]))
+            while stage := stage.get("before"):
+                lines[name] += f"; before that {_run(stage)}"
     texts: dict[str, list[str]] = {}
     for name, title in titles.items():
         texts.setdefault(_text(record[name]), []).append(title)
