@@ -239,7 +239,7 @@ def test_heads_that_are_kept_get_a_draft_vocabulary_and_a_condition(
     covered = f"{stage['figures']['coverage']:.1%}"
     assert (
         f"- Heads: of the 9 most frequent tokens alone ({covered} of held-out labels); conditioned on the token in "
-        f"front; {run}, base frozen; before that {run}.\n"
+        f"front; {run}, base frozen; before that {run}, base frozen.\n"
     ) in card
     assert "| labels in the draft vocabulary; a further head's PPL is over those alone | " in card
 

@@ -133,11 +133,8 @@ def _training(checkpoint: Path) -> list[str]:
         drafter = command.load()
         if name in record and has_drafter(checkpoint, drafter.model.kind):
             stage = record[name]
-            frozen = "base frozen" if stage["recipe"]["freeze_base"] else "base trained along"
             titles[name] = drafter.title
-            lines[name] = drafter.card_line(stage, f"{_run(stage)}, {frozen}", _held_out(stage["figures"]))
-            while stage := stage.get("before"):
-                lines[name] += f"; before that {_run(stage)}"
+            lines[name] = drafter.card_line(stage, _runs(stage), _held_out(stage["figures"]))
     texts: dict[str, list[str]] = {}
     for name, title in titles.items():
         texts.setdefault(_text(record[name]), []).append(title)
@@ -169,6 +166,13 @@ def _held_out(figures: dict[str, float]) -> str:
 
 def _ppl(name: str) -> str:
     return name.upper().replace("PPL_", "PPL ")
+
+
+def _runs(stage: dict[str, Any]) -> str:
+    """How a drafter was trained, and before that, if it went on from one that was there."""
+    frozen = "base frozen" if stage["recipe"]["freeze_base"] else "base trained along"
+    run = f"{_run(stage)}, {frozen}"
+    return f"{run}; before that {_runs(stage['before'])}" if "before" in stage else run
 
 
 def _run(stage: dict[str, Any]) -> str:
