@@ -82,3 +82,22 @@ def test_drafters_have_a_line_if_they_are_there(present: bool, tmp_path: Path) -
     ]
     assert [line in text for line in lines] == [present] * 4
     assert present == ("CP" in text) == ("PaSS" in text)
+
+
+def test_heads_say_what_they_choose_among_and_from_what_they_went_on(tmp_path: Path) -> None:
+    before = stage("stdlib", steps=10)
+    before["recipe"]["freeze_base"] = False
+    options = {"draft_vocabulary": 1024, "conditioned": True, "before": before}
+    later = stage("stdlib", **options, figures=FIGURES | {"coverage": 0.8219})
+    text = card(tmp_path, {"heads": later})
+    assert (
+        "- Heads: of the 1,024 most frequent tokens alone (82.2% of held-out labels); conditioned on the token in "
+        "front; 20 steps, of 4 × 100 tokens (1.0 epochs), muon, bf16 autocast, base frozen; before that 10 steps, "
+        "stopped early of 20, of 4 × 100 tokens (0.5 epochs), muon, bf16 autocast, base trained along.\n"
+    ) in text
+    assert "in the draft vocabulary" not in text  # of which the figures of this card say nothing
+    table = card_text(tmp_path, {"coverage": 0.8219} | FIGURES)
+    assert (
+        "| labels in the draft vocabulary; a further head's PPL is over those alone | 82.2% |\n| PPL 1 | 5.00 |"
+        in table
+    )

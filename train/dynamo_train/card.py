@@ -30,7 +30,8 @@ def measure(checkpoint: Path, source: str, held_out_percent: float) -> dict[str,
     Returns:
         ``ppl_1`` …, ``ppl_1:2`` … (papers' definitions), and from greedy continuations of held-out prompts, for
         every further head: ``agreement_i``, the share of positions where its first choice is what the base
-        writes i tokens on, and ``accepted_i``, the same where all heads before it agreed too.
+        writes i tokens on, and ``accepted_i``, the same where all heads before it agreed too; with a draft vocabulary
+        ``coverage`` besides.  A conditioned head is told what the base wrote.
     """
     model = MultiTokenModel.load(checkpoint)
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
@@ -113,6 +114,8 @@ def card_text(checkpoint: Path, figures: dict[str, float]) -> str:
         "| figure | value |",
         "|---|---|",
     ]
+    if (covered := figures.get("coverage")) is not None:
+        lines.append(f"| labels in the draft vocabulary; a further head's PPL is over those alone | {covered:.1%} |")
     lines += [f"| {_ppl(name)} | {value:.2f} |" for name, value in figures.items() if "ppl" in name]
     for i in range(2, n_heads + 1):
         lines.append(f"| head {i}: first choice is what the base writes, greedily | {figures[f'agreement_{i}']:.1%} |")
@@ -130,9 +133,8 @@ def _training(checkpoint: Path) -> list[str]:
         drafter = command.load()
         if name in record and has_drafter(checkpoint, drafter.model.kind):
             stage = record[name]
-            frozen = "base frozen" if stage["recipe"]["freeze_base"] else "base trained along"
             titles[name] = drafter.title
-            lines[name] = drafter.card_line(stage, f"{_run(stage)}, {frozen}", _held_out(stage["figures"]))
+            lines[name] = drafter.card_line(stage, _runs(stage), _held_out(stage["figures"]))
     texts: dict[str, list[str]] = {}
     for name, title in titles.items():
         texts.setdefault(_text(record[name]), []).append(title)
@@ -164,6 +166,13 @@ def _held_out(figures: dict[str, float]) -> str:
 
 def _ppl(name: str) -> str:
     return name.upper().replace("PPL_", "PPL ")
+
+
+def _runs(stage: dict[str, Any]) -> str:
+    """How a drafter was trained, and before that, if it went on from one that was there."""
+    frozen = "base frozen" if stage["recipe"]["freeze_base"] else "base trained along"
+    run = f"{_run(stage)}, {frozen}"
+    return f"{run}; before that {_runs(stage['before'])}" if "before" in stage else run
 
 
 def _run(stage: dict[str, Any]) -> str:

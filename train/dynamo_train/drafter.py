@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from dynamo_model import DrafterModel
+from dynamo_model.sources import Checkpoint
 
 from .loop import Recipe
 from .objective import Objective
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a drafter is put on, and what it may be made from.
+
+    Attributes:
+        checkpoint: the base's, with the drafters beside it.
+        base: the base, which has passed :func:`dynamo_model.preflight.preflight`.
+        tokens: the training tokens [tokens], made when they are asked for first, which may take long.
+    """
+
+    checkpoint: Checkpoint
+    base: PreTrainedModel
+    tokens: Callable[[], NDArray[np.unsignedinteger]]
 
 
 class NewDrafter(ABC):
@@ -20,23 +40,25 @@ class NewDrafter(ABC):
         model: base and drafter; its ``command`` is the name of the stage in ``training.json``.
         title: in the model card.
         freezes_base: whether the base stays as it is whatever the recipe says.
+        keeps: whether it starts as the drafter of its kind beside the base, not anew.
     """
 
     model: ClassVar[type[DrafterModel]]
     title: ClassVar[str]
     freezes_base: ClassVar[bool] = False
+    keeps: bool = False
 
     @abstractmethod
-    def objective(self, base: PreTrainedModel, recipe: Recipe) -> Objective:
+    def objective(self, start: Start, recipe: Recipe) -> Objective:
         """The drafter on a base, with the losses it is trained by.
 
         Args:
-            base: the base, which has passed :func:`dynamo_model.preflight.preflight`.
+            start: the base, and what there is besides.
             recipe: of the training.
 
         Raises:
             CheckpointError: the drafter cannot be put on it.
-            TrainingError: the recipe does not go with it.
+            TrainingError: the recipe does not go with it, or there is something about the text.
         """
 
     @classmethod

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from dynamo_model import CPModel
 
-from .drafter import NewDrafter
+from .drafter import NewDrafter, Start
 from .loop import Recipe
 from .objective import Objective, base_embeddings, label_nll
 
@@ -36,9 +35,9 @@ class JointHead(NewDrafter):
     model = CPModel
     title = "Joint head (CP)"
 
-    def objective(self, base: PreTrainedModel, recipe: Recipe) -> JointCLM:
+    def objective(self, start: Start, recipe: Recipe) -> JointCLM:
         """See :class:`NewDrafter`."""
-        model = CPModel(base, n_tokens=self.n_tokens, rank=self.rank)
+        model = CPModel(start.base, n_tokens=self.n_tokens, rank=self.rank)
         return JointCLM(model, self.balance, recipe.freeze_base, recipe.shared_gradient_scale)
 
     @classmethod

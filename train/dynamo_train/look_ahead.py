@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from dynamo_model import LookAheadModel
 
-from .drafter import NewDrafter
+from .drafter import NewDrafter, Start
 from .errors import TrainingError
 from .loop import Recipe
 from .objective import Objective, base_embeddings, label_nll
@@ -37,9 +37,9 @@ class LookAheadEmbeddings(NewDrafter):
     title = "Look-ahead embeddings (PaSS)"
     freezes_base = True
 
-    def objective(self, base: PreTrainedModel, recipe: Recipe) -> LookAheadCLM:
+    def objective(self, start: Start, recipe: Recipe) -> LookAheadCLM:
         """See :class:`NewDrafter`; a base that attends to fewer tokens than the recipe's sequences is refused."""
-        model = LookAheadModel(base, n_look_ahead=self.n_look_ahead)
+        model = LookAheadModel(start.base, n_look_ahead=self.n_look_ahead)
         window = getattr(model.config, "sliding_window", None)
         if window is not None and window < recipe.length:
             raise TrainingError(

@@ -90,11 +90,26 @@ class HeadsCLM(Objective):
         """The model whose output makes logits of every head's states."""
 
     @abstractmethod
-    def states(self, input_ids: Tensor) -> list[tuple[Tensor, float]]:
-        """Every head's normed state [batch, seq, hidden], and the factor on its gradient into the output embedding."""
+    def states(self, tokens: Tensor) -> list[tuple[Tensor, float]]:
+        """Every head's normed state, and the factor on its gradient into the output embedding.
+
+        Args:
+            tokens: ids [batch, length + n_heads], the last n_heads of which only tell a head what is in front of its
+                label.
+
+        Returns:
+            States [batch, length, hidden].
+        """
+
+    @property
+    def draft_vocabulary(self) -> Tensor | None:
+        """Ids of the words that heads behind the first choose among [words]; None for all."""
+        return None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Mean negative log-likelihood of every head that is trained, else 0.
+
+        Of a head with a draft vocabulary the mean is over the labels that are in it.
 
         Args:
             tokens: ids [batch, length + n_heads]; the last n_heads are labels only.
@@ -102,38 +117,47 @@ class HeadsCLM(Objective):
         Returns:
             Losses [n_heads].
         """
-        length = tokens.shape[1] - self.n_heads
         losses = []
-        for depth, (state, gradient_scale) in enumerate(self.states(tokens[:, :length]), start=1):
+        for depth, (state, gradient_scale) in enumerate(self.states(tokens), start=1):
             if depth == 1 and self.freeze_base:
                 losses.append(state.new_zeros(()))
-                continue
-            labels = tokens[:, depth : depth + length]
-            losses.append(label_nll(self.base, state, labels, gradient_scale=gradient_scale, reduction="mean"))
+            else:
+                losses.append(self._nll(depth, state, tokens, gradient_scale=gradient_scale, reduction="mean"))
         return torch.stack([loss.float() for loss in losses])
 
     @torch.no_grad()
     def token_log_likelihoods(self, tokens: Tensor) -> Tensor:
-        """Log p of every head's label: [n_heads, batch, length], for ``tokens`` as in :meth:`forward`."""
-        length = tokens.shape[1] - self.n_heads
-        result = []
-        for depth, (state, _) in enumerate(self.states(tokens[:, :length]), start=1):
-            result.append(-label_nll(self.base, state, tokens[:, depth : depth + length]).float())
-        return torch.stack(result)
+        """Log p of every head's label, for ``tokens`` as in :meth:`forward`.
+
+        Returns:
+            [n_heads, batch, length]; -inf for a label that is not in the head's draft vocabulary.
+        """
+        states = enumerate(self.states(tokens), start=1)
+        return torch.stack([-self._nll(depth, state, tokens).float() for depth, (state, _) in states])
+
+    def _nll(self, depth: int, state: Tensor, tokens: Tensor, **how: Any) -> Tensor:
+        """Of the labels of one head, the first being 1; see :func:`label_nll`."""
+        labels = tokens[:, depth : depth + state.shape[1]]
+        return label_nll(self.base, state, labels, words=self.draft_vocabulary if depth > 1 else None, **how)
 
     def figures(self, batches: Iterable[Tensor]) -> dict[str, float]:
         """PPL_1 … PPL_n and the joint PPL_1:2 … PPL_1:n (DynaMo, "Evaluation").
 
         ``PPL_n = exp(-(1/T) Σ log p(x_{t+n} | x_{1:t}))``, and with independent heads
         ``PPL_1:n = exp(-(1/(nT)) Σ_t Σ_i log p(x_{t+i} | x_{1:t}))``.
+
+        With a draft vocabulary a further head's mean is over the labels that are in it, and their share is
+        ``coverage``.
         """
-        total, count = torch.zeros(self.n_heads, dtype=torch.float64), 0
+        total, count = torch.zeros(2, self.n_heads, dtype=torch.float64)
         for tokens in batches:
-            log_likelihoods = self.token_log_likelihoods(tokens)
-            total += log_likelihoods.double().sum((1, 2)).cpu()
-            count += log_likelihoods[0].numel()
+            log_likelihoods = self.token_log_likelihoods(tokens).double().cpu()
+            known = log_likelihoods != -math.inf
+            total += log_likelihoods.where(known, 0.0).sum((1, 2))
+            count += known.sum((1, 2))
         nll = (-total / count).tolist()
-        result = {f"ppl_{i + 1}": math.exp(value) for i, value in enumerate(nll)}
+        result = {} if self.draft_vocabulary is None else {"coverage": (count[1:].mean() / count[0]).item()}
+        result |= {f"ppl_{i + 1}": math.exp(value) for i, value in enumerate(nll)}
         for n in range(2, self.n_heads + 1):
             result[f"ppl_1:{n}"] = math.exp(sum(nll[:n]) / n)
         return result
@@ -160,10 +184,10 @@ class NextTokenCLM(HeadsCLM):
         """See :class:`HeadsCLM`."""
         return self.model
 
-    def states(self, input_ids: Tensor) -> list[tuple[Tensor, float]]:
+    def states(self, tokens: Tensor) -> list[tuple[Tensor, float]]:
         """See :class:`HeadsCLM`."""
         decoder: Any = self.model.base_model
-        return [(decoder(input_ids=input_ids, use_cache=False).last_hidden_state, 1.0)]
+        return [(decoder(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state, 1.0)]
 
     def new_parameters(self) -> set[nn.Parameter]:
         """None."""
@@ -180,7 +204,13 @@ def base_embeddings(base: Any) -> set[nn.Parameter]:
 
 
 def label_nll(
-    base: PreTrainedModel, states: Tensor, labels: Tensor, *, gradient_scale: float = 1.0, reduction: str = "none"
+    base: PreTrainedModel,
+    states: Tensor,
+    labels: Tensor,
+    *,
+    words: Tensor | None = None,
+    gradient_scale: float = 1.0,
+    reduction: str = "none",
 ) -> Tensor:
     """-log p of every label under normed states, by the base's own output.
 
@@ -190,26 +220,53 @@ def label_nll(
         base: whose output embedding it is.
         states: [*labels, hidden].
         labels: token ids.
+        words: ids that the distribution is over [words], all without; another label has probability 0.
         gradient_scale: factor on the gradient into the output embedding.
-        reduction: ``none``, or ``mean`` over all labels.
+        reduction: ``none``, or ``mean`` over all labels that are among the words.
 
     Returns:
-        Shaped as ``labels``, or their mean.
+        Shaped as ``labels``, or their mean: 0 if none of them is among the words.
     """
     head: Any = base.get_output_embeddings()
     output = Output.of(base)
     weight = scale_gradient(head.weight, gradient_scale)
     bias = None if head.bias is None else scale_gradient(head.bias, gradient_scale)
     rows, flat = states.flatten(0, -2), labels.flatten()
+    if words is None:
+        nll = _row_nll(output, rows, weight, bias, flat, reduction)
+    else:
+        nll = _nll_among(words, output, rows, weight, bias, flat, reduction)
+    return nll if reduction == "mean" else nll.view(labels.shape)
+
+
+def _nll_among(
+    words: Tensor, output: Output, rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, reduction: str
+) -> Tensor:
+    """-log p of every label [rows] among some words, infinite if it is none of them, or the mean of the others."""
+    places = labels.new_full((len(weight),), -1)
+    places[words] = torch.arange(len(words), device=words.device)
+    places = places[labels]
+    known = places >= 0
+    rows, weight, bias = rows[known], weight[words], None if bias is None else bias[words]
+    if known.any():
+        nll = _row_nll(output, rows, weight, bias, places[known], reduction)
+    else:  # no label, no mean: 0, which has a gradient
+        nll = rows.sum() if reduction == "mean" else rows.sum(-1)
+    return nll if reduction == "mean" else nll.new_full(labels.shape, math.inf).masked_scatter(known, nll)
+
+
+def _row_nll(
+    output: Output, rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, reduction: str
+) -> Tensor:
+    """-log p of every label [rows], or their mean."""
     if output.softcap:
-        nll = _capped_nll(output, rows, weight, bias, flat)
-        return nll.mean() if reduction == "mean" else nll.view(labels.shape)
+        nll = _capped_nll(output, rows, weight, bias, labels)
+        return nll.mean() if reduction == "mean" else nll
     if output.scale != 1.0:  # s (h W + b) = (s h) W + s b
         rows, bias = rows * output.scale, None if bias is None else bias * output.scale
-    nll = F.linear_cross_entropy(
-        rows, weight, flat, linear_bias=bias, reduction=reduction, options=LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(
+        rows, weight, labels, linear_bias=bias, reduction=reduction, options=LinearCrossEntropyOptions()
     )
-    return nll if reduction == "mean" else nll.view(labels.shape)
 
 
 def _capped_nll(output: Output, rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:

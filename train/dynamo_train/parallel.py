@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dynamo_model import MultiTokenModel
 
-from .drafter import NewDrafter
+from .cooccurrence import count_ngrams
+from .drafter import NewDrafter, Start
+from .errors import TrainingError
 from .loop import Recipe
 from .objective import HeadsCLM, base_embeddings
 
@@ -20,17 +26,65 @@ class TokenHeads(NewDrafter):
 
     Attributes:
         n_heads: tokens a pass predicts, 2 to 8.
+        draft_vocab: words that the further heads choose among, the most frequent of the training text; None for what
+            they have chosen among before, and all words if they are new.
+        condition: whether they are told the token in front, see :class:`dynamo_model.parallel.Condition`.
+        keeps: start from the heads beside the base, whatever they have of a draft vocabulary and conditions included.
     """
 
     n_heads: int
+    draft_vocab: int | None = None
+    condition: bool = False
+    keeps: bool = False
 
     model = MultiTokenModel
     title = "Heads"
 
-    def objective(self, base: PreTrainedModel, recipe: Recipe) -> ModifiedCLM:
+    def objective(self, start: Start, recipe: Recipe) -> ModifiedCLM:
         """See :class:`NewDrafter`."""
-        model = MultiTokenModel(base, n_heads=self.n_heads)
+        if self.keeps:
+            model = MultiTokenModel.restore(start.base, *MultiTokenModel.read(start.checkpoint))
+            if model.n_heads != self.n_heads:
+                raise TrainingError(
+                    f"'{start.checkpoint.name}' has {model.n_heads} heads: only as many can be kept, not {self.n_heads}"
+                )
+        else:
+            model = MultiTokenModel(start.base, n_heads=self.n_heads)
+        if self.condition and not model.conditioned:
+            model.add_conditions()
+        if self.draft_vocab is not None:
+            vocab_size = len(model.output_embedding.weight)
+            if not 1 <= self.draft_vocab <= vocab_size:
+                raise TrainingError(f"a draft vocabulary has 1 to {vocab_size} words, not {self.draft_vocab}")
+            words = most_frequent(start.tokens(), self.draft_vocab, vocab_size)
+            model.draft_vocabulary = words.to(start.base.device)
         return ModifiedCLM(model, recipe.shared_gradient_scale, recipe.freeze_base)
+
+    @classmethod
+    def card_line(cls, stage: dict[str, Any], run: str, held_out: str) -> str:
+        """See :class:`NewDrafter`."""
+        parts = []
+        if words := stage.get("draft_vocabulary"):
+            covered = stage["figures"]["coverage"]
+            parts.append(f"of the {words:,} most frequent tokens alone ({covered:.1%} of held-out labels)")
+        if stage.get("conditioned"):
+            parts.append("conditioned on the token in front")
+        return "; ".join([*parts, run])
+
+
+def most_frequent(tokens: NDArray[np.unsignedinteger], words: int, vocab_size: int) -> Tensor:
+    """A draft vocabulary: ids of the most frequent tokens of a text, of equally frequent ones the smaller first.
+
+    Args:
+        tokens: of the text [tokens].
+        words: how many are wanted, at most ``vocab_size``.
+        vocab_size: how many there are.
+
+    Returns:
+        Ids, int64 [words].
+    """
+    counts = count_ngrams(tokens, 1, vocab_size=vocab_size, end_id=None, min_counts=[1]).unigrams
+    return torch.from_numpy(np.argsort(-counts, kind="stable")[:words].astype(np.int64))
 
 
 class ModifiedCLM(HeadsCLM):
@@ -50,7 +104,9 @@ class ModifiedCLM(HeadsCLM):
         self.shared_gradient_scale = shared_gradient_scale
         self.freeze_base = freeze_base
         self.n_heads = self.extra = self.n_losses = model.n_heads
-        self.settings = {}
+        words = model.draft_vocabulary
+        self.settings = {} if words is None else {"draft_vocabulary": len(words)}
+        self.settings |= {"conditioned": True} if model.conditioned else {}
         if freeze_base:
             model.base.requires_grad_(False)
 
@@ -59,14 +115,24 @@ class ModifiedCLM(HeadsCLM):
         """See :class:`HeadsCLM`."""
         return self.model.base
 
-    def states(self, input_ids: Tensor) -> list[tuple[Tensor, float]]:
+    @property
+    def draft_vocabulary(self) -> Tensor | None:
+        """See :class:`HeadsCLM`."""
+        return self.model.draft_vocabulary
+
+    def states(self, tokens: Tensor) -> list[tuple[Tensor, float]]:
         """See :class:`HeadsCLM`; gradients are scaled on the further heads' way."""
-        first, *further = self.model.states(input_ids, shared_gradient_scale=self.shared_gradient_scale)
-        return [(first, 1.0), *((state, self.shared_gradient_scale) for state in further)]
+        length = tokens.shape[1] - self.n_heads
+        scale = self.shared_gradient_scale
+        first, *further = self.model.states(tokens[:, :length], shared_gradient_scale=scale)
+        result = [(first, 1.0)]
+        for head, state in enumerate(further, start=2):  # head i predicts token t + i, and t + i - 1 is in front
+            result.append((self.model.condition(head, state, tokens[:, head - 1 : head - 1 + length]), scale))
+        return result
 
     def new_parameters(self) -> set[nn.Parameter]:
-        """The further heads' layers."""
-        return set(self.model.heads.parameters())
+        """The further heads' layers and conditions."""
+        return {*self.model.heads.parameters(), *self.model.conditions.parameters()}
 
     def embeddings(self) -> set[nn.Parameter]:
         """Input and output embedding of the base."""

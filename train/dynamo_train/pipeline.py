@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from dynamo_runtime.version import __version__
 
 from . import cooccurrence
 from .corpus import read_corpus
-from .drafter import NewDrafter
+from .drafter import NewDrafter, Start
 from .errors import TrainingError
 from .loop import Outcome, Recipe, train
 from .objective import NextTokenCLM, Objective
@@ -115,6 +116,8 @@ def train_base(job: Job, shape: BaseShape, recipe: Recipe) -> None:
 def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe) -> None:
     """Put a drafter on a base, train it, and write both; drafters beside a frozen base are taken along.
 
+    Of a drafter that goes on from the one beside the base, the record tells the earlier training as ``before``.
+
     Args:
         base: the base, see :func:`dynamo_model.sources.find_checkpoint`.
         job: text and folders.
@@ -131,13 +134,16 @@ def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe) -> N
     checkpoint = find_checkpoint(base)
     loaded = load_base(checkpoint)
     preflight(loaded, recipe.length, further=int(drafter.model.on_stem))  # what cannot work is said before any work
+    config: Any = loaded.config
+    if recipe.length > config.max_position_embeddings:
+        raise TrainingError(
+            f"sequences of {recipe.length} do not fit the base's context of {config.max_position_embeddings} tokens"
+        )
+    text = cache(lambda: _streams_of(checkpoint, job))
     torch.manual_seed(recipe.seed)
-    objective = drafter.objective(loaded, recipe)
+    objective = drafter.objective(Start(checkpoint, loaded, lambda: text()[0].train), recipe)
     model: Any = objective.model
-    context = model.config.max_position_embeddings
-    if recipe.length > context:
-        raise TrainingError(f"sequences of {recipe.length} do not fit the base's context of {context} tokens")
-    streams, tokenizer = _streams_of(checkpoint, job)
+    streams, tokenizer = text()
     outcome = train(objective, streams, recipe, job.work / "run")
     if PartialState().is_main_process:
         with _new_folder(job.out) as folder:
@@ -148,8 +154,10 @@ def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe) -> N
                 model.base.to(stored_dtype(checkpoint))  # from which it came, so that no bit changes
             model.save(folder)
             tokenizer.save_pretrained(folder)
-            stages = read_record(checkpoint) | {model.command: _stage(streams, recipe, objective, outcome)}
-            _write_record(folder, stages)
+            stages, stage = read_record(checkpoint), _stage(streams, recipe, objective, outcome)
+            if drafter.keeps and model.command in stages:
+                stage["before"] = stages[model.command]
+            _write_record(folder, stages | {model.command: stage})
 
 
 def add_counts(job: Job, min_counts: list[int]) -> None:
@@ -187,7 +195,8 @@ def convert(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
         load_base(checkpoint, dtype).save_pretrained(folder)
         for drafter in map(DRAFTERS.__getitem__, drafters_of(checkpoint)):
             tensors, shape = drafter.read(checkpoint)
-            drafter.write(folder, {name: tensor.to(dtype) for name, tensor in tensors.items()}, shape)
+            stored = {name: each.to(dtype) if each.is_floating_point() else each for name, each in tensors.items()}
+            drafter.write(folder, stored, shape)
         for path in checkpoint.iterdir():
             if path.is_file() and not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)

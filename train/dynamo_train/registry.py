@@ -50,6 +50,21 @@ def _parallel(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"tokens a pass predicts, 2 to {MAX_HEADS} (default: %(default)s)",
     )
+    parser.add_argument(
+        "--draft-vocab",
+        type=count,
+        metavar="N",
+        help="further heads choose among the N most frequent tokens of the text alone (default: among all)",
+    )
+    parser.add_argument(
+        "--condition", action="store_true", help="tell further heads the token in front of the one they predict (Hydra)"
+    )
+    parser.add_argument(
+        "--keep-heads",
+        dest="keeps",
+        action="store_true",
+        help="go on from the heads that BASE has, which are as many, not from new ones",
+    )
     add_rates(parser)
 
 
