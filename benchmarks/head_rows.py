@@ -13,7 +13,7 @@ judged.  Its two graphs are put together in the ways that there are:
   Without the condition on the drafted token, which would make it longer.
 
 All ways run in turn, behind 256 positions, in passes over m tokens of which 1 … m are accepted in turn, and make all
-the drafts there are.  Times are whole calls as Python sees them, medians, in units of a pass of the base over one token.
+the drafts there are.  Times are whole calls as Python sees them, medians, in units of the base's pass over one token.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from dynamo_runtime.names import (
     DRAFT_STATES,
     HEAD_ROWS,
     HEAD_STATES,
-    LOGITS,
     OUTPUTS,
     PAST,
     PENULTIMATE,
@@ -106,15 +105,12 @@ def _behind(bundle: Bundle) -> range:
 
 def _skip_condition(graph: onnx.GraphProto) -> None:
     """Has whatever reads the conditioned state read the state itself."""
-    made = {value for node in graph.node for value in node.output}
-    known = made | {value.name for value in (*graph.input, *graph.initializer)}
     for node in [node for node in graph.node if node.name.startswith("/ahead/out/out_conditioned")]:
         for other in graph.node:
             other.input[:] = [HEAD_STATES if value == node.output[0] else value for value in other.input]
         graph.node.remove(node)
     for node in [node for node in graph.node if node.name.startswith("/ahead/out/out_both")]:
         graph.node.remove(node)
-    del known
 
 
 def inside(bundle: Bundle) -> onnx.ModelProto:
