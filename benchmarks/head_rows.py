@@ -49,24 +49,19 @@ from dynamo_runtime.names import (
 from dynamo_runtime.providers import Backend
 from dynamo_runtime.session import Session
 from dynamo_runtime.step import ALL, Last
-from dynamo_runtime.wire import without_ends
 
 BEFORE, MOST = 256, 5
 WAYS = ("plain", "inside", "a", "b", "c")
 
 
 def joined(bundle: Bundle, *, draft: bool) -> onnx.ModelProto:
-    """The base's graph and the heads' layers as one, and if wanted the draft behind them; nothing is conditioned.
+    """The base's graph and the heads' layers as one, and if wanted the words behind them; nothing is conditioned.
 
     The layers' caches follow those of the base; the heads' words are `ahead_logits` and so on.
     """
     assert bundle.drafter is not None
     base = onnx.load(bundle.graph_path)
-    path = bundle.folder / bundle.drafter.graph
-    further = onnx.load(path)
-    if not draft:
-        cut = without_ends(further.SerializeToString(), [DRAFT_STATES, PREVIOUS, DRAFT_PART, *OUTPUTS])
-        further = onnx.ModelProto.FromString(cut)
+    further = onnx.load(bundle.folder / bundle.drafter.graph)
     graph, ahead = base.graph, further.graph
     renamed = {PENULTIMATE: PENULTIMATE, "attention_mask": "attention_mask"}
     layers = range(bundle.drafter.kv_layers)
@@ -77,8 +72,9 @@ def joined(bundle: Bundle, *, draft: bool) -> onnx.ModelProto:
     def name(value: str) -> str:
         return renamed.get(value, f"ahead_{value}")
 
+    words = behind(ahead, {HEAD_STATES, DRAFT_STATES, PREVIOUS, DRAFT_PART})
     for node in ahead.node:
-        if any(value in (PREVIOUS, DRAFT_PART) for value in node.input) or node.op_type in ("If", "Less"):
+        if node in words and (not draft or node.op_type in ("If", "Less") or PREVIOUS in node.input):
             continue
         node.input[:] = [name(value) for value in node.input]
         node.output[:] = [name(value) for value in node.output]
@@ -89,12 +85,41 @@ def joined(bundle: Bundle, *, draft: bool) -> onnx.ModelProto:
         weight.name = name(weight.name)
         graph.initializer.append(weight)
     there = {value.name for value in (*graph.input, *graph.output)}
-    for source, target in ((ahead.input, graph.input), (ahead.output, graph.output)):
+    made = {value for node in graph.node for value in node.output}
+    read = {value for node in graph.node for value in node.input}
+    for source, target, kept in ((ahead.input, graph.input, read), (ahead.output, graph.output, made)):
         for value in source:
             value.name = name(value.name)
-            if value.name not in there and value.name != HEAD_STATES and f"ahead_{PREVIOUS}" != value.name:
+            if value.name not in there and value.name in kept and value.name != HEAD_STATES:
                 target.append(value)
     return base
+
+
+def behind(graph: onnx.GraphProto, values: set[str]) -> list[onnx.NodeProto]:
+    """The nodes that depend on one of some values; they stand in the order in which they are run."""
+    reached, found = set(values), []
+    for node in graph.node:
+        if reached & set(node.input):
+            reached |= set(node.output)
+            found.append(node)
+    return found
+
+
+def words_alone(bundle: Bundle) -> onnx.ModelProto:
+    """From states of heads that are not conditioned to their words."""
+    assert bundle.drafter is not None
+    model = onnx.load(bundle.folder / bundle.drafter.graph)
+    graph = model.graph
+    nodes = behind(graph, {HEAD_STATES})
+    shapes = [node for node in graph.node if node.op_type == "Reshape" and "blocks" in node.name]
+    kept = [node for node in graph.node if node in nodes or node in shapes]
+    del graph.node[:], graph.input[:]
+    graph.node.extend(kept)
+    graph.input.append(helper.make_tensor_value_info(HEAD_STATES, TensorProto.FLOAT, [1, "rows", None]))
+    outputs = [value for value in graph.output if value.name in OUTPUTS]
+    del graph.output[:]
+    graph.output.extend(outputs)
+    return model
 
 
 def _behind(bundle: Bundle) -> range:
@@ -186,8 +211,8 @@ class Whole:
         onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data")
         self.session, _ = backend.start(folder / "model.onnx", bundle.precision)
         self.binding = self.session.io_binding()
-        layers = range(_behind(bundle).stop)
-        kind = np.int8 if "int8" in next(i.type for i in self.session.get_inputs() if PAST in i.name) else np.float32
+        kinds = [each.type for each in self.session.get_inputs() if each.name.startswith(PAST)]
+        layers, kind = range(len(kinds) // 2), np.int8 if "tensor(int8)" in kinds else np.float32
         shapes = {each.name: each.shape for each in self.session.get_inputs()}
         self.kept: list[np.ndarray] = []
         for past, present in zip(caches(PAST, layers), caches(PRESENT, layers), strict=True):
@@ -221,6 +246,7 @@ def measure(bundle: Bundle, rounds: int, threads: int | None) -> dict[str, dict[
     heads = session.heads
     with tempfile.TemporaryDirectory() as folder:
         made = {"inside": inside, "a": layers_inside, "c": finding_the_row}
+        made |= {} if heads.drafter.conditioned else {"words": words_alone}
         whole = {way: Whole(make(bundle), Path(folder) / way, bundle, backend) for way, make in made.items()}
         ways: dict[str, Callable[[list[int], int], object]] = {}
 
@@ -254,10 +280,11 @@ def measure(bundle: Bundle, rounds: int, threads: int | None) -> dict[str, dict[
             states = values[HEAD_STATES].numpy().reshape(len(tokens), len(parts), -1)[accepted - 1]
             before = 1
             if not heads.drafter.conditioned:
-                heads.draft(states)
+                whole["words"].run(head_states=states[None])[TOPK_IDS].numpy()
                 return
             for part in parts:
-                before = int(heads.draft(states[part : part + 1], part, [before])[TOPK_IDS][0, 0])
+                (_, ids), _ = heads.draft(states[part : part + 1], part, [before])
+                before = int(ids[0, 0])
 
         def one_graph(tokens: list[int], accepted: int) -> None:
             values = whole["c"].run(**fed(tokens))

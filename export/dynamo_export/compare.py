@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -88,13 +88,13 @@ class Row:
     passed: bool
 
 
-def compare(case: Case, run: str, steps: list[Passed], put_out: PutOut) -> list[Row]:
+def compare(case: Case, run: str, steps: Iterable[Passed], put_out: PutOut) -> list[Row]:
     """Compares one way of running a case.
 
     Args:
         case: What is run.
         run: How it was run.
-        steps: Its passes.
+        steps: Its passes; every one is read before the next is run.
         put_out: How the bundle's outputs are read.
 
     Returns:
@@ -104,11 +104,13 @@ def compare(case: Case, run: str, steps: list[Passed], put_out: PutOut) -> list[
         ExportError: An output has another shape.
     """
     rows = []
-    for name in steps[0][1]:
-        if name.startswith(TOLD):
-            continue
-        found = [put_out(step, name, expected) for step, expected in steps]
-        theirs = [expected[name] for _, expected in steps]
+    read: dict[str, list[tuple[tuple[np.ndarray, ...], np.ndarray]]] = {}
+    for step, values in steps:
+        for name in values:
+            if not name.startswith(TOLD):
+                read.setdefault(name, []).append((put_out(step, name, values), values[name]))
+    for name, pairs in read.items():
+        found, theirs = [ours for ours, _ in pairs], [torchs for _, torchs in pairs]
         if [values.shape for values, *_ in found] != [values.shape for values in theirs]:
             raise ExportError(f"{name} is {found[0][0].shape} where {theirs[0].shape} is expected")
         parts = []

@@ -1,8 +1,8 @@
-"""The end of the drafter's graph: states of the heads, and apart from them what makes drafts of a state.
+"""The end of the drafter's graph: from what its layers make of final tokens to logits of the draft vocabulary.
 
-Two parts of one file that share no node. The *layers* run once a round, over the states of tokens that have become
-final, and put out what every head makes of the last of them. The *draft* runs once a depth: from such a state, and
-from the token drafted in front if the heads are conditioned on it, to the logits of the draft vocabulary.
+Heads that need not know what is drafted in front of them all say so at once, right behind their layers. Where they are
+conditioned on it, the graph is two parts that share no node: the *layers* run once a round and put out the states of
+all heads, the *draft* runs once a depth, from a state and the token in front of it to logits.
 """
 
 from __future__ import annotations
@@ -84,23 +84,27 @@ class DraftEnd(End):
         return self.add("Reshape", [values, shape], ["out_parts"]).outputs[0]
 
     def put_out_states(self, states: ir.Value, hidden: int, others: Sequence[tuple[ir.Value, int]]) -> None:
-        """Ends the first part."""
+        """Ends the layers."""
         states.name = HEAD_STATES
         self.put_out(states, ["batch", "states", hidden])
         for value, width in others:
             self.put_out(value, ["batch", HEAD_ROWS, width])
 
     def draft(self, words: Words, conditions: Sequence[Any]) -> None:
-        """Adds the second part.
+        """Goes on to words: from the states that were put out, or, conditioned, from one that is given.
 
         Args:
             words: What drafts are made of.
             conditions: Of every head, the torch module of its condition on the token in front; none if there are none.
         """
         hidden = words.embedding.shape[1]
-        state = self.input(DRAFT_STATES, ir.DataType.FLOAT, ["batch", "drafts", hidden])
+        outputs = list(self.graph.outputs)
         if conditions:
-            state = self.conditioned(state, words, conditions)
+            given = self.input(DRAFT_STATES, ir.DataType.FLOAT, ["batch", "drafts", hidden])
+            state = self.conditioned(given, words, conditions)
+        else:
+            state = next(value for value in outputs if value.name == HEAD_STATES)
+            self.graph.outputs.remove(state)
         if words.ids is None:
             embedding, tied, weights = self.shared(words.whole), words.tied, words.bias
         else:

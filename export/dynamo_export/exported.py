@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -144,6 +144,6 @@ class Exported:
         return tuple(array[:, None] for array in (step.logits(), *step.topk()))
 
     @staticmethod
-    def runs(session: Session, case: Case) -> Iterator[tuple[str, list[Passed]]]:
+    def runs(session: Session, case: Case) -> Iterator[tuple[str, Iterable[Passed]]]:
         """Ways of running a case that only such a bundle has, by name."""
         return iter(())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -57,10 +57,10 @@ class ExportedLookAhead(Exported):
         other[-count:] = ids
 
     @staticmethod
-    def runs(session: Session, case: Case) -> Iterator[tuple[str, list[Passed]]]:
+    def runs(session: Session, case: Case) -> Iterator[tuple[str, Iterable[Passed]]]:
         """As the runtime does: look ahead behind a text, drop that, look ahead behind more text, and so on."""
         upto = min(case.fork + len(session.bundle.look_ahead), len(case.tokens))
-        yield "look-ahead", list(_look_ahead(session, case, upto))
+        yield "look-ahead", _look_ahead(session, case, upto)
 
 
 def _look_ahead(session: Session, case: Case, upto: int) -> Iterator[Passed]:

@@ -9,7 +9,7 @@ tokens as the runtime uses them, fed behind a text and dropped again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -172,7 +172,7 @@ def gate(bundle: Bundle, cases: list[Case]) -> list[Row]:
     return rows
 
 
-def _runs(session: Session, case: Case) -> Iterator[tuple[str, list[Passed]]]:
+def _runs(session: Session, case: Case) -> Iterator[tuple[str, Iterable[Passed]]]:
     """Every way of running one case; the name says how many tokens a pass takes."""
     length, start, fork = len(case.tokens), case.start, case.fork
     topology = session.bundle.topology
@@ -184,20 +184,20 @@ def _runs(session: Session, case: Case) -> Iterator[tuple[str, list[Passed]]]:
     begin = max(start, 1)
     for size in range(1, most + 1):
         session.cache.rollback(begin)
-        yield f"decode {size}", list(_steps(session, case.tokens, case.expected, begin, start, size))
+        yield f"decode {size}", _steps(session, case.tokens, case.expected, begin, start, size)
     for size in sorted({1, 2, most}):
         session.cache.rollback(fork)
-        yield f"rollback {size}", list(_steps(session, case.other, case.expected_other, fork, start, size))
+        yield f"rollback {size}", _steps(session, case.other, case.expected_other, fork, start, size)
     if session.skips_heads:
         for size in (1, most):
             session.cache.rollback(begin)
-            yield f"skip {size}", list(_skipping(session, case, begin, size))
+            yield f"skip {size}", _skipping(session, case, begin, size)
     yield from EXPORTS[topology.kind].runs(session, case)
     session.cache.reset()
     chunk = max(2, -(-length // 3) - 1)
     for at in range(0, begin, chunk):
         session.step(case.tokens[at : min(at + chunk, begin)].tolist())
-    yield "chunks", list(_steps(session, case.tokens, case.expected, begin, start, chunk))
+    yield "chunks", _steps(session, case.tokens, case.expected, begin, start, chunk)
 
 
 def _steps(

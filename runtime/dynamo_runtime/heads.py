@@ -24,7 +24,6 @@ from .names import (
     HEAD_ROWS,
     HEAD_STATES,
     LOGITS,
-    OUTPUTS,
     PAST,
     PENULTIMATE,
     PRESENT,
@@ -66,13 +65,10 @@ class Heads:
         self.seconds = 0.0
         self._cache, self._width = cache, cache.states.shape[1]
         self._path = bundle.folder / self.drafter.graph
-        topology = bundle.topology
-        conditioned = [PREVIOUS, DRAFT_PART] if self.drafter.conditioned else []
-        layers = range(self.drafter.kv_layers)
-        ends = [PENULTIMATE, ATTENTION_MASK, HEAD_ROWS, *caches(PAST, layers), HEAD_STATES, *topology.outputs]
-        session, _ = backend.start(self._path, bundle.precision, without=[DRAFT_STATES, *conditioned, *OUTPUTS])
-        self._check(session, _layer_sizes(bundle, cache.states.shape[1]))
-        kinds = {each.name: each.type for each in session.get_inputs()}
+        told = self.drafter.conditioned
+        layers, drafts = _layer_sizes(bundle, self._width), _draft_sizes(bundle, self._width)
+        session = self._start(backend, layers if told else layers | drafts, drafts if told else {})
+        kinds = {each.name: each.type for each in (*session.get_inputs(), *session.get_outputs())}
         self.kv = KVBuffers(
             self.drafter.kv_layers,
             self.drafter.kv_heads,
@@ -81,118 +77,156 @@ class Heads:
             dtype=_TYPES[kinds[caches(PAST, [0])[0]]],
             **room,
         )
-        self._layers = Binding(session, [], "cpu")
-        self._states_type = _TYPES[{each.name: each.type for each in session.get_outputs()}[HEAD_STATES]]
-        session, _ = backend.start(self._path, bundle.precision, without=[*ends, *caches(PRESENT, layers)])
-        self._check(session, _draft_sizes(bundle, cache.states.shape[1]))
-        self._draft = Binding(session, [], "cpu")
+        self._states_type = _TYPES[kinds[PENULTIMATE]]
+        self._layers = self._draft = Binding(session, [], "cpu")
+        if told:
+            self._draft = Binding(self._start(backend, drafts, layers), [], "cpu")
         self._ones = np.empty(0, np.int64)
         # What a run reads and writes stays bound as long as runs are about as many rows, which they nearly always are.
-        self._wanted, self._put_out = np.empty(0, np.int64), dict[str, np.ndarray]()
+        self._held: dict[str, np.ndarray] = {}
         self._drafted: dict[str, np.ndarray] = {}
+        self._runs = 0
 
     def ahead(self, positions: Sequence[int]) -> HeadsAhead:
         """What the heads say behind some positions that the cache holds.
 
         Args:
             positions: Any, one of them perhaps twice.
-        """
-        cache, first = self._cache, min(positions)
-        begin, end = min(cache.seen, first), max(positions) + 1
-        while first - begin > CATCH_UP_CHUNK:
-            self._run_layers(begin, begin + CATCH_UP_CHUNK, [-1])
-            begin += CATCH_UP_CHUNK
-        values = self._run_layers(begin, end, [position - end for position in positions])
-        cache.seen = max(cache.seen, end)
-        parts, states = self.bundle.topology.parts, values.pop(HEAD_STATES)[0]
-        return HeadsAhead(self, states.reshape(len(positions), parts, -1), values)
-
-    def draft(self, states: np.ndarray, part: int = 0, before: Sequence[int] | None = None) -> dict[str, np.ndarray]:
-        """Go from states to words.
-
-        Args:
-            states: [drafts, width].
-            part: Whose states they are, where heads are conditioned.
-            before: The token in front of each draft, where heads are conditioned.
-
-        Returns:
-            Top-K by name, and "logits", which the next draft writes over; [drafts, …].
 
         Raises:
             BundleError: The graph does not run, or what it puts out are no numbers.
-            ValueError: Heads are conditioned, and the tokens in front are not named.
         """
-        count = len(states)
-        held = self._drafted
-        if not held or len(held[DRAFT_STATES][0]) != count:
-            held = self._hold_drafts(count)
-        held[DRAFT_STATES][0] = states
+        self._read_states(positions)
+        parts = self.bundle.topology.parts
+        outputs = {name: self._held[name][0].copy() for name in self.bundle.topology.outputs}
         if self.drafter.conditioned:
-            if before is None:
-                raise ValueError("these heads are conditioned on the token in front of what they predict: name it")
-            held[PREVIOUS][0] = before
-            held[DRAFT_PART][()] = part
+            states = self._held[HEAD_STATES].reshape(len(positions), parts, -1)
+            return ToldAhead(self, positions, outputs, states.copy())
+        return AllAhead(self, positions, outputs, self._words(self._held))
+
+    def again(self, ahead: HeadsAhead) -> np.ndarray:
+        """Full rows of all heads that are not conditioned, [rows, parts, words]; they stay until the next run.
+
+        Args:
+            ahead: What was asked before.
+        """
+        if ahead.run != self._runs:
+            self._read_states(ahead.positions)
+            ahead.run = self._runs
+        return self._held[LOGITS].reshape(ahead.rows, self.bundle.topology.parts, -1)
+
+    def draft(
+        self, states: np.ndarray, part: int, before: Sequence[int] | None
+    ) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+        """Go from states of one conditioned head to words.
+
+        Args:
+            states: [drafts, width].
+            part: Whose they are.
+            before: The token in front of each draft.
+
+        Returns:
+            Top-K values and ids [drafts, K]; full rows [drafts, words], which stay until the next run.
+
+        Raises:
+            BundleError: The graph does not run, or what it puts out are no numbers.
+            ValueError: The tokens in front are not named.
+        """
+        if before is None:
+            raise ValueError("these heads are conditioned on the token in front of what they predict: name it")
+        held = self._drafted
+        if not held or len(held[DRAFT_STATES][0]) != len(states):
+            held = self._drafted = self._hold_drafts(len(states))
+        held[DRAFT_STATES][0], held[PREVIOUS][0], held[DRAFT_PART][()] = states, before, part
         self._run(self._draft, "a draft")
-        largest = held[TOPK_LOGITS][0]
-        if not np.isfinite(largest[:, 0]).all():  # the largest is nan if any is: onnxruntime's top-k puts those first
-            raise BundleError(
-                f"{self._path} gave logits that are not finite numbers: its weights are damaged, or what it computes "
-                "does not fit into its precision"
-            )
-        return {TOPK_LOGITS: largest.copy(), TOPK_IDS: held[TOPK_IDS][0].copy(), LOGITS: held[LOGITS][0]}
+        return self._words(held), held[LOGITS][0]
 
     def close(self) -> None:
         """Free graph and memory."""
         self.kv.free()
         del self._layers, self._draft
 
-    def _run_layers(self, begin: int, end: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """Have the layers read the states of some positions; returns what they put out of rows counted from the end."""
+    def _start(self, backend: Backend, wanted: Sizes, other: Sizes) -> Any:
+        """Load a part of the graph, without the other one."""
+        session, _ = backend.start(self._path, self.bundle.precision, without=list(other))
+        self._check(session, wanted)
+        return session
+
+    def _read_states(self, positions: Sequence[int]) -> None:
+        """Have the layers read all states up to the last of some positions, and put out what they make of these."""
+        cache, first = self._cache, min(positions)
+        begin, end = min(cache.seen, first), max(positions) + 1
+        while first - begin > CATCH_UP_CHUNK:
+            self._run_layers(begin, begin + CATCH_UP_CHUNK, [-1])
+            begin += CATCH_UP_CHUNK
+        self._run_layers(begin, end, [position - end for position in positions])
+        cache.seen = max(cache.seen, end)
+
+    def _run_layers(self, begin: int, end: int, rows: Sequence[int]) -> None:
+        """Have the layers read the states of some positions, and put out rows that are counted from the end."""
         states, bound = self._cache.states, self._layers
         assert states is not None
         self.kv.make_room(end, begin)
         if len(self._ones) < end:
             self._ones = np.ones(self.kv.capacity, np.int64)
         bound.caches(self.kv)
-        bound.input(PENULTIMATE, states[begin:], (1, end - begin, states.shape[1]))
+        bound.input(PENULTIMATE, states[begin:], (1, end - begin, self._width))
         bound.input(ATTENTION_MASK, self._ones, (1, end))
-        if len(self._wanted) != len(rows):
-            self._hold_states(len(rows))
-        self._wanted[:] = rows
+        if not self._held or len(self._held[HEAD_ROWS]) != len(rows):
+            self._held = self._hold_rows(len(rows))
+        self._held[HEAD_ROWS][:] = rows
         self._run(bound, f"positions {begin} to {end}")
-        return {name: array.copy() for name, array in self._put_out.items()}
 
-    def _hold_states(self, rows: int) -> None:
-        """Have the layers put out so many rows into memory that stays the same from run to run."""
-        topology, width = self.bundle.topology, self._width
-        self._wanted = np.empty(rows, np.int64)
-        self._layers.input(HEAD_ROWS, self._wanted)
-        shapes = {HEAD_STATES: (1, rows * topology.parts, width)}
-        shapes |= {name: (1, rows, size) for name, size in topology.outputs.items()}
-        kinds = {HEAD_STATES: self._states_type}
-        self._put_out = {name: np.empty(shape, kinds.get(name, np.float32)) for name, shape in shapes.items()}
-        for name, array in self._put_out.items():
-            self._layers.output(name, array)
+    def _hold_rows(self, rows: int) -> dict[str, np.ndarray]:
+        """Have the layers be asked about so many rows, in memory that stays the same from run to run."""
+        topology, bound = self.bundle.topology, self._layers
+        held = {HEAD_ROWS: np.empty(rows, np.int64)}
+        bound.input(HEAD_ROWS, held[HEAD_ROWS])
+        put_out = {name: np.empty((1, rows, size), np.float32) for name, size in topology.outputs.items()}
+        if self.drafter.conditioned:
+            put_out[HEAD_STATES] = np.empty((1, rows * topology.parts, self._width), self._states_type)
+        else:
+            put_out |= self._room_for_words(rows * topology.parts)
+        for name, array in put_out.items():
+            bound.output(name, array)
+        return held | put_out
 
     def _hold_drafts(self, count: int) -> dict[str, np.ndarray]:
-        """Have the draft read and write so many rows in memory that stays the same from run to run."""
-        drafter, bound = self.drafter, self._draft
-        words = self.bundle.vocab_size if drafter.vocabulary is None else len(drafter.vocabulary)
-        held = {DRAFT_STATES: np.empty((1, count, self._width), self._states_type)}
-        if drafter.conditioned:
-            held |= {PREVIOUS: np.empty((1, count), np.int64), DRAFT_PART: np.zeros((), np.int64)}
+        """Have the draft be about so many states, in memory that stays the same from run to run."""
+        held = {
+            DRAFT_STATES: np.empty((1, count, self._width), self._states_type),
+            PREVIOUS: np.empty((1, count), np.int64),
+            DRAFT_PART: np.zeros((), np.int64),
+        }
         for name, array in held.items():
             if name != DRAFT_PART or self.bundle.topology.parts > 1:
-                bound.input(name, array)
-        for name, size, kind in (
-            (LOGITS, words, np.float32),
-            (TOPK_LOGITS, drafter.top_k_outputs, np.float32),
-            (TOPK_IDS, drafter.top_k_outputs, np.int64),
-        ):
-            held[name] = np.empty((1, count, size), kind)
-            bound.output(name, held[name])
-        self._drafted = held
-        return held
+                self._draft.input(name, array)
+        put_out = self._room_for_words(count)
+        for name, array in put_out.items():
+            self._draft.output(name, array)
+        return held | put_out
+
+    def _room_for_words(self, rows: int) -> dict[str, np.ndarray]:
+        words, most = _words(self.bundle), self.drafter.top_k_outputs
+        return {
+            LOGITS: np.empty((1, rows, words), np.float32),
+            TOPK_LOGITS: np.empty((1, rows, most), np.float32),
+            TOPK_IDS: np.empty((1, rows, most), np.int64),
+        }
+
+    def _words(self, held: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Top-K values and ids of what was run, [rows, K].
+
+        Raises:
+            BundleError: They are no numbers.
+        """
+        values = held[TOPK_LOGITS][0]
+        if not np.isfinite(values[:, 0]).all():  # the largest is nan if any is: onnxruntime's top-k puts those first
+            raise BundleError(
+                f"{self._path} gave logits that are not finite numbers: its weights are damaged, or what it computes "
+                "does not fit into its precision"
+            )
+        return values.copy(), held[TOPK_IDS][0].copy()
 
     def _run(self, bound: Binding, what: str) -> None:
         started = time.perf_counter()
@@ -200,9 +234,10 @@ class Heads:
             bound.run()
         except Exception as error:  # onnxruntime raises many classes that share no base
             raise BundleError(f"{self._path} fails at {what}: {error}") from error
+        self._runs += 1
         self.seconds += time.perf_counter() - started
 
-    def _check(self, session: Any, wanted: dict[str, list[int | None]]) -> None:
+    def _check(self, session: Any, wanted: Sizes) -> None:
         """Compare inputs and outputs with what the manifest says.
 
         Args:
@@ -228,69 +263,107 @@ class Heads:
             raise BundleError(f"{self._path} has {unknown[0]}, which its manifest does not account for")
 
 
-def _layer_sizes(bundle: Bundle, width: int) -> dict[str, list[int | None]]:
+Sizes = dict[str, list[int | None]]
+"""Names of inputs and outputs with their shapes; None for an axis of any size."""
+
+
+def _words(bundle: Bundle) -> int:
+    """How many words drafts are made of."""
+    assert bundle.drafter is not None
+    return bundle.vocab_size if bundle.drafter.vocabulary is None else len(bundle.drafter.vocabulary)
+
+
+def _layer_sizes(bundle: Bundle, width: int) -> Sizes:
     topology, drafter = bundle.topology, bundle.drafter
     assert drafter is not None
     layers = range(drafter.kv_layers)
-    wanted: dict[str, list[int | None]] = {PENULTIMATE: [None, None, width], ATTENTION_MASK: [None, None]}
-    wanted |= {HEAD_ROWS: [None], HEAD_STATES: [None, None, width]}
+    wanted: Sizes = {PENULTIMATE: [None, None, width], ATTENTION_MASK: [None, None], HEAD_ROWS: [None]}
+    if drafter.conditioned:
+        wanted[HEAD_STATES] = [None, None, width]
     wanted |= {name: [None, None, size] for name, size in topology.outputs.items()}
     cache = [None, drafter.kv_heads, None, bundle.head_size]
     return wanted | dict.fromkeys([*caches(PAST, layers), *caches(PRESENT, layers)], cache)
 
 
-def _draft_sizes(bundle: Bundle, width: int) -> dict[str, list[int | None]]:
+def _draft_sizes(bundle: Bundle, width: int) -> Sizes:
     drafter = bundle.drafter
     assert drafter is not None
-    words = bundle.vocab_size if drafter.vocabulary is None else len(drafter.vocabulary)
-    top = [None, None, drafter.top_k_outputs]
-    wanted = {DRAFT_STATES: [None, None, width], LOGITS: [None, None, words], TOPK_LOGITS: top, TOPK_IDS: top}
+    top: list[int | None] = [None, None, drafter.top_k_outputs]
+    wanted: Sizes = {LOGITS: [None, None, _words(bundle)], TOPK_LOGITS: top, TOPK_IDS: top}
     if drafter.conditioned:
-        wanted[PREVIOUS] = [None, None]
+        wanted |= {DRAFT_STATES: [None, None, width], PREVIOUS: [None, None]}
         if bundle.topology.parts > 1:
             wanted[DRAFT_PART] = []
     return wanted
 
 
 class HeadsAhead:
-    """What the heads say behind some positions: see `step.Ahead`. Words are worked out when they are asked for."""
+    """What the heads say behind some positions: see `step.Ahead`.
 
-    def __init__(self, heads: Heads, states: np.ndarray, outputs: dict[str, np.ndarray]):
-        """Take what the layers put out: states [rows, parts, width], and what else by name."""
-        self._heads, self._states, self._outputs = heads, states, outputs
-        self._top: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
+    Attributes:
+        positions: Those that were asked about.
+        run: The run of the graph whose full rows are still in memory, if it was the last one.
+    """
+
+    def __init__(self, heads: Heads, positions: Sequence[int], outputs: dict[str, np.ndarray]):
+        """Take what was asked, and what else was put out by name, [rows, width]."""
+        self.positions, self.run = positions, heads._runs
+        self._heads, self._outputs = heads, outputs
 
     @property
     def rows(self) -> int:
         """See `Ahead`."""
-        return len(self._states)
-
-    def logits(self, part: int, before: Sequence[int] | None = None) -> np.ndarray:
-        """See `Ahead`; of a word outside the draft vocabulary it is -inf."""
-        heads = self._heads
-        rows = heads.draft(self._states[:, part], part, before)[LOGITS]
-        words = heads.drafter.vocabulary
-        if words is None:
-            return rows.copy()
-        whole = np.full((len(rows), heads.bundle.vocab_size), -np.inf, rows.dtype)
-        whole[:, words] = rows
-        return whole
-
-    def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """See `Ahead`; heads that are not conditioned are all asked at once."""
-        rows, parts, width = self._states.shape
-        if self._heads.drafter.conditioned:
-            key = (part, *(before or ()))
-            if key not in self._top:
-                found = self._heads.draft(self._states[:, part], part, before)
-                self._top[key] = found[TOPK_LOGITS], found[TOPK_IDS]
-            return self._top[key]
-        if () not in self._top:
-            found = self._heads.draft(self._states.reshape(rows * parts, width))
-            self._top[()] = found[TOPK_LOGITS], found[TOPK_IDS]
-        values, ids = (each.reshape(rows, parts, -1)[:, part] for each in self._top[()])
-        return values, ids
+        return len(self.positions)
 
     def output(self, name: str) -> np.ndarray:
         """See `Ahead`."""
-        return self._outputs[name][0]
+        return self._outputs[name]
+
+    def _whole(self, rows: np.ndarray) -> np.ndarray:
+        """Rows over the vocabulary [rows, vocab] of such over the draft vocabulary."""
+        words = self._heads.drafter.vocabulary
+        if words is None:
+            return rows.copy()
+        whole = np.full((len(rows), self._heads.bundle.vocab_size), -np.inf, rows.dtype)
+        whole[:, words] = rows
+        return whole
+
+
+class AllAhead(HeadsAhead):
+    """Of heads that all speak at once."""
+
+    def __init__(
+        self,
+        heads: Heads,
+        positions: Sequence[int],
+        outputs: dict[str, np.ndarray],
+        top: tuple[np.ndarray, np.ndarray],
+    ):
+        """Take top-K values and ids besides, [rows · parts, K]."""
+        super().__init__(heads, positions, outputs)
+        self._values, self._ids = (each.reshape(len(positions), -1, each.shape[-1]) for each in top)
+
+    def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """See `Ahead`."""
+        return self._values[:, part], self._ids[:, part]
+
+    def logits(self, part: int, before: Sequence[int] | None = None) -> np.ndarray:
+        """See `Ahead`; of a word outside the draft vocabulary it is -inf."""
+        return self._whole(self._heads.again(self)[:, part])
+
+
+class ToldAhead(HeadsAhead):
+    """Of heads that are told the token in front of what they predict: worked out when it is named."""
+
+    def __init__(self, heads: Heads, positions: Sequence[int], outputs: dict[str, np.ndarray], states: np.ndarray):
+        """Take the heads' states besides, [rows, parts, width]."""
+        super().__init__(heads, positions, outputs)
+        self._states = states
+
+    def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """See `Ahead`."""
+        return self._heads.draft(self._states[:, part], part, before)[0]
+
+    def logits(self, part: int, before: Sequence[int] | None = None) -> np.ndarray:
+        """See `Ahead`; of a word outside the draft vocabulary it is -inf."""
+        return self._whole(self._heads.draft(self._states[:, part], part, before)[1])
