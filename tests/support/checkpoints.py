@@ -148,14 +148,14 @@ THREE_HEADS |= {"glm4", "ministral", "exaone4", "helium", "smollm3"}
 # How their further heads draft: over which words, and whether they are conditioned on the token in front. Every way is
 # here with tied and untied embeddings, with two heads and with three, and with rotation outside the attention.
 WORDS = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(3))[:100]
-DRAFTING: dict[str, dict[str, Any]] = (
-    dict.fromkeys(("neox-tied-nobias", "llama-bias-llama3", "cohere2", "gemma2"), {"draft_vocabulary": WORDS})
-    | dict.fromkeys(("qwen3-bias", "mistral-rotary-12", "gemma", "granite", "starcoder2"), {"conditioned": True})
-    | dict.fromkeys(
-        ("neox-rotary-20", "llama-linear-tied", "smollm3", "cohere", "phi", "stablelm"),
-        {"draft_vocabulary": WORDS, "conditioned": True},
-    )
-)
+OVER_WORDS = {"neox-tied-nobias", "llama-bias-llama3", "cohere2", "gemma2"}
+CONDITIONED = {"qwen3-bias", "mistral-rotary-12", "gemma", "granite", "starcoder2"}
+BOTH = {"neox-rotary-20", "llama-linear-tied", "smollm3", "cohere", "phi", "stablelm"}
+DRAFTING: dict[str, dict[str, Any]] = {
+    **{name: {"draft_vocabulary": WORDS} for name in OVER_WORDS},
+    **{name: {"conditioned": True} for name in CONDITIONED},
+    **{name: {"draft_vocabulary": WORDS, "conditioned": True} for name in BOTH},
+}
 
 # Checkpoints with another drafter: configuration, and n_tokens and rank of a joint head or the look-ahead embeddings.
 JOINT = {
