@@ -197,9 +197,17 @@ def test_the_base_of_heads_is_the_plain_export(
     (states,) = [value for value in base.output if value.name == "penultimate_states"]
     base.output.remove(states)
     for field in ("input", "output", "initializer"):
-        ours, theirs = ({each.name: each for each in getattr(graph, field)} for graph in (base, plain))
-        assert ours == theirs, field
+        ours, theirs = ({short(each.name): each for each in getattr(graph, field)} for graph in (base, plain))
+        assert ours.keys() == theirs.keys(), field
+        for name, each in ours.items():
+            each.name = theirs[name].name
+            assert each == theirs[name], name
     assert nodes_of(base) == nodes_of(plain)
+
+
+def short(name: str) -> str:
+    """A name without the modules around the base, which those of packed weights begin with."""
+    return name.removeprefix("/model/base").removeprefix("/model")
 
 
 def nodes_of(graph: onnx.GraphProto) -> list[tuple[Any, ...]]:
@@ -208,7 +216,7 @@ def nodes_of(graph: onnx.GraphProto) -> list[tuple[Any, ...]]:
     called: dict[str, str] = {}
     found = []
     for number, node in enumerate(graph.node):
-        inputs = [called.get(name, name) for name in node.input]
+        inputs = [called.get(name, short(name)) for name in node.input]
         called |= {name: f"{number}.{i}" for i, name in enumerate(node.output) if name not in ends}
         found.append((node.op_type, node.domain, inputs, [called.get(n, n) for n in node.output], attributes(node)))
     return found

@@ -308,7 +308,7 @@ def test_what_further_heads_are_stored_as(
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "int8-dynamic", "fp16"])
 @pytest.mark.parametrize("name", ["conditioned", "words"])
-def test_what_the_base_has_is_not_written_twice(name: str, scheme: str, export: ExportOf, smaller: SmallerOf) -> None:
+def test_what_the_base_has_is_not_written_twice(name: str, scheme: str, smaller: SmallerOf) -> None:
     """The drafter's file refers to the base's embeddings, and has no full weight left that nobody reads."""
     bundle = smaller(name, scheme)
     model = onnx.load(bundle.folder / "drafter.onnx", load_external_data=False)
@@ -323,8 +323,6 @@ def test_what_the_base_has_is_not_written_twice(name: str, scheme: str, export: 
         used = {each for inner in all_graphs(graph) for node in inner.node for each in node.input}
         own = {i.name for i in graph.initializer} - {value.name for value in graph.input}
         assert own <= used
-    ours, theirs = outputs(bundle, TOKENS[:6]), outputs(export(name).bundle, TOKENS[:6])
-    assert all(relative(ours[output], theirs[output]) < 0.35 for output in ours)
 
 
 def test_a_shared_embedding_is_what_it_is_in_the_base(smaller: SmallerOf) -> None:

@@ -118,6 +118,8 @@ def with_weights(model: torch.nn.Module, full: dict[str, np.ndarray], small: dic
             for i, row in enumerate(parameter.detach().numpy()):
                 places[row.tobytes()] = name, i
     changed = 0
+    if DRAFT_EMBEDDING in full:
+        model.drafts = torch.from_numpy(full[DRAFT_EMBEDDING].T.copy())
     with torch.no_grad():
         for name, weight in small.items():
             if name == DRAFT_EMBEDDING:
