@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -66,7 +67,10 @@ def one_column_of_a_head(model: onnx.ModelProto) -> None:
     def edit(array: np.ndarray) -> None:
         array[:, 3] *= 1.2
 
-    change(model, "heads.1.mlp.down_proj.weight", edit)
+    name = next(
+        i.name for i in model.graph.initializer if re.fullmatch(r"heads\.1\.mlp\.(down_proj|fc2)\.weight", i.name)
+    )
+    change(model, name, edit)
 
 
 def window_off_by_one(model: onnx.ModelProto) -> None:
@@ -274,7 +278,7 @@ PARALLEL: list[tuple[str, Damage, set[str]]] = [
     (DRAFTER, late_rotary_entry, {"prefill", "decode 1"}),
     (DRAFTER, swapped_caches, {"decode 1", "decode 2", "rollback 1", "skip 1"}),
     (DRAFTER, swapped_heads, {"prefill", "decode 1"}),
-    (BASE, topk_of_another_row, {"prefill", "decode 1"}),
+    (BASE, topk_of_another_row, {"prefill", "decode 4"}),
     (DRAFTER, top_ids, {"prefill", "decode 1"}),
     (BASE, penultimate_of_another_layer, {"prefill", "decode 1", "skip 1", "skip 4"}),
 ]
