@@ -100,7 +100,7 @@ def test_rows_stop_where_someone_else_reads() -> None:
     assert chosen is not state and str(state.shape) == "[batch,seq,4]"
 
 
-@pytest.mark.parametrize("name", ["phi", "qwen2", "cp-neox", "lookahead-llama-tied"])
+@pytest.mark.parametrize("name", ["smollm3", "qwen2", "cp-neox", "lookahead-llama-tied"])
 def test_every_pass_says_whether_it_changed_the_graph(name: str, checkpoint: Callable[[str], Path]) -> None:
     """The first time, and the second time, when there is nothing left to do.
 
@@ -262,7 +262,7 @@ def test_what_stands_in_another_file_is_not_written_again(tmp_path: Path) -> Non
         write_model(model(first, second), folder / "m.onnx", external)
         write_model(model(first, other), folder / "d.onnx", external, places(folder / "m.onnx"))
         own = folder / ("d.onnx.data" if external else "d.onnx")
-        assert first.nbytes < own.stat().st_size < first.nbytes + 2000
+        assert first.nbytes <= own.stat().st_size < first.nbytes + 2000
         proto = onnx.load(folder / "d.onnx", load_external_data=False)
         files = {i.name: [e.value for e in i.external_data if e.key == "location"] for i in proto.graph.initializer}
         written = "m.onnx.data" if external else "m.onnx"
