@@ -21,6 +21,7 @@ from dynamo_runtime.wire import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA,
 from .initializers import BIG_BYTES
 
 EMBED_LIMIT_BYTES = 1_500_000_000  # a protobuf file ends at 2 GiB
+CHUNK_BYTES = 1 << 20  # compared at once
 ALIGNMENT_BYTES = 4096  # of external weights, so that they can be mapped into memory
 
 
@@ -94,8 +95,11 @@ def _stands(tensor: ir.TensorProtocol, folder: Path, place: Place) -> bool:
     """Whether a weight's bytes stand in a place; two graphs may well call different weights by one name."""
     if place.length != tensor.nbytes:
         return False
-    there = np.memmap(folder / place.file, np.uint8, "r", place.offset, place.length)
-    return np.array_equal(there, _array(tensor).reshape(-1).view(np.uint8))
+    ours = _array(tensor).reshape(-1).view(np.uint8).data
+    with (folder / place.file).open("rb") as file:
+        file.seek(place.offset)
+        parts = (ours[at : at + CHUNK_BYTES] for at in range(0, len(ours), CHUNK_BYTES))
+        return all(file.read(len(part)) == part for part in parts)
 
 
 def _array(tensor: ir.TensorProtocol) -> np.ndarray:
