@@ -41,7 +41,7 @@ SUPPORTED = """## Supported
 A tiny model of each, with random weights, goes through heads, export, the parity gate and greedy decoding in the
 tests: the text is transformers' own, and verified decoding writes the very tokens of plain decoding. A cell names
 everything that its tested configurations have. "In the op" means that onnxruntime's attention rotates queries and
-keys itself; where it cannot, the rotation is traced, and further heads cannot be left out of a pass.
+keys itself; where it cannot, the rotation is traced.
 """
 REFUSALS = """## Refused
 

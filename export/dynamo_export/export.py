@@ -95,6 +95,8 @@ def _stage(
     clock = _Clock()
     subject = _load(checkpoint, heads, drafter, context_length)
     topology = subject.exported.topology
+    if topology.layers and target.graph == DRAFTER:
+        raise ExportError(f"{DRAFTER} is what the graph of further heads is called: choose another name for the base's")
     what = f"{type(subject.base).__name__}, {topology.kind}, {topology.n_tokens} token(s) a pass"
     clock.lap(f"loaded {checkpoint.label}: {what}")
     staged = target.stage()

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from dynamo_runtime.wire import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, tag, varint
 
-from .errors import WriteError
 from .initializers import BIG_BYTES
 
 EMBED_LIMIT_BYTES = 1_500_000_000  # a protobuf file ends at 2 GiB
+CHUNK_BYTES = 1 << 20  # compared at once
 ALIGNMENT_BYTES = 4096  # of external weights, so that they can be mapped into memory
 
 
@@ -47,8 +47,8 @@ def write_model(
         model: The graph; its lazy weights are computed here, one after the other.
         path: The `.onnx` file, which must not exist.
         external: Put the weights into `path` + ".data" even if they would fit.
-        elsewhere: Weights that stand in another file of the same folder already, by name: where. They are not written
-            again.
+        elsewhere: Where weights of another graph in the same folder stand, by name; one that is the same there is not
+            written again.
 
     Returns:
         The files written.
@@ -65,9 +65,9 @@ def write_model(
     finally:
         for value in values.values():
             graph.register_initializer(value)
-    for name in [name for name in big if elsewhere and name in elsewhere]:
-        assert elsewhere is not None
-        proto.graph.initializer.append(_reference(name, big.pop(name), elsewhere[name]))
+    for name, place in (elsewhere or {}).items():
+        if name in big and _stands(big[name], path.parent, place):
+            proto.graph.initializer.append(_reference(name, big.pop(name), place))
     bar = tqdm(big.items(), desc="weights", unit="tensor", leave=False, disable=None)
     data = path.with_name(path.name + ".data")
     if external or sum(tensor.nbytes for tensor in big.values()) > EMBED_LIMIT_BYTES:
@@ -83,18 +83,23 @@ def _header(name: str, tensor: ir.TensorProtocol) -> onnx.TensorProto:
 
 
 def _reference(name: str, tensor: ir.TensorProtocol, place: Place) -> onnx.TensorProto:
-    """A weight that says where it stands.
-
-    Raises:
-        WriteError: What stands there is not as long as the weight.
-    """
-    if place.length != tensor.nbytes:
-        raise WriteError(f"{place.file} holds another {name}: {place.length} bytes and not {tensor.nbytes}")
+    """A weight that says where it stands."""
     entry = _header(name, tensor)
     entry.data_location = onnx.TensorProto.EXTERNAL
     for key, value in (("location", place.file), ("offset", place.offset), ("length", place.length)):
         entry.external_data.add(key=key, value=str(value))
     return entry
+
+
+def _stands(tensor: ir.TensorProtocol, folder: Path, place: Place) -> bool:
+    """Whether a weight's bytes stand in a place; two graphs may well call different weights by one name."""
+    if place.length != tensor.nbytes:
+        return False
+    ours = _array(tensor).reshape(-1).view(np.uint8).data
+    with (folder / place.file).open("rb") as file:
+        file.seek(place.offset)
+        parts = (ours[at : at + CHUNK_BYTES] for at in range(0, len(ours), CHUNK_BYTES))
+        return all(file.read(len(part)) == part for part in parts)
 
 
 def _array(tensor: ir.TensorProtocol) -> np.ndarray:

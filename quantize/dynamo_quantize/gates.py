@@ -200,8 +200,13 @@ def _widths(
 
 
 def _in_passes(session: Session, text: Sequence[int], width: int, heads: range) -> dict[int, np.ndarray]:
-    """Logits [positions, vocab] of every head, from passes over `width` tokens, the cache being theirs too."""
+    """Logits of every head, from passes over `width` tokens, the cache being theirs too.
+
+    [positions, vocab]; of further heads, of the words that drafts are made of.
+    """
     session.cache.reset()
+    drafter = session.bundle.drafter
+    words = slice(None) if drafter is None or drafter.vocabulary is None else list(drafter.vocabulary)
     found: dict[int, list[np.ndarray]] = {head: [] for head in heads}
     for at in range(0, len(text), width):
         part = text[at : at + width]
@@ -211,7 +216,7 @@ def _in_passes(session: Session, text: Sequence[int], width: int, heads: range) 
                 found[head].append(step.logits().copy())
             else:  # behind the end of the text nothing is known, and any token does
                 told = [*text, *[0] * head][at + head - 1 :][: len(part)]
-                found[head].append(step.ahead().logits(head - 2, told).copy())
+                found[head].append(step.ahead().logits(head - 2, told)[:, words].copy())
     return {head: np.concatenate(rows) for head, rows in found.items()}
 
 
@@ -246,7 +251,7 @@ def judge(full: Measured, small: Measured, limits: Limits, lossless: bool) -> li
 
 
 def _quality(full: Scores, small: Scores, percent: float) -> list[Row]:
-    before, after = full.perplexities(), small.perplexities()
+    before, after = _perplexities(full, full), _perplexities(small, full)
     rows = []
     for name, value in after.items():
         limit = before[name] * (1 + percent / 100)
@@ -254,6 +259,19 @@ def _quality(full: Scores, small: Scores, percent: float) -> list[Row]:
     for i, (ours, theirs) in enumerate(zip(small.choices, full.choices, strict=True), 1):
         rows.append(Row("quality", f"same first choice, head {i}", 1.0, float((ours == theirs).mean())))
     return rows
+
+
+def _perplexities(scores: Scores, full: Scores) -> dict[str, float]:
+    """As `Scores.perplexities`, but for words that the bundle in full precision drafts none of, as others cannot be."""
+    n = len(full.nll)
+    found = {}
+    for name, row, whole in zip(
+        full.perplexities(), [*scores.nll, scores.joint / n], [*full.nll, full.joint], strict=False
+    ):
+        known = np.isfinite(whole)
+        if known.any():
+            found[name] = float(np.exp(row[known].mean()))
+    return found
 
 
 def _acceptance(
@@ -305,7 +323,7 @@ def table(rows: list[Row], text: str) -> str:
 
 
 def _number(value: float) -> str:
-    if value == int(value):
+    if math.isfinite(value) and value == int(value):
         return str(int(value))
     return f"{value:.1e}" if abs(value) < 1e-2 else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
 

@@ -51,12 +51,13 @@ def write_graphs(
     ranges = cache_ranges(bundle, model, drafter, texts) if scheme.kv_cache == "int8" else ([], [])
     products = find_products(model, bundle.kv_layers)
     jobs = list(zip(products, _formats(products, scheme), strict=True))
-    _write(bundle, scheme, model, jobs, ranges[0], folder / graph, external, texts=texts)
+    made = _write(bundle, scheme, model, jobs, ranges[0], folder / graph, external, texts=texts)
     if drafter is not None and bundle.drafter is not None:
         of_base = {product.name: form for product, form in jobs if product.part in (Part.OUTPUT, Part.INPUT)}
         heads = _drafter_formats(find_drafter_products(drafter), scheme, of_base)
-        path = folder / bundle.drafter.graph
-        _write(bundle, scheme, drafter, heads, ranges[1], path, external, elsewhere=places(folder / graph))
+        made = {key: blocks for key, blocks in made.items() if key[0] in of_base}
+        path, shared = folder / bundle.drafter.graph, places(folder / graph)
+        _write(bundle, scheme, drafter, heads, ranges[1], path, external, known=made, elsewhere=shared)
         jobs += [(product, form) for product, form in heads if product.name not in of_base]
     stored: dict[Part, set[str]] = {product.part: set() for product, _ in jobs}
     for product, form in jobs:
@@ -74,8 +75,9 @@ def _write(
     external: bool,
     *,
     texts: Sequence[list[int]] = (),
+    known: Mapping[tuple[str, Format], Blocks] | None = None,
     elsewhere: Mapping[str, Place] | None = None,
-) -> None:
+) -> dict[tuple[str, Format], Blocks]:
     """Writes one smaller graph.
 
     Args:
@@ -87,11 +89,15 @@ def _write(
         path: The `.onnx` file to write.
         external: See `write_graphs`.
         texts: Text that 4-bit weights are fitted to; without any they are rounded to nearest.
-        elsewhere: Weights that stand in another file already.
+        known: Blocks of some weights, by name and format: those of the base stay what they were fitted to there.
+        elsewhere: Where weights of the base's graph stand.
+
+    Returns:
+        The blocks of every weight that is stored in such.
     """
     jobs = [(product, form) for product, form in products if form is not None]
     in_blocks = [job for job in jobs if job[0].is_lookup or not scheme.dynamic]
-    made = _all_blocks(bundle, model, in_blocks, scheme, texts)
+    made = _all_blocks(bundle, model, in_blocks, scheme, texts, known or {})
     passes: list[ir.passes.PassBase] = [
         StoreBlocks(product, made[product.name, form]) if (product.name, form) in made else StoreDynamic(product)
         for product, form in jobs
@@ -107,6 +113,7 @@ def _write(
             if not value.uses() and not value.is_graph_input():
                 del graph.initializers[name]
     write_model(model, path, external, elsewhere)
+    return made
 
 
 def _drafter_formats(
@@ -148,10 +155,15 @@ def _halves(block_size: int) -> list[int]:
 
 
 def _all_blocks(
-    bundle: Bundle, model: ir.Model, jobs: list[tuple[Product, Format]], scheme: Scheme, texts: Sequence[list[int]]
+    bundle: Bundle,
+    model: ir.Model,
+    jobs: list[tuple[Product, Format]],
+    scheme: Scheme,
+    texts: Sequence[list[int]],
+    known: Mapping[tuple[str, Format], Blocks],
 ) -> dict[tuple[str, Format], Blocks]:
-    """The blocks of every weight in every format that it is wanted in."""
-    made: dict[tuple[str, Format], Blocks] = {}
+    """The blocks of every weight in every format that it is wanted in; some may be known."""
+    made = dict(known)
     fits = scheme.algorithm == "gptq" and bool(texts)
     calibrated = [job for job in jobs if fits and job[1].bits == 4 and not job[0].is_lookup]
     with tqdm(total=len(jobs), desc="quantizing", unit="weight", leave=False, disable=None) as bar:

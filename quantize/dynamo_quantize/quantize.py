@@ -112,6 +112,10 @@ def quantize_into(
         raise QuantizeError(
             f"{bundle.folder} is {bundle.precision} already: quantize the bundle in fp32 that it came from"
         )
+    if target.graph in bundle.graphs[1:]:
+        raise QuantizeError(
+            f"{target.graph} is what the graph of further heads is called: choose another name for the base's"
+        )
     try:
         staged = target.stage()
         spoken = own_words(bundle) if calibration is None or gate_text is None else []

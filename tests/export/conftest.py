@@ -23,7 +23,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         if name not in made:
             folder = tmp_path_factory.mktemp("checkpoint") / name
             if name in checkpoints.CONFIGS:
-                made[name] = checkpoints.save_multi(folder, checkpoints.CONFIGS[name], checkpoints.heads_of(name))
+                config, drafting = checkpoints.CONFIGS[name], checkpoints.DRAFTING.get(name, {})
+                made[name] = checkpoints.save_multi(folder, config, checkpoints.heads_of(name), **drafting)
             else:
                 made[name] = checkpoints.save_drafter(folder, name)
         return made[name]

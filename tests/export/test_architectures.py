@@ -16,7 +16,7 @@ from support import checkpoints
 from support.refused import REFUSED
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from dynamo_export import ExportError, cli, export_bundle
+from dynamo_export import ExportError, cli, export_bundle, parity
 from dynamo_model import MultiTokenModel
 from dynamo_runtime import Engine
 from dynamo_runtime.bundle import load_bundle
@@ -82,24 +82,42 @@ def test_architecture(name: str, bundle: FolderOf, checkpoint: FolderOf) -> None
 
 
 def _check_graph(name: str, folder: Path) -> None:
-    graph = onnx.load(folder / "model.onnx").graph
-    nodes = [node for node in checkpoints.all_nodes(graph) if node.op_type == "GroupQueryAttention"]
-    attention = [attributes(node) for node in nodes]
-    assert len(attention) == 1 + checkpoints.heads_of(name)  # two layers of the base, and one a further head
+    heads = checkpoints.heads_of(name) - 1
+    graphs = [onnx.load(folder / file).graph for file in ("model.onnx", "drafter.onnx")]
+    nodes = [[node for node in graph.node if node.op_type == "GroupQueryAttention"] for graph in graphs]
+    assert [len(found) for found in nodes] == [2, heads]
+    attention = [attributes(node) for found in nodes for node in found]
     assert [a.get("local_window_size", -1) for a in attention] == WINDOWS.get(name, [-1] * len(attention))
     outside = 0 if name in ROTARY_OUTSIDE else 1
     assert [a["do_rotary"] for a in attention] == NOT_ROTATED.get(name, [outside] * len(attention))
     assert {a.get("softcap", 0.0) for a in attention} == {3.0 if name == "gemma2" else 0.0}
-    assert ("skipped_states" in {value.name for value in graph.input}) == (name not in ROTARY_OUTSIDE)
-    packed = [not node.input[1] for node in nodes]
+    packed = [not node.input[1] for found in nodes for node in found]
     assert all(packed) if name in PACKED else not any(packed)
-    vocabularies = [i.name for i in graph.initializer if sorted(i.dims) == [64, checkpoints.VOCAB]]
-    config = checkpoints.CONFIGS[name]
-    if config.hidden_size == 64:
-        assert len(vocabularies) == (1 if config.tie_word_embeddings else 2)
-    products = [n for n in graph.node if {"out_states"} & set(n.input)]
-    assert len(products) == 1, "one product with the output embedding for all heads"
-    assert _between(graph, products[0]) == BEHIND.get(name, [])
+    config, drafting = checkpoints.CONFIGS[name], checkpoints.DRAFTING.get(name, {})
+    tied, words = config.tie_word_embeddings, "draft_vocabulary" in drafting
+    _check_words(graphs, config.hidden_size, tied, words, drafting.get("conditioned", False))
+    layers = range(heads)
+    caches = [f"past_key_values.{layer}.{part}" for layer in layers for part in ("key", "value")]
+    told = ["previous_tokens", *(["draft_part"] if heads > 1 else [])] if drafting.get("conditioned") else []
+    inputs = ["penultimate_states", "attention_mask", *caches, "head_rows", "draft_states", *told]
+    assert [value.name for value in graphs[1].input] == inputs
+    outputs = ["head_states", *(cache.replace("past_key_values", "present") for cache in caches)]
+    assert [value.name for value in graphs[1].output] == [*outputs, "logits", "topk_logits", "topk_ids"]
+    for graph in graphs:
+        product = next(node for node in graph.node if node.name == "/out/out_product")
+        assert _between(graph, product) == BEHIND.get(name, [])
+
+
+def _check_words(graphs: list[onnx.GraphProto], hidden: int, tied: bool, words: bool, conditioned: bool) -> None:
+    """Embeddings are written once: the drafter's file refers to those of the base, and has a smaller one of its own."""
+    small = len(checkpoints.WORDS)
+    matrices = [[i for i in graph.initializer if len(i.dims) == 2 and "condition" not in i.name] for graph in graphs]
+    sizes = [sorted(list(i.dims) for i in found) for found in matrices]
+    base, drafter = ([size for size in found if {*size} & {checkpoints.VOCAB, small}] for found in sizes)
+    table, turned = [checkpoints.VOCAB, hidden], [hidden, checkpoints.VOCAB]
+    assert base == ([table] if tied else [turned, table])
+    own = [[hidden, small]] if words else [table] if tied else [turned]
+    assert drafter == (own if table in own or not conditioned else [*own, table])
 
 
 def _between(graph: onnx.GraphProto, product: onnx.NodeProto) -> list[str]:
@@ -128,9 +146,10 @@ def _check_greedy(folder: Path, source: Path) -> None:
     assert tokens == expected
     model = MultiTokenModel.load(source)
     with torch.no_grad():
-        further = [logits[0, -1].numpy() for logits in model(torch.tensor([tokens]))]
-    for head, logits in enumerate(further, start=1):
-        np.testing.assert_allclose(step.logits(head)[0], logits, atol=3e-5)
+        first, *further = [logits[0, -1].numpy() for logits in model(torch.tensor([tokens]))]
+    for part, logits in enumerate(further):  # told the first choice of the head before it
+        ours = step.ahead().logits(part, [int((first if part == 0 else further[part - 1]).argmax())])
+        np.testing.assert_allclose(ours[0], logits, atol=3e-5)
 
 
 def _check_verified(folder: Path) -> None:
@@ -154,17 +173,53 @@ def test_bf16_checkpoint_is_exported_in_fp32(tmp_path: Path) -> None:
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(embedding), stored.detach().float().numpy())
 
 
-@pytest.mark.parametrize(("heads", "topology", "layers"), [(0, Plain(), 2), (2, ParallelHeads(2), 3)])
-def test_fewer_heads(heads: int, topology: Topology, layers: int, checkpoint: FolderOf, tmp_path: Path) -> None:
-    """`--heads 0` is the plain language model, and one head can be left out."""
-    graph = export_bundle(tmp_path / "out" / "model.onnx", checkpoint("neox"), heads=heads)
+@pytest.mark.parametrize(("heads", "topology"), [(0, Plain()), (2, ParallelHeads(2))])
+def test_fewer_heads(heads: int, topology: Topology, checkpoint: FolderOf, tmp_path: Path) -> None:
+    """`--heads 0` is the plain language model, and one head can be left out, its condition with it."""
+    graph = export_bundle(tmp_path / "out" / "model.onnx", checkpoint("phi"), heads=heads)
     bundle = load_bundle(graph)
-    assert (bundle.topology, bundle.kv_layers) == (topology, layers)
+    assert (bundle.topology, bundle.kv_layers) == (topology, 2)
+    assert (bundle.drafter is not None) == (graph.parent / "drafter.onnx").exists() == (heads > 0)
     session = onnxruntime.InferenceSession(graph)
     outputs = {output.name for output in session.get_outputs()}
     assert ("penultimate_states" in outputs) == (heads > 0)
-    optional = {value.name for value in session.get_overridable_initializers()}
-    assert optional == ({"num_logits_to_keep", *(["head_rows", "skipped_states"] if heads else [])})
+    assert [value.name for value in session.get_overridable_initializers()] == ["num_logits_to_keep"]
+
+
+@pytest.mark.parametrize("name", ["neox", "gemma2", "mistral-rotary-12", "cp-llama-tied"])
+def test_the_base_of_heads_is_the_plain_export(
+    name: str, bundle: FolderOf, checkpoint: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Node by node and weight by weight, but that it puts out the states that its last layer reads."""
+    monkeypatch.setattr(parity, "reference", lambda subject, length: ([], []))
+    plain = onnx.load(export_bundle(tmp_path / "out" / "model.onnx", checkpoint(name), heads=0)).graph
+    base = onnx.load(bundle(name) / "model.onnx").graph
+    (states,) = [value for value in base.output if value.name == "penultimate_states"]
+    base.output.remove(states)
+    for field in ("input", "output", "initializer"):
+        ours, theirs = ({short(each.name): each for each in getattr(graph, field)} for graph in (base, plain))
+        assert ours.keys() == theirs.keys(), field
+        for name, each in ours.items():
+            each.name = theirs[name].name
+            assert each == theirs[name], name
+    assert nodes_of(base) == nodes_of(plain)
+
+
+def short(name: str) -> str:
+    """A name without the modules around the base, which those of packed weights begin with."""
+    return name.removeprefix("/model/base" if name.startswith("/model/base/") else "/model")
+
+
+def nodes_of(graph: onnx.GraphProto) -> list[tuple[Any, ...]]:
+    """What every node does, and what it does it to: the names of values in between say nothing."""
+    ends = {value.name for value in graph.output}
+    called: dict[str, str] = {}
+    found = []
+    for number, node in enumerate(graph.node):
+        inputs = [called.get(name, short(name)) for name in node.input]
+        called |= {name: f"{number}.{i}" for i, name in enumerate(node.output) if name not in ends}
+        found.append((node.op_type, node.domain, inputs, [called.get(n, n) for n in node.output], attributes(node)))
+    return found
 
 
 def test_plain_export_of_a_plain_base(tmp_path: Path) -> None:
@@ -174,23 +229,33 @@ def test_plain_export_of_a_plain_base(tmp_path: Path) -> None:
     assert load_bundle(graph).topology == Plain()
 
 
-def test_optional_inputs_have_defaults(bundle: FolderOf) -> None:
-    """A caller that knows nothing of them gets all rows of the first head, and the others are not computed."""
-    folder = bundle("llama-grouped")
+def run_graph(path: Path, outputs: list[str], **feed: np.ndarray) -> list[np.ndarray]:
+    """One run of a graph with empty caches of its two layers."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(folder / "model.onnx", options)
+    cache = {
+        f"past_key_values.{i}.{part}": np.zeros((1, 2, 16, 16), np.float32) for i in (0, 1) for part in ("key", "value")
+    }
+    return onnxruntime.InferenceSession(path, options).run(outputs, cache | feed)
+
+
+def test_optional_inputs_have_defaults(bundle: FolderOf) -> None:
+    """A caller gets all rows of the base, and the heads' states behind the last; both parts of the drafter at once."""
+    folder = bundle("llama-grouped")
     ids = np.arange(10, 17)[None]
     feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    for layer in range(4):
-        for part in ("key", "value"):
-            feed[f"past_key_values.{layer}.{part}"] = np.zeros((1, 2, 16, 16), np.float32)
-    first, ids = session.run(["logits", "topk_ids"], feed)
-    assert first.shape == (1, 7, checkpoints.VOCAB) and ids.shape == (1, 7, 128)
-    chosen = {"num_logits_to_keep": np.array(2), "head_rows": np.array([-1, 0])}
-    rows = session.run(["logits"], feed | chosen)[0]
-    assert rows.shape == (1, 2 + 2 * 2, checkpoints.VOCAB)
-    np.testing.assert_allclose(rows[:, :2], first[:, -2:], atol=1e-6)
+    first, top, states = run_graph(folder / "model.onnx", ["logits", "topk_ids", "penultimate_states"], **feed)
+    assert first.shape == (1, 7, checkpoints.VOCAB) and top.shape == (1, 7, 128) and states.shape == (1, 7, 64)
+    (rows,) = run_graph(folder / "model.onnx", ["logits"], **feed, num_logits_to_keep=np.array(2))
+    np.testing.assert_allclose(rows, first[:, -2:], atol=1e-6)
+    feed = {"penultimate_states": states, "attention_mask": np.ones_like(ids), "draft_states": states[:, :5]}
+    wanted = ["head_states", "logits", "topk_logits", "topk_ids"]
+    last, logits, values, top = run_graph(folder / "drafter.onnx", wanted, **feed)
+    assert last.shape == (1, 2, 64) and logits.shape == (1, 5, checkpoints.VOCAB) and top.shape == (1, 5, 64)
+    np.testing.assert_array_equal(values, np.take_along_axis(logits, top, -1))
+    (chosen,) = run_graph(folder / "drafter.onnx", ["head_states"], **feed, head_rows=np.array([0, -1]))
+    assert chosen.shape == (1, 4, 64)
+    np.testing.assert_allclose(chosen[:, 2:], last, atol=1e-6)
 
 
 @pytest.mark.parametrize(

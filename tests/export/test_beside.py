@@ -156,7 +156,7 @@ def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture
         raise RuntimeError("first line\nsecond line")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dynamo_export.export.build_graph", broken)
+        patch.setattr("dynamo_export.export.build_graphs", broken)
         patch.setattr(parity, "reference", lambda subject, length: ([], []))
         for flags, traceback in (([], False), (["--debug"], True)):
             assert cli.main(["-o", str(tmp_path / "out"), "-m", str(folder), "--heads", "0", *flags]) == 1

@@ -46,7 +46,7 @@ def test_joint_head(name: str, bundle: FolderOf, checkpoint: FolderOf) -> None:
     assert {row["output"] for row in parity["rows"]} == {"logits", "gate", "factor_logits"}
     loaded = load_bundle(folder, verify=True)
     joint = JointHead(n_tokens, rank)
-    assert (loaded.topology, loaded.kv_layers, loaded.vocab_size) == (joint, 3, VOCAB)
+    assert (loaded.topology, loaded.kv_layers, loaded.vocab_size) == (joint, 2, VOCAB)
     assert loaded.has_cooccurrence
     session = Session(loaded)
     session.step([*TOKENS[:4], 11])
@@ -56,27 +56,32 @@ def test_joint_head(name: str, bundle: FolderOf, checkpoint: FolderOf) -> None:
     with torch.no_grad():
         logits, log_w, factors = (x[0, 4:].numpy() for x in CPModel.load(checkpoint(name))(torch.tensor([TOKENS])))
     np.testing.assert_allclose(step.logits(), logits[-2:], atol=3e-5)
-    np.testing.assert_allclose(joint.gate(step), log_w[rows], atol=3e-5)
-    np.testing.assert_allclose(np.exp(joint.gate(step)).sum(-1), 1, atol=1e-6)
-    assert joint.factors(step).shape == (3, n_tokens, rank, VOCAB)
-    np.testing.assert_allclose(joint.factors(step), factors[rows], atol=3e-5)
-    values, ids = joint.factor_topk(step)
-    assert values.shape == ids.shape == (3, n_tokens, rank, 128) and ids.dtype == np.int64
-    np.testing.assert_array_equal(values, -np.sort(-joint.factors(step))[..., :128])
-    np.testing.assert_array_equal(np.take_along_axis(joint.factors(step), ids, -1), values)
+    ahead = step.ahead()
+    np.testing.assert_allclose(joint.gate(ahead), log_w[rows], atol=3e-5)
+    np.testing.assert_allclose(np.exp(joint.gate(ahead)).sum(-1), 1, atol=1e-6)
+    found = joint.factors(ahead)
+    assert found.shape == (3, n_tokens, rank, VOCAB)
+    np.testing.assert_allclose(found, factors[rows], atol=3e-5)
+    values, ids = joint.factor_topk(ahead)
+    assert values.shape == ids.shape == (3, n_tokens, rank, 64) and ids.dtype == np.int64
+    np.testing.assert_array_equal(values, -np.sort(-found)[..., :64])
+    np.testing.assert_array_equal(np.take_along_axis(found, ids, -1), values)
     last = session.step([9])
-    assert joint.gate(last).shape == (1, rank)
+    assert joint.gate(last.ahead()).shape == (1, rank)
 
 
 def test_joint_graph(bundle: FolderOf) -> None:
-    """Rows are chosen before the context layer's projection, and all of them share one product with the vocabulary."""
-    graph = onnx.load(bundle("cp-llama-tied") / "model.onnx").graph
-    nodes = checkpoints.all_nodes(graph)
-    made_by = {name: node for node in nodes for name in node.output}
-    projection = next(n for n in nodes if any("heads.0.self_attn.o_proj" in name for name in n.input))
+    """Rows are chosen before the context layer's projection; factors share the base's embedding, written once."""
+    folder = bundle("cp-llama-tied")
+    graph = onnx.load(folder / "drafter.onnx", load_external_data=False).graph
+    made_by = {name: node for node in graph.node for name in node.output}
+    projection = next(n for n in graph.node if any("heads.0.self_attn.o_proj" in name for name in n.input))
     assert list(made_by[projection.input[0]].input)[1] == "head_rows"
-    assert [n.op_type for n in graph.node if "out_states" in n.input] == ["FusedMatMul"]
-    assert weights_like_embeddings(bundle("cp-llama-tied")) == [[64, VOCAB]]
+    assert [n.op_type for n in graph.node if n.name == "/out/out_product"] == ["FusedMatMul"]
+    assert weights_like_embeddings(folder) == [[64, VOCAB]]
+    shared = {i.name: {e.key: e.value for e in i.external_data} for i in graph.initializer if i.external_data}
+    assert {place["location"] for place in shared.values()} == {"model.onnx"}
+    assert "model.embed_tokens.weight" in shared
     factors = [list(i.dims) for i in graph.initializer if i.name.startswith("cp.factors")]
     assert factors == [[64, 2 * 3 * 64]]
 
@@ -110,6 +115,13 @@ def test_look_ahead(name: str, bundle: FolderOf, checkpoint: FolderOf) -> None:
         assert step.topk()[1].max() < VOCAB
     with pytest.raises(PromptError, match=f"token ids must be from 0 to {VOCAB + count - 1}"):
         session.step([VOCAB + count])
+
+
+def test_the_drafters_graph_has_a_name_of_its_own(checkpoint: FolderOf, tmp_path: Path) -> None:
+    """Which the base's cannot have."""
+    with pytest.raises(ExportError, match=r"drafter\.onnx is what the graph of further heads is called"):
+        export_bundle(tmp_path / "out" / "drafter.onnx", checkpoint("cp-llama"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,6 @@ from dynamo_export import export as pipeline
 from dynamo_export.graph import inspect
 from dynamo_export.registry import exported
 from dynamo_export.source import load_model
-from dynamo_graph.branches import STACKED
 from dynamo_runtime.bundle import Bundle, list_files, load_bundle
 from dynamo_runtime.names import PENULTIMATE
 
@@ -54,7 +54,8 @@ def set_attribute(node: onnx.NodeProto, name: str, value: float) -> None:
 
 def change(model: onnx.ModelProto, name: str, edit: Callable[[np.ndarray], None]) -> None:
     """Edits one initializer in place."""
-    tensor = next(i for i in model.graph.initializer if i.name == name)
+    graphs = checkpoints.all_graphs(model.graph)
+    tensor = next(i for graph in graphs for i in graph.initializer if i.name == name)
     array = onnx.numpy_helper.to_array(tensor).copy()
     edit(array)
     tensor.CopyFrom(onnx.numpy_helper.from_array(array, name))
@@ -66,7 +67,10 @@ def one_column_of_a_head(model: onnx.ModelProto) -> None:
     def edit(array: np.ndarray) -> None:
         array[:, 3] *= 1.2
 
-    change(model, "heads.1.mlp.down_proj.weight", edit)
+    name = next(
+        i.name for i in model.graph.initializer if re.fullmatch(r"heads\.1\.mlp\.(down_proj|fc2)\.weight", i.name)
+    )
+    change(model, name, edit)
 
 
 def window_off_by_one(model: onnx.ModelProto) -> None:
@@ -89,16 +93,16 @@ def late_rotary_entry(model: onnx.ModelProto) -> None:
 
 
 def swapped_caches(model: onnx.ModelProto) -> None:
-    """Two layers read each other's past: exact in a prefill, wrong in every step after."""
-    first, second = attention(model)[2:4]
+    """The layers of two heads read each other's past: exact in a prefill, wrong in every step after."""
+    first, second = attention(model)
     for i in (3, 4):
         first.input[i], second.input[i] = second.input[i], first.input[i]
 
 
 def swapped_heads(model: onnx.ModelProto) -> None:
     """The second and third head change places."""
-    stacked = next(node for node in checkpoints.all_nodes(model.graph) if node.name == STACKED)
-    stacked.input[1], stacked.input[2] = stacked.input[2], stacked.input[1]
+    joined = next(node for node in model.graph.node if node.name == "/out/out_side_by_side")
+    joined.input[0], joined.input[1] = joined.input[1], joined.input[0]
 
 
 def topk_of_another_row(model: onnx.ModelProto) -> None:
@@ -108,22 +112,65 @@ def topk_of_another_row(model: onnx.ModelProto) -> None:
     replaced_output(model, "topk_ids", "Slice", "back", "begin", "second", "back")
 
 
-def skipped_states_behind(model: onnx.ModelProto) -> None:
-    """States of earlier passes follow those of this one."""
-    joined = next(node for node in checkpoints.all_nodes(model.graph) if node.name == "/heads/states")
-    joined.input[0], joined.input[1] = joined.input[1], joined.input[0]
-
-
 def penultimate_of_another_layer(model: onnx.ModelProto) -> None:
     """What is put out for the heads is not what they read."""
     embedded = next(node for node in model.graph.node if "input_ids" in node.input)
-    for node in checkpoints.all_nodes(model.graph):
-        for i, name in enumerate(node.input):
-            if name == PENULTIMATE:
-                node.input[i] = "penultimate"
-    maker = next(node for node in model.graph.node if PENULTIMATE in node.output)
-    maker.output[list(maker.output).index(PENULTIMATE)] = "penultimate"
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = ["penultimate" if name == PENULTIMATE else name for name in names]
     model.graph.node.append(onnx.helper.make_node("Identity", [embedded.output[0]], [PENULTIMATE]))
+
+
+def condition_of_a_head(model: onnx.ModelProto) -> None:
+    """A single weight column of the second condition, inside its branch."""
+
+    def edit(array: np.ndarray) -> None:
+        array[:, 3] *= 1.2
+
+    change(model, "condition.1.out.weight", edit)
+
+
+def swapped_conditions(model: onnx.ModelProto) -> None:
+    """The two heads have each other's condition."""
+    (choice,) = (node for node in model.graph.node if node.op_type == "If")
+    one, other = choice.attribute
+    one.name, other.name = other.name, one.name
+
+
+def told_another_token(model: onnx.ModelProto) -> None:
+    """Conditions hear of the token of the next row."""
+    looked_up = next(node for node in model.graph.node if "previous_tokens" in node.input)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1], np.int64), "turned_by"))
+    axes = [onnx.numpy_helper.from_array(np.array([at], np.int64), f"turned_{at}") for at in (0, 1)]
+    model.graph.initializer.extend([axes[0], axes[1]])
+    most = onnx.numpy_helper.from_array(np.array([np.iinfo(np.int64).max]), "turned_end")
+    model.graph.initializer.append(most)
+    nodes = [
+        onnx.helper.make_node("Slice", ["previous_tokens", "turned_1", "turned_end", "turned_by"], ["turned_rest"]),
+        onnx.helper.make_node("Slice", ["previous_tokens", "turned_0", "turned_by", "turned_by"], ["turned_first"]),
+        onnx.helper.make_node("Concat", ["turned_rest", "turned_first"], ["turned"], axis=1),
+    ]
+    looked_up.input[list(looked_up.input).index("previous_tokens")] = "turned"
+    for node in reversed(nodes):
+        model.graph.node.insert(0, node)
+
+
+def another_word(model: onnx.ModelProto) -> None:
+    """One word of the draft vocabulary is taken for another."""
+
+    def edit(array: np.ndarray) -> None:
+        array[5] = (array[5] + 1) % checkpoints.VOCAB
+
+    change(model, "draft_vocabulary", edit)
+
+
+def row_of_the_draft_embedding(model: onnx.ModelProto) -> None:
+    """One word's embedding, and only where it is drafted."""
+
+    def edit(array: np.ndarray) -> None:
+        array[:, 7] *= 1.2
+
+    change(model, "draft.embedding.weight", edit)
 
 
 def not_a_number(model: onnx.ModelProto) -> None:
@@ -178,6 +225,7 @@ def replaced_output(model: onnx.ModelProto, name: str, op: str, *more: str) -> N
 
 def top_ids(model: onnx.ModelProto) -> None:
     """The top-K ids are one too large."""
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1], np.int64), "out_one"))
     replaced_output(model, "topk_ids", "Add", "out_one")
 
 
@@ -187,10 +235,9 @@ def top_logits(model: onnx.ModelProto) -> None:
 
 
 def swapped_context_cache(model: onnx.ModelProto) -> None:
-    """The context layer and the base's last layer read each other's past."""
-    first, second = attention(model)[1:3]
-    for i in (3, 4):
-        first.input[i], second.input[i] = second.input[i], first.input[i]
+    """The context layer takes the keys of its past for values, and the other way round."""
+    (context,) = attention(model)
+    context.input[3], context.input[4] = context.input[4], context.input[3]
 
 
 def last_look_ahead_row(model: onnx.ModelProto) -> None:
@@ -221,66 +268,77 @@ def logits_of_look_ahead(model: onnx.ModelProto) -> None:
     change(model, "out_vocab", edit)
 
 
-# Damage, and the runs that have to notice it.
-PARALLEL: list[tuple[Damage, set[str]]] = [
-    (one_column_of_a_head, {"prefill", "decode 1", "decode 4", "rollback 1", "chunks"}),
-    (window_off_by_one, {"prefill", "decode 1"}),
-    (no_window_in_a_head, {"prefill", "decode 1"}),
-    (late_rotary_entry, {"prefill", "decode 1"}),
-    (swapped_caches, {"decode 1", "decode 2", "rollback 1"}),
-    (swapped_heads, {"prefill", "decode 1"}),
-    (topk_of_another_row, {"prefill", "decode 1"}),
-    (skipped_states_behind, {"skip 1", "skip 4"}),
-    (penultimate_of_another_layer, {"skip 1", "skip 4"}),
+# Damage to a file, and the runs that have to notice it.
+BASE, DRAFTER = "model.onnx", "drafter.onnx"
+PARALLEL: list[tuple[str, Damage, set[str]]] = [
+    (DRAFTER, one_column_of_a_head, {"prefill", "decode 1", "decode 4", "rollback 1", "skip 4", "chunks"}),
+    (BASE, window_off_by_one, {"prefill", "decode 1"}),
+    (DRAFTER, no_window_in_a_head, {"prefill", "decode 1", "skip 1"}),
+    (BASE, late_rotary_entry, {"prefill", "decode 1"}),
+    (DRAFTER, late_rotary_entry, {"prefill", "decode 1"}),
+    (DRAFTER, swapped_caches, {"decode 1", "decode 2", "rollback 1", "skip 1"}),
+    (DRAFTER, swapped_heads, {"prefill", "decode 1"}),
+    (BASE, topk_of_another_row, {"prefill", "decode 4"}),
+    (DRAFTER, top_ids, {"prefill", "decode 1"}),
+    (BASE, penultimate_of_another_layer, {"prefill", "decode 1", "skip 1", "skip 4"}),
 ]
-JOINT: list[tuple[Damage, set[str]]] = [
-    (gate_of_a_component, {"prefill", "decode 1", "decode 4", "rollback 1", "chunks"}),
-    (gate_not_normalised, {"prefill", "decode 1"}),
-    (column_of_a_factor, {"prefill", "decode 1", "decode 4", "rollback 1", "chunks"}),
-    (swapped_factors, {"prefill", "decode 1"}),
-    (top_ids, {"prefill", "decode 1"}),
-    (top_logits, {"prefill", "decode 1"}),
-    (skipped_states_behind, {"skip 1", "skip 4"}),
-    (swapped_context_cache, {"decode 1", "decode 2", "rollback 1"}),
+CONDITIONED: list[tuple[str, Damage, set[str]]] = [
+    (DRAFTER, one_column_of_a_head, {"prefill", "decode 1", "rollback 1", "skip 4", "chunks"}),
+    (DRAFTER, condition_of_a_head, {"prefill", "decode 1", "rollback 1", "skip 4", "chunks"}),
+    (DRAFTER, swapped_conditions, {"prefill", "decode 1"}),
+    (DRAFTER, told_another_token, {"prefill", "decode 2"}),
+    (DRAFTER, another_word, {"prefill", "decode 1"}),
+    (DRAFTER, row_of_the_draft_embedding, {"prefill", "decode 1", "rollback 1", "skip 4", "chunks"}),
 ]
-LOOK_AHEAD: list[tuple[Damage, set[str]]] = [
-    (last_look_ahead_row, {"prefill", "decode 1", "decode 4", "rollback 1", "look-ahead", "chunks"}),
-    (swapped_look_ahead_rows, {"prefill", "decode 1", "rollback 1", "look-ahead"}),
-    (logits_of_look_ahead, {"prefill", "decode 1", "look-ahead"}),
+JOINT: list[tuple[str, Damage, set[str]]] = [
+    (DRAFTER, gate_of_a_component, {"prefill", "decode 1", "decode 4", "rollback 1", "chunks"}),
+    (DRAFTER, gate_not_normalised, {"prefill", "decode 1"}),
+    (DRAFTER, column_of_a_factor, {"prefill", "decode 1", "decode 4", "rollback 1", "skip 4", "chunks"}),
+    (DRAFTER, swapped_factors, {"prefill", "decode 1"}),
+    (DRAFTER, top_ids, {"prefill", "decode 1"}),
+    (DRAFTER, top_logits, {"prefill", "decode 1"}),
+    (DRAFTER, swapped_context_cache, {"decode 1", "decode 2", "rollback 1", "skip 1"}),
 ]
+LOOK_AHEAD: list[tuple[str, Damage, set[str]]] = [
+    (BASE, last_look_ahead_row, {"prefill", "decode 1", "decode 4", "rollback 1", "look-ahead", "chunks"}),
+    (BASE, swapped_look_ahead_rows, {"prefill", "decode 1", "rollback 1", "look-ahead"}),
+    (BASE, logits_of_look_ahead, {"prefill", "decode 1", "look-ahead"}),
+]
+KINDS = [("mistral-window", PARALLEL), ("phi", CONDITIONED), ("cp-neox", JOINT), ("lookahead-llama-tied", LOOK_AHEAD)]
 DAMAGES = [
-    pytest.param(name, damage, runs, id=damage.__name__)
-    for name, damages in (("mistral-window", PARALLEL), ("cp-neox", JOINT), ("lookahead-llama-tied", LOOK_AHEAD))
-    for damage, runs in damages
+    pytest.param(name, file, damage, runs, id=f"{damage.__name__} of {name}, {file}")
+    for name, damages in KINDS
+    for file, damage, runs in damages
 ]
 
 
-def damaged_copy(folder: Path, to: Path, damage: Damage) -> Bundle:
-    """A copy of a bundle whose graph is damaged and whose manifest says that it is not."""
+def damaged_copy(folder: Path, to: Path, file: str, damage: Damage) -> Bundle:
+    """A copy of a bundle one of whose graphs is damaged and whose manifest says that it is not."""
     copy = to / "damaged"
     shutil.copytree(folder, copy)
-    model = onnx.load(copy / "model.onnx")
-    damage(model)
-    (copy / "model.onnx").unlink()
-    onnx.save(model, copy / "model.onnx")
+    models = {name: onnx.load(copy / name) for name in load_bundle(folder).graphs}  # one may have the other's weights
+    damage(models[file])
+    for name, model in models.items():
+        (copy / name).unlink()
+        onnx.save(model, copy / name)
     bundle = replace(load_bundle(folder), folder=copy, files=list_files(copy))
     bundle.write_manifest()
     return load_bundle(copy)
 
 
-@pytest.mark.parametrize(("name", "damage", "runs"), DAMAGES)
+@pytest.mark.parametrize(("name", "file", "damage", "runs"), DAMAGES)
 def test_damage_is_seen(
-    name: str, damage: Damage, runs: set[str], answers: CasesOf, bundle: FolderOf, tmp_path: Path
+    name: str, file: str, damage: Damage, runs: set[str], answers: CasesOf, bundle: FolderOf, tmp_path: Path
 ) -> None:
     """Every damage fails the gate, in the runs where it shows."""
-    damaged = damaged_copy(bundle(name), tmp_path, damage)
+    damaged = damaged_copy(bundle(name), tmp_path, file, damage)
     failed = {row.run for row in parity.gate(damaged, answers(name)) if not row.passed}
     assert runs <= failed
 
 
 def test_what_is_no_number_is_seen_at_once(answers: CasesOf, bundle: FolderOf, tmp_path: Path) -> None:
     """Not by comparing: the bundle does not run."""
-    damaged = damaged_copy(bundle("mistral-window"), tmp_path, not_a_number)
+    damaged = damaged_copy(bundle("mistral-window"), tmp_path, BASE, not_a_number)
     with pytest.raises(ExportError, match=r"does not run: .* not finite numbers"):
         parity.gate(damaged, answers("mistral-window"))
 
@@ -289,6 +347,7 @@ def test_what_is_no_number_is_seen_at_once(answers: CasesOf, bundle: FolderOf, t
     ("name", "outputs", "more"),
     [
         ("mistral-window", {"logits", "logits_2", "logits_3"}, {"skip 1", "skip 4"}),
+        ("phi", {"logits", "logits_2", "logits_3"}, {"skip 1", "skip 4"}),
         ("cp-neox", {"logits", "gate", "factor_logits"}, {"skip 1", "skip 4"}),
         ("lookahead-llama-tied", {"logits"}, {"look-ahead"}),
     ],
@@ -335,8 +394,10 @@ def test_failure_leaves_nothing(
 
     write = pipeline.write_model
 
-    def write_damaged(model, path, external):  # type: ignore[no-untyped-def]
-        files = write(model, path, external)
+    def write_damaged(model, path, *more):  # type: ignore[no-untyped-def]
+        files = write(model, path, *more)
+        if path.name != "model.onnx":
+            return files
         damaged = onnx.load(path)
         change(damaged, "model.layers.0.mlp.gate_proj.weight", lambda array: array.__imul__(1.01))
         path.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,8 @@ def test_greedy_tokens_agree(name: str, bundle: Callable[[str], Path], checkpoin
     """Its tokens equal transformers' and our own session's, over the model's whole context."""
     prompt, length = [5, 17, 99, 4, 30], 96
     folder = bundle(name)
+    decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+    assert (decoder["num_hidden_layers"], decoder["filename"]) == (2, "model.onnx"), "of the base alone"
     model = genai.Model(str(folder))
     parameters = genai.GeneratorParams(model)
     parameters.set_search_options(max_length=length, do_sample=False)

@@ -15,7 +15,7 @@ from dynamo_runtime.manifest import MANIFEST, REPORT
 FolderOf = Callable[[str], Path]
 
 
-@pytest.mark.parametrize("name", ["neox", "cp-neox", "lookahead-llama-tied"])
+@pytest.mark.parametrize("name", ["neox", "phi", "cp-neox", "lookahead-llama-tied"])
 def test_manifest_is_small_and_is_read_back(name: str, bundle: FolderOf) -> None:
     """A device reads no proofs, and what it reads is what was written; the report is listed as any file."""
     folder = bundle(name)

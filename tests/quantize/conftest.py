@@ -23,10 +23,15 @@ from dynamo_runtime.bundle import Bundle, load_bundle
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 
 # Checkpoints by kind: NeoX with serial (plain) and parallel (cp) residual, untied and with biases; Qwen2 (parallel) and
-# Llama (lookahead), tied, the first with grouped attention and some biases. The last two change their logits behind
-# the output embedding: Gemma 2 (tied) caps them, Cohere (untied) scales them.
+# Llama (lookahead), tied, the first with grouped attention and some biases. Two change their logits behind the output
+# embedding: Gemma 2 (tied) caps them, Cohere (untied) scales them. The last two have heads that are conditioned on the
+# token in front, over all words (tied) and over a draft vocabulary (untied).
 EXPORTS = {"plain": "neox-partial-serial", "parallel": "qwen2", "cp": "cp-neox", "lookahead": "lookahead-llama-tied"}
-EXPORTS |= {"capped": "gemma2", "scaled": "cp-cohere"}
+EXPORTS |= {"capped": "gemma2", "scaled": "cp-cohere", "conditioned": "llama-linear-tied", "words": "neox"}
+WORDS = checkpoints.WORDS
+DRAFTING: dict[str, dict[str, Any]] = {"capped": {"draft_vocabulary": WORDS}, "conditioned": {"conditioned": True}}
+DRAFTING |= {"words": {"draft_vocabulary": WORDS, "conditioned": True}}
+HEADS = {"conditioned": 3}
 SMALL_PEAK = 123_000_000
 
 
@@ -77,7 +82,8 @@ def export(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Callable[[st
             source = EXPORTS[name]
             folder = tmp_path_factory.mktemp("exports") / name
             if source in checkpoints.CONFIGS:
-                checkpoint = checkpoints.save_multi(folder / "checkpoint", checkpoints.CONFIGS[source], 2)
+                config, heads, drafting = checkpoints.CONFIGS[source], HEADS.get(name, 2), DRAFTING.get(name, {})
+                checkpoint = checkpoints.save_multi(folder / "checkpoint", config, heads, **drafting)
                 checkpoints.save_counts(checkpoint)
             else:
                 checkpoint = checkpoints.save_drafter(folder / "checkpoint", source)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.naive import graph_paths
 
 from dynamo_graph.read import read_model
 from dynamo_quantize.blocks import Format
@@ -24,7 +25,7 @@ TEXT, OTHER = RNG.integers(1, 320, 12).tolist(), RNG.integers(1, 320, 60).tolist
 def test_ranges_hold_at_every_position(name: str, export: Callable[[str], Any]) -> None:
     """Keys of the first layer are tokens, rotated by where they stand: elsewhere they stay within their range."""
     bundle = export(name).bundle
-    keys, values = cache_ranges(bundle, read_model(bundle.graph_path), [TEXT])[0]
+    keys, values = cache_ranges(bundle, read_model(bundle.graph_path), None, [TEXT])[0][0]
     session = Session(bundle, provider="cpu")
     beyond = 0.0
     for before in range(0, 60, 5):
@@ -37,6 +38,25 @@ def test_ranges_hold_at_every_position(name: str, export: Callable[[str], Any]) 
             first = here[0]
         beyond = max(beyond, float((here[0] / first).max()))
     assert beyond > 1.2, "at other positions some channels reach further than in the text itself"
+
+
+@pytest.mark.parametrize("name", ["parallel", "conditioned"])
+def test_ranges_of_the_heads_caches(name: str, export: Callable[[str], Any]) -> None:
+    """Found by running the heads over the same texts; one for each of their layers."""
+    bundle = export(name).bundle
+    graphs = [read_model(path) for path in graph_paths(bundle)]
+    heads = cache_ranges(bundle, *graphs, [TEXT, OTHER])[1]
+    session = Session(bundle, provider="cpu")
+    largest = np.zeros((bundle.topology.layers, bundle.kv_heads, bundle.head_size))
+    for text in (TEXT, OTHER):
+        session.cache.reset()
+        session.step(text).ahead()
+        assert session.heads is not None
+        values = [np.abs(pair[1][0, :, : len(text)]).max(axis=1) for pair in session.heads.kv.buffers]
+        largest = np.maximum(largest, values)
+    for (keys, values), expected in zip(heads, largest, strict=True):
+        np.testing.assert_allclose(values, expected, rtol=1e-5)
+        assert (keys > 0).all()
 
 
 def test_hessians_in_groups(export: Callable[[str], Any]) -> None:

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.naive import in_passes, initializers, outputs
+from support.naive import graph_paths, in_passes, initializers, outputs
 
-from dynamo_graph.branches import pass_bytes
-from dynamo_graph.read import read_model
+from dynamo_graph.read import pass_bytes
 from dynamo_quantize import gates
 from dynamo_quantize.gates import Measured, Samples, judge, measure
 from dynamo_quantize.schemes import Limits
@@ -136,7 +135,7 @@ class Crooked:
 
     def __init__(self, differs: dict[int, dict[int, float]], gap: float = 1.0):
         """A gap of `gap` everywhere; `differs[width][position]` is added to the second choice."""
-        self.bundle = SimpleNamespace(topology=LookAhead(1))
+        self.bundle = SimpleNamespace(topology=LookAhead(1), drafter=None)
         self.cache = self
         self.differs, self.gap, self.position = differs, gap, 0
 
@@ -149,7 +148,7 @@ class Crooked:
         for i in range(len(tokens)):
             logits[i, 2] = self.differs.get(len(tokens), {}).get(self.position + i, 0.0)
         self.position += len(tokens)
-        return SimpleNamespace(logits=lambda head: logits)
+        return SimpleNamespace(logits=lambda: logits)
 
 
 def widths(session: Any, reference: Measured | None = None) -> tuple[Any, ...]:
@@ -199,7 +198,8 @@ def test_measured_of_a_bundle(export: Callable[[str], Any]) -> None:
     top = np.sort(narrow, -1)
     np.testing.assert_allclose(found.gaps[3], top[:, -1] - top[:, -2], atol=1e-5)
     sizes = {path.name: path.stat().st_size for path in bundle.folder.iterdir() if path.name != "dynamo_config.json"}
-    assert (found.graph_bytes, found.bundle_bytes) == (sizes["model.onnx"], sum(sizes.values()))
+    graphs = sizes["model.onnx"] + sizes["drafter.onnx"]
+    assert (found.graph_bytes, found.bundle_bytes) == (graphs, sum(sizes.values()))
     assert found.pass_bytes == read_bytes(bundle)
     assert set(found.tokens_per_pass) == {"speculative", "dynamo"}
     engine = Engine(bundle, provider="cpu")
@@ -222,23 +222,60 @@ def test_strategies_of_the_kinds(name: str, strategies: set[str], export: Callab
 
 def read_bytes(bundle: Bundle) -> int:
     """What a pass with heads reads."""
-    read = pass_bytes(read_model(bundle.graph_path))
+    read = pass_bytes(bundle)
     return read.plain + read.heads
 
 
 def test_bytes_of_a_pass(export: Callable[[str], Any], smaller: Callable[..., Bundle]) -> None:
     """A weight that is only looked up does not count; one that is multiplied with as well does, in whole."""
     for bundle in (export("parallel").bundle, smaller("parallel", "int8")):
-        weights = initializers(bundle.graph_path)
+        weights = [array for path in graph_paths(bundle) for array in initializers(path).values()]
         found = read_bytes(bundle)
-        assert found == pytest.approx(
-            sum(array.nbytes for array in weights.values()), abs=64
-        )  # but for small constants
+        assert found == pytest.approx(sum(array.nbytes for array in weights), abs=128)  # but for small constants
     for bundle in (export("cp").bundle, smaller("cp", "int4", symmetric=False, algorithm="rtn")):
-        weights = initializers(bundle.graph_path)
-        found = read_bytes(bundle)
-        expected = sum(array.nbytes for name, array in weights.items() if "embed_in" not in name)
-        assert found == pytest.approx(expected, abs=64)
+        weights = [item for path in graph_paths(bundle) for item in initializers(path).items()]
+        expected = sum(array.nbytes for name, array in weights if "embed_in" not in name)
+        assert read_bytes(bundle) == pytest.approx(expected, abs=128)
+
+
+def test_bytes_of_a_draft(export: Callable[[str], Any]) -> None:
+    """Of the conditions one is read, and of the embedding that they look up a row."""
+    bundle = export("conditioned").bundle
+    weights = initializers(graph_paths(bundle)[1])
+    other = sum(array.nbytes for name, array in weights.items() if name.startswith("condition.1."))
+    assert other == 4 * (64 * 128 + 64 * 64)
+    expected = sum(array.nbytes for array in weights.values()) - other
+    assert pass_bytes(bundle).heads == pytest.approx(expected, abs=128)
+    bundle = export("words").bundle
+    weights = initializers(graph_paths(bundle)[1])
+    expected = sum(array.nbytes for name, array in weights.items() if name not in UNREAD)
+    assert pass_bytes(bundle).heads == pytest.approx(expected, abs=128)
+
+
+UNREAD = {"gpt_neox.embed_in.weight", "draft_vocabulary"}
+
+
+@pytest.mark.parametrize("name", ["conditioned", "words"])
+def test_widths_of_conditioned_heads(name: str, export: Callable[[str], Any]) -> None:
+    """They are told the text, and of a draft vocabulary its words count: a difference would be a number."""
+    bundle: Bundle = export(name).bundle
+    gaps, flips, compared, difference = gates._widths(session_of(bundle), TEXTS[:1], None)
+    heads, widths = bundle.topology.n_heads, len(flips)
+    assert compared == heads * widths * 24 and not any(flips.values()) and 0 <= difference < 1e-4
+    for gap, said in zip(gaps, in_passes(session_of(bundle), TEXTS[0], 1).values(), strict=True):
+        top = np.sort(said, -1)
+        np.testing.assert_allclose(gap, top[:, -1] - top[:, -2], atol=1e-5)
+    measured_twice = [measure(bundle, Samples("text", TEXTS, TEXTS[:1], [[3, 4]], 4)) for _ in range(2)]
+    rows = judge(*measured_twice, LIMITS, True)
+    assert all(row.passed for row in rows) and gates.table(rows, "text")
+    perplexities = {row.figure: row.value for row in rows if row.figure.startswith("PPL")}
+    assert len(perplexities) == heads + 1
+    assert all(np.isfinite(value) for value in perplexities.values())
+
+
+def session_of(bundle: Bundle) -> Session:
+    """A session of its own."""
+    return Session(bundle, provider="cpu", threads=1)
 
 
 def test_dynamic_quantization_is_caught(

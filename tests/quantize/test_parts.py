@@ -9,11 +9,11 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
-from support.naive import initializers
+from support.naive import graph_paths, initializers
 
 from dynamo_graph.read import read_model
 from dynamo_quantize import QuantizeError
-from dynamo_quantize.parts import Product, find_products
+from dynamo_quantize.parts import Product, find_drafter_products, find_products
 from dynamo_quantize.schemes import Part
 
 
@@ -24,8 +24,6 @@ def by_name(product: Product) -> Part:
         return Part.INPUT if product.is_lookup else Part.OUTPUT
     if "lm_head" in name:
         return Part.OUTPUT
-    if re.search(r"(^|/|\.)heads[./]\d", name) or name.startswith("cp."):
-        return Part.HEADS
     layer = re.search(r"layers[./](\d+)", name)
     assert layer, name
     return [Part.STEM, Part.FIRST_HEAD][int(layer[1])]
@@ -34,8 +32,8 @@ def by_name(product: Product) -> Part:
 # Parts and how many weights they have: attention and feed-forward are 2 + 2 products with NeoX, 2 + 3 with the others.
 EXPECTED = {
     "plain": {Part.STEM: 4, Part.FIRST_HEAD: 4, Part.OUTPUT: 1, Part.INPUT: 1},
-    "parallel": {Part.STEM: 5, Part.FIRST_HEAD: 5, Part.HEADS: 5, Part.OUTPUT: 1, Part.INPUT: 1},
-    "cp": {Part.STEM: 4, Part.FIRST_HEAD: 4, Part.HEADS: 6, Part.OUTPUT: 1, Part.INPUT: 1},
+    "parallel": {Part.STEM: 5, Part.FIRST_HEAD: 5, Part.OUTPUT: 1, Part.INPUT: 1},
+    "cp": {Part.STEM: 4, Part.FIRST_HEAD: 4, Part.OUTPUT: 1, Part.INPUT: 1},
     "lookahead": {Part.STEM: 5, Part.FIRST_HEAD: 5, Part.OUTPUT: 1, Part.INPUT: 1},
 }
 
@@ -55,10 +53,25 @@ def test_parts_of_every_kind(name: str, export: Callable[[str], Any]) -> None:
         assert product.transposed == ("embed" in product.name)
 
 
+# Products of the drafter's graph: its layers, the joint head's maps, conditions with their look-up, and the embedding.
+DRAFTERS = {"parallel": 5 + 1, "cp": 4 + 2 + 1, "conditioned": 2 * 5 + 2 * 2 + 1 + 1, "words": 4 + 2 + 1 + 1}
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_everything_in_the_drafter_is_of_its_heads(name: str, export: Callable[[str], Any]) -> None:
+    """No weight is missed, those inside branches included."""
+    bundle = export(name).bundle
+    products = find_drafter_products(read_model(graph_paths(bundle)[1]))
+    assert {product.part for product in products} == {Part.HEADS} and len(products) == DRAFTERS[name]
+    matrices = {name for name, array in initializers(graph_paths(bundle)[1]).items() if array.ndim == 2}
+    assert {product.name for product in products} == matrices - {"cos_cache", "sin_cache"}
+    assert [product.is_lookup for product in products].count(True) == (name in ("conditioned", "words"))
+
+
 def test_other_attentions_than_expected(export: Callable[[str], Any]) -> None:
     """A graph with another number of attention layers than the manifest says is refused."""
     bundle = export("parallel").bundle
-    with pytest.raises(QuantizeError, match=r"has attention layers \[0, 1, 2\] where 4 are expected"):
+    with pytest.raises(QuantizeError, match=r"has attention layers \[0, 1\] where 4 are expected"):
         find_products(read_model(bundle.graph_path), 4)
 
 

@@ -14,7 +14,7 @@ from dynamo_graph.passes import run_passes
 from dynamo_graph.read import read_model
 from dynamo_graph.walk import attentions, is_cache
 from dynamo_quantize import QuantizeError
-from dynamo_quantize.parts import Product, find_products
+from dynamo_quantize.parts import Product, find_drafter_products, find_products, output_product
 from dynamo_quantize.passes import QuantizeCache, ToHalf
 from dynamo_quantize.schemes import Part
 
@@ -41,6 +41,20 @@ def test_a_cache_in_int8_once(name: str, export: ExportOf) -> None:
     caches = [value for value in [*model.graph.inputs, *model.graph.outputs] if is_cache(value)]
     assert len(caches) == 4 * bundle.kv_layers and {value.dtype for value in caches} == {ir.DataType.INT8}
     assert not QuantizeCache(ranges)(model).modified
+
+
+@pytest.mark.parametrize("name", ["parallel", "conditioned"])
+def test_half_of_a_drafter(name: str, export: ExportOf) -> None:
+    """Its states are half as well, the weights in branches too, and logits are not."""
+    model = read_model(export(name).folder / "drafter.onnx")
+    output = output_product(model, find_drafter_products(model))
+    assert ToHalf(output)(model).modified
+    weights = [value for graph in model.graphs() for value in graph.initializers.values() if is_weight(value)]
+    assert {value.dtype for value in weights if len(sizes(value)) == 2} == {ir.DataType.FLOAT16}
+    types = {value.name: value.dtype for value in [*model.graph.inputs, *model.graph.outputs]}
+    assert {types[each] for each in ("penultimate_states", "head_states", "draft_states")} == {ir.DataType.FLOAT16}
+    assert types["logits"] == types["topk_logits"] == ir.DataType.FLOAT
+    assert not ToHalf(output)(model).modified
 
 
 @pytest.mark.parametrize("name", ["parallel", "cp"])

@@ -17,9 +17,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from support import handmade
-from support.naive import initializers, outputs
+from support.naive import graph_paths, initializers, outputs
 
 from dynamo_graph.files import read_report
+from dynamo_graph.read import places
 from dynamo_graph.write import write_model
 from dynamo_quantize import Options, QuantizeError, WriteError, gates, quantize, quantize_bundle, texts
 from dynamo_quantize.gates import Row
@@ -67,9 +68,9 @@ def test_a_smaller_bundle(
     assert graph == tmp_path / "out" / "small.onnx" and [path.name for path in tmp_path.iterdir()] == ["out"]
     bundle = load_bundle(graph, verify=True)
     assert set(contents(bundle.folder)) == set(before) - {"model.onnx"} | {"small.onnx"}
-    unchanged = {"model.onnx", "dynamo_config.json", "genai_config.json", "report.json"}
+    changed = {"model.onnx", "drafter.onnx", "dynamo_config.json", "genai_config.json", "report.json"}
     after = contents(bundle.folder)
-    assert all(after[file] == digest for file, digest in before.items() if file not in unchanged)
+    assert all(after[file] == digest for file, digest in before.items() if file not in changed)
     decoder = [
         json.loads((f / "genai_config.json").read_text())["model"]["decoder"] for f in (graph.parent, source.folder)
     ]
@@ -92,7 +93,7 @@ def test_a_smaller_bundle(
     assert [row["figure"] for row in judged["rows"]] == [line[12:58].strip() for line in printed]
     assert {row["gate"] for row in judged["rows"]} == {"width", "quality", "acceptance", "size"}
     assert outputs(bundle, TOKENS)["logits"].shape == (24, 320)
-    weights = {b.folder: initializers(b.graph_path) for b in (bundle, source.bundle)}
+    weights = {b.folder: initializers(*graph_paths(b)) for b in (bundle, source.bundle)}
     saved = [sum(array.nbytes for array in arrays.values()) for arrays in weights.values()]
     assert saved[0] < saved[1] * {"int8": 0.4, "int4": 0.35, "fp16": 0.6}[scheme]
 
@@ -110,8 +111,10 @@ def test_weights_in_a_file_of_their_own(scheme: str, export: ExportOf, text: Pat
         bundle = load_bundle(graph, verify=True)
         assert set(bundle.files) == set(contents(graph.parent)) - {"dynamo_config.json"}
         assert "model.onnx.data" not in bundle.files
-        assert ("m.onnx.data" in bundle.files) == external
-        assert (graph.stat().st_size < 120_000) == external
+        assert {"m.onnx.data", "drafter.onnx.data"} & {*bundle.files} == (
+            {"m.onnx.data", "drafter.onnx.data"} if external else set()
+        )
+        assert (graph.stat().st_size < 90_000) == external
         made.append(outputs(bundle, TOKENS))
     for other in made[1:]:
         for output, array in made[0].items():
@@ -121,8 +124,11 @@ def test_weights_in_a_file_of_their_own(scheme: str, export: ExportOf, text: Pat
 def _with_external_data(source: Path, to: Path) -> None:
     """A copy of a bundle whose weights lie beside the graph, as the exporter writes them."""
     shutil.copytree(source, to)
-    (to / "model.onnx").unlink()
-    write_model(ir.load(source / "model.onnx"), to / "model.onnx", external=True)
+    models = {name: ir.load(source / name) for name in ("model.onnx", "drafter.onnx")}
+    for name, model in models.items():
+        (to / name).unlink()
+        shared = {} if name == "model.onnx" else places(to / "model.onnx")
+        write_model(model, to / name, True, shared)
     copied = load_bundle(source)
     replace(copied, folder=to, files=list_files(to)).write_manifest()
 
@@ -235,6 +241,12 @@ def _changed(source: Path, to: Path) -> Path:
     return to
 
 
+def _changed_drafter(source: Path, to: Path) -> Path:
+    graph = _copy(source, to) / "drafter.onnx"
+    graph.write_bytes(graph.read_bytes()[:-7] + b"changed")
+    return to
+
+
 def _without_tokenizer(source: Path, to: Path) -> Path:
     (_copy(source, to) / "tokenizer.json").unlink()
     manifest = json.loads((to / "dynamo_config.json").read_text())
@@ -259,6 +271,12 @@ BAD_SOURCES: list[tuple[str, Callable[[Path, Path], Path], str]] = [
     ("no graph", _without_graph, "model.onnx is missing"),
     ("truncated", _truncated, "truncated or changed"),
     ("changed", _changed, "does not have the sha256 in the manifest"),
+    ("changed drafter", _changed_drafter, "drafter.onnx does not have the sha256 in the manifest"),
+    (
+        "format 3",
+        lambda source, to: _edited(source, to, format_version=3, drafter=None, kv_layers=3),
+        "has its heads in the base's graph, as earlier versions did: export it again",
+    ),
     ("other graph", lambda source, to: _copy(source, to) / "tokenizer.json", "is not the graph of the bundle"),
     ("no tokenizer", _without_tokenizer, "tokenizer.json is missing"),
     (
@@ -267,7 +285,7 @@ BAD_SOURCES: list[tuple[str, Callable[[Path, Path], Path], str]] = [
         "genai_config.json does not say which graph it is about",
     ),
     ("report", lambda source, to: _with_file(source, to, "report.json", "[" * 200_000), "report.json is not readable"),
-    ("layers", lambda source, to: _edited(source, to, kv_layers=2), "has attention layers [0, 1, 2] where 2 are"),
+    ("layers", lambda source, to: _edited(source, to, kv_layers=3), "has attention layers [0, 1] where 3 are"),
 ]
 
 
@@ -297,6 +315,13 @@ def test_bad_texts(argument: str, export: ExportOf, text: Path, tmp_path: Path) 
     with pytest.raises(QuantizeError, match="no text at"):
         quantize.check_request("int8", **given_texts | {argument: tmp_path / "absent.txt"})
     quantize.check_request("int8", **given_texts)
+
+
+def test_the_drafters_graph_keeps_its_name(export: ExportOf, text: Path, tmp_path: Path) -> None:
+    """So the base's cannot have it."""
+    with pytest.raises(QuantizeError, match=r"drafter\.onnx is what the graph of further heads is called"):
+        quantize_bundle(export("cp").folder, tmp_path / "out" / "drafter.onnx", "fp16", gate_text=text)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_into_the_source(export: ExportOf, text: Path, tmp_path: Path) -> None:

@@ -145,6 +145,17 @@ THREE_HEADS = {"neox", "llama-grouped", "qwen2-mixed-window", "mistral-window"}
 THREE_HEADS |= {"granite", "cohere", "cohere2", "gemma", "gemma2", "phi", "phi3", "olmo2", "starcoder2", "stablelm"}
 THREE_HEADS |= {"glm4", "ministral", "exaone4", "helium", "smollm3"}
 
+# How their further heads draft: over which words, and whether they are conditioned on the token in front. Every way is
+# here with tied and untied embeddings, with two heads and with three, and with rotation outside the attention.
+WORDS = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(3))[:100]
+OVER_WORDS = {"neox-tied-nobias", "llama-bias-llama3", "cohere2", "gemma2"}
+CONDITIONED = {"qwen3-bias", "mistral-rotary-12", "gemma", "granite", "starcoder2"}
+BOTH = {"neox-rotary-20", "llama-linear-tied", "smollm3", "cohere", "phi", "stablelm"}
+DRAFTING: dict[str, dict[str, Any]] = {
+    **{name: {"draft_vocabulary": WORDS} for name in OVER_WORDS},
+    **{name: {"conditioned": True} for name in CONDITIONED},
+    **{name: {"draft_vocabulary": WORDS, "conditioned": True} for name in BOTH},
+}
 
 # Checkpoints with another drafter: configuration, and n_tokens and rank of a joint head or the look-ahead embeddings.
 JOINT = {
@@ -207,11 +218,14 @@ def save_plain(folder: Path, config: PretrainedConfig, dtype: torch.dtype = torc
     return folder
 
 
-def save_multi(folder: Path, config: PretrainedConfig, n_heads: int = 3, dtype: torch.dtype = torch.float32) -> Path:
-    """A multi-token checkpoint with its tokenizer."""
+def save_multi(
+    folder: Path, config: PretrainedConfig, n_heads: int = 3, dtype: torch.dtype = torch.float32, **drafting: Any
+) -> Path:
+    """A multi-token checkpoint with its tokenizer; `drafting` as in `DRAFTING`."""
     torch.manual_seed(1)
-    model = MultiTokenModel(random_base(config), n_heads)
+    model = MultiTokenModel(random_base(config), n_heads, **drafting)
     _shake(model.heads)
+    _shake(model.conditions)
     model.to(dtype).save(folder)
     train_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
@@ -263,7 +277,11 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """Every node of a graph, those of the further heads' branch included."""
-    found = list(graph.node)
-    branches = [attribute.g for node in found for attribute in node.attribute if attribute.name == "then_branch"]
-    return [*found, *(node for branch in branches for node in branch.node)]
+    """Every node of a graph, those of its branches included."""
+    return [node for each in all_graphs(graph) for node in each.node]
+
+
+def all_graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    """A graph and all branches in it."""
+    inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+    return [graph, *(each for branch in inner for each in all_graphs(branch))]

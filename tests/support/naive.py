@@ -10,10 +10,12 @@ import onnx
 import torch
 
 from dynamo_model import CPModel, LookAheadModel, MultiTokenModel
+from dynamo_model.output import Output, logits_of
 from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.joint import JointHead
 from dynamo_runtime.session import Session
-from dynamo_runtime.step import ALL
+from dynamo_runtime.step import ALL, NONE
+from support.checkpoints import all_graphs, all_nodes
 
 
 def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
@@ -50,24 +52,33 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
 
 
-def all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """Every node of a graph, those of the further heads' branch included."""
-    found = list(graph.node)
-    branches = [attribute.g for node in found for attribute in node.attribute if attribute.name == "then_branch"]
-    return [*found, *(node for branch in branches for node in branch.node)]
+def graph_paths(bundle: Bundle) -> list[Path]:
+    """Where the graphs of a bundle lie."""
+    return [bundle.folder / name for name in bundle.graphs]
 
 
-def initializers(path: Path) -> dict[str, np.ndarray]:
-    """Every initializer of a graph."""
-    return {i.name: onnx.numpy_helper.to_array(i, str(path.parent)) for i in onnx.load(path).graph.initializer}
+def initializers(*paths: Path) -> dict[str, np.ndarray]:
+    """Every initializer of some graphs, those in branches among them; of the same name, they are of the first."""
+    found: dict[str, np.ndarray] = {}
+    for path in paths:
+        for graph in all_graphs(onnx.load(path).graph):
+            found = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer} | found
+    return found
 
 
-def stored_weights(path: Path) -> dict[str, np.ndarray]:
-    """Every quantized weight [outputs, inputs] (of a look-up [ids, hidden]) by its name in the fp32 graph."""
-    graph, arrays = onnx.load(path).graph, initializers(path)
-    made_by = {name: node for node in all_nodes(graph) for name in node.output}
+def stored_weights(*paths: Path) -> dict[str, np.ndarray]:
+    """Every quantized weight [outputs, inputs] (of a look-up [ids, hidden]) by its name in the fp32 graphs."""
+    found: dict[str, np.ndarray] = {}
+    for path in paths:
+        found = _stored_in(path) | found
+    return found
+
+
+def _stored_in(path: Path) -> dict[str, np.ndarray]:
+    nodes, arrays = all_nodes(onnx.load(path).graph), initializers(path)
+    made_by = {name: node for node in nodes for name in node.output}
     found = {}
-    for node in all_nodes(graph):
+    for node in nodes:
         given = attributes(node)
         if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
             is_product = node.op_type == "MatMulNBits"
@@ -86,14 +97,18 @@ def stored_weights(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
+DRAFT_EMBEDDING = "draft.embedding.weight"
+
+
 def with_weights(model: torch.nn.Module, full: dict[str, np.ndarray], small: dict[str, np.ndarray]) -> int:
     """Puts the weights of a quantized graph into the torch model it came from; returns the numbers changed.
 
-    Rows are found by their values, so nothing has to be known of names, packed projections or the order of rows.
+    Rows are found by their values, so nothing has to be known of names, packed projections or the order of rows. The
+    embedding of a draft vocabulary has rows that the output embedding has as well, and is put beside it.
 
     Args:
         model: Changed in place.
-        full: Initializers of the fp32 graph.
+        full: Initializers of the fp32 graphs.
         small: From `stored_weights`.
     """
     places = {}
@@ -103,8 +118,14 @@ def with_weights(model: torch.nn.Module, full: dict[str, np.ndarray], small: dic
             for i, row in enumerate(parameter.detach().numpy()):
                 places[row.tobytes()] = name, i
     changed = 0
+    if DRAFT_EMBEDDING in full:
+        model.drafts = torch.from_numpy(full[DRAFT_EMBEDDING].T.copy())
     with torch.no_grad():
         for name, weight in small.items():
+            if name == DRAFT_EMBEDDING:
+                model.drafts = torch.from_numpy(weight)
+                changed += weight.size
+                continue
             before = full[name] if full[name].shape == weight.shape and "embed" in name else full[name].T
             for old, new in zip(np.ascontiguousarray(before), weight, strict=True):
                 place, at = places[old.tobytes()]
@@ -114,12 +135,19 @@ def with_weights(model: torch.nn.Module, full: dict[str, np.ndarray], small: dic
 
 
 def torch_outputs(model: torch.nn.Module, tokens: list[int]) -> dict[str, np.ndarray]:
-    """What the torch model says at every token, by the graph's names of outputs."""
+    """What the torch model says at every token, by the graph's names of outputs; see `in_passes`."""
     ids = torch.tensor([tokens])
     with torch.no_grad():
         if isinstance(model, MultiTokenModel):
-            names = ["logits", *(f"logits_{head}" for head in range(2, model.n_heads + 1))]
-            return {name: x[0].numpy() for name, x in zip(names, model(ids), strict=True)}
+            first, *further = model.states(ids)
+            found = {"logits": logits_of(model.base, first)[0].numpy()}
+            drafts = getattr(model, "drafts", None)
+            for head, state in enumerate(further, 2):
+                told = torch.tensor([(tokens + [0] * head)[head - 1 :][: len(tokens)]])
+                state = model.condition(head, state, told)
+                logits = model.draft_logits(state) if drafts is None else Output.of(model.base)(state, drafts, None)
+                found[f"logits_{head}"] = logits[0].numpy()
+            return found
         if isinstance(model, CPModel):
             return {name: x[0].numpy() for name, x in zip(("logits", "gate", "factor_logits"), model(ids), strict=True)}
         if isinstance(model, LookAheadModel):
@@ -133,17 +161,24 @@ def outputs(bundle: Bundle, tokens: list[int], width: int | None = None) -> dict
 
 
 def in_passes(session: Session, tokens: list[int], width: int | None = None) -> dict[str, np.ndarray]:
-    """See `outputs`; goes on behind what the session's cache holds."""
+    """See `outputs`; goes on behind what the session's cache holds.
+
+    Conditioned heads are told the tokens that follow, and 0 where none do; of a draft vocabulary there are its words.
+    """
     found: dict[str, list[np.ndarray]] = {}
     width = width or len(tokens)
-    topology = session.bundle.topology
+    topology, drafter = session.bundle.topology, session.bundle.drafter
+    words = slice(None) if drafter is None or drafter.vocabulary is None else list(drafter.vocabulary)
     for at in range(0, len(tokens), width):
         part = tokens[at : at + width]
-        step = session.step(part, rows=ALL, heads=ALL)
-        heads = range(1, topology.n_heads + 1)
-        here = {"logits" if head == 1 else f"logits_{head}": step.logits(head) for head in heads}
+        step = session.step(part, rows=ALL, heads=NONE if drafter is None else ALL)
+        here = {"logits": step.logits()}
+        for head in range(2, topology.n_heads + 1):
+            told = (tokens + [0] * head)[at + head - 1 :][: len(part)]
+            here[f"logits_{head}"] = step.ahead().logits(head - 2, told)[:, words]
         if isinstance(topology, JointHead):
-            here |= {"gate": topology.gate(step), "factor_logits": topology.factors(step)}
+            ahead = step.ahead()
+            here |= {"gate": topology.gate(ahead), "factor_logits": topology.factors(ahead)}
         for name, array in here.items():
             found.setdefault(name, []).append(array.copy())
     return {name: np.concatenate(arrays) for name, arrays in found.items()}
