@@ -21,20 +21,39 @@ HEADS = Ask(heads=True)
 
 
 @dataclass
+class Graph:
+    """Costs of a drafter's graph: its layers `layers`, each further position `position`, every draft `further`."""
+
+    layers: float
+    further: float = 0.0
+    position: float = 0.0
+
+    def begin(self, unseen: float, past: int) -> float:
+        return self.layers + self.position * (unseen - 1)
+
+
+@dataclass
 class Device:
-    """Costs of a device: a pass takes 1, each further row `row`, heads `heads` of the whole."""
+    """Costs of a device: a pass takes 1, each further row `row`, heads inside it `heads` of the whole."""
 
     row: float
-    heads: float
+    heads: float = 0.0
     resumed: float = 0.0
     drafting: float = 0.0
     overhead: float = 0.0
+    making: Graph | None = None
 
     def step(self, rows: int, heads: bool, past: int) -> float:
+        assert self.making is None or not heads
         return (1 + self.row * (rows - 1)) * (1 + self.heads * heads)
 
     def resume(self, skipped: int) -> float:
+        assert self.making is None
         return self.resumed * skipped
+
+    def made(self, unseen: float, looks: float) -> float:
+        """What the drafter's graph costs in a round."""
+        return self.making.begin(unseen, 0) + self.making.further * looks if self.making else 0.0
 
 
 @dataclass
@@ -53,23 +72,28 @@ class Text:
 
 def decode(planner: Planner, device: Device, text: Text, rounds: int, rng: np.random.Generator) -> tuple[int, float]:
     """Tokens and time of so many passes, as strategy auto makes them."""
-    tokens, spent, skipped = 0, 0.0, 0
+    tokens, spent, skipped, unseen = 0, 0.0, 0, 0
     drafts: list[tuple[float, float]] = []
     for past in range(rounds):
-        spent += device.step(1 + len(drafts), planner.drafting, past)
-        if planner.drafting:
+        inside = planner.drafting and device.making is None
+        spent += device.step(1 + len(drafts), inside, past)
+        if inside:
             spent += device.resume(skipped)
         skipped = 0 if planner.drafting else skipped + 1
         accepted = next((i for i, (_, chance) in enumerate(drafts) if rng.random() >= chance), len(drafts))
         planner.acceptances.add([confidence for confidence, _ in drafts], accepted)
         tokens += 1 + accepted
-        drafts = []
+        unseen += 1 + accepted
+        drafts, looks = [], 0
         if planner.drafting:
-            while len(drafts) < DEPTH:
+            while len(drafts) < DEPTH and planner.further([confidence for confidence, _ in drafts]):
                 following = text.draft(rng)
+                looks += 1
                 if not planner.worth([*(confidence for confidence, _ in drafts), following[0]]):
                     break
                 drafts.append(following)
+            spent += device.made(unseen, looks)
+            unseen = 0
             planner.plan([confidence for confidence, _ in drafts], past)
         else:
             planner.wait()
@@ -89,8 +113,10 @@ def best_fixed(device: Device, text: Text) -> float:
             likelihood = math.prod(share for *_, share in drafts)
             kept = next((i for i, (confidence, *_) in enumerate(drafts) if confidence < least), most)
             chances = [chance for _, chance, _ in drafts[:kept]]
-            tokens += likelihood * (1 + sum(math.prod(chances[: i + 1]) for i in range(kept)))
-            spent += likelihood * device.step(1 + kept, True, 0)
+            given = 1 + sum(math.prod(chances[: i + 1]) for i in range(kept))
+            tokens += likelihood * given
+            spent += likelihood * device.step(1 + kept, device.making is None, 0)
+            spent += likelihood * device.made(given, min(kept + 1, most))
         rates.append(tokens / spent)
     return max(rates)
 
@@ -101,6 +127,14 @@ DEVICES = {
     "steep": Device(0.45, 0.2),
     "heads are dear": Device(0.1, 0.6),
     "resuming is dear": Device(0.14, 0.12, resumed=0.005),
+    "a graph, cheap": Device(0.03, making=Graph(0.05)),
+    "a graph, usual": Device(0.1, making=Graph(0.35, position=0.005)),
+    "a graph, dear": Device(0.1, making=Graph(0.8)),
+    "conditioned, cheap": Device(0.03, making=Graph(0.05, 0.01)),
+    "conditioned, usual": Device(0.1, making=Graph(0.25, 0.05, position=0.005)),
+    "conditioned, catching up is dear": Device(0.1, making=Graph(0.15, 0.03, position=0.03)),
+    "conditioned, a run is dear": Device(0.05, making=Graph(0.05, 0.3)),
+    "conditioned, all is dear": Device(0.2, making=Graph(0.5, 0.4)),
 }
 TEXTS = {
     "predictable": Text(0.95, 0.6, 0.8),
