@@ -197,7 +197,7 @@ class Auto(Speculative):
         if drafts:
             planner.acceptances.add([draft.confidence for draft in drafts], accepted)
         if not planner.drafting:
-            planner.wait()
+            planner.wait(len(context.tokens))
             return Turn(token, accepted, ask=self.ask)
         following = self._proposer.propose(passed, rng, self._worth, planner.further)
         planner.plan([draft.confidence for draft in following], len(context.tokens) + len(drafts))

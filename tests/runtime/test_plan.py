@@ -104,7 +104,7 @@ def decode(planner: Planner, device: Device, text: Text, rounds: int, rng: np.ra
             unseen = 0
             planner.plan([confidence for confidence, _ in drafts], past)
         else:
-            planner.wait()
+            planner.wait(past)
     return tokens, spent
 
 
@@ -288,6 +288,19 @@ def test_there_is_no_look_where_catching_up_costs_more_than_looks_may() -> None:
             Planner(device, Acceptances(DEPTH), HEADS), device, Text(0, 0, 1), rounds, np.random.default_rng(3)
         )
         assert share < tokens / spent <= 1
+
+
+def test_the_prompt_has_to_be_caught_up_on_too() -> None:
+    """The first look behind a long prompt waits until it has cost less than looks may, or there is none."""
+    waits = []
+    for prompt in (10, 100, 2000):
+        planner = Planner(Device(1.0, making=Graph(0.3, position=0.005)), Acceptances(DEPTH), HEADS)
+        for waited in range(2000):
+            if planner.drafting:
+                break
+            planner.wait(prompt + waited)
+        waits.append(waited + 1)
+    assert 10 < waits[0] < waits[1] < 600 and waits[2] == 2000
 
 
 def test_confidence_is_corrected_by_what_became_of_it() -> None:

@@ -48,6 +48,7 @@ class Planner:
         self._looks = 0
         self._looked = 0  # drafts looked at behind this pass
         self._patience: float = 1
+        self._behind = 0  # positions that heads have not seen when a stretch without them begins: at first the prompt
         self._lost = 0.0  # milliseconds that drafting cost and did not give; below 0 what it gave more
         self._turn_to(0)
         # Rate ρ and gain of drafting, as if every draft were as usual: the best fixed setting, always.
@@ -109,8 +110,15 @@ class Planner:
                 return True
         return False
 
-    def wait(self) -> None:
-        """After a pass that was not to yield drafts, decide about the next."""
+    def wait(self, past: int) -> None:
+        """After a pass that was not to yield drafts, decide about the next.
+
+        Args:
+            past: Positions that it will find in the cache.
+        """
+        if not self._looks and not self._waited:
+            self._behind = past
+            self._turn_to(past)
         self._waited += 1
         self.drafting = self._waited >= self._patience
 
@@ -143,7 +151,7 @@ class Planner:
         self._tokens += steady * (expected - self._tokens)
         self._time += steady * (cost - self._time)
         self.drafting = self._goes_on(gain)
-        self._waited = 0
+        self._waited = self._behind = 0
         if not self.drafting:
             self._patience = self._wait()
 
@@ -223,8 +231,9 @@ class Planner:
 
     def _look_after(self, waiting: int) -> float:
         """Milliseconds of a look behind so many plain tokens, beyond what the pass costs anyway."""
-        resuming = self._costs.resume(waiting) if self._ask.heads and self._making is None else 0.0
-        return self._cost_of_a_look(waiting + 1) - self._cost_off[0] + resuming
+        skipped = self._behind + waiting
+        resuming = self._costs.resume(skipped) if self._ask.heads and self._making is None else 0.0
+        return self._cost_of_a_look(skipped + 1) - self._cost_off[0] + resuming
 
     def _turn_to(self, past: int) -> None:
         """Look up what passes cost behind about so many positions, with 0, 1, … drafts."""
