@@ -138,6 +138,7 @@ DEVICES = {
     "a graph, cheap": Device(0.03, making=Graph(0.05)),
     "a graph, usual": Device(0.1, making=Graph(0.35, position=0.005)),
     "a graph, dear": Device(0.1, making=Graph(0.8)),
+    "a graph, and dear rows": Device(0.35, making=Graph(0.54, position=0.005)),
     "conditioned, cheap": Device(0.03, making=Graph(0.05, 0.01)),
     "conditioned, usual": Device(0.1, making=Graph(0.25, 0.05, position=0.005)),
     "conditioned, catching up is dear": Device(0.1, making=Graph(0.15, 0.03, position=0.03)),

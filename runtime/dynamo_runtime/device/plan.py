@@ -46,6 +46,7 @@ class Planner:
         self._tuning = tuning
         self._depth = acceptances.depth
         self._looks = 0
+        self._averaged: float = tuning.first_passes  # rounds that the gain is the average of
         self._looked = 0  # drafts looked at behind this pass
         self._patience: float = 1
         self._behind = 0  # positions that heads have not seen when a stretch without them begins: at first the prompt
@@ -143,10 +144,9 @@ class Planner:
             self.acceptances.fade(self._tuning.fade_of_a_look)
         elif self._looks % self._tuning.fade_every == 0:
             self.acceptances.fade(self._tuning.fade)
-        weight = max(1 - self._tuning.recent, 1 / (self._tuning.first_passes + self._looks))
-        if self._waited:  # the last look may be long ago
-            weight = self._tuning.recent_look
-        self._gain += weight * (gain - self._gain)
+        # The last look may be long ago; by itself this one tells little, so those behind it soon count as much.
+        self._averaged = 1 / self._tuning.recent_look if self._waited else self._averaged + 1
+        self._gain += max(1 - self._tuning.recent, 1 / self._averaged) * (gain - self._gain)
         steady = max(1 - self._tuning.steady, 1 / (self._tuning.first_passes + self._looks))
         self._tokens += steady * (expected - self._tokens)
         self._time += steady * (cost - self._time)
