@@ -1,13 +1,14 @@
 """Strategy `auto` against plain decoding and every fixed number of drafts, where drafting pays and where it does not.
 
-    python benchmarks/auto.py MULTI/model.onnx PLAIN/model.onnx [--profile FILE] [--json FILE]
+    python benchmarks/auto.py MULTI/model.onnx [PLAIN/model.onnx] [--profile FILE] [--json FILE]
     python benchmarks/auto.py --summary FILE.json…       # one line a text and file, as in the README
 
-PLAIN is the `--heads 0` export of the same checkpoint in the same precision.  The device is profiled first, unless a
-profile is given.  Texts: "sampled" and "greedy" continue prompts from modules of the standard library that training
-holds out; "shuffled" has every strategy write a text whose tokens are in random order, so that no drafter can know what
-comes next.  All settings run on every prompt in turn, in an order drawn anew each time.  Brackets hold 95 % bootstrap
-intervals over the prompts.
+PLAIN is the `--heads 0` export of the same checkpoint in the same precision; without it "plain" is `autoregressive` on
+MULTI, which is as good where further heads have a graph of their own: the base's is then the same.  The device is
+profiled first, unless a profile is given.  Texts: "sampled" and "greedy" continue prompts from modules of the standard
+library that training holds out; "shuffled" has every strategy write a text whose tokens are in random order, so that no
+drafter can know what comes next.  All settings run on every prompt in turn, in an order drawn anew each time.  Brackets
+hold 95 % bootstrap intervals over the prompts.
 """
 
 from __future__ import annotations
@@ -55,17 +56,15 @@ class Forced(Target):
 
 
 def settings(multi: Engine, plain: Engine) -> dict[str, tuple[Engine, str, dict[str, Any]]]:
-    """Ways to decode: an engine, a strategy and its options."""
+    """Ways to decode: an engine, a strategy and its options; `plain` may be `multi` itself."""
     fixed = {
         f"speculative, {d} draft{'s' * (d > 1)}": (multi, "speculative", {"draft_tokens": d})
         for d in range(1, multi.bundle.topology.n_tokens)
     }
-    return {
-        "plain": (plain, "autoregressive", {}),
-        "autoregressive, this graph": (multi, "autoregressive", {}),
-        **fixed,
-        "auto": (multi, "auto", {}),
-    }
+    ways: dict[str, tuple[Engine, str, dict[str, Any]]] = {"plain": (plain, "autoregressive", {})}
+    if plain is not multi:
+        ways["autoregressive, this graph"] = (multi, "autoregressive", {})
+    return ways | fixed | {"auto": (multi, "auto", {})}
 
 
 def decode(
@@ -194,8 +193,8 @@ def main() -> None:
     if arguments.summary:
         print(summary(arguments.summary))
         return
-    if arguments.plain is None:
-        parser.error("name a multi-token bundle and its plain one")
+    if arguments.multi is None:
+        parser.error("name a multi-token bundle")
     bundle = load_bundle(arguments.multi)
     if arguments.profile and arguments.profile.is_file():
         profile = Profile.load(arguments.profile)
@@ -204,7 +203,7 @@ def main() -> None:
         if arguments.profile:
             profile.save(arguments.profile)
     multi = Engine(bundle, threads=arguments.threads, profile=profile)
-    plain = Engine(arguments.plain, threads=arguments.threads)
+    plain = Engine(arguments.plain, threads=arguments.threads) if arguments.plain else multi
     rows = run(multi, plain, arguments.prompts, arguments.new_tokens, arguments.rounds)
     print(table(rows))
     conditions = (

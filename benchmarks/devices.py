@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from dynamo_runtime.device.costs import MadeCurve
 from dynamo_runtime.device.profile import Profile
 from dynamo_runtime.errors import ProfileError
 from dynamo_runtime.files import write_whole
@@ -61,7 +62,9 @@ def _row(profile: Profile) -> list[str]:
     passes = grid(profile)
     past = min((p.past for p in profile.passes), default=0)
     times = {key: passes[key].time.p50 for key in passes}
-    costs = [ratio(times.get((heads, past, ROWS)), times.get((False, past, 1))) for heads in (False, True)]
+    without = times.get((False, past, ROWS))
+    given = times.get((True, past, ROWS)) if profile.drafter is None else _with_drafts(profile, without, past)
+    costs = [ratio(time, times.get((False, past, 1))) for time in (without, given)]
     plain = next((run.tokens_per_s.value for run in profile.strategies if report.is_plain(run)), None)
     best = max(profile.strategies, key=lambda run: run.ratio.value, default=None)
     doubts = ", ".join(text.partition(":")[0].lower() for text in report.caveats(profile))
@@ -75,6 +78,14 @@ def _row(profile: Profile) -> list[str]:
         best.name if best else MISSING,
         interval(best.ratio) if best else MISSING,
     ]
+
+
+def _with_drafts(profile: Profile, without: float | None, past: int) -> float | None:
+    """A pass and, from the drafter's graph, as many drafts as it has rows but one."""
+    if without is None or profile.drafter is None:
+        return None
+    making = MadeCurve.of(profile.drafter)
+    return without + making.begin(1, past) + making.further * (ROWS - 1)
 
 
 def _machine(profile: Profile) -> str:

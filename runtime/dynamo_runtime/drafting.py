@@ -184,24 +184,31 @@ class Proposer:
         self._counts = counts
 
     def propose(
-        self, passed: Passed, rng: np.random.Generator, worth: Callable[[Sequence[float]], bool]
+        self,
+        passed: Passed,
+        rng: np.random.Generator,
+        worth: Callable[[Sequence[float]], bool],
+        further: Callable[[Sequence[float]], bool] = lambda confidences: True,
     ) -> list[Draft]:
         """Draft what follows a pass as far as it is worth while.
 
-        That is settled before a draft is drawn. If it depended on what was drawn, drafts that are judged would not be
+        That is settled before a draft is drawn, by what is known then: before the drafter is asked about its place, and
+        again with what it says of it. If it depended on what was drawn, drafts that are judged would not be
         distributed as the drafter says, and verification would not be exact.
 
         Args:
             passed: The pass.
             rng: For sampled drafts.
             worth: From the confidences of all drafts up to the next to whether that is to be drawn.
+            further: From the confidences of the drafts there are to whether the drafter is to be asked about the next:
+                what is told the draft before it has to be run for that.
         """
         guesses = self._drafter.guess(passed)
         drafts: list[Draft] = []
         confidences: list[float] = []
         chosen = [passed.final[-1]]
         certain = self._parameters.draft_choice == "argmax"
-        while guesses is not None and len(drafts) < self.depth:
+        while guesses is not None and len(drafts) < self.depth and further(confidences):
             found = guesses(chosen)
             if self._counts is not None:
                 found = masked(found, chosen[-1], self._counts, self._parameters.draft_cooccurrence_weight)

@@ -187,21 +187,24 @@ class Auto(Speculative):
         return self._drafter.ask if self._planner.drafting else NOTHING
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
-        """Verify what drafts there are, draft on if the pass was asked for drafts, and plan the next."""
+        """Verify what drafts there are, draft on if the pass is to yield drafts, and plan the next.
+
+        A drafter's graph of its own is run here and nowhere else, so only if the plan wants drafts.
+        """
         planner = self._planner
         passed = self._judge(step, context, drafts, rng)
         token, accepted = passed.final[-1:], passed.accepted
         if drafts:
             planner.acceptances.add([draft.confidence for draft in drafts], accepted)
         if not planner.drafting:
-            planner.wait()
+            planner.wait(len(context.tokens))
             return Turn(token, accepted, ask=self.ask)
-        following = self._proposer.propose(passed, rng, self._worth)
+        following = self._proposer.propose(passed, rng, self._worth, planner.further)
         planner.plan([draft.confidence for draft in following], len(context.tokens) + len(drafts))
         return Turn(token, accepted, following, self.ask)
 
     def _worth(self, confidences: Sequence[float]) -> bool:
-        return super()._worth(confidences) and self._planner.worth(confidences)
+        return self._planner.worth(confidences) and super()._worth(confidences)  # the plan counts what is looked at
 
 
 class Dynamo:

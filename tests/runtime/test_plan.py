@@ -2,39 +2,66 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from support import profiles
 
+from dynamo_runtime import load_bundle
 from dynamo_runtime.device.acceptance import Acceptances, bin_of, middle_of
-from dynamo_runtime.device.costs import Curve, Knowledge, Prior
+from dynamo_runtime.device.costs import Curve, Knowledge, MadeCurve, Prior
 from dynamo_runtime.device.plan import Planner, threshold_for
 from dynamo_runtime.device.profile import Backoff
-from dynamo_runtime.drafting import Ask
+from dynamo_runtime.device.tuning import Tuning
+from dynamo_runtime.drafting import NOTHING, Ask, Guesses, Passed, Proposer
 from dynamo_runtime.errors import ParameterError
 from dynamo_runtime.interval import Interval
+from dynamo_runtime.manifest import DrafterGraph, FileRecord, PassBytes
+from dynamo_runtime.parameters import SamplingParameters
+from dynamo_runtime.sampling import Candidates
+from dynamo_runtime.verification import Draft
 
 DEPTH = 4
 HEADS = Ask(heads=True)
 
 
 @dataclass
+class Graph:
+    """Costs of a drafter's graph: its layers `layers`, each further position `position`, every draft `further`."""
+
+    layers: float
+    further: float = 0.0
+    position: float = 0.0
+
+    def begin(self, unseen: float, past: int) -> float:
+        return self.layers + self.position * (unseen - 1)
+
+
+@dataclass
 class Device:
-    """Costs of a device: a pass takes 1, each further row `row`, heads `heads` of the whole."""
+    """Costs of a device: a pass takes 1, each further row `row`, heads inside it `heads` of the whole."""
 
     row: float
-    heads: float
+    heads: float = 0.0
     resumed: float = 0.0
     drafting: float = 0.0
     overhead: float = 0.0
+    making: Graph | None = None
 
     def step(self, rows: int, heads: bool, past: int) -> float:
+        assert self.making is None or not heads
         return (1 + self.row * (rows - 1)) * (1 + self.heads * heads)
 
     def resume(self, skipped: int) -> float:
+        assert self.making is None
         return self.resumed * skipped
+
+    def made(self, unseen: float, looks: float) -> float:
+        """What the drafter's graph costs in a round."""
+        return self.making.begin(unseen, 0) + self.making.further * looks if self.making else 0.0
 
 
 @dataclass
@@ -53,26 +80,31 @@ class Text:
 
 def decode(planner: Planner, device: Device, text: Text, rounds: int, rng: np.random.Generator) -> tuple[int, float]:
     """Tokens and time of so many passes, as strategy auto makes them."""
-    tokens, spent, skipped = 0, 0.0, 0
+    tokens, spent, skipped, unseen = 0, 0.0, 0, 0
     drafts: list[tuple[float, float]] = []
     for past in range(rounds):
-        spent += device.step(1 + len(drafts), planner.drafting, past)
-        if planner.drafting:
+        inside = planner.drafting and device.making is None
+        spent += device.step(1 + len(drafts), inside, past)
+        if inside:
             spent += device.resume(skipped)
         skipped = 0 if planner.drafting else skipped + 1
         accepted = next((i for i, (_, chance) in enumerate(drafts) if rng.random() >= chance), len(drafts))
         planner.acceptances.add([confidence for confidence, _ in drafts], accepted)
         tokens += 1 + accepted
-        drafts = []
+        unseen += 1 + accepted
+        drafts, looks = [], 0
         if planner.drafting:
-            while len(drafts) < DEPTH:
+            while len(drafts) < DEPTH and planner.further([confidence for confidence, _ in drafts]):
                 following = text.draft(rng)
+                looks += 1
                 if not planner.worth([*(confidence for confidence, _ in drafts), following[0]]):
                     break
                 drafts.append(following)
+            spent += device.made(unseen, looks)
+            unseen = 0
             planner.plan([confidence for confidence, _ in drafts], past)
         else:
-            planner.wait()
+            planner.wait(past)
     return tokens, spent
 
 
@@ -89,8 +121,10 @@ def best_fixed(device: Device, text: Text) -> float:
             likelihood = math.prod(share for *_, share in drafts)
             kept = next((i for i, (confidence, *_) in enumerate(drafts) if confidence < least), most)
             chances = [chance for _, chance, _ in drafts[:kept]]
-            tokens += likelihood * (1 + sum(math.prod(chances[: i + 1]) for i in range(kept)))
-            spent += likelihood * device.step(1 + kept, True, 0)
+            given = 1 + sum(math.prod(chances[: i + 1]) for i in range(kept))
+            tokens += likelihood * given
+            spent += likelihood * device.step(1 + kept, device.making is None, 0)
+            spent += likelihood * device.made(given, min(kept + 1, most))
         rates.append(tokens / spent)
     return max(rates)
 
@@ -101,6 +135,15 @@ DEVICES = {
     "steep": Device(0.45, 0.2),
     "heads are dear": Device(0.1, 0.6),
     "resuming is dear": Device(0.14, 0.12, resumed=0.005),
+    "a graph, cheap": Device(0.03, making=Graph(0.05)),
+    "a graph, usual": Device(0.1, making=Graph(0.35, position=0.005)),
+    "a graph, dear": Device(0.1, making=Graph(0.8)),
+    "a graph, and dear rows": Device(0.35, making=Graph(0.54, position=0.005)),
+    "conditioned, cheap": Device(0.03, making=Graph(0.05, 0.01)),
+    "conditioned, usual": Device(0.1, making=Graph(0.25, 0.05, position=0.005)),
+    "conditioned, catching up is dear": Device(0.1, making=Graph(0.15, 0.03, position=0.03)),
+    "conditioned, a run is dear": Device(0.05, making=Graph(0.05, 0.3)),
+    "conditioned, all is dear": Device(0.2, making=Graph(0.5, 0.4)),
 }
 TEXTS = {
     "predictable": Text(0.95, 0.6, 0.8),
@@ -177,6 +220,90 @@ def test_a_draft_may_pay_only_with_those_behind_it() -> None:
     assert not Planner(Stairs(0, 0), Acceptances(1, {(1, 4): (100, 80)}), HEADS).worth([0.9])
 
 
+class Sure:
+    """A drafter that guesses one token with a probability, and counts how often it is asked."""
+
+    depth, ask = DEPTH, HEADS
+
+    def __init__(self, probability: float) -> None:
+        self.asked = 0
+        self._candidates = Candidates(np.array([5, 6]), np.array([probability, 1 - probability]))
+
+    def guess(self, passed: Passed) -> Guesses:
+        def candidates(chosen: Sequence[int]) -> Candidates:
+            self.asked += 1
+            return self._candidates
+
+        return candidates
+
+
+def proposed(planner: Planner, drafter: Sure) -> list[Draft]:
+    """Drafts as strategy auto makes them."""
+    proposer = Proposer(drafter, SamplingParameters(), None)
+    passed = Passed(None, None, [3], 0)  # type: ignore[arg-type]
+    return proposer.propose(passed, np.random.default_rng(0), planner.worth, planner.further)
+
+
+@pytest.mark.parametrize(("run", "asked"), [(0.01, 4), (0.25, 2), (0.6, 1)])
+def test_a_chain_ends_before_a_run_that_is_not_worth_it(run: float, asked: int) -> None:
+    """Of drafts that are right six times out of ten, by what a run costs."""
+    known = {(depth, 3): (1000, 600) for depth in range(1, DEPTH + 1)}
+    planner = Planner(Device(0.02, making=Graph(0.02, run)), Acceptances(DEPTH, known), HEADS)
+    drafter = Sure(0.7)
+    assert len(proposed(planner, drafter)) == drafter.asked == asked
+
+
+def test_every_draft_is_looked_at_where_that_costs_nothing() -> None:
+    """One run is for all of them; whether they are fed is settled by what they turn out to be."""
+    known = {(depth, b): (1000, 950 * (b == 4)) for depth in range(1, DEPTH + 1) for b in range(5)}
+    for making in (None, Graph(0.1)):
+        planner = Planner(Device(0.2, making=making), Acceptances(DEPTH, known), HEADS)
+        assert all(planner.further([0.9] * drafts) for drafts in range(DEPTH))
+        drafter = Sure(0.6)
+        assert proposed(planner, drafter) == [] and drafter.asked == 1
+
+
+def test_a_run_may_pay_by_the_few_drafts_that_are_sure() -> None:
+    """What a draft turns out to be is known before it is fed: those that are not sure cost no row."""
+    known = {(depth, b): (1000, 0) if b < 4 else (500, 475) for depth in (1, 2) for b in (1, 4)}
+    device = Device(0.5, making=Graph(0.02, 0.05))
+    planner = Planner(device, Acceptances(2, known), HEADS)
+    assert planner.drafting  # by a confidence to stop at: always so many drafts do not pay
+    assert planner.further([0.9])
+    assert planner.worth([0.9, 0.9]) and not planner.worth([0.9, 0.3])
+
+
+def test_no_drafter_of_ones_own_is_charged_for_the_bundles_graph() -> None:
+    """One that asks for no heads costs nothing but what it is fed."""
+    known = {(depth, 4): (1000, 800) for depth in range(1, DEPTH + 1)}
+    device = Device(0.3, making=Graph(2.0, 1.0))
+    assert not Planner(device, Acceptances(DEPTH, known), HEADS).drafting
+    free = Planner(device, Acceptances(DEPTH, known), NOTHING)
+    assert free.drafting and free.further([0.9])
+
+
+def test_there_is_no_look_where_catching_up_costs_more_than_looks_may() -> None:
+    for position, rounds, share in ((0.015, 3000, 0.97), (0.1, 1000, 0.999)):
+        device = Device(1.0, making=Graph(0.3, position=position))
+        tokens, spent = decode(
+            Planner(device, Acceptances(DEPTH), HEADS), device, Text(0, 0, 1), rounds, np.random.default_rng(3)
+        )
+        assert share < tokens / spent <= 1
+
+
+def test_the_prompt_has_to_be_caught_up_on_too() -> None:
+    """The first look behind a long prompt waits until it has cost less than looks may, or there is none."""
+    waits = []
+    for prompt in (10, 100, 2000):
+        planner = Planner(Device(1.0, making=Graph(0.3, position=0.005)), Acceptances(DEPTH), HEADS)
+        for waited in range(2000):
+            if planner.drafting:
+                break
+            planner.wait(prompt + waited)
+        waits.append(waited + 1)
+    assert 10 < waits[0] < waits[1] < 600 and waits[2] == 2000
+
+
 def test_confidence_is_corrected_by_what_became_of_it() -> None:
     acceptances = Acceptances(2)
     assert acceptances.of(1, 0.9) == pytest.approx(0.9)
@@ -206,6 +333,29 @@ def test_the_curve_is_the_measured_one() -> None:
     assert curve.step(1, False, 60) == pytest.approx(3.0)
     assert curve.step(1, False, 210) == pytest.approx(6.0)
     assert (curve.resume(0), curve.resume(5), curve.resume(20)) == pytest.approx((0.0, 0.5, 2.0))
+
+
+def test_the_curve_of_a_graph_is_the_measured_one() -> None:
+    """Many positions cost more by as much as behind the shortest past, wherever they stand."""
+    points = {10: [(1, 0.4), (2, 0.5), (4, 0.7), (104, 10.7)], 110: [(1, 0.6), (2, 0.7), (4, 0.9)]}
+    whole = MadeCurve(points, 0.1, conditioned=False)
+    assert whole.further == 0.0
+    assert whole.begin(1, 10) == pytest.approx(0.5)
+    assert whole.begin(3, 60) == pytest.approx(0.8)
+    assert whole.begin(54, 10) == pytest.approx(5.8) and whole.begin(54, 110) == pytest.approx(6.0)
+    each = MadeCurve(points, 0.1, conditioned=True)
+    assert (each.begin(1, 10), each.further) == pytest.approx((0.4, 0.1))
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_a_profile_with_a_graph_is_planned_with(conditioned: bool) -> None:
+    runs = profiles.runs(conditioned)
+    curve = Curve.of(profiles.apart(drafter=runs))
+    assert curve.making is not None
+    for each in runs.layers:
+        once = 0.0 if conditioned else runs.drafts[0].time.p50
+        assert curve.making.begin(each.positions, each.past) == pytest.approx(each.time.p50 + once)
+    assert curve.making.further == pytest.approx(0.07 if conditioned else 0.0)
 
 
 def test_a_profile_is_planned_with() -> None:
@@ -247,4 +397,26 @@ def test_the_prior_grows_with_the_model() -> None:
         assert costs == sorted(costs) or costs[2] > costs[3]
         assert prior.resume(10) > 0
     assert not Planner(small, Acceptances(2), HEADS).drafting
+    assert small.making is None
     assert Planner(large, Acceptances(2), HEADS).drafting
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["by the files", "by what is read"])
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_the_prior_of_a_graph_is_by_its_bytes(multi: Path, known: bool, conditioned: bool) -> None:
+    """Of a base with 9 MB in 8 layers, and a drafter with 6 MB, a third of it in two more such layers."""
+    bundle = replace(
+        load_bundle(multi),
+        kv_layers=8,
+        precision="fp32",
+        drafter=DrafterGraph("drafter.onnx", 8, conditioned),
+        pass_bytes=PassBytes(9_000_000, 6_000_000) if known else None,
+        files={"model.onnx": FileRecord(9_000_000, ""), "drafter.onnx": FileRecord(6_000_000, "")},
+    )
+    tuning = Tuning(bytes_per_ms=1e6, run_ms=0.5)
+    prior = Prior.of(bundle, tuning)
+    assert prior.step(1, False, 0) == pytest.approx(9.0) and prior.step(1, True, 0) == pytest.approx(9.0)
+    assert prior.making is not None
+    assert prior.making.further == pytest.approx(4.5 if conditioned else 0.0)
+    assert prior.making.begin(1, 0) == pytest.approx(2.5 + (0.0 if conditioned else 4.5))
+    assert prior.making.begin(3, 0) - prior.making.begin(1, 0) == pytest.approx(2 * 0.14 * 2.0)

@@ -10,8 +10,8 @@ import pytest
 from support import profiles
 
 from dynamo_runtime import load_bundle
-from dynamo_runtime.device.costs import Curve, Knowledge
-from dynamo_runtime.device.profile import Profile, cached_path, profiles_folder
+from dynamo_runtime.device.costs import Curve, Knowledge, MadeCurve
+from dynamo_runtime.device.profile import DrafterRuns, Profile, cached_path, profiles_folder
 from dynamo_runtime.errors import ProfileError
 from dynamo_runtime.manifest import FileRecord
 
@@ -28,19 +28,41 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "confidence beyond 1": (lambda p: p["acceptance"][0].update(confidence=2.0), "acceptance: depth, confidence"),
     "more accepted than seen": (lambda p: p["acceptance"][0].update(seen=-1), "acceptance: depth, confidence"),
     "another version": (lambda p: p.update(schema_version="1" * 1000), "has schema version '111"),
+    "a version that is none": (lambda p: p.update(schema_version=True), "has schema version True"),
+    "a drafter that is none": (lambda p: p.update(drafter=[]), "'drafter' is not an object"),
+    "half a drafter": (lambda p: p["drafter"].pop("drafts"), "drafts"),
+    "a drafter without runs": (lambda p: p["drafter"].update(drafts=[]), "drafter: it does not say"),
+    "a run that costs nothing": (lambda p: p["drafter"]["drafts"][0]["time"].update(p50=0.0), "not more than 0"),
+    "no positions": (lambda p: p["drafter"]["layers"][0].update(positions=0), "drafter: positions or past"),
+    "a depth below 0": (lambda p: p["drafter"]["drafts"][0].update(depth=-1), "drafter: depth"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_no_value_is_believed(tmp_path: Path, damage: str) -> None:
     change, message = DAMAGES[damage]
-    content = json.loads(profiles.full().to_json())
+    content = json.loads(replace(profiles.full(), drafter=profiles.runs()).to_json())
     change(content)
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(content))
     with pytest.raises(ProfileError) as error:
         Profile.load(path)
     assert message in str(error.value) and len(str(error.value)) < len(str(path)) + 200
+
+
+def test_a_profile_of_the_first_schema(tmp_path: Path) -> None:
+    """It has nothing of a drafter's graph, is planned with as before, and is of this schema when it is kept again."""
+    content = json.loads(profiles.full().to_json())
+    del content["drafter"]
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(content | {"schema_version": 1}))
+    found = Profile.load(path)
+    assert found == profiles.full()
+    curve = Curve.of(found)
+    assert curve.making is None and curve.resume(64) == pytest.approx(0.733)
+    assert curve.step(2, True, 64) == pytest.approx(profiles.cost(2, 64, True))
+    found.save(path)
+    assert json.loads(path.read_text())["schema_version"] == 2
 
 
 @pytest.mark.parametrize(
@@ -59,6 +81,9 @@ def test_the_same_pass_twice(multi: Path) -> None:
     twice = replace(profile, passes=profile.passes * 2, resume=profile.resume * 2)
     assert Curve.of(twice).step(20, True, 5000) == Curve.of(profile).step(20, True, 5000)
     assert Curve.of(twice).resume(20) == Curve.of(profile).resume(20)
+    drafter = profiles.runs()
+    again = DrafterRuns(drafter.layers * 2, drafter.drafts * 2)
+    assert MadeCurve.of(again).begin(500, 5000) == MadeCurve.of(drafter).begin(500, 5000)
     assert Knowledge.of(load_bundle(multi), twice).acceptances(2, 0.0)
 
 

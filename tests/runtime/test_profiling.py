@@ -13,7 +13,7 @@ from support import profiles
 from dynamo_runtime import LAST, Backend, Engine, load_bundle
 from dynamo_runtime.cli import profile as cli
 from dynamo_runtime.device.acceptance import Acceptances
-from dynamo_runtime.device.costs import Curve
+from dynamo_runtime.device.costs import Curve, MadeCurve
 from dynamo_runtime.device.inspection import device_key, inspect_device
 from dynamo_runtime.device.plan import Planner
 from dynamo_runtime.device.profile import Profile, cached_path, profiles_folder
@@ -23,7 +23,7 @@ from dynamo_runtime.interval import Interval
 from dynamo_runtime.parallel import ParallelHeads
 from dynamo_runtime.parameters import SamplingParameters
 from dynamo_runtime.profiling.measure import QUICK, STAGES, measure
-from dynamo_runtime.profiling.passes import PassTimer
+from dynamo_runtime.profiling.passes import DrafterTimer, PassTimer
 from dynamo_runtime.profiling.trials import PROMPTS
 from dynamo_runtime.step import Rows
 from dynamo_runtime.strategies import Autoregressive
@@ -38,7 +38,8 @@ class FakeDevice:
         self.ort_seconds = 0.0
         self.skips_heads = True
         self.bundle = SimpleNamespace(topology=ParallelHeads(2))
-        self.cache = SimpleNamespace(length=0, rollback=self.rollback)
+        self.cache = SimpleNamespace(length=0, seen=0, rollback=self.rollback)
+        self.heads: FakeHeads | None = None
         self.skipped = 0
         self.rng = np.random.default_rng(0)
 
@@ -52,11 +53,43 @@ class FakeDevice:
         if with_heads:
             spent += self.resume(self.skipped) / 1e3
         self.skipped = 0 if with_heads else self.skipped + len(tokens)
-        spent *= 1 + 0.02 * self.rng.random() + 3 * (self.rng.random() < 0.02)  # with jitter, and now and then a hiccup
-        self.now += spent
-        self.ort_seconds += 0.9 * spent
+        self.ort_seconds += 0.9 * self.spend(spent)
         self.cache.length += len(tokens)
         return SimpleNamespace(topk=lambda: None)
+
+    def spend(self, seconds: float) -> float:
+        """Move the clock, with jitter, and now and then a hiccup; returns by how much."""
+        seconds *= 1 + 0.02 * self.rng.random() + 3 * (self.rng.random() < 0.02)
+        self.now += seconds
+        return seconds
+
+
+class FakeHeads:
+    """A drafter's graph on such a device.
+
+    Attributes:
+        drafted: Depths that drafts were made for.
+    """
+
+    def __init__(self, device: FakeDevice, layers, draft, conditioned: bool):
+        self._device, self._layers, self._draft, self._conditioned = device, layers, draft, conditioned
+        self.seconds = 0.0
+        self.drafted: set[int] = set()
+
+    def ahead(self, positions: Sequence[int]) -> SimpleNamespace:
+        cache, begin = self._device.cache, min(self._device.cache.seen, positions[0])
+        assert positions[0] < cache.length
+        self._spend(self._layers(positions[0] + 1 - begin, begin))
+        cache.seen = max(cache.seen, positions[0] + 1)
+        return SimpleNamespace(topk=self._topk)
+
+    def _topk(self, part: int, before: Sequence[int]) -> None:
+        assert len(before) == 1
+        self.drafted.add(part + 1 if self._conditioned else 0)
+        self._spend(self._draft)
+
+    def _spend(self, milliseconds: float) -> None:
+        self.seconds += 0.8 * self._device.spend(milliseconds / 1e3)
 
 
 @pytest.fixture
@@ -119,6 +152,36 @@ def test_the_plan_made_of_the_measured_curve_is_the_best_one(device: FakeDevice,
         assert planner.drafting == (best > 0)
 
 
+def made_up_layers(positions: int, past: int) -> float:
+    """Half a millisecond, a hundredth more for each further position, and one for each hundred before."""
+    return 0.5 + 0.01 * (positions - 1) + past * 1e-4
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_the_profile_recovers_what_a_graph_of_heads_costs(
+    device: FakeDevice, timer: PassTimer, conditioned: bool
+) -> None:
+    heads = device.heads = FakeHeads(device, made_up_layers, 0.06, conditioned)
+    device.bundle = SimpleNamespace(topology=ParallelHeads(4), drafter=SimpleNamespace(conditioned=conditioned))
+    assert timer.resume((8, 32), 1.0) == []
+    assert not any(each.heads for each in timer.passes([32], 0.0))
+    runs = DrafterTimer(timer, lambda: device.now).runs([32, 500], (4, 16, 128, 5000), 3.0)
+    expected = {(positions, past) for positions in (1, 2, 4, 8) for past in (32, 500)} | {(16, 32), (128, 32)}
+    assert {(each.positions, each.past) for each in runs.layers} == expected
+    for each in runs.layers:
+        assert each.time.p50 == pytest.approx(made_up_layers(each.positions, each.past), rel=0.03)
+        assert each.inside == pytest.approx(0.8 * each.time.p50, rel=0.03)
+        assert each.time.p50 <= each.time.p90 <= each.time.p99 and each.time.count >= 9
+    assert [each.depth for each in runs.drafts] == ([1, 2, 3] if conditioned else [0])
+    assert heads.drafted == {each.depth for each in runs.drafts}
+    assert all(each.time.p50 == pytest.approx(0.06, rel=0.03) for each in runs.drafts)
+    making = MadeCurve.of(runs)
+    for unseen, past in ((1, 32), (3, 32), (8, 500), (50, 32), (100, 300), (300, 500)):
+        wanted = made_up_layers(unseen, past) + (0.0 if conditioned else 0.06)
+        assert making.begin(unseen, past) == pytest.approx(wanted, rel=0.05)
+    assert making.further == pytest.approx(0.06 if conditioned else 0.0, rel=0.03)
+
+
 def test_no_time_is_too_short_for_the_least_rounds(timer: PassTimer) -> None:
     assert all(each.time.count == 9 for each in timer.passes([32], 0.0))
 
@@ -169,7 +232,7 @@ def test_everything_is_measured(measured: Profile, multi: Path) -> None:
 
 
 def test_a_profile_reads_back_as_it_was_written(measured: Profile, tmp_path: Path) -> None:
-    for profile in (measured, profiles.full(), profiles.sparse()):
+    for profile in (measured, profiles.full(), profiles.apart(), profiles.sparse()):
         profile.save(tmp_path / "profile.json")
         assert Profile.load(tmp_path / "profile.json") == profile
     assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
@@ -314,7 +377,7 @@ def test_the_command_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [
         (["/nowhere"], "/nowhere does not exist"),
         (["--compare", "{old}"], "two profiles or more"),
-        (["--compare", "{old}", "{old}"], "has schema version 0, this program reads 1"),
+        (["--compare", "{old}", "{old}"], "has schema version 0, this program reads 1 and 2"),
         (["--compare", "{list}", "{list}"], "it is not a JSON object"),
         (["--compare", "{broken}", "{broken}"], "is not a profile"),
         (["--compare", "{half}", "{half}"], "is not a whole profile"),

@@ -21,6 +21,7 @@ from dynamo_runtime.profiling.page import page
 from dynamo_runtime.tables import WIDTH, Table, number
 
 FULL, SLOW, SPARSE = profiles.full(), profiles.full(2.5), profiles.sparse()
+APART = profiles.apart()
 NASTY = '_<script src="http://evil.test/x.js">&|`$x$</script>'
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -106,6 +107,26 @@ def test_summary_has_the_figures() -> None:
     assert row(text, "Back-off", "0.5") == ["2.00", "1.51 [1.47, 1.55]"]
 
 
+def test_the_drafters_graph_is_in_every_report() -> None:
+    text = report.summary(APART)
+    assert "with further heads, p50" not in text and "Resuming" not in text
+    for each in APART.drafter.layers:  # type: ignore[union-attr]
+        p50, p90, p99 = each.time.p50, each.time.p90, each.time.p99
+        line = rf"\n  {each.positions} +{each.past:,} +{p50:.2f} +{p90:.2f} +{p99:.2f} +{each.inside:.2f}\n"
+        assert re.search(line, text.split("The drafter's layers")[1])
+    assert row(text, "The drafter's drafts", "depth 3") == ["0.070", "0.075", "0.092", "0.050"]
+    assert row(report.summary(replace(APART, drafter=profiles.runs(False))), "The drafter's drafts", "all")
+    found = {(r["section"], r["name"], r["variant"]): r for r in csv.DictReader(io.StringIO(report.to_csv(APART)))}
+    assert len(found) == len(report.csv_rows(APART)) - len(APART.device.instruction_sets) + 1
+    assert float(found["drafter's layers", "past 64, positions 128", "p50"]["value"]) == profiles.layers(128, 64)
+    assert float(found["drafter's drafts", "depth 4", "inside p50"]["value"]) == 0.05
+    lines = report.compare([FULL, APART], ["inside", "apart"])
+    assert re.search(r"The drafter's layers, p50 in ms\n.*past 64, positions 1 +– +0.31 \(–\)\n", lines)
+    labels = [a["aria-label"] or "" for a in Page(page([APART], ["apart"])).all("div") if a.get("role") == "img"]
+    first, last = profiles.layers(1, 64), profiles.layers(128, 64)
+    assert any(f"layers: {number(first)} at 1 to {number(last)} at 128" in label for label in labels)
+
+
 def test_summary_says_first_that_the_machine_was_not_idle() -> None:
     assert "IDLE" not in report.summary(FULL) and "QUICK" not in report.summary(FULL)
     busy = replace(FULL, conditions=replace(FULL.conditions, idle=False, busy=0.234, drift=1.124))
@@ -120,7 +141,8 @@ def test_summary_says_first_that_the_machine_was_not_idle() -> None:
 def test_what_was_not_measured_is_left_out() -> None:
     for text in (report.summary(SPARSE), report.markdown(SPARSE)):
         for title in ("First token", "A pass with further", "Resuming", "Roofline", "operators", "Strategies",
-                      "Time between", "Drafts", "Back-off", "GPU", "instruction sets", "outside the pass"):  # fmt: skip
+                      "Time between", "Drafts", "The drafter", "Back-off", "GPU", "instruction sets",
+                      "outside the pass"):  # fmt: skip
             assert title not in text
     assert row(report.summary(SPARSE), "A pass without", "4") == ["8.00 (1.60)"]
 

@@ -182,6 +182,7 @@ class Uneasy:
     """Costs at which some drafts pay and others do not, and drafting as such now and then does not."""
 
     drafting = overhead = 0.0
+    making = None
 
     def step(self, rows: int, with_heads: bool, past: int) -> float:
         return 1.0 + 0.06 * (rows - 1) + 0.02 * with_heads

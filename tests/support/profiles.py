@@ -1,4 +1,4 @@
-"""Made-up profiles: one with everything in it, one with little."""
+"""Made-up profiles: one with everything in it, one of a drafter with a graph of its own, one with little."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,8 +8,11 @@ from dynamo_runtime.device.profile import (
     Backoff,
     Conditions,
     Device,
+    DrafterRuns,
+    DraftRun,
     Floor,
     Interval,
+    LayersRun,
     Operator,
     Pass,
     Prefill,
@@ -21,6 +24,7 @@ from dynamo_runtime.device.profile import (
 )
 
 ROWS, PASTS = range(1, 9), (64, 512, 1984)
+POSITIONS, CATCH_UP = (1, 2, 4, 8), (32, 128)
 STRATEGIES = {
     "plain": (1.0, 1.0, []),
     "speculative, 2 drafts": (1.94, 1.31, [0.621, 0.358]),
@@ -43,8 +47,31 @@ def cost(rows: int, past: int, heads: bool) -> float:
     return (0.9 + 0.11 * (rows - 1) + past * 2e-4) * (1.27 if heads else 1.0)
 
 
+def layers(positions: int, past: int) -> float:
+    """Milliseconds of the made-up drafter's layers."""
+    return 0.3 + 0.04 * (positions - 1) + past * 1e-4
+
+
+def runs(conditioned: bool = True, depth: int = 4) -> DrafterRuns:
+    """Costs of a made-up drafter's graph."""
+    read = [(positions, past) for past in PASTS for positions in POSITIONS]
+    read += [(positions, PASTS[0]) for positions in CATCH_UP]
+    depths = range(1, depth + 1) if conditioned else [0]
+    return DrafterRuns(
+        [LayersRun(*each, quantiles(layers(*each)), layers(*each) * 0.9) for each in read],
+        [DraftRun(each, quantiles(0.07), 0.05) for each in depths],
+    )
+
+
+def apart(**changes: Any) -> Profile:
+    """The profile of a bundle whose drafter has a graph of its own: no pass has heads."""
+    made = full()
+    made = replace(made, passes=[each for each in made.passes if not each.heads], resume=[], drafter=runs())
+    return replace(made, **changes)
+
+
 def full(scale: float = 1.0, **changes: Any) -> Profile:
-    """A profile with all sections.
+    """A profile with all sections but the drafter's graph's, of a bundle whose heads are inside the base's.
 
     Args:
         scale: How much slower the machine is.

@@ -40,6 +40,31 @@ class Record:
         self.accepted = self.accepted * self.tuning.memory + accepted
 
 
+class _Looks:
+    """How often drafts at one depth are of each bin of confidence: of all that were looked at, fed or not."""
+
+    def __init__(self, known: Sequence[float], tuning: Tuning):
+        """Begin with what is known.
+
+        Args:
+            known: Drafts of each bin; all bins are taken for as likely where none was seen.
+            tuning: How fast it is learnt and forgotten.
+        """
+        self._tuning = tuning
+        counts = known if sum(known) else [1.0] * tuning.bins
+        self._weights = [tuning.prior_weight * count / sum(counts) for count in counts]
+
+    def add(self, index: int) -> None:
+        """Count a draft of a bin; older ones fade."""
+        memory = self._tuning.memory
+        self._weights = [weight * memory + (i == index) for i, weight in enumerate(self._weights)]
+
+    def shares(self) -> list[float]:
+        """Of every bin."""
+        whole = sum(self._weights)
+        return [weight / whole for weight in self._weights]
+
+
 class Acceptances:
     """Expected acceptance of a draft, by depth and by the drafter's own confidence in it.
 
@@ -49,6 +74,7 @@ class Acceptances:
 
     Attributes:
         depth: Most drafts a pass.
+        known: Whether drafts were counted before.
     """
 
     def __init__(self, depth: int, known: Counts | None = None, tuning: Tuning = DEFAULT):
@@ -62,6 +88,7 @@ class Acceptances:
         self.depth = depth
         self._tuning = tuning
         known = known or {}
+        self.known = any(seen for seen, _ in known.values())
         bins, depths = range(tuning.bins), range(1, depth + 1)
         self._kinds = {(d, b): Record(tuning) for d in depths for b in bins}
         self._bins = [Record(tuning) for _ in bins]
@@ -73,9 +100,14 @@ class Acceptances:
             self._known_rate(tuning.accepted, [n for (at, _), n in known.items() if at == d]) for d in depths
         ]
 
+        self._looks = [_Looks([known.get((d, b), (0, 0))[0] for b in bins], tuning) for d in depths]
+
     def of(self, depth: int, confidence: float) -> float:
         """Of a draft of this confidence at this depth, given that those before it are right."""
-        index = bin_of(confidence, self._tuning.bins)
+        return self._rate(depth, bin_of(confidence, self._tuning.bins))
+
+    def _rate(self, depth: int, index: int) -> float:
+        """Of a draft in a bin of confidence."""
         hoped = self._of_bins[index] + self._tuning.untried * (self.usual(depth) - self._of_bins[index])
         prior = max(self._of_bins[index], hoped)
         return self._kinds[depth, index].rate(self._bins[index].rate(prior))
@@ -83,6 +115,14 @@ class Acceptances:
     def usual(self, depth: int) -> float:
         """Of any draft at this depth, given that those before it are right."""
         return self._depths[depth - 1].rate(self._of_depths[depth - 1])
+
+    def kinds(self, depth: int) -> list[tuple[float, float]]:
+        """What a draft at this depth may turn out to be: share and expected acceptance by bins, from the lowest up."""
+        return [(share, self._rate(depth, index)) for index, share in enumerate(self._looks[depth - 1].shares())]
+
+    def look(self, depth: int, confidence: float) -> None:
+        """Count a draft whose confidence is known, whether or not it is fed."""
+        self._looks[depth - 1].add(bin_of(confidence, self._tuning.bins))
 
     def add(self, confidences: Sequence[float], accepted: int) -> None:
         """Count judged drafts: the first `accepted` were right, the next was not, of the others nothing is known."""

@@ -8,29 +8,83 @@ from typing import NamedTuple, Protocol
 
 from ..bundle import Bundle
 from .acceptance import Acceptances, Counts, bin_of
-from .profile import Profile
+from .profile import DrafterRuns, Profile
 from .tuning import DEFAULT, Tuning
 
 Points = Sequence[tuple[float, float]]
 """(x, milliseconds), ascending in x."""
 
 
+class Making(Protocol):
+    """What drafts cost that a graph of its own makes behind a pass, in milliseconds."""
+
+    @property
+    def further(self) -> float:
+        """A run for every draft that is looked at, the first among them; 0 where one run is for all of them."""
+
+    def begin(self, unseen: float, past: int) -> float:
+        """What is to be paid before any draft: layers over `unseen` positions, in a text of about `past`.
+
+        The run is in it that is for all drafts, where there is such a one.
+        """
+
+
 class Costs(Protocol):
     """What things cost on a device, in milliseconds."""
 
     @property
+    def making(self) -> Making | None:
+        """What the drafter's graph costs; None where heads are inside the base's, or there are none."""
+
+    @property
     def drafting(self) -> float:
-        """A draft, outside the pass: proposing and judging it."""
+        """A draft, in Python: proposing and judging it."""
 
     @property
     def overhead(self) -> float:
         """A plain token, outside the pass."""
 
     def step(self, rows: int, with_heads: bool, past: int) -> float:
-        """A pass over `rows` tokens behind `past` others, with or without further heads."""
+        """A pass over `rows` tokens behind `past` others, with or without further heads inside the base's graph."""
 
     def resume(self, skipped: int) -> float:
-        """What the first pass with heads costs more after `skipped` positions without."""
+        """What the first pass with such heads costs more after `skipped` positions without."""
+
+
+class MadeCurve:
+    """`Making` as it was measured.
+
+    How much the layers cost by the positions that they read is known behind the shortest past, and behind longer ones
+    as far as positions are few: what many cost more is taken for the same there.
+    """
+
+    def __init__(self, layers: Mapping[int, Points], run: float, conditioned: bool):
+        """Take what was measured.
+
+        Args:
+            layers: past -> (positions read, milliseconds).
+            run: Milliseconds of one that makes drafts.
+            conditioned: Whether every draft takes such a run.
+        """
+        self.further, self._once = (run, 0.0) if conditioned else (0.0, run)
+        self._by_past = [(float(past), points) for past, points in sorted(layers.items())]
+        self._most = min(points[-1][0] for points in layers.values())
+
+    @staticmethod
+    def of(runs: DrafterRuns) -> MadeCurve:
+        """The medians of a profile."""
+        layers: dict[int, dict[float, float]] = {}  # one time for every number of positions
+        for run in runs.layers:
+            layers.setdefault(run.past, {})[float(run.positions)] = run.time.p50
+        points = {past: sorted(times.items()) for past, times in layers.items()}
+        drafts = [run.time.p50 for run in runs.drafts]
+        return MadeCurve(points, sum(drafts) / len(drafts), all(run.depth for run in runs.drafts))
+
+    def begin(self, unseen: float, past: int) -> float:
+        """See `Making`."""
+        shortest, few = self._by_past[0][1], min(unseen, self._most)
+        here = _interpolated([(at, _interpolated(points, few)) for at, points in self._by_past], past)
+        return max(here + _interpolated(shortest, unseen) - _interpolated(shortest, few), 0.0) + self._once
 
 
 class Curve:
@@ -42,16 +96,18 @@ class Curve:
         resumes: Points = (),
         drafting: float = 0.0,
         overhead: float = 0.0,
+        making: Making | None = None,
     ):
         """Take what was measured.
 
         Args:
             passes: (with heads, past) -> (rows, milliseconds).
             resumes: (positions skipped, milliseconds).
-            drafting: Milliseconds for every draft, outside the pass.
-            overhead: Milliseconds for every plain token, outside the pass.
+            drafting: See `Costs`.
+            overhead: See `Costs`.
+            making: See `Costs`.
         """
-        self.drafting, self.overhead = drafting, overhead
+        self.drafting, self.overhead, self.making = drafting, overhead, making
         self._by_past = {
             with_heads: sorted((past, points) for (heads, past), points in passes.items() if heads == with_heads)
             for with_heads in (False, True)
@@ -65,11 +121,12 @@ class Curve:
         found: dict[tuple[bool, int], dict[float, float]] = {}  # one time for every number of rows
         for each in profile.passes:
             found.setdefault((each.heads, each.past), {})[float(each.rows)] = each.time.p50
-        for (_, past), times in list(found.items()):  # a bundle without further heads
+        for (_, past), times in list(found.items()):  # a bundle without further heads in its passes
             found.setdefault((True, past), times)
         passes = {key: sorted(times.items()) for key, times in found.items()}
         resumes = {float(each.skipped): each.extra for each in profile.resume if each.skipped > 0}
-        return Curve(passes, sorted(resumes.items()), profile.drafting, profile.overhead)
+        making = None if profile.drafter is None else MadeCurve.of(profile.drafter)
+        return Curve(passes, sorted(resumes.items()), profile.drafting, profile.overhead, making)
 
     def step(self, rows: int, with_heads: bool, past: int) -> float:
         """See `Costs`."""
@@ -85,15 +142,51 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class MadePrior:
+    """`Making` on a device that has not been measured.
+
+    Attributes:
+        first_ms: Layers over one position, and the run that is for all drafts, where there is such a one.
+        position_ms: Layers over one more.
+        further: See `Making`.
+    """
+
+    first_ms: float
+    position_ms: float
+    further: float = 0.0
+
+    @staticmethod
+    def of(bundle: Bundle, tuning: Tuning = DEFAULT) -> MadePrior | None:
+        """By the bytes that the drafter's graph reads, where the bundle has one; its layers are as large as the base's.
+
+        Runs for one draft each are taken to read all that is not in the layers.
+        """
+        if bundle.drafter is None:
+            return None
+        plain_ms, whole_ms = _reading_ms(bundle, tuning)
+        layers_ms = min(plain_ms * bundle.topology.layers / (bundle.base_layers + 1), whole_ms)
+        row_ms = layers_ms * tuning.row_share.get(bundle.precision, tuning.other_row_share)
+        layers_ms, run_ms = layers_ms + tuning.run_ms, whole_ms - layers_ms + tuning.run_ms
+        if bundle.drafter.conditioned:
+            return MadePrior(layers_ms, row_ms, run_ms)
+        return MadePrior(layers_ms + run_ms, row_ms)
+
+    def begin(self, unseen: float, past: int) -> float:
+        """See `Making`; the past is taken for short."""
+        return self.first_ms + max(unseen - 1, 0.0) * self.position_ms
+
+
+@dataclass(frozen=True)
 class Prior:
     """Costs of a device that has not been measured: a pass takes as long as reading its weights usually does.
 
     Attributes:
         plain_ms: A pass over one token without heads.
-        heads_ms: What further heads add.
+        heads_ms: What further heads inside the base's graph add.
         row_ms: What one more row adds.
         drafting: See `Costs`.
         overhead: See `Costs`.
+        making: See `Costs`.
     """
 
     plain_ms: float
@@ -101,15 +194,15 @@ class Prior:
     row_ms: float
     drafting: float = DEFAULT.drafting_ms
     overhead: float = DEFAULT.overhead_ms
+    making: MadePrior | None = None
 
     @staticmethod
     def of(bundle: Bundle, tuning: Tuning = DEFAULT) -> Prior:
-        """By the size of the bundle's graph and its precision."""
-        whole_ms = (bundle.graph_bytes or 1 << 20) / tuning.bytes_per_ms
-        heads_ms = whole_ms * bundle.topology.weight_layers / (bundle.kv_layers + 1)
-        plain_ms = whole_ms - heads_ms
+        """By the size of the bundle's graphs and its precision."""
+        plain_ms, heads_ms = _reading_ms(bundle, tuning)
         row_ms = plain_ms * tuning.row_share.get(bundle.precision, tuning.other_row_share)
-        return Prior(plain_ms, heads_ms, row_ms, tuning.drafting_ms, tuning.overhead_ms)
+        inside_ms = heads_ms if bundle.drafter is None else 0.0
+        return Prior(plain_ms, inside_ms, row_ms, tuning.drafting_ms, tuning.overhead_ms, MadePrior.of(bundle, tuning))
 
     def step(self, rows: int, with_heads: bool, past: int) -> float:
         """See `Costs`; the past is taken for short."""
@@ -145,6 +238,19 @@ class Knowledge(NamedTuple):
         for each in profile.acceptance:
             drafts[each.greedy][each.depth, bin_of(each.confidence)] = each.seen, each.accepted
         return Knowledge(Curve.of(profile), drafts)
+
+
+def _reading_ms(bundle: Bundle, tuning: Tuning) -> tuple[float, float]:
+    """Milliseconds to read the weights of the base, and those of what predicts further tokens."""
+    if bundle.drafter is None:
+        whole_ms = (bundle.graph_bytes or 1 << 20) / tuning.bytes_per_ms
+        heads_ms = whole_ms * bundle.topology.weight_layers / (bundle.kv_layers + 1)
+        return whole_ms - heads_ms, heads_ms
+    if bundle.pass_bytes is not None:
+        return bundle.pass_bytes.plain / tuning.bytes_per_ms, bundle.pass_bytes.heads / tuning.bytes_per_ms
+    # By the names of the files, as weights may lie beside a graph under its name and more.
+    heads = sum(record.bytes for name, record in bundle.files.items() if name.startswith(bundle.drafter.graph))
+    return (bundle.graph_bytes - heads or 1 << 20) / tuning.bytes_per_ms, heads / tuning.bytes_per_ms
 
 
 def _interpolated(points: Points, x: float) -> float:

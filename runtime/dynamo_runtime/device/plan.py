@@ -21,6 +21,10 @@ from .tuning import DEFAULT, Tuning
 class Planner:
     """Decides, for one text, whether a pass is to yield drafts and how many of them the next is to be fed.
 
+    Heads inside the base's graph have to be asked for with the pass, so whether the next one is to yield drafts is
+    decided when one has been judged. Those with a graph of their own are run behind it, if at all; nothing is learnt
+    meanwhile that the decision would need.
+
     Attributes:
         drafting: Whether the next pass is to yield drafts.
         acceptances: What is expected of them.
@@ -38,17 +42,20 @@ class Planner:
         self.acceptances = acceptances
         self._costs = costs
         self._ask = ask
+        self._making = costs.making if ask.heads else None
         self._tuning = tuning
         self._depth = acceptances.depth
         self._looks = 0
-        self._patience = 1
+        self._averaged: float = tuning.first_passes  # rounds that the gain is the average of
+        self._looked = 0  # drafts looked at behind this pass
+        self._patience: float = 1
+        self._behind = 0  # positions that heads have not seen when a stretch without them begins: at first the prompt
+        self._lost = 0.0  # milliseconds that drafting cost and did not give; below 0 what it gave more
         self._turn_to(0)
-        # Rate ρ and gain of drafting, as if every draft were as usual: the best number of them, always.
-        usual = [math.prod(acceptances.usual(i) for i in range(1, d + 1)) for d in range(1, self._depth + 1)]
-        expected = [1.0 + sum(usual[:d]) for d in range(self._depth + 1)]
-        best = max(range(self._depth + 1), key=lambda d: expected[d] / self._cost_on[d])
-        self._tokens, self._time = expected[best], self._cost_on[best]
-        self._gain = expected[best] - 1 - self.rate * (self._cost_on[best] - self._cost_on[0])
+        # Rate ρ and gain of drafting, as if every draft were as usual: the best fixed setting, always.
+        usual = self._usual()
+        self._tokens, self._time, beyond = max(usual, key=lambda each: each[0] / each[1])
+        self._gain = self._tokens - 1 - self.rate * beyond
         self.drafting = self._pays()
         self._waited = 0
 
@@ -56,6 +63,31 @@ class Planner:
     def rate(self) -> float:
         """Tokens a millisecond: of drafting as it went lately, or of plain decoding, whichever is more."""
         return max(self._tokens / self._time, 1.0 / self._cost_off[0])
+
+    def further(self, confidences: Sequence[float]) -> bool:
+        """Whether the draft behind those there are is worth a look, where every look takes a run.
+
+        Called before the drafter is asked about that place, so by what such drafts usually turn out to be.
+
+        Args:
+            confidences: Of the drafts there are, which are to be fed.
+        """
+        if not confidences or self._making is None or not self._making.further:
+            return True  # it has been decided, or costs nothing
+        acceptances, rate, run = self.acceptances, self.rate, self._making.further
+        depth, before = len(confidences) + 1, self._cost_on[len(confidences)]
+        certain = self._certain(confidences)
+        kinds = acceptances.kinds(depth)
+        row = rate * (self._cost_on[depth] - before)
+        if sum(share * max(certain * right - row, 0.0) for share, right in kinds) > rate * run:
+            return True
+        gained, certain = 0.0, certain * sum(share * right for share, right in kinds)
+        for d in range(depth, self._depth + 1):  # perhaps only further drafts make it worth while
+            certain *= acceptances.usual(d) if d > depth else 1.0
+            gained += certain
+            if gained > rate * (self._cost_on[d] - before + run * (d - depth + 1)):
+                return True
+        return False
 
     def worth(self, confidences: Sequence[float]) -> bool:
         """Whether one more draft is worth its cost.
@@ -67,19 +99,27 @@ class Planner:
             confidences: Of the drafts there are, and then of the one in question.
         """
         acceptances, rate, depth = self.acceptances, self.rate, len(confidences)
-        certain = 1.0
-        for i, confidence in enumerate(confidences, 1):
-            certain *= acceptances.of(i, confidence)
+        acceptances.look(depth, confidences[-1])
+        self._looked = depth
+        run = self._making.further if self._making else 0.0
+        certain = self._certain(confidences)
         gained, before = 0.0, self._cost_on[depth - 1]
         for d in range(depth, self._depth + 1):  # perhaps only further drafts make it worth while
             certain *= acceptances.usual(d) if d > depth else 1.0
             gained += certain
-            if gained > rate * (self._cost_on[d] - before):
+            if gained > rate * (self._cost_on[d] - before + run * (d - depth)):
                 return True
         return False
 
-    def wait(self) -> None:
-        """After a pass that was not to yield drafts, decide about the next."""
+    def wait(self, past: int) -> None:
+        """After a pass that was not to yield drafts, decide about the next.
+
+        Args:
+            past: Positions that it will find in the cache.
+        """
+        if not self._looks and not self._waited:
+            self._behind = past
+            self._turn_to(past)
         self._waited += 1
         self.drafting = self._waited >= self._patience
 
@@ -96,49 +136,115 @@ class Planner:
         for depth, confidence in enumerate(confidences, 1):
             certain *= self.acceptances.of(depth, confidence)
             expected += certain
-        cost = self._cost_on[len(confidences)]
-        gain = expected - 1 - self.rate * (cost - self._cost_on[0])
+        looked, self._looked = max(self._looked, 1), 0
+        cost = self._cost_on[len(confidences)] + self._made(looked, self._tokens)
+        gain = expected - 1 - self.rate * (cost - self._cost_of_a_look(self._tokens))
         self._looks += 1
         if self._waited:
             self.acceptances.fade(self._tuning.fade_of_a_look)
         elif self._looks % self._tuning.fade_every == 0:
             self.acceptances.fade(self._tuning.fade)
-        weight = max(1 - self._tuning.recent, 1 / (self._tuning.first_passes + self._looks))
-        if self._waited:  # the last look may be long ago
-            weight = self._tuning.recent_look
-        self._gain += weight * (gain - self._gain)
+        # The last look may be long ago; by itself this one tells little, so those behind it soon count as much.
+        self._averaged = 1 / self._tuning.recent_look if self._waited else self._averaged + 1
+        self._gain += max(1 - self._tuning.recent, 1 / self._averaged) * (gain - self._gain)
         steady = max(1 - self._tuning.steady, 1 / (self._tuning.first_passes + self._looks))
         self._tokens += steady * (expected - self._tokens)
         self._time += steady * (cost - self._time)
-        self.drafting = self._pays()
-        self._waited = 0
+        self.drafting = self._goes_on(gain)
+        self._waited = self._behind = 0
         if not self.drafting:
             self._patience = self._wait()
 
+    def _goes_on(self, gain: float) -> bool:
+        """Whether to draft again, after a round with drafts of some gain.
+
+        What drafts gain varies from round to round, and coming back costs a wait and a look: drafting that has paid, or
+        just begun, is given up when it has lost some time, and not by a few bad rounds. A look has to convince.
+        """
+        pays, plain = self._pays(), self._cost_off[0]
+        if self._waited:
+            self._lost = 0.0 if pays else math.inf
+        else:
+            self._lost = max(self._lost + self._missing(gain) / self.rate, -self._tuning.savings * plain)
+        return pays or self._lost < self._tuning.trial * plain
+
+    def _usual(self) -> list[tuple[float, float, float]]:
+        """Tokens and milliseconds a round of fixed settings by what is known, and those of them beyond a look.
+
+        The settings: so many drafts, or fewer as soon as one's confidence is below a bin. What drafters say of their
+        drafts is gone by only where it is known what became of such drafts.
+        """
+        looks = [self.acceptances.kinds(depth) for depth in range(1, self._depth + 1)]
+        found = [(1.0, self._cost_on[0] + self._made(1, 1.0), 0.0)]
+        for least in range(self._tuning.bins) if self.acceptances.known else (0,):
+            reached = certain = tokens = 1.0
+            beyond = 0.0
+            for depth, kinds in enumerate(looks, 1):
+                kept = sum(share for share, _ in kinds[least:])
+                right = sum(share * rate for share, rate in kinds[least:]) / kept if kept else 0.0
+                if not self.acceptances.known:
+                    right = self.acceptances.usual(depth)
+                if depth > 1 and self._making:
+                    beyond += reached * self._making.further
+                reached *= kept
+                certain *= right
+                tokens += reached * certain
+                beyond += reached * (self._cost_on[depth] - self._cost_on[depth - 1])
+                found.append((tokens, self._cost_of_a_look(tokens) + beyond, beyond))
+        return found
+
+    def _certain(self, confidences: Sequence[float]) -> float:
+        """How likely all of the drafts of these confidences are right."""
+        return math.prod(self.acceptances.of(depth, confidence) for depth, confidence in enumerate(confidences, 1))
+
+    def _made(self, looked: int, unseen: float) -> float:
+        """Milliseconds of the drafter's graph in a round, for so many drafts that were looked at.
+
+        Args:
+            looked: One or more.
+            unseen: Positions that its layers have to read first.
+        """
+        making = self._making
+        return 0.0 if making is None else making.begin(unseen, self._past) + making.further * looked
+
+    def _cost_of_a_look(self, unseen: float) -> float:
+        """Milliseconds of a round that yields drafts and is fed none; argument of `_made`."""
+        return self._cost_on[0] + self._made(1, unseen)
+
     def _pays(self) -> bool:
         """Whether having drafts gains more than yielding them costs."""
-        return self._gain > self.rate * (self._cost_on[0] - self._cost_off[0])
+        return self._missing(self._gain) < 0
 
-    def _wait(self) -> int:
-        """Plain tokens before the next look at what drafting would gain, which is not to cost much of their time."""
-        waiting = 1
-        plain, look = self._cost_off[0], self._cost_on[0] - self._cost_off[0]
-        while waiting < self._tuning.longest_wait:
-            resuming = self._costs.resume(waiting) if self._ask.heads else 0.0
-            if look + resuming <= self._tuning.exploration * plain * waiting:
-                break
+    def _missing(self, gain: float) -> float:
+        """Tokens that a round with drafts gives less than are to be had elsewhere in its time."""
+        return self.rate * (self._cost_of_a_look(self._tokens) - self._cost_off[0]) - gain
+
+    def _wait(self) -> float:
+        """Plain tokens before the next look at what drafting would gain, which is not to cost much of their time.
+
+        Infinite if that costs too much however long the wait is.
+        """
+        plain, longest, waiting = self._cost_off[0], self._tuning.longest_wait, 1
+        while waiting < longest and self._look_after(waiting) > self._tuning.exploration * plain * waiting:
             waiting *= 2
-        return waiting
+        return waiting if self._look_after(waiting) <= self._tuning.dearest_look * plain * waiting else math.inf
+
+    def _look_after(self, waiting: int) -> float:
+        """Milliseconds of a look behind so many plain tokens, beyond what the pass costs anyway."""
+        skipped = self._behind + waiting
+        resuming = self._costs.resume(skipped) if self._ask.heads and self._making is None else 0.0
+        return self._cost_of_a_look(skipped + 1) - self._cost_off[0] + resuming
 
     def _turn_to(self, past: int) -> None:
         """Look up what passes cost behind about so many positions, with 0, 1, … drafts."""
         self._block = past // self._tuning.past_step
-        past = self._block * self._tuning.past_step  # so that the same costs are looked up for every text
-        costs, ask = self._costs, self._ask
+        # The same costs are looked up for every text.
+        self._past = past = self._block * self._tuning.past_step
+        costs, ask, inside = self._costs, self._ask, self._ask.heads and self._making is None
 
         def cost(drafts: int, drafting: bool) -> float:
             rows = 1 + drafts + (len(ask.look_ahead) if drafting else 0)
-            return costs.step(rows, drafting and ask.heads, past) + costs.overhead + costs.drafting * drafts
+            return costs.step(rows, drafting and inside, past) + costs.overhead + costs.drafting * drafts
 
         self._cost_on, self._cost_off = ([cost(d, on) for d in range(self._depth + 1)] for on in (True, False))
         self._patience = self._wait()

@@ -18,7 +18,8 @@ from ..errors import ProfileError, shown
 from ..files import file_name, read_object, write_whole
 from ..interval import Interval
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READ_VERSIONS = (1, 2)  # those of the first know heads only as a part of the base's graph
 PROFILES = "DYNAMO_PROFILES"  # environment variable: the folder that profiles are kept in
 _MOST_BYTES = 16 << 20  # of a profile
 _MOST_NUMBER = 1e18  # in it, where bytes are counted
@@ -125,7 +126,7 @@ class Pass:
     """A forward pass over `rows` tokens behind `past` others.
 
     Attributes:
-        heads: Whether further heads were computed, at all rows. False for bundles that have none.
+        heads: Whether further heads were computed, at all rows. False for bundles that have none in the base's graph.
         rows: Tokens fed, m.
         past: Positions in the cache before.
         time: The whole step in Python.
@@ -137,6 +138,46 @@ class Pass:
     past: int
     time: Quantiles
     inside: float
+
+
+@dataclass(frozen=True)
+class LayersRun:
+    """The layers of the drafter's graph over the states of `positions` tokens behind `past` others.
+
+    Attributes:
+        positions: Read at once: those that became final since the layers ran last.
+        past: Positions that they have read before.
+        time: The whole of it in Python.
+        inside: Median of the part inside onnxruntime, in milliseconds.
+    """
+
+    positions: int
+    past: int
+    time: Quantiles
+    inside: float
+
+
+@dataclass(frozen=True)
+class DraftRun:
+    """What goes from the states of the layers to words.
+
+    Attributes:
+        depth: Of the draft that it is for, from 1, where every draft takes a run; 0 where one is for all of them.
+        time: The whole of it in Python.
+        inside: Median of the part inside onnxruntime, in milliseconds.
+    """
+
+    depth: int
+    time: Quantiles
+    inside: float
+
+
+@dataclass(frozen=True)
+class DrafterRuns:
+    """What the drafter's graph costs beside the passes: its layers once a round, and then its drafts."""
+
+    layers: list[LayersRun]
+    drafts: list[DraftRun]
 
 
 @dataclass(frozen=True)
@@ -234,8 +275,10 @@ class Profile:
         load_s: Seconds to load the bundle.
         peak_bytes: Largest memory of the process.
         steady_bytes: Its memory while decoding.
-        drafting: Spent outside a pass for every draft proposed and judged.
+        drafting: Spent in Python for every draft proposed and judged: outside the pass and the runs of the drafter's
+            graph.
         overhead: Spent outside a pass for every token of plain decoding: sampling it, turning it into text.
+        drafter: Costs of the drafter's graph; None where there is none.
     """
 
     device: Device
@@ -258,6 +301,7 @@ class Profile:
     acceptance: list[Acceptance] = field(default_factory=list)
     backoff: list[Backoff] = field(default_factory=list)
     overhead: float = 0.0
+    drafter: DrafterRuns | None = None
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
@@ -266,7 +310,7 @@ class Profile:
 
     @staticmethod
     def load(path: Path) -> Profile:
-        """Read a profile.
+        """Read a profile, of this schema version or an older one.
 
         Raises:
             ProfileError: There is none, or it is damaged or of another schema version.
@@ -278,13 +322,13 @@ class Profile:
         except ValueError as error:
             raise ProfileError(f"{path} is not a profile: {error}") from error
         version = content.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if version not in _READ_VERSIONS or isinstance(version, bool):
             raise ProfileError(
-                f"{path} has schema version {shown(version)}, this program reads {SCHEMA_VERSION}: "
-                "run dynamo-profile again"
+                f"{path} has schema version {shown(version)}, this program reads "
+                f"{' and '.join(map(str, _READ_VERSIONS))}: run dynamo-profile again"
             )
         try:
-            profile: Profile = _read(Profile, content)
+            profile: Profile = _read(Profile, content | {"schema_version": SCHEMA_VERSION})
         except (TypeError, ValueError) as error:
             raise ProfileError(f"{path} is not a whole profile: {error}") from error
         if wrong := profile._wrong():
@@ -300,7 +344,7 @@ class Profile:
         for each in self.acceptance:
             if each.depth < 1 or not 0 <= each.confidence <= 1 or not 0 <= each.accepted <= each.seen:
                 return "acceptance: depth, confidence, seen or accepted is out of range"
-        return ""
+        return "" if self.drafter is None else _wrong_runs(self.drafter)
 
     def save(self, path: Path) -> None:
         """Write the profile, or nothing.
@@ -309,6 +353,20 @@ class Profile:
             OutputError: It cannot be written there.
         """
         write_whole(path, self.to_json())
+
+
+def _wrong_runs(drafter: DrafterRuns) -> str:
+    """What planning cannot go by in the costs of a drafter's graph; empty if nothing is wrong."""
+    if not drafter.layers or not drafter.drafts:
+        return "drafter: it does not say what layers and drafts cost"
+    times = [*(run.time for run in drafter.layers), *(run.time for run in drafter.drafts)]
+    if min(time.p50 for time in times) <= 0:
+        return "drafter: a time is not more than 0"
+    if min(min(run.positions - 1, run.past) for run in drafter.layers) < 0:
+        return "drafter: positions or past is too small"
+    if min(run.depth for run in drafter.drafts) < 0:
+        return "drafter: depth is too small"
+    return ""
 
 
 def _read(kind: Any, value: Any, where: str = "it") -> Any:

@@ -27,13 +27,19 @@ class Tuning:
         recent: What a pass counts for once the next one is there, in the average of what drafting gains. By hand.
         steady: The same in the rate that every choice is weighed with. By hand.
         first_passes: What was known before counts as so many passes. By hand.
-        longest_wait: Plain tokens before the next look, however dear a look is. By hand.
+        longest_wait: Plain tokens before the next look, unless that is dearer than `dearest_look`. By hand.
+        dearest_look: Share of the time since the last look that a look may cost at most. Heads have to catch up on all
+            that they have not seen, so a longer wait does not make up for it: there is no look if it costs more. By
+            hand.
+        trial: Plain passes' time that drafting may lose before it is given up. By hand.
+        savings: The same, of what it gained before. By hand.
         nearly_greedy: A temperature below which sampling is more like choosing the most probable token. By hand.
         past_step: Positions for which one set of costs serves. By hand.
         bytes_per_ms: Weights that a device nobody has measured reads in a millisecond. By hand (two cores of a server
             read 15 to 39 MB of a graph in a millisecond: benchmarks/results/devices).
         overhead_ms: Python's time for a plain token there. By hand (0.15 ms with the embedded model in int8: ibid.).
         drafting_ms: The same for a draft. By hand (0.12 to 0.16 ms: ibid.).
+        run_ms: The same for a run of the drafter's graph. By hand (0.02 to 0.05 ms with the embedded model).
         row_share: What one more row costs there, of a pass over one row, by precision. By hand (int8, the embedded
             model: 0.24 to 0.26; larger ones 0.10 to 0.19, in fp32 0.04 to 0.05: ibid.).
         other_row_share: The same for any other precision. By hand.
@@ -50,15 +56,19 @@ class Tuning:
     fade_every: int = 16
     fade_of_a_look: float = 0.9
     memory: float = 0.97
-    recent: float = 0.93
+    recent: float = 0.95
     steady: float = 0.99
     first_passes: int = 4
     longest_wait: int = 512
+    dearest_look: float = 0.02
+    trial: float = 0.9
+    savings: float = 5.0
     nearly_greedy: float = 0.35
     past_step: int = 64
     bytes_per_ms: float = 15e6
     overhead_ms: float = 0.13
     drafting_ms: float = 0.14
+    run_ms: float = 0.04
     row_share: Mapping[str, float] = field(default_factory=_row_shares)
     other_row_share: float = 0.25
     accepted: float = 0.5

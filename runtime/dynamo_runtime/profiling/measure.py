@@ -20,7 +20,7 @@ from ..errors import ProfileError
 from ..providers import Backend
 from ..session import Session
 from .conditions import memory, watched
-from .passes import ROWS, PassTimer, measure_operators, measure_prefill
+from .passes import POSITIONS, ROWS, DrafterTimer, PassTimer, measure_operators, measure_prefill
 from .roofline import read_bandwidth, roofline
 from .trials import QUICK_THRESHOLDS, THRESHOLDS, Trials, encoded, look_outside, run_backoff, run_strategies
 
@@ -38,7 +38,7 @@ class Effort:
         seconds: For all of it; more where a single pass takes long, as every stage does the least it must.
         pasts: Positions before the passes that are timed.
         prompts: Tokens of the prompts whose first token is timed.
-        skipped: Positions that further heads have to catch up on.
+        skipped: Positions that further heads have to catch up on, inside the base's graph or in their own.
         thresholds: ε_b that `dynamo` is tried with.
         texts: How many of the built-in prompts are decoded; None means all.
         read_bytes: For the bandwidth: more than any cache holds.
@@ -205,8 +205,13 @@ def _prefill(bench: Bench, profile: Profile, seconds: float) -> Profile:
     return replace(profile, prefill=prefill, steady_bytes=memory("VmRSS"))
 
 
-def _resume(bench: Bench, profile: Profile, seconds: float) -> Profile:
-    return replace(profile, resume=bench.timer.resume(bench.effort.skipped, seconds))
+def _heads(bench: Bench, profile: Profile, seconds: float) -> Profile:
+    """What the drafter's graph costs, or heads inside the base's when they come back."""
+    session = bench.engine.session
+    if session.heads is None:
+        return replace(profile, resume=bench.timer.resume(bench.effort.skipped, seconds))
+    pasts = _fitting(bench.effort.pasts, session, POSITIONS[-1])
+    return replace(profile, drafter=DrafterTimer(bench.timer).runs(pasts, bench.effort.skipped, seconds))
 
 
 def _operators(bench: Bench, profile: Profile, seconds: float) -> Profile:
@@ -216,7 +221,7 @@ def _operators(bench: Bench, profile: Profile, seconds: float) -> Profile:
 
 def _strategies(bench: Bench, profile: Profile, seconds: float) -> Profile:
     trials = bench.trials(profile)
-    outside = look_outside(trials)
+    outside = look_outside(trials, profile.drafter)
     found = replace(
         profile,
         drafting=outside.drafting,
@@ -239,7 +244,7 @@ STAGES = (
     Stage("memory bandwidth", 0.03, 0.03, _bandwidth),
     Stage("passes", 0.06, 0.3, _passes),
     Stage("prompts", 0.36, 0.1, _prefill),
-    Stage("resuming", 0.46, 0.05, _resume),
+    Stage("further heads", 0.46, 0.05, _heads),
     Stage("operators", 0.5, 0.0, _operators),
     Stage("strategies", 0.52, _TRIALS, _strategies),
     Stage("back-off thresholds", 0.85, 0.15, _backoff),

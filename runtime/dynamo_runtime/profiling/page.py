@@ -109,7 +109,7 @@ def page(profiles: Sequence[Profile], names: Sequence[str]) -> str:
     several = len(profiles) > 1
     named = [(printable(name), profile) for name, profile in zip(names, profiles, strict=True)]
     with matplotlib.rc_context(STYLE):
-        plots = [*_cost(named), _past(named), _strategies(named), _first_token(named), _backoff(named)]
+        plots = [*_cost(named), _layers(named), _past(named), _strategies(named), _first_token(named), _backoff(named)]
     environment = jinja2.Environment(loader=jinja2.PackageLoader(__package__ or "", "."), autoescape=True)
     return environment.get_template("page.html.jinja").render(
         title=f"{len(profiles)} profiles side by side" if several else f"Profile of {named[0][0]}",
@@ -166,6 +166,17 @@ def _cost(named: Named) -> list[Plot | None]:
 def _few(counts: set[int]) -> str:
     """One count, or the range of several."""
     return " to ".join(f"{count:,}" for count in dict.fromkeys((min(counts), max(counts)))) if counts else "no"
+
+
+def _layers(named: Named) -> Plot | None:
+    """Cost of the drafter's layers by the positions that they read, behind the shortest past."""
+    curves = []
+    for i, (_, profile) in enumerate(named):
+        runs = profile.drafter.layers if profile.drafter else []
+        shortest = min((run.past for run in runs), default=0)
+        curves.append(Curve(i, "layers", [(run.positions, run.time.p50) for run in runs if run.past == shortest]))
+    title = "The drafter's layers, by the positions that they catch up on"
+    return _lines(title, ("positions read at once", "ms, p50"), curves, named)
 
 
 def _past(named: Named) -> Plot | None:

@@ -1,4 +1,4 @@
-"""Times passes: by their rows, behind a past, with and without further heads, and by operator."""
+"""Times passes, by their rows, behind a past and by operator, and what the drafter's graph does between them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from ..device.profile import Operator, Pass, Prefill, Quantiles, Resume
+from ..device.profile import DrafterRuns, DraftRun, LayersRun, Operator, Pass, Prefill, Quantiles, Resume
 from ..engine import Engine
 from ..session import Session
 from ..step import ALL, NONE
+from ..topology import Plain
 
 ROWS = range(1, 9)
+POSITIONS = (1, 2, 4, 8)
+"""That the layers of a drafter's graph read in a round: what became final with one pass."""
 _BLOCK = 4  # passes of a kind in a row; the first of them warms up what the kind before has cooled down
 
 Clock = Callable[[], float]
@@ -71,8 +75,9 @@ class PassTimer:
         return float(np.median([self.step(1, False)[0] for _ in range(count)]))
 
     def passes(self, pasts: Sequence[int], seconds: float) -> list[Pass]:
-        """What a pass costs by tokens, past and whether further heads take part; rounds over all, in random order."""
-        with_heads = [False, True] if self.session.bundle.topology.has_head_rows else [False]
+        """What a pass costs by tokens, past and whether heads inside the graph take part; rounds in random order."""
+        inside = self.session.bundle.topology.has_head_rows and self.session.heads is None
+        with_heads = [False, True] if inside else [False]
         kinds = [(heads, m, past) for past in pasts for m in ROWS for heads in with_heads]
         times: dict[tuple[bool, int, int], list[tuple[float, float]]] = {kind: [] for kind in kinds}
         rng = np.random.default_rng(0)
@@ -87,9 +92,9 @@ class PassTimer:
         return [_pass(heads, m, past, found) for (heads, m, past), found in times.items()]
 
     def resume(self, lengths: Sequence[int], seconds: float) -> list[Resume]:
-        """What further heads cost to come back, by the positions that they have to catch up on."""
+        """What heads inside the graph cost to come back, by the positions that they have to catch up on."""
         session = self.session
-        if not session.skips_heads:
+        if not session.skips_heads or session.heads is not None:
             return []
         lengths = [length for length in lengths if length + 10 <= session.max_length] or [session.max_length - 10]
         extra: dict[int, list[float]] = {length: [] for length in lengths}
@@ -111,9 +116,69 @@ class PassTimer:
         return (self._clock() - started) * 1e3
 
 
-def _pass(heads: bool, rows: int, past: int, times: Sequence[tuple[float, float]]) -> Pass:
+class DrafterTimer:
+    """Times the runs of a drafter's graph. As in `PassTimer` it does not matter what they are about."""
+
+    def __init__(self, timer: PassTimer, clock: Clock = time.perf_counter):
+        """Take over the session of a timer, which has such a graph."""
+        assert timer.session.heads is not None
+        self._timer, self._clock, self._heads = timer, clock, timer.session.heads
+        self._cache = timer.session.cache
+
+    def runs(self, pasts: Sequence[int], lengths: Sequence[int], seconds: float) -> DrafterRuns:
+        """What layers and drafts cost; rounds over all, in random order.
+
+        Args:
+            pasts: Positions that the layers have read before.
+            lengths: Positions that they have to catch up on; behind the shortest past, and as far as there is room.
+            seconds: For all of it.
+        """
+        shortest, longest = min(pasts), self._timer.session.max_length
+        layers = [(positions, past) for past in pasts for positions in POSITIONS]
+        layers += [(length, shortest) for length in lengths if shortest + length <= longest and length > POSITIONS[-1]]
+        drafter = self._timer.session.bundle.drafter
+        assert drafter is not None
+        depths = range(1, self._timer.session.bundle.topology.parts + 1) if drafter.conditioned else [0]
+        kinds = [*((self._layers, kind) for kind in layers), *((self._draft, (depth,)) for depth in depths)]
+        times: list[list[tuple[float, float]]] = [[] for _ in kinds]
+        self._timer.behind(max(sum(kind) for kind in layers))
+        self._heads.ahead([self._cache.length - 1])  # from now on they have keys and values of all positions
+        rng = np.random.default_rng(0)
+        for _ in rounds(seconds, 3, clock=self._clock):
+            for place in rng.permutation(len(kinds)):
+                run, kind = kinds[place]
+                block = [run(*kind) for _ in range(_BLOCK)]
+                times[place] += block[1:]
+        found = [_summary(each) for each in times]
+        return DrafterRuns(
+            [LayersRun(*kind, *of_kind) for kind, of_kind in zip(layers, found, strict=False)],
+            [DraftRun(depth, *of_depth) for depth, of_depth in zip(depths, found[len(layers) :], strict=True)],
+        )
+
+    def _layers(self, positions: int, past: int) -> tuple[float, float]:
+        """Milliseconds of the layers over some positions, and of that inside onnxruntime."""
+        self._cache.seen = past
+        return self._timed(lambda: self._heads.ahead([past + positions - 1]))
+
+    def _draft(self, depth: int) -> tuple[float, float]:
+        """The same of what goes from states to words, at a depth, or at all of them."""
+        ahead = self._heads.ahead([self._cache.length - 1])
+        return self._timed(lambda: ahead.topk(max(depth - 1, 0), [1]))
+
+    def _timed(self, run: Callable[[], object]) -> tuple[float, float]:
+        inside, started = self._heads.seconds, self._clock()
+        run()
+        return (self._clock() - started) * 1e3, (self._heads.seconds - inside) * 1e3
+
+
+def _summary(times: Sequence[tuple[float, float]]) -> tuple[Quantiles, float]:
+    """The whole of some runs, and the median of what was inside onnxruntime."""
     whole, inside = zip(*times, strict=True)
-    return Pass(heads, rows, past, quantiles(whole), float(np.median(inside)))
+    return quantiles(whole), float(np.median(inside))
+
+
+def _pass(heads: bool, rows: int, past: int, times: Sequence[tuple[float, float]]) -> Pass:
+    return Pass(heads, rows, past, *_summary(times))
 
 
 def measure_prefill(engine: Engine, lengths: Sequence[int], seconds: float) -> list[Prefill]:
@@ -134,14 +199,20 @@ def measure_prefill(engine: Engine, lengths: Sequence[int], seconds: float) -> l
 
 
 def measure_operators(engine: Engine, count: int = 20, most: int = 12) -> list[Operator]:
-    """The slowest operators of a pass over one token, by onnxruntime's own profile, which slows small ones down."""
+    """The slowest operators of a pass over one token, by onnxruntime's own profile, which slows small ones down.
+
+    Of the base's graph, with heads that are inside it: each graph would write a profile, all under one name.
+    """
+    bundle = engine.bundle
+    if bundle.drafter is not None:
+        bundle = replace(bundle, drafter=None, topology=Plain())
     with tempfile.TemporaryDirectory(prefix="dynamo-profile-") as folder:
-        session = Session(engine.bundle, engine.backend, profile_prefix=str(Path(folder) / "ort"))
+        session = Session(bundle, engine.backend, profile_prefix=str(Path(folder) / "ort"))
         timer = PassTimer(session)
         timer.behind(min(256, session.max_length - 9))
         warm = 3
         for _ in range(warm + count):
-            timer.step(1, engine.bundle.topology.has_head_rows)
+            timer.step(1, bundle.topology.has_head_rows)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     kernels = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
     nodes = {event["name"] for event in kernels}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..device.profile import Acceptance, Floor, Pass, Profile, StrategyRun
+from ..device.profile import Acceptance, DraftRun, Floor, LayersRun, Pass, Profile, StrategyRun
 from ..tables import MISSING, interval, number, percent, ratio
 from .figures import Figure, Grid, Listing, Series
 
@@ -15,6 +15,8 @@ OPERATORS = 10  # the slowest ones are shown
 _FIRST_TOKEN = "First token, ms"
 _ONE_ROW = "A pass over one row, ms"
 _RESUME = "Resuming: what a pass with heads costs more behind positions that had none"
+_LAYERS = "The drafter's layers, by the positions they read, ms"
+_DRAFTS = "The drafter's drafts, ms"
 _ROOFLINE = "Roofline: a pass over one row without heads, and the time to read its bytes"
 _OPERATORS = "Slowest operators of a pass over one row"
 _STRATEGIES = "Strategies"
@@ -104,6 +106,18 @@ def _share(floor: Floor) -> str:
     return percent(floor.floor / floor.measured) if floor.measured else MISSING
 
 
+def _layers(profile: Profile) -> Sequence[LayersRun]:
+    return profile.drafter.layers if profile.drafter else []
+
+
+def _drafts(profile: Profile) -> Sequence[DraftRun]:
+    return profile.drafter.drafts if profile.drafter else []
+
+
+def _which(run: DraftRun) -> str:
+    return f"depth {run.depth}" if run.depth else "all"
+
+
 def _accepted(run: StrategyRun) -> str:
     return " ".join(f"{share:.2f}" for share in run.acceptance) or MISSING
 
@@ -170,6 +184,44 @@ SERIES = (
             Figure(lambda each: each.extra, "resume", "", "ms", _RESUME, "ms more"),
         ],
         listings=[Listing(_RESUME)],
+    ),
+    Series(
+        _layers,
+        lambda run: f"past {run.past}, positions {run.positions}",
+        [
+            _heading(_LAYERS, "positions", lambda run: f"{run.positions:,}"),
+            _heading(_LAYERS, "past", lambda run: f"{run.past:,}"),
+            *_quantiles(
+                Figure(
+                    lambda run: run.time,
+                    "drafter's layers",
+                    table=_LAYERS,
+                    compared="The drafter's layers, p50 in ms",
+                )
+            ),
+            Figure(lambda run: run.inside, "drafter's layers", "inside p50", "ms", _LAYERS, "in onnxruntime, p50"),
+        ],
+        listings=[Listing(_LAYERS, lambda runs: sorted(runs, key=lambda run: (run.past, run.positions)))],
+        label=lambda run: f"past {run.past:,}, positions {run.positions:,}",
+        place=lambda run: (run.past, run.positions),
+    ),
+    Series(
+        _drafts,
+        _which,
+        [
+            _heading(_DRAFTS, "drafts", _which),
+            *_quantiles(
+                Figure(
+                    lambda run: run.time,
+                    "drafter's drafts",
+                    table=_DRAFTS,
+                    compared="The drafter's drafts, p50 in ms",
+                )
+            ),
+            Figure(lambda run: run.inside, "drafter's drafts", "inside p50", "ms", _DRAFTS, "in onnxruntime, p50"),
+        ],
+        listings=[Listing(_DRAFTS)],
+        place=lambda run: run.depth,
     ),
     Series(
         lambda p: p.roofline,

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
-from ..device.profile import Backoff, Quantiles, StrategyRun
+from ..device.profile import Backoff, DrafterRuns, Quantiles, StrategyRun
 from ..engine import Engine
 from ..errors import ProfileError
 from ..interval import Interval
 from ..parameters import SamplingParameters
 from ..registry import can_draft
 from ..sampling import Context
+from ..session import Session
 from ..statistics import Statistics
 from ..step import Step
 from ..strategies import Auto, Autoregressive, Dynamo, Speculative, Strategy, Turn, refusal
@@ -77,11 +78,11 @@ class Way:
 
 @dataclass
 class Outside:
-    """What decoding costs outside the passes, in milliseconds, and what became of drafts.
+    """What decoding costs in Python, in milliseconds, and what became of drafts.
 
     Attributes:
-        overhead: A plain token.
-        drafting: A draft, besides.
+        overhead: A plain token, outside the pass.
+        drafting: A draft, besides, outside the pass and the runs of a drafter's graph.
         judged: Depth, confidence and acceptance of every draft that was judged, with sampling and greedily.
     """
 
@@ -126,8 +127,13 @@ def encoded(engine: Engine, prompts: Sequence[str | Sequence[int]] | None) -> li
     return [engine.encode(prompt)[:room] for prompt in (PROMPTS if prompts is None else prompts)]
 
 
-def look_outside(trials: Trials) -> Outside:
-    """What plain decoding and drafting do between passes, and how good the drafts are."""
+def look_outside(trials: Trials, drafter: DrafterRuns | None = None) -> Outside:
+    """What plain decoding and drafting do between passes, and how good the drafts are.
+
+    Args:
+        trials: What to decode.
+        drafter: Costs of the drafter's graph, of whose runs a part is in Python.
+    """
     engine, found = trials.engine, Outside()
     bundle = engine.bundle
     plain = _outside_ms(trials, Autoregressive.name)
@@ -142,12 +148,27 @@ def look_outside(trials: Trials) -> Outside:
         drafting += _outside_ms(trials, recorded)
         found.judged[greedy] = recorded.judged
     drafts = sum(drafts for _, drafts in drafting)
-    found.drafting = max(sum(spent - found.overhead for spent, _ in drafting) / max(drafts, 1), 0.0)
+    a_round, a_draft = (0.0, 0.0) if drafter is None else _in_python(drafter)
+    spent = sum(spent - found.overhead - a_round - a_draft * drafts for spent, drafts in drafting)
+    found.drafting = max(spent / max(drafts, 1), 0.0)
     return found
 
 
+def _in_python(drafter: DrafterRuns) -> tuple[float, float]:
+    """Milliseconds that the runs of a drafter's graph take outside onnxruntime: in a round, and for every draft."""
+    layers = min(drafter.layers, key=lambda run: (run.positions, run.past))
+    once = layers.time.p50 - layers.inside
+    draft = sum(run.time.p50 - run.inside for run in drafter.drafts) / len(drafter.drafts)
+    return (once, draft) if all(run.depth for run in drafter.drafts) else (once + draft, 0.0)
+
+
+def _inside_s(session: Session) -> float:
+    """Seconds spent in passes so far, and in onnxruntime for the drafter's graph."""
+    return session.step_seconds + (0.0 if session.heads is None else session.heads.seconds)
+
+
 def _outside_ms(trials: Trials, strategy: str | Strategy) -> list[tuple[float, int]]:
-    """Of every round: milliseconds outside the pass, and drafts judged."""
+    """Of every round: milliseconds outside the passes and the runs of a drafter's graph, and drafts judged."""
     engine, found = trials.engine, []
     for prompt in trials.prompts:
         engine.reset()
@@ -155,12 +176,12 @@ def _outside_ms(trials: Trials, strategy: str | Strategy) -> list[tuple[float, i
         session, statistics = engine.session, stream.statistics
         ended = before = proposed = 0.0
         for turn, _ in enumerate(stream):
-            now, inside = time.perf_counter(), session.step_seconds
+            now, inside = time.perf_counter(), _inside_s(session)
             if turn:  # the first round is the prompt's
                 judged = statistics.draft_tokens_proposed - proposed
                 found.append(((now - ended - inside + before) * 1e3, int(judged)))
             proposed = statistics.draft_tokens_proposed
-            before, ended = session.step_seconds, time.perf_counter()
+            before, ended = _inside_s(session), time.perf_counter()
     return found
 
 
