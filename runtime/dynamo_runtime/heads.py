@@ -87,7 +87,7 @@ class Heads:
         self._drafted: dict[str, np.ndarray] = {}
         self._runs = 0
 
-    def ahead(self, positions: Sequence[int]) -> HeadsAhead:
+    def ahead(self, positions: Sequence[int]) -> AllAhead | ToldAhead:
         """What the heads say behind some positions that the cache holds.
 
         Args:
