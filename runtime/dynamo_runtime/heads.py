@@ -15,7 +15,7 @@ import numpy as np
 
 from .binding import Binding
 from .bundle import Bundle
-from .errors import BundleError
+from .errors import BundleError, EngineError
 from .kv_cache import KVBuffers, KVCache
 from .names import (
     ATTENTION_MASK,
@@ -36,6 +36,8 @@ from .names import (
 from .providers import Backend
 from .step import as_array
 
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+"""Of keys, values and states, as onnxruntime calls them."""
 CATCH_UP_CHUNK = 512
 """Most positions that the layers read at once: bounds the memory of their attention."""
 
@@ -74,19 +76,21 @@ class Heads:
         session, _ = backend.start(self._path, bundle.precision, without=[DRAFT_STATES, *conditioned, *OUTPUTS])
         self._check(session, _layer_sizes(bundle, cache.states.shape[1]))
         kinds = {each.name: each.type for each in session.get_inputs()}
-        dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+        kind = kinds[caches(PAST, [0])[0]]
+        if kind not in TYPES:
+            raise BundleError(f"{self._path} keeps its cache as {kind}, which is not supported")
         self.kv = KVBuffers(
             topology.layers,
             bundle.kv_heads,
             bundle.head_size,
             cache.max_length,
-            dtype=dtype[kinds[caches(PAST, [0])[0]]],
+            dtype=TYPES[kind],
             **room,
         )
-        self._layers = Binding(session, [HEAD_STATES, *topology.outputs], "cpu")
+        self._layers: Binding | None = Binding(session, [HEAD_STATES, *topology.outputs], "cpu")
         session, _ = backend.start(self._path, bundle.precision, without=[*ends, *caches(PRESENT, layers)])
         self._check(session, _draft_sizes(bundle, cache.states.shape[1]))
-        self._draft = Binding(session, list(OUTPUTS), device)
+        self._draft: Binding | None = Binding(session, list(OUTPUTS), device)
         self._ones = np.empty(0, np.int64)
         self._part = np.zeros((), np.int64)
 
@@ -123,12 +127,17 @@ class Heads:
 
         Returns:
             Logits and top-K by name, as onnxruntime holds them.
+
+        Raises:
+            ValueError: The heads are conditioned, and there is not a token for every draft.
+            BundleError: The graph does not run.
+            EngineError: The session is closed.
         """
-        bound = self._draft
+        bound = _open(self._draft)
         states = np.ascontiguousarray(states)
         bound.input(DRAFT_STATES, states, (1, *states.shape))
         if self.drafter.conditioned:
-            if before is None:
+            if before is None or len(before) != len(states):
                 raise ValueError("these heads are conditioned on the token in front of what they predict: name it")
             previous = np.array(before, np.int64)
             self._part[()] = part
@@ -137,14 +146,37 @@ class Heads:
                 bound.input(DRAFT_PART, self._part)
         return self._run(bound, f"a draft of {len(states)} rows")
 
+    def check(self) -> None:
+        """Find out about the cache's first position what no shape tells: how many states there are, and of what words.
+
+        Raises:
+            BundleError: It is not what the manifest says, or the graph does not run.
+        """
+        states, parts = self.ahead([0]).states[0], self.bundle.topology.parts
+        for part in {0, parts - 1}:
+            values = {name: value.numpy()[0] for name, value in self.draft(states[part : part + 1], part, [0]).items()}
+            logits, top, ids = (values[name] for name in (LOGITS, TOPK_LOGITS, TOPK_IDS))
+            known = ids.min() >= 0 and ids.max() < self.bundle.vocab_size and len(logits) == len(ids) == len(top) == 1
+            if not known or not np.allclose(self.whole_rows(logits)[0][ids[0]], top[0], 1e-2, 1e-2, equal_nan=True):
+                raise BundleError(f"{self._path} makes drafts of other words than its manifest says")
+
+    def whole_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Rows over the draft vocabulary as rows over all words, -inf where there is none."""
+        words = self.drafter.vocabulary
+        if words is None:
+            return rows
+        whole = np.full((len(rows), self.bundle.vocab_size), -np.inf, rows.dtype)
+        whole[:, np.array(words)] = rows
+        return whole
+
     def close(self) -> None:
         """Free graph and memory."""
         self.kv.free()
-        del self._layers, self._draft
+        self._layers = self._draft = None
 
     def _run_layers(self, begin: int, end: int, rows: Sequence[int]) -> dict[str, Any]:
         """Have the layers read the states of some positions, and put out rows counted from their end."""
-        states, bound = self._cache.states, self._layers
+        states, bound = self._cache.states, _open(self._layers)
         assert states is not None
         self.kv.make_room(end, begin)
         if len(self._ones) < end:
@@ -192,6 +224,13 @@ class Heads:
             raise BundleError(f"{self._path} has {unknown[0]}, which its manifest does not account for")
 
 
+def _open(bound: Binding | None) -> Binding:
+    """A part of the graph, unless the session has been closed."""
+    if bound is None:
+        raise EngineError("the engine is closed: make a new one")
+    return bound
+
+
 def _layer_sizes(bundle: Bundle, width: int) -> dict[str, list[int | None]]:
     topology = bundle.topology
     layers = range(topology.layers)
@@ -216,27 +255,25 @@ def _draft_sizes(bundle: Bundle, width: int) -> dict[str, list[int | None]]:
 
 
 class HeadsAhead:
-    """What the heads say behind some positions: see `step.Ahead`. Words are worked out when they are asked for."""
+    """What the heads say behind some positions: see `step.Ahead`. Words are worked out when they are asked for.
+
+    Attributes:
+        states: What the layers made of them, [rows, parts, width].
+    """
 
     def __init__(self, heads: Heads, states: np.ndarray, values: dict[str, Any], what: str):
         """Take what the layers put out; states [rows, parts, width]."""
-        self._heads, self._states, self._values, self._what = heads, states, values, what
+        self._heads, self.states, self._values, self._what = heads, states, values, what
         self._drafts: dict[tuple[int, ...], dict[str, Any]] = {}
 
     @property
     def rows(self) -> int:
         """See `Ahead`."""
-        return len(self._states)
+        return len(self.states)
 
     def logits(self, part: int, before: Sequence[int] | None = None) -> np.ndarray:
         """See `Ahead`; of a word outside the draft vocabulary it is -inf."""
-        rows = self._read(LOGITS, part, before)
-        words = self._heads.drafter.vocabulary
-        if words is None:
-            return rows
-        whole = np.full((len(rows), self._heads.bundle.vocab_size), -np.inf, rows.dtype)
-        whole[:, np.array(words)] = rows
-        return whole
+        return self._heads.whole_rows(self._read(LOGITS, part, before))
 
     def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """See `Ahead`."""
@@ -251,10 +288,10 @@ class HeadsAhead:
         if self._heads.drafter.conditioned:
             key = (part, *(before or ()))
             if key not in self._drafts:
-                self._drafts[key] = self._heads.draft(self._states[:, part], part, before)
+                self._drafts[key] = self._heads.draft(self.states[:, part], part, before)
             return as_array(self._drafts[key], name, self._what)
-        rows, parts, width = self._states.shape
+        rows, parts, width = self.states.shape
         if not self._drafts:
-            self._drafts[()] = self._heads.draft(self._states.reshape(rows * parts, width))
+            self._drafts[()] = self._heads.draft(self.states.reshape(rows * parts, width))
         every = as_array(self._drafts[()], name, self._what)
         return every.reshape(rows, parts, -1)[:, part]
