@@ -112,8 +112,8 @@ def _perplexities(a: Results, b: Results) -> list[Table]:
                     raise EvaluationError(
                         f"{a.path} and {b.path} score different positions: windows, and tokens ahead, must be the same"
                     )
-                ratio = _ratio(change(other, log)) if same else MISSING  # of other words, which drafts are made of
-                rows.append([name, _perplexity(log), _perplexity(other), ratio])
+                by = _ratio(change(other, log)) if same else MISSING  # of other words, which drafts are made of
+                rows.append([name, _perplexity(log), _perplexity(other), by])
         for threshold, (log, speed) in first.dynamic.items():
             if threshold in second.dynamic:
                 other, other_speed = second.dynamic[threshold]

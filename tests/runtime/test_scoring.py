@@ -52,10 +52,10 @@ def after(session: Session, prefix: list[int]) -> np.ndarray:
         each = [softmax(row) for row in rows]
     elif bundle.topology.kind == "cp":
         step = session.step(prefix)
-        weights = np.exp(bundle.topology.gate(step)[0].astype(np.float64))
+        weights = np.exp(bundle.topology.gate(step.ahead())[0].astype(np.float64))
         joint = np.zeros([VOCAB] * N)
         for component in range(RANK):
-            p = [softmax(bundle.topology.factors(step)[0, i, component]) for i in range(N)]
+            p = [softmax(bundle.topology.factors(step.ahead())[0, i, component]) for i in range(N)]
             joint += weights[component] * p[0][:, None, None] * p[1][None, :, None] * p[2][None, None, :]
         return joint
     else:
