@@ -383,7 +383,7 @@ def drafter_of(
     return DrafterGraph(DRAFTER, min(draft_top_k, words), conditioned, ids)
 
 
-OF_DRAFTER = ("format_version", "conditioned", "vocabulary", "draft_top_k")
+_OF_DRAFTER = ("format_version", "conditioned", "vocabulary", "draft_top_k")
 
 
 def small_bundle(folder: Path, kind: str, n_tokens: int, *, vocab: int, rank: int = 0, **graph: Any) -> Bundle:
@@ -394,7 +394,7 @@ def small_bundle(folder: Path, kind: str, n_tokens: int, *, vocab: int, rank: in
     if n_tokens > 1:
         random_counts(folder / "cooccurrence.npz", vocab, 3, branching=vocab // 2)
     topology = topology_of(kind, n_tokens, rank)
-    drafter = drafter_of(kind, n_tokens, vocab, **{name: graph[name] for name in OF_DRAFTER if name in graph})
+    drafter = drafter_of(kind, n_tokens, vocab, **{name: graph[name] for name in _OF_DRAFTER if name in graph})
     return Bundle(
         folder=folder,
         topology=topology,
@@ -522,7 +522,7 @@ def write_bundle(
     }
     if n_heads > 1:
         topology = topology_of(kind, n_heads, rank)
-        drafter = drafter_of(kind, n_heads, vocab, **{name: options[name] for name in OF_DRAFTER if name in options})
+        drafter = drafter_of(kind, n_heads, vocab, **{name: options[name] for name in _OF_DRAFTER if name in options})
         fields |= {
             "format_version": options.get("format_version", FORMAT_VERSION),
             "topology": {"kind": topology.kind} | asdict(topology),
