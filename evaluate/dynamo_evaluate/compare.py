@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from dynamo_runtime.interval import Interval
-from dynamo_runtime.tables import Table
+from dynamo_runtime.tables import MISSING, Table
 
 from .cells import AXES, MEASURES, SPEED, TOKENS_PER_PASS, Cells
 from .errors import EvaluationError
@@ -107,11 +107,13 @@ def _perplexities(a: Results, b: Results) -> list[Table]:
         for name, log in first.log_perplexities.items():
             if name in second.log_perplexities:
                 other = second.log_perplexities[name]
-                if (log.bottom != other.bottom).any():
+                same = (log.bottom == other.bottom).all()
+                if name == "PPL_1" and not same:
                     raise EvaluationError(
                         f"{a.path} and {b.path} score different positions: windows, and tokens ahead, must be the same"
                     )
-                rows.append([name, _perplexity(log), _perplexity(other), _ratio(change(other, log))])
+                by = _ratio(change(other, log)) if same else MISSING  # of other words, which drafts are made of
+                rows.append([name, _perplexity(log), _perplexity(other), by])
         for threshold, (log, speed) in first.dynamic.items():
             if threshold in second.dynamic:
                 other, other_speed = second.dynamic[threshold]

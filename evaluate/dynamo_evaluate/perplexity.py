@@ -12,6 +12,7 @@ from tqdm import tqdm
 from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.corpus import Document
 from dynamo_runtime.sampling import Context
+from dynamo_runtime.scores import Scores
 from dynamo_runtime.scoring import LOOK_AHEAD_STRIDE, Stretch, score_window
 from dynamo_runtime.session import Session
 from dynamo_runtime.strategies import Dynamo, parameters_for
@@ -58,13 +59,15 @@ class Walk:
         position: Where the next pass stands.
         passes: So far.
         tokens: They predicted.
-        nll: -log Π f^i of those, in nats.
+        covered: Tokens of those that the heads may say.
+        nll: -log Π f^i of the covered ones, in nats.
     """
 
     strategy: Dynamo
     position: int = 0
     passes: int = 0
     tokens: int = 0
+    covered: int = 0
     nll: float = 0.0
 
     def follow(self, stretch: Stretch, tokens: Sequence[int], begin: int, vocab_size: int) -> None:
@@ -73,7 +76,10 @@ class Walk:
             row = self.position - stretch.positions.start
             known = Context(tokens[begin : self.position + 1], vocab_size)
             n = self.strategy.length(stretch.step, known, row, tokens[self.position + 1])
-            self.nll += float(stretch.scores.nll[:n, row].sum())
+            nll = stretch.scores.nll[:n, row]
+            covered = np.isfinite(nll)
+            self.nll += float(nll[covered].sum())
+            self.covered += int(covered.sum())
             self.passes += 1
             self.tokens += n
             self.position += n
@@ -108,7 +114,8 @@ def score_document(session: Session, tokens: Sequence[int], scoring: Scoring) ->
 
     Returns:
         "positions" scored, "nll" of every token ahead, "joint" nll of all, and "dynamic": by ε_b, "passes", "tokens"
-        and "nll".
+        and "nll". Where a draft vocabulary does not cover every token (see `Scores`), the others are in no nll, and
+        "covered" says what the sums are over: `Coverage` as a record.
 
     Raises:
         DynamoError: The text has tokens outside the vocabulary, or a parameter does not fit.
@@ -117,15 +124,18 @@ def score_document(session: Session, tokens: Sequence[int], scoring: Scoring) ->
     bundle = session.bundle
     thresholds, sampling = scoring.thresholds, scoring.sampling
     walks = {f"{e:g}": Walk(dynamo(bundle, e, sampling)) for e in thresholds if Dynamo.fits(bundle)}
+    coverage = Coverage.none(bundle.topology.n_tokens)
     nll, joint, positions = np.zeros(bundle.topology.n_tokens), 0.0, 0
     for window in windows(len(tokens) - max(scoring.ahead, bundle.topology.n_tokens), scoring.size, scoring.stride):
         for stretch in score_window(session, tokens, window.begin, window.first, window.end):
-            nll += stretch.scores.nll.sum(1)
-            joint += float(stretch.scores.joint.sum())
+            scores = stretch.scores
+            nll += np.where(np.isfinite(scores.nll), scores.nll, 0.0).sum(1)
+            joint += float(scores.joint[np.isfinite(scores.joint)].sum())
+            coverage.add(scores)
             positions += len(stretch.positions)
             for walk in walks.values():
                 walk.follow(stretch, tokens, window.begin, bundle.vocab_size)
-    return {
+    sums: Record = {
         "positions": positions,
         "nll": nll.tolist(),
         "joint": joint,
@@ -134,6 +144,44 @@ def score_document(session: Session, tokens: Sequence[int], scoring: Scoring) ->
             for threshold, walk in walks.items()
         },
     }
+    if min(*coverage.tokens, coverage.joint) == positions:
+        return sums
+    return sums | {"covered": coverage.record({threshold: walk.covered for threshold, walk in walks.items()})}
+
+
+@dataclass
+class Coverage:
+    """How many positions have tokens ahead that the heads may say.
+
+    Attributes:
+        tokens: Of every token ahead.
+        runs: Of the first one, of the first two and so on, all of them.
+        runs_nll: -log Π p of those, in nats.
+        joint: Of all tokens ahead, as the joint distribution has them.
+    """
+
+    tokens: np.ndarray
+    runs: np.ndarray
+    runs_nll: np.ndarray
+    joint: int = 0
+
+    @classmethod
+    def none(cls, n: int) -> Coverage:
+        """Of no position yet, n tokens ahead."""
+        return cls(np.zeros(n, int), np.zeros(n, int), np.zeros(n))
+
+    def add(self, scores: Scores) -> None:
+        """Count further positions."""
+        runs = np.cumsum(scores.nll, axis=0)
+        self.tokens += np.isfinite(scores.nll).sum(1)
+        self.runs += np.isfinite(runs).sum(1)
+        self.runs_nll += np.where(np.isfinite(runs), runs, 0.0).sum(1)
+        self.joint += int(np.isfinite(scores.joint).sum())
+
+    def record(self, dynamic: Mapping[str, int]) -> Record:
+        """As it is written down, with the covered tokens of dynamic passes by ε_b."""
+        found = {name: getattr(self, name).tolist() for name in ("tokens", "runs", "runs_nll")}
+        return found | {"joint": self.joint, "dynamic": dict(dynamic)}
 
 
 def run(

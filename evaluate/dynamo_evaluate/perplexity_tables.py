@@ -29,12 +29,14 @@ class Figures:
         log_perplexities: Logarithms of the perplexities by name: PPL_1, …, and PPL_1:n, which is the geometric mean of
             the first n where heads are independent.
         dynamic: By ε_b: the logarithm of PPL_d, and tokens per pass.
+        coverage: Of every token ahead, the share of positions where its head may say it: perplexities are over those.
     """
 
     bundle: Mapping[str, Any]
     documents: list[str]
     log_perplexities: dict[str, Quotient]
     dynamic: dict[str, tuple[Quotient, Quotient]]
+    coverage: list[float]
 
 
 def figures(results: Results, documents: Sequence[str] | None = None) -> list[Figures]:
@@ -59,22 +61,36 @@ def figures(results: Results, documents: Sequence[str] | None = None) -> list[Fi
 
 def _figures(bundle: Mapping[str, Any], names: list[str], records: list[Record]) -> Figures:
     positions = np.array([[record["positions"] for record in records]], float)
+    covered = [_covered(record) for record in records]
+    tokens = np.array([each["tokens"] for each in covered], float).T  # [n_tokens, documents]
     nll = np.array([record["nll"] for record in records]).T  # [n_tokens, documents]
     n = len(nll)
-    logs = {f"PPL_{i}": Quotient(row[None], positions) for i, row in enumerate(nll, 1)}
+    logs = {f"PPL_{i}": Quotient(row[None], own[None]) for i, (row, own) in enumerate(zip(nll, tokens, strict=True), 1)}
     if TOPOLOGIES[bundle["kind"]].independent:
         for m in range(2, n):
-            logs[f"PPL_1:{m}"] = Quotient(nll[:m].sum(0)[None], m * positions)
+            sums, counts = (np.array([[each[name][m - 1] for each in covered]], float) for name in ("runs_nll", "runs"))
+            logs[f"PPL_1:{m}"] = Quotient(sums, m * counts)
     if n > 1:
-        logs[f"PPL_1:{n}"] = Quotient(np.array([[record["joint"] for record in records]]), n * positions)
+        counts = np.array([[each["joint"] for each in covered]], float)
+        logs[f"PPL_1:{n}"] = Quotient(np.array([[record["joint"] for record in records]]), n * counts)
     dynamic = {}
     for threshold in records[0]["dynamic"]:
-        passes, tokens, sums = (
+        passes, emitted, sums = (
             np.array([[record["dynamic"][threshold][name] for record in records]], float)
             for name in ("passes", "tokens", "nll")
         )
-        dynamic[threshold] = Quotient(sums, tokens), Quotient(tokens, passes)
-    return Figures(bundle, names, logs, dynamic)
+        known = np.array([[each["dynamic"][threshold] for each in covered]], float)
+        dynamic[threshold] = Quotient(sums, known), Quotient(emitted, passes)
+    return Figures(bundle, names, logs, dynamic, (tokens.sum(1) / positions.sum()).tolist())
+
+
+def _covered(record: Record) -> Record:
+    """What a record says is covered, which is everything where it says nothing: see `Coverage`."""
+    n, positions = len(record["nll"]), record["positions"]
+    every = {"tokens": [positions] * n, "runs": [positions] * n, "runs_nll": np.cumsum(record["nll"]).tolist()}
+    every |= {"joint": positions, "dynamic": {name: each["tokens"] for name, each in record["dynamic"].items()}}
+    found: Record = record.get("covered", every)
+    return found
 
 
 def perplexity(log: Quotient) -> Interval:
@@ -104,6 +120,14 @@ def tables(found: Sequence[Figures]) -> list[Table]:
             ratio = f"{value.value:.4f} [{value.low:.4f}, {value.high:.4f}]"
         rows.append([each.bundle["name"], f"{int(own.bottom.sum()):,}", *cells, ratio])
     made = [Table("Perplexity", ["bundle", "positions", *names, "PPL_1 ÷ first's"], rows, cell_width=28)]
+    some = [each for each in found if min(each.coverage) < 1]
+    most = max(len(each.coverage) for each in found)
+    shares = [
+        [each.bundle["name"], *(f"{share:.1%}" for share in each.coverage), *[MISSING] * (most - len(each.coverage))]
+        for each in some
+    ]
+    title = "Tokens ahead that are in the draft vocabulary; perplexities are over these"
+    made.append(Table(title, ["bundle", *(f"token {i}" for i in range(1, most + 1))], shares))
     with_walks = [each for each in found if each.dynamic]
     columns = [c for each in with_walks for c in (f"{each.bundle['name']}: PPL_d", "tokens/pass")]
     thresholds = list(with_walks[0].dynamic) if with_walks else []
@@ -135,6 +159,7 @@ def as_json(results: Results, found: Sequence[Figures]) -> dict[str, Any]:
             {
                 "bundle": each.bundle["name"],
                 **{name: _json(perplexity(log)) for name, log in each.log_perplexities.items()},
+                "coverage": [round(share, 6) for share in each.coverage],
                 "dynamic": {
                     threshold: {"PPL_d": _json(perplexity(log)), "tokens_per_pass": round(speed.value, 5)}
                     for threshold, (log, speed) in each.dynamic.items()

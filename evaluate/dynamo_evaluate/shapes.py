@@ -77,6 +77,10 @@ RECORDS: Mapping[str, Mapping[str, Shape]] = {
     PAIR: {**_PLACE, "verdict": {*WORTH, None}, "plain_first": bool, "judge": str},
 }
 """By their kind."""
+OPTIONAL: Mapping[str, Mapping[str, Shape]] = {
+    DOCUMENT: {"covered": {"tokens": [int], "runs": [int], "runs_nll": [_NUMBER], "joint": int, "dynamic": {...: int}}}
+}
+"""What a record may have besides."""
 
 
 def check(results: Results) -> Results:
@@ -88,7 +92,8 @@ def check(results: Results) -> Results:
     header: Record = results.header
     _demand(results, 1, header, PERPLEXITIES if header["command"] == "perplexity" else GENERATIONS)
     for number, record in enumerate(results.records, 2):
-        _demand(results, number, record, RECORDS.get(record["kind"], {}))
+        optional = {name: shape for name, shape in OPTIONAL.get(record["kind"], {}).items() if name in record}
+        _demand(results, number, record, {**RECORDS.get(record["kind"], {}), **optional})
     return results
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from .binding import Binding
 from .bundle import Bundle
-from .errors import BundleError
+from .errors import BundleError, EngineError
 from .kv_cache import KVBuffers, KVCache
 from .names import (
     ATTENTION_MASK,
@@ -34,7 +34,8 @@ from .names import (
 )
 from .providers import Backend
 
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+"""Of keys, values and states, as onnxruntime calls them."""
 CATCH_UP_CHUNK = 512
 """Most positions that the layers read at once: bounds the memory of their attention."""
 
@@ -69,16 +70,20 @@ class Heads:
         layers, drafts = _layer_sizes(bundle, self._width), _draft_sizes(bundle, self._width)
         session = self._start(backend, layers if told else layers | drafts, drafts if told else {})
         kinds = {each.name: each.type for each in (*session.get_inputs(), *session.get_outputs())}
+        kind = kinds[caches(PAST, [0])[0]]
+        if kind not in TYPES:
+            raise BundleError(f"{self._path} keeps its cache as {kind}, which is not supported")
         self.kv = KVBuffers(
             self.drafter.kv_layers,
             self.drafter.kv_heads,
             bundle.head_size,
             cache.max_length,
-            dtype=_TYPES[kinds[caches(PAST, [0])[0]]],
+            dtype=TYPES[kind],
             **room,
         )
-        self._states_type = _TYPES[kinds[PENULTIMATE]]
-        self._layers = self._draft = Binding(session, [], "cpu")
+        self._states_type = cache.states.dtype
+        self._layers: Binding | None = Binding(session, [], "cpu")
+        self._draft: Binding | None = None
         if told:
             self._draft = Binding(self._start(backend, drafts, layers), [], "cpu")
         self._ones = np.empty(0, np.int64)
@@ -87,31 +92,52 @@ class Heads:
         self._drafted: dict[str, np.ndarray] = {}
         self._runs = 0
 
-    def ahead(self, positions: Sequence[int]) -> AllAhead | ToldAhead:
-        """What the heads say behind some positions that the cache holds.
+    def ahead(self, positions: Sequence[int], taken: int | None = None) -> AllAhead | ToldAhead:
+        """What the heads say behind some positions of a pass.
 
         Args:
             positions: Any, one of them perhaps twice.
+            taken: `KVCache.passes` when the pass had been taken; None for whatever is held now.
 
         Raises:
             BundleError: The graph does not run, or what it puts out are no numbers.
+            EngineError: The session is closed.
+            ValueError: The cache does not hold the positions any more.
         """
-        self._read_states(positions)
+        self._read_states(positions, taken)
         parts = self.bundle.topology.parts
         outputs = {name: self._held[name][0].copy() for name in self.bundle.topology.outputs}
         if self.drafter.conditioned:
             states = self._held[HEAD_STATES].reshape(len(positions), parts, -1)
-            return ToldAhead(self, positions, outputs, states.copy())
-        return AllAhead(self, positions, outputs, self._words(self._held))
+            return ToldAhead(self, positions, taken, outputs, states.copy())
+        return AllAhead(self, positions, taken, outputs, self._words(self._held))
+
+    def check(self) -> None:
+        """Find out about the cache's first position what no shape tells: how many states there are, and of what words.
+
+        Raises:
+            BundleError: It is not what the manifest says, or the graph does not run.
+        """
+        ahead = self.ahead([0], self._cache.passes)
+        for part in {0, self.bundle.topology.parts - 1}:
+            (values, ids), logits = ahead.topk(part, [0]), ahead.logits(part, [0])
+            known = ids.min() >= 0 and ids.max() < self.bundle.vocab_size
+            if not known or not np.allclose(logits[0][ids[0]], values[0], 1e-2, 1e-2, equal_nan=True):
+                raise BundleError(f"{self._path} makes drafts of other words than its manifest says")
 
     def again(self, ahead: HeadsAhead) -> np.ndarray:
         """Full rows of all heads that are not conditioned, [rows, parts, words]; they stay until the next run.
 
         Args:
             ahead: What was asked before.
+
+        Raises:
+            BundleError: The graph does not run.
+            EngineError: The session is closed.
+            ValueError: They have to be worked out again, and the cache does not hold the positions any more.
         """
         if ahead.run != self._runs:
-            self._read_states(ahead.positions)
+            self._read_states(ahead.positions, ahead.taken)
             ahead.run = self._runs
         return self._held[LOGITS].reshape(ahead.rows, self.bundle.topology.parts, -1)
 
@@ -130,21 +156,22 @@ class Heads:
 
         Raises:
             BundleError: The graph does not run, or what it puts out are no numbers.
-            ValueError: The tokens in front are not named.
+            EngineError: The session is closed.
+            ValueError: There is not a token in front for every draft.
         """
-        if before is None:
+        if before is None or len(before) != len(states):
             raise ValueError("these heads are conditioned on the token in front of what they predict: name it")
-        held = self._drafted
+        bound, held = _open(self._draft), self._drafted
         if not held or len(held[DRAFT_STATES][0]) != len(states):
             held = self._drafted = self._hold_drafts(len(states))
         held[DRAFT_STATES][0], held[PREVIOUS][0], held[DRAFT_PART][()] = states, before, part
-        self._run(self._draft, "a draft")
+        self._run(bound, "a draft")
         return self._words(held), held[LOGITS][0]
 
     def close(self) -> None:
         """Free graph and memory."""
         self.kv.free()
-        del self._layers, self._draft
+        self._layers = self._draft = None
 
     def _start(self, backend: Backend, wanted: Sizes, other: Sizes) -> Any:
         """Load a part of the graph, without the other one."""
@@ -152,9 +179,12 @@ class Heads:
         self._check(session, wanted)
         return session
 
-    def _read_states(self, positions: Sequence[int]) -> None:
+    def _read_states(self, positions: Sequence[int], taken: int | None) -> None:
         """Have the layers read all states up to the last of some positions, and put out what they make of these."""
         cache, first = self._cache, min(positions)
+        _open(self._layers)
+        if taken is not None and not cache.has(positions, taken):
+            raise ValueError("further heads are asked of a row that the cache does not hold any more")
         begin, end = min(cache.seen, first), max(positions) + 1
         while first - begin > CATCH_UP_CHUNK:
             self._run_layers(begin, begin + CATCH_UP_CHUNK, [-1])
@@ -164,7 +194,7 @@ class Heads:
 
     def _run_layers(self, begin: int, end: int, rows: Sequence[int]) -> None:
         """Have the layers read the states of some positions, and put out rows that are counted from the end."""
-        states, bound = self._cache.states, self._layers
+        states, bound = self._cache.states, _open(self._layers)
         assert states is not None
         self.kv.make_room(end, begin)
         if len(self._ones) < end:
@@ -179,7 +209,7 @@ class Heads:
 
     def _hold_rows(self, rows: int) -> dict[str, np.ndarray]:
         """Have the layers be asked about so many rows, in memory that stays the same from run to run."""
-        topology, bound = self.bundle.topology, self._layers
+        topology, bound = self.bundle.topology, _open(self._layers)
         held = {HEAD_ROWS: np.empty(rows, np.int64)}
         bound.input(HEAD_ROWS, held[HEAD_ROWS])
         put_out = {name: np.empty((1, rows, size), np.float32) for name, size in topology.outputs.items()}
@@ -200,10 +230,10 @@ class Heads:
         }
         for name, array in held.items():
             if name != DRAFT_PART or self.bundle.topology.parts > 1:
-                self._draft.input(name, array)
+                _open(self._draft).input(name, array)
         put_out = self._room_for_words(count)
         for name, array in put_out.items():
-            self._draft.output(name, array)
+            _open(self._draft).output(name, array)
         return held | put_out
 
     def _room_for_words(self, rows: int) -> dict[str, np.ndarray]:
@@ -263,6 +293,13 @@ class Heads:
             raise BundleError(f"{self._path} has {unknown[0]}, which its manifest does not account for")
 
 
+def _open(bound: Binding | None) -> Binding:
+    """A part of the graph, unless the session has been closed."""
+    if bound is None:
+        raise EngineError("the engine is closed: make a new one")
+    return bound
+
+
 Sizes = dict[str, list[int | None]]
 """Names of inputs and outputs with their shapes; None for an axis of any size."""
 
@@ -302,12 +339,13 @@ class HeadsAhead:
 
     Attributes:
         positions: Those that were asked about.
+        taken: The pass that they are of, if that matters.
         run: The run of the graph whose full rows are still in memory, if it was the last one.
     """
 
-    def __init__(self, heads: Heads, positions: Sequence[int], outputs: dict[str, np.ndarray]):
+    def __init__(self, heads: Heads, positions: Sequence[int], taken: int | None, outputs: dict[str, np.ndarray]):
         """Take what was asked, and what else was put out by name, [rows, width]."""
-        self.positions, self.run = positions, heads._runs
+        self.positions, self.taken, self.run = positions, taken, heads._runs
         self._heads, self._outputs = heads, outputs
 
     @property
@@ -336,11 +374,12 @@ class AllAhead(HeadsAhead):
         self,
         heads: Heads,
         positions: Sequence[int],
+        taken: int | None,
         outputs: dict[str, np.ndarray],
         top: tuple[np.ndarray, np.ndarray],
     ):
         """Take top-K values and ids besides, [rows · parts, K]."""
-        super().__init__(heads, positions, outputs)
+        super().__init__(heads, positions, taken, outputs)
         self._values, self._ids = (each.reshape(len(positions), -1, each.shape[-1]) for each in top)
 
     def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -355,9 +394,16 @@ class AllAhead(HeadsAhead):
 class ToldAhead(HeadsAhead):
     """Of heads that are told the token in front of what they predict: worked out when it is named."""
 
-    def __init__(self, heads: Heads, positions: Sequence[int], outputs: dict[str, np.ndarray], states: np.ndarray):
+    def __init__(
+        self,
+        heads: Heads,
+        positions: Sequence[int],
+        taken: int | None,
+        outputs: dict[str, np.ndarray],
+        states: np.ndarray,
+    ):
         """Take the heads' states besides, [rows, parts, width]."""
-        super().__init__(heads, positions, outputs)
+        super().__init__(heads, positions, taken, outputs)
         self._states = states
 
     def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:

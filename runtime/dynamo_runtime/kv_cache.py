@@ -1,6 +1,6 @@
 """The KV cache: one buffer per layer that is past and present at once, so that nothing is copied per step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,7 @@ class KVCache(KVBuffers):
         tokens: The tokens whose keys and values are held, in order.
         states: What further heads read of every position, [capacity, width]; None where there are none.
         seen: Positions, from the first, that the further heads have seen.
+        passes: Passes that it was advanced by.
     """
 
     def __init__(
@@ -138,8 +139,9 @@ class KVCache(KVBuffers):
             states_dtype: Their type.
         """
         self.tokens: list[int] = []
-        self.seen = 0
+        self.seen = self.passes = 0
         self.states = np.empty((0, width), states_dtype) if width else None
+        self._written_by = np.empty(0, np.int64)  # which pass wrote a position's states
         super().__init__(layers, kv_heads, head_size, max_length, dtype=dtype, growth=growth, allocate=allocate)
 
     @property
@@ -162,9 +164,21 @@ class KVCache(KVBuffers):
             tokens: Of the pass.
             seen: Whether the further heads took part, and with them all that they had not seen before.
         """
+        self.passes += 1
+        if self.states is not None:
+            self._written_by[self.length : self.length + len(tokens)] = self.passes
         self.tokens.extend(tokens)
         if seen:
             self.seen = self.length
+
+    def has(self, positions: Iterable[int], by: int) -> bool:
+        """Whether the states of some positions are still held as a pass wrote them.
+
+        Args:
+            positions: Any.
+            by: Number of the pass: `passes` when it had been taken.
+        """
+        return all(position < self.length and self._written_by[position] == by for position in positions)
 
     def rollback(self, length: int) -> None:
         """Forget everything behind the first `length` positions."""
@@ -187,7 +201,8 @@ class KVCache(KVBuffers):
     def _allocate(self, capacity: int, held: int) -> None:
         states = self.states
         if states is not None:
-            states = np.empty((capacity, states.shape[1]), states.dtype)
-            states[:held] = self.states[:held]  # type: ignore[index]
+            states, written_by = np.empty((capacity, states.shape[1]), states.dtype), np.empty(capacity, np.int64)
+            states[:held], written_by[:held] = self.states[:held], self._written_by[:held]  # type: ignore[index]
         super()._allocate(capacity, held)
-        self.states = states
+        if states is not None:
+            self.states, self._written_by = states, written_by

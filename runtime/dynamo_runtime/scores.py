@@ -13,7 +13,9 @@ class Scores:
     """What a bundle says of the tokens of a text.
 
     Attributes:
-        nll: -log p(x_{t+i} | x_{1:t}) in nats, [n_tokens, positions]; i = 1 is the first head.
+        nll: -log p(x_{t+i} | x_{1:t}) in nats, [n_tokens, positions]; i = 1 is the first head. It is inf where x_{t+i}
+            is not covered: a further head drafts from a vocabulary that does not have it. Heads that are conditioned on
+            the token in front of x_{t+i} were told the text's.
         joint: -log p(x_{t+1:t+n} | x_{1:t}), [positions]: the sum of `nll`, or what a joint head says.
         choices: The most likely token i places on, [n_tokens, positions].
     """
@@ -23,10 +25,21 @@ class Scores:
     choices: np.ndarray
 
     def perplexities(self) -> dict[str, float]:
-        """``ppl_i`` = exp of the mean of nll_i, and ``ppl_1:n`` = exp of the mean of joint / n."""
+        """``ppl_i`` = exp of the mean of nll_i, and ``ppl_1:n`` = exp of the mean of joint / n.
+
+        Means are over the positions whose tokens are covered (see `coverage`); where none is, the figure is left out.
+        """
         n = len(self.nll)
-        found = {f"ppl_{i}": float(np.exp(nll.mean())) for i, nll in enumerate(self.nll, 1)}
-        return found | ({f"ppl_1:{n}": float(np.exp(self.joint.mean() / n))} if n > 1 else {})
+        sums = {f"ppl_{i}": nll for i, nll in enumerate(self.nll, 1)}
+        sums |= {f"ppl_1:{n}": self.joint / n} if n > 1 else {}
+        covered = {name: values[np.isfinite(values)] for name, values in sums.items()}
+        return {name: float(np.exp(values.mean())) for name, values in covered.items() if len(values)}
+
+    @property
+    def coverage(self) -> list[float]:
+        """Of every token ahead, the share of positions where it is among those that its head may say."""
+        shares: list[float] = np.isfinite(self.nll).mean(1).tolist()
+        return shares
 
     @staticmethod
     def join(scores: Sequence[Scores]) -> Scores:
@@ -41,7 +54,9 @@ class Scores:
 def log_sum(values: np.ndarray) -> np.ndarray:
     """Log of the sum of exponentials along the last axis."""
     largest = values.max(-1)
-    total: np.ndarray = largest + np.log(np.exp(values - largest[..., None]).sum(-1))
+    shift = np.where(np.isneginf(largest), 0.0, largest)  # of nothing but -inf it is that
+    with np.errstate(divide="ignore"):
+        total: np.ndarray = shift + np.log(np.exp(values - shift[..., None]).sum(-1))
     return total
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from .binding import Binding
 from .bundle import Bundle
 from .errors import BundleError, ParameterError, PromptError
-from .heads import Heads
+from .heads import TYPES, Heads
 from .kv_cache import GROWTH_SLOTS, KVCache
 from .names import (
     ATTENTION_MASK,
@@ -31,7 +31,6 @@ from .step import LAST, Ahead, All, InsideAhead, Last, Rows, Step
 from .topology import Plain
 from .turns import Turns
 
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 _FIRST_CACHE = caches(PAST, [0])[0]
 _MOVABLE = "cuda"  # the provider whose memory is bound; any other reads and writes the computer's own
 
@@ -101,9 +100,9 @@ class Session:
             bundle.kv_heads,
             bundle.head_size,
             length,
-            dtype=_TYPES[inputs[_FIRST_CACHE].type],
+            dtype=TYPES[inputs[_FIRST_CACHE].type],
             width=0 if states is None else states.shape[-1],
-            states_dtype=np.float32 if states is None else _TYPES[states.type],
+            states_dtype=np.float32 if states is None else TYPES[states.type],
             **room,
         )
         self._rows = np.zeros((), np.int64)
@@ -196,11 +195,11 @@ class Session:
 
     def _step(self, values: dict[str, Any], positions: Sequence[int], what: str) -> Step:
         """What a pass said, with a way to ask the heads about some of its positions."""
-        count, own = len(positions), self.heads
+        count, own, taken = len(positions), self.heads, self.cache.passes
         if own is not None:
 
             def ask(rows: Sequence[int]) -> Ahead:
-                return own.ahead([positions[row] for row in rows])
+                return own.ahead([positions[row] for row in rows], taken)
 
             return Step(values, ask, head_rows=count, what=what)
         if not self._inside or not count:
@@ -270,7 +269,7 @@ class Session:
         unknown = [i.name for i in self._session.get_inputs() if i.name not in needed_inputs]
         if unknown:
             raise BundleError(f"{path} has an input {unknown[0]} that its manifest does not account for")
-        if inputs[_FIRST_CACHE].type not in _TYPES:
+        if inputs[_FIRST_CACHE].type not in TYPES:
             raise BundleError(f"{path} keeps its cache as {inputs[_FIRST_CACHE].type}, which is not supported")
         sizes = [(LOGITS, -1, bundle.vocab_size, "vocabulary"), (TOPK_IDS, -1, bundle.top_k_outputs, "top_k_outputs")]
         sizes += [(name, -1, width, f"width of {name}") for name, width in topology.outputs.items()]
@@ -286,7 +285,7 @@ class Session:
             if found != size:
                 raise BundleError(f"{path}: {kind} {name} has a {what} of {found} where the manifest says {size}")
         for states in filter(None, (inputs.get(SKIPPED), outputs.get(PENULTIMATE))):
-            if states.type not in _TYPES or len(states.shape) != 3 or not isinstance(states.shape[-1], int):
+            if states.type not in TYPES or len(states.shape) != 3 or not isinstance(states.shape[-1], int):
                 raise BundleError(f"{path}: {states.name} is not of a supported type and shape")
         return inputs, outputs
 
@@ -296,9 +295,9 @@ class Session:
         Raises:
             BundleError: They are not as many as the manifest says, or the graph does not run.
         """
-        step = self.step([0])
+        self.step([0])
         if self.heads is not None:
-            step.ahead()
+            self.heads.check()
             self.heads.seconds = 0.0
         self.cache.reset()
         self.step_seconds, self._seconds, self.passes = 0.0, 0.0, 0

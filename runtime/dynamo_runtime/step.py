@@ -90,7 +90,8 @@ class Step:
 
     The arrays stay what they are whatever is run later. They become arrays when they are read: full rows stay in
     onnxruntime's own memory, so that a sampler which is content with the top-k outputs does not pay for a vocabulary.
-    Further heads are computed when they are asked, which has to be before the cache is rolled back.
+    Further heads with a graph of their own are computed when they are asked, which has to be before the cache is rolled
+    back behind their rows; what they have said stays.
     """
 
     def __init__(
@@ -139,7 +140,8 @@ class Step:
             row: Of those that were asked for; None for all of them.
 
         Raises:
-            ValueError: None were asked for, or not this one.
+            ValueError: None were asked for, or not this one; or the cache was rolled back behind it.
+            EngineError: The session is closed.
         """
         count = self._head_rows
         if self._ahead is None or not (count if row is None else -count <= row < count):

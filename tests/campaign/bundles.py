@@ -40,30 +40,21 @@ def prepare(folder: Path) -> None:
     """The sound bundles, one of every topology, and a file beside them that nobody is to read."""
     (folder / "secret.json").write_text("{}")
     tokenizer_config = json.dumps({"chat_template": TEMPLATE, "bos_token": "<s>", "eos_token": "</s>"})
-    for kind, sizes in (
-        ("plain", {}),
-        ("parallel", {"n_heads": 3}),
-        ("cp", {"n_tokens": 3, "rank": 2}),
-        ("lookahead", {"n_look_ahead": 2}),
-    ):
-        into = folder / kind
+    told = {"conditioned": True, "vocabulary": list(range(40, 300, 3)), "shared": True}
+    graphs: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "parallel": {"shared": True},
+        "conditioned": told,
+        "cp": {"kind": "cp", "rank": 2},
+        "lookahead": {"kind": "lookahead"},
+        "parallel, format 3": {"format_version": 3},
+    }
+    for name, graph in graphs.items():
         tokenizer = handmade.train_tokenizer(control=["<s>", "</s>"])
-        files = {"tokenizer_config.json": tokenizer_config} if kind == "parallel" else {}
-        handmade.write_bundle(into, 1, counts=False, tokenizer=tokenizer, files=files)
-        manifest = json.loads((into / MANIFEST).read_text())
-        vocab = manifest["vocab_size"]
-        if kind != "plain":
-            graph = handmade.build_graph(vocab, 3, kind=kind, rank=sizes.get("rank", 0))
-            onnx.save(graph, str(into / "model.onnx"))
-            handmade.random_counts(into / COUNTS, vocab, 3)
-        layers = 2 + handmade.topology_of(kind, 3, sizes.get("rank", 0)).layers
-        _write(into, manifest | {"topology": {"kind": kind, **sizes}, "kv_layers": layers})
-        _sound[kind] = into
-
-
-def _write(folder: Path, manifest: dict[str, Any]) -> None:
-    """The manifest, for the files as they are now."""
-    handmade.write_manifest(folder, **{name: value for name, value in manifest.items() if name != "files"})
+        files = {"tokenizer_config.json": tokenizer_config} if name == "parallel" else {}
+        n_heads = 1 if name == "plain" else 3
+        handmade.write_bundle(folder / name, n_heads, tokenizer=tokenizer, files=files, graph=graph)
+        _sound[name] = folder / name
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -76,7 +67,7 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
 def texts(folder: Path, verify: bool) -> list[str]:
     """What a bundle writes: plainly, verified and by Algorithm 1 where it can, to a message where it has a template."""
     engine = Engine(load_bundle(folder, verify=verify), provider="cpu", threads=1)
-    kind = engine.bundle.topology.kind
+    kind = engine.bundle.topology.kind  # of a damaged one perhaps another than the sound one's
     strategies = ["autoregressive"] + ["speculative"] * (kind != "plain") + ["dynamo"] * (kind == "parallel")
     found = []
     for strategy in strategies:
@@ -127,7 +118,7 @@ def case(rng: Random, scratch: Path, log: Log) -> Verdict:
         return Verdict("right text")
     if signed and (verify or same):
         return Verdict(SILENT)
-    graph_is_sound = _content(folder / "model.onnx") == (_sound[kind] / "model.onnx").read_bytes()
+    graph_is_sound = _content(folder / handmade.GRAPH) == (_sound[kind] / handmade.GRAPH).read_bytes()
     if graph_is_sound and len(found) > 1 and found[0] != found[1]:
         return Verdict(DIFFERS)
     return Verdict("other text, of a bundle that was changed on purpose or not verified")
@@ -158,6 +149,32 @@ def _content(path: Path) -> bytes:
 
 def _manifest(rng: Random, folder: Path, log: Log) -> None:
     _edit(rng, folder / MANIFEST, log)
+
+
+def _record(rng: Random, folder: Path, log: Log) -> None:
+    """One value of what the manifest says of the drafter's graph."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        record = manifest["drafter"]
+        words = record["vocabulary"] or list(range(64))
+        changes: dict[str, Any] = {
+            "graph": rng.choice((handmade.GRAPH, "../secret.json", "tokenizer.json", "", rng.choice(EXTREMES))),
+            "top_k_outputs": rng.choice((0, 1, 63, 10**9, rng.choice(EXTREMES))),
+            "conditioned": rng.choice((not record["conditioned"], None, rng.choice(EXTREMES))),
+            "vocabulary": rng.choice(
+                (None, [], words[::-1], words[:-1], [*words, 7], [*words, 7, 7], [-1], [10**6], rng.choice(EXTREMES))
+            ),
+        }
+        name = rng.choice(sorted(changes))
+        if rng.random() < 0.1:
+            manifest["drafter"] = rng.choice((None, [], "drafter.onnx", {}))
+        else:
+            record[name] = changes[name]
+        path.write_text(json.dumps(manifest))
+        log(f"drafter's {name}: {str(changes[name])[:60]}")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        _edit(rng, path, log)
 
 
 def _tokenizer(rng: Random, folder: Path, log: Log) -> None:
@@ -321,7 +338,8 @@ class _Trap:
 
 def _graph(rng: Random, folder: Path, log: Log) -> None:
     """One node, input, output or weight of the graph."""
-    path = folder / "model.onnx"
+    paths = [folder / name for name in (handmade.GRAPH, handmade.DRAFTER) if (folder / name).is_file()]
+    path = rng.choice(paths or [folder / handmade.GRAPH])
     try:
         model = onnx.load(str(path), load_external_data=False)
         graph = model.graph
@@ -329,7 +347,7 @@ def _graph(rng: Random, folder: Path, log: Log) -> None:
         what = {"drop output": graph.output, "drop input": graph.input, "shape": [*graph.input, *graph.output]}
         found = what.get(how, graph.initializer if how in ("weight", "outside") else graph.node)
         chosen = rng.choice(list(found))
-        log(f"model.onnx: {how} {chosen.name or getattr(chosen, 'op_type', '')}")
+        log(f"{path.name}: {how} {chosen.name or getattr(chosen, 'op_type', '')}")
         if how.startswith("drop"):
             found.remove(chosen)
         elif how == "rename":
@@ -349,6 +367,7 @@ def _graph(rng: Random, folder: Path, log: Log) -> None:
                 chosen.CopyFrom(numpy_helper.from_array((array * factor).astype(array.dtype), chosen.name))
         else:
             chosen.ClearField("raw_data")
+            chosen.ClearField("external_data")
             chosen.data_location = onnx.TensorProto.EXTERNAL
             chosen.external_data.add(key="location", value=rng.choice(("../secret.json", "/etc/passwd", "model.onnx")))
         path.write_bytes(model.SerializeToString())
@@ -375,7 +394,8 @@ FAULTS = (
     *(_manifest,) * 6,
     *(_bytes,) * 3,
     *(_counts,) * 3,
-    *(_graph,) * 2,
+    *(_record,) * 2,
+    *(_graph,) * 4,
     *(_tokenizer,) * 2,
     *(_configuration,) * 2,
     _swap,

@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 import torch
 from support import dense_dynamo as dense
+from support import handmade
 
 from dynamo_evaluate import perplexity_tables as tables
 from dynamo_evaluate.perplexity import Scoring, Window, score_document, window_size, windows
 from dynamo_evaluate.results import Results
+from dynamo_evaluate.shapes import OPTIONAL, fits
 from dynamo_export.source import load_model
 from dynamo_runtime import Engine
 from dynamo_runtime.errors import ParameterError
+from dynamo_runtime.scoring import score_window
+from dynamo_runtime.session import Session
 
 TOKENS = np.random.default_rng(5).integers(1, 320, 70).tolist()
 SIZE, STRIDE = 24, 10
@@ -154,6 +158,42 @@ def test_figures_by_hand() -> None:
     interval = tables.perplexity(found.log_perplexities["PPL_1"])
     assert interval.low == pytest.approx(math.exp(1.0)) and interval.high == pytest.approx(math.exp(2.0))
     assert tables.as_json(results, [found])["perplexities"][0]["PPL_1"]["value"] == pytest.approx(4.953, abs=1e-3)
+
+
+def test_words_that_are_not_covered_are_in_no_sum(tmp_path: Path) -> None:
+    """Sums over windows are those of the finite numbers; tables say how many there are."""
+    words, thresholds = [7, 2, 9, 4, 11, 1, 5, 3], [0.0, 0.2]
+    bundle = handmade.small_bundle(tmp_path / "b", "parallel", 3, vocab=12, vocabulary=words, conditioned=True)
+    session, tokens = Session(bundle, provider="cpu", threads=1), [token % 12 for token in TOKENS]
+    sampling = {"cooccurrence_weight": 0.0, "top_k": 8}
+    found = score_document(session, tokens, Scoring(SIZE, STRIDE, thresholds=thresholds, sampling=sampling))
+    nll = np.zeros((3, len(tokens) - 3))
+    for window in windows(len(tokens) - 3, SIZE, STRIDE):
+        for stretch in score_window(session, tokens, window.begin, window.first, window.end):
+            nll[:, stretch.positions.start : stretch.positions.stop] = stretch.scores.nll
+    runs = np.cumsum(nll, 0)
+    covered = found["covered"]
+    assert covered["tokens"] == np.isfinite(nll).sum(1).tolist() and covered["tokens"][0] == found["positions"] == 67
+    assert covered["runs"] == np.isfinite(runs).sum(1).tolist() and covered["joint"] == covered["runs"][2] < 67
+    assert found["nll"] == pytest.approx([row[np.isfinite(row)].sum() for row in nll])
+    assert covered["runs_nll"] == pytest.approx([row[np.isfinite(row)].sum() for row in runs])
+    assert found["joint"] == pytest.approx(covered["runs_nll"][2])
+    walk = found["dynamic"]["0"]
+    assert 0 < covered["dynamic"]["0"] < walk["tokens"] and math.isfinite(walk["nll"])
+    record = {"kind": "document", "bundle": 0, "document": "a", **found}
+    results = results_of(None, "one")
+    results.records[:] = [record]
+    (figures,) = tables.figures(results)
+    assert figures.coverage == pytest.approx([np.isfinite(row).mean() for row in nll])
+    logs = {name: log.value for name, log in figures.log_perplexities.items()}
+    assert logs["PPL_2"] == pytest.approx(nll[1][np.isfinite(nll[1])].mean())
+    assert logs["PPL_1:2"] == pytest.approx(runs[1][np.isfinite(runs[1])].mean() / 2)
+    assert logs["PPL_1:3"] == pytest.approx(runs[2][np.isfinite(runs[2])].mean() / 3)
+    assert figures.dynamic["0"][0].value == pytest.approx(walk["nll"] / covered["dynamic"]["0"])
+    shown = "\n".join(table.text() for table in tables.tables([figures]))
+    assert "in the draft vocabulary" in shown and f"{figures.coverage[1]:.1%}" in shown
+    shape = OPTIONAL["document"]["covered"]
+    assert fits(covered, shape) and not fits({**covered, "tokens": "all"}, shape)
 
 
 def test_bundles_side_by_side() -> None:

@@ -98,8 +98,9 @@ def _check_graph(name: str, folder: Path) -> None:
     _check_words(graphs, config.hidden_size, tied, words, drafting.get("conditioned", False))
     layers = range(heads)
     caches = [f"past_key_values.{layer}.{part}" for layer in layers for part in ("key", "value")]
-    told = ["previous_tokens", *(["draft_part"] if heads > 1 else [])] if drafting.get("conditioned") else []
-    inputs = ["penultimate_states", "attention_mask", *caches, "head_rows", "draft_states", *told]
+    parts = ["draft_part"] if heads > 1 else []
+    told = ["draft_states", "previous_tokens", *parts] if drafting.get("conditioned") else []
+    inputs = ["penultimate_states", "attention_mask", *caches, "head_rows", *told]
     assert [value.name for value in graphs[1].input] == inputs
     outputs = ["head_states", *(cache.replace("past_key_values", "present") for cache in caches)]
     assert [value.name for value in graphs[1].output] == [*outputs, "logits", "topk_logits", "topk_ids"]

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from support import handmade
 
+from dynamo_runtime import Backend, Engine, load_bundle
 from dynamo_runtime.cli.run import main
 
 
@@ -24,8 +25,78 @@ def flip_a_byte(path: Path) -> None:
 
 
 def replace_graph(copy, **arguments) -> None:
-    onnx.save(handmade.build_graph(arguments.pop("vocab", 320), **arguments), str(copy.folder / "model.onnx"))
+    handmade.save_graphs(copy.folder, arguments.pop("vocab", 320), **arguments)
     copy.relist()
+
+
+def replace_drafter(copy, **arguments) -> None:
+    """Another drafter's graph behind the same base, with its manifest as it was."""
+    graphs = handmade.build_graphs(320, **{"n_heads": 3, **arguments})
+    onnx.save(graphs["drafter.onnx"], str(copy.folder / "drafter.onnx"))
+    copy.relist()
+
+
+def drafter(copy, **changes) -> None:
+    """Change fields of the manifest's record of the drafter; a value of None removes the field."""
+    record = json.loads((copy.folder / "dynamo_config.json").read_text())["drafter"] | changes
+    copy.edit(drafter={name: value for name, value in record.items() if value is not None})
+
+
+def edit_drafter(copy, change: Callable[[onnx.GraphProto], None]) -> None:
+    path = str(copy.folder / "drafter.onnx")
+    model = onnx.load(path)
+    change(model.graph)
+    onnx.save(model, path)
+    copy.relist()
+
+
+def ends(graph: onnx.GraphProto, name: str) -> onnx.ValueInfoProto:
+    (found,) = [each for each in (*graph.input, *graph.output) if each.name == name]
+    return found
+
+
+def of_width(name: str, axis: int, size: int) -> Callable:
+    def change(graph: onnx.GraphProto) -> None:
+        ends(graph, name).type.tensor_type.shape.dim[axis].dim_value = size
+
+    return lambda c: edit_drafter(c, change)
+
+
+def of_type(name: str, kind: int) -> Callable:
+    def change(graph: onnx.GraphProto) -> None:
+        ends(graph, name).type.tensor_type.elem_type = kind
+
+    return lambda c: edit_drafter(c, change)
+
+
+def renamed(name: str) -> Callable:
+    def change(graph: onnx.GraphProto) -> None:
+        ends(graph, name).name = "other"
+        for node in graph.node:
+            node.input[:] = ["other" if each == name else each for each in node.input]
+            node.output[:] = ["other" if each == name else each for each in node.output]
+
+    return lambda c: edit_drafter(c, change)
+
+
+def one_state_a_row(graph: onnx.GraphProto) -> None:
+    """Puts out the states of the first head alone."""
+    (join,) = [node for node in graph.node if node.op_type == "Concat" and node.output[0] == "side_by_side"]
+    del join.input[1:]
+
+
+def elsewhere(copy, location: str, write: bool = True) -> None:
+    """Has the drafter's graph read weights from a file that is not listed."""
+    handmade.refer(copy.folder / "drafter.onnx", copy.folder / "model.onnx", location)
+    copy.relist()
+    if write:
+        (copy.folder / location).write_bytes((copy.folder / "model.onnx").read_bytes())
+
+
+def words(copy, ids: list[int], **changes) -> None:
+    """A drafter with a table of words, of which its record says something else."""
+    replace_drafter(copy, vocabulary=ids)
+    drafter(copy, **{"vocabulary": ids, "top_k_outputs": min(64, len(ids)), **changes})
 
 
 def replace_counts(copy, **arrays) -> None:
@@ -58,12 +129,15 @@ DAMAGES: dict[str, tuple[Callable, str]] = {
         lambda c: (c.folder / "dynamo_config.json").write_text("[1]"),
         "not a JSON object",
     ),
-    "later format": (lambda c: c.edit(format_version=4), "has format version 4; this program reads 2 and 3"),
+    "later format": (lambda c: c.edit(format_version=5), "has format version 5; this program reads 2, 3, 4:"),
     "unknown kind": (lambda c: c.edit(topology={"kind": "psychic"}), "kind 'psychic'"),
     "no topology": (lambda c: c.edit(topology=None), "field 'topology' is missing"),
     "topology without its size": (lambda c: c.edit(topology={"kind": "parallel"}), "field 'n_heads' is missing"),
     "topology too small": (lambda c: c.edit(topology={"kind": "parallel", "n_heads": 1}), "field 'n_heads' is 1"),
-    "more heads than layers": (lambda c: c.edit(kv_layers=2), "field 'kv_layers' is 2, less than 3"),
+    "more heads than layers": (
+        lambda c: c.edit(format_version=3, kv_layers=2),
+        "field 'kv_layers' is 2, less than 3",
+    ),
     "quantization of wrong type": (
         lambda c: c.edit(quantization={"lossless": "no"}),
         "field 'lossless' is not true or false",
@@ -95,8 +169,8 @@ DAMAGES: dict[str, tuple[Callable, str]] = {
         lambda c: ((c.folder / "tokenizer.json").unlink(), c.relist()),
         "tokenizer.json is missing",
     ),
-    "heads missing": (lambda c: replace_graph(c, n_heads=2), "no input past_key_values.3.key"),
-    "heads left over": (lambda c: replace_graph(c, n_heads=4), "past_key_values.4.key"),
+    "heads missing": (lambda c: replace_graph(c, n_heads=2), "drafter.onnx has no past_key_values.1.key"),
+    "heads left over": (lambda c: replace_graph(c, n_heads=4), "drafter.onnx has past_key_values.2.key, which"),
     "top-k missing": (lambda c: drop_output(c, "topk_ids"), "no output topk_ids"),
     "other vocabulary in the graph": (lambda c: replace_graph(c, n_heads=3, vocab=300), "vocabulary of 300"),
     "other top-k in the graph": (lambda c: replace_graph(c, n_heads=3, top_k=64), "top_k_outputs of 64"),
@@ -116,13 +190,61 @@ DAMAGES: dict[str, tuple[Callable, str]] = {
         "do not fit together",
     ),
     "tokenizer not listed": (
-        lambda c: c.edit(files={"model.onnx": handmade.listed(c.folder)["model.onnx"]}),
+        lambda c: c.edit(files={n: r for n, r in handmade.listed(c.folder).items() if n != "tokenizer.json"}),
         "would be read, and dynamo_config.json does not list it",
     ),
     "graph not listed": (
         lambda c: c.edit(files={"tokenizer.json": handmade.listed(c.folder)["tokenizer.json"]}),
         "does not list its own graph",
     ),
+    "drafter's graph missing": (lambda c: (c.folder / "drafter.onnx").unlink(), "drafter.onnx is missing"),
+    "drafter's graph truncated": (lambda c: shorten(c.folder / "drafter.onnx"), "truncated or changed"),
+    "drafter's graph none": (lambda c: (shorten(c.folder / "drafter.onnx"), c.relist()), "does not load"),
+    "drafter's graph not listed": (
+        lambda c: c.edit(files={n: r for n, r in handmade.listed(c.folder).items() if n != "drafter.onnx"}),
+        "does not list its own graph drafter.onnx",
+    ),
+    "no record of the drafter": (lambda c: c.edit(drafter=None), "field 'kv_layers' is 2, less than 3"),
+    "record of the drafter, a text": (lambda c: c.edit(drafter="drafter.onnx"), "field 'drafter' is missing or not a"),
+    "record without its size": (lambda c: drafter(c, top_k_outputs=None), "field 'top_k_outputs' is missing"),
+    "drafter elsewhere": (lambda c: drafter(c, graph="../drafter.onnx"), "names a file outside its folder"),
+    "drafter in a folder": (lambda c: drafter(c, graph="a/drafter.onnx"), "in a folder of its own"),
+    "drafter the base itself": (lambda c: drafter(c, graph="model.onnx"), "cannot be the same graph"),
+    "drafter of a plain bundle": (lambda c: c.edit(topology={"kind": "plain"}), "a plain bundle has no drafter's"),
+    "drafter of truths": (lambda c: drafter(c, conditioned=1), "field 'conditioned' is not true or false"),
+    "other top-k of drafts": (lambda c: drafter(c, top_k_outputs=63), "topk_logits has the shape"),
+    "top-k beyond the words": (lambda c: words(c, [5, 6, 7], top_k_outputs=4), "of the drafter exceeds its vocabulary"),
+    "words outside the vocabulary": (lambda c: drafter(c, vocabulary=[5, 320]), "not a set of tokens"),
+    "words twice": (lambda c: drafter(c, vocabulary=[5, 5]), "not a set of tokens"),
+    "no words": (lambda c: drafter(c, vocabulary=[]), "not a set of tokens"),
+    "words below 0": (lambda c: drafter(c, vocabulary=[-1]), "field 'vocabulary' is -1, less than 0"),
+    "words of texts": (lambda c: drafter(c, vocabulary=["a"]), "field 'vocabulary' is not a short list"),
+    "words, a text": (lambda c: drafter(c, vocabulary="all"), "field 'vocabulary' is missing or not a list"),
+    "other words than the graph's": (
+        lambda c: words(c, [5, 6, 7], vocabulary=[5, 6, 8]),
+        "makes drafts of other words",
+    ),
+    "words in another order": (lambda c: words(c, [5, 6, 7], vocabulary=[5, 7, 6]), "makes drafts of other words"),
+    "graph's words outside the vocabulary": (
+        lambda c: words(c, [5, 6, -9], vocabulary=[5, 6, 7]),
+        "makes drafts of other words",
+    ),
+    "fewer words than said": (lambda c: words(c, [5, 6, 7], vocabulary=[5, 6, 7, 8]), "logits has the shape"),
+    "conditioned, not said": (lambda c: replace_drafter(c, conditioned=True), "drafter.onnx does not load"),
+    "said to be conditioned": (lambda c: drafter(c, conditioned=True), "drafter.onnx has no previous_tokens"),
+    "drafter of another topology": (lambda c: replace_drafter(c, kind="cp", rank=2), "drafter.onnx has no past_key"),
+    "drafter's states renamed": (renamed("head_states"), "drafter.onnx has no head_states"),
+    "base's states renamed": (renamed("penultimate_states"), "drafter.onnx has no penultimate_states"),
+    "drafts renamed": (renamed("draft_states"), "draft"),
+    "drafter's words renamed": (renamed("topk_ids"), "drafter.onnx does not load"),
+    "drafter's states too wide": (of_width("penultimate_states", 2, 64), "drafter.onnx"),
+    "drafts too wide": (of_width("draft_states", 2, 64), "drafter.onnx"),
+    "drafter's caches of more heads": (of_width("past_key_values.0.key", 1, 3), "drafter.onnx"),
+    "drafter's caches of doubles": (of_type("past_key_values.0.key", onnx.TensorProto.DOUBLE), "drafter.onnx"),
+    "drafts of halves": (of_type("draft_states", onnx.TensorProto.FLOAT16), "drafter.onnx"),
+    "one state a row": (lambda c: edit_drafter(c, one_state_a_row), "puts out 1 states for 1 rows"),
+    "weights in an unlisted file": (lambda c: elsewhere(c, "more"), "drafter.onnx has weights in 'more', which"),
+    "weights outside": (lambda c: elsewhere(c, "../secret", False), "drafter.onnx has weights in '../secret', which"),
     "counts of single tokens only": (
         lambda c: replace_counts(c, totals=[9], counts_1=np.ones(320, int)),
         "at least pairs",
@@ -147,7 +269,7 @@ def test_damaged_bundles(copied, capsys, damage: str) -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["--verify"]])
-@pytest.mark.parametrize("name", ["model.onnx", "tokenizer.json", "cooccurrence.npz"])
+@pytest.mark.parametrize("name", ["model.onnx", "drafter.onnx", "tokenizer.json", "cooccurrence.npz"])
 def test_a_changed_byte_is_found(copied, capsys, name: str, flags: list[str]) -> None:
     """At the next load, whether asked to verify or not."""
     assert main([str(copied.folder), "x", *flags, "--max-new-tokens", "1"]) == 0
@@ -188,6 +310,25 @@ def test_a_changed_byte_is_found(copied, capsys, name: str, flags: list[str]) ->
 )
 def test_bad_flags(multi: Path, capsys, arguments: list[str], message: str) -> None:
     assert_refused(capsys, [str(multi), "x", *arguments], message)
+
+
+def test_an_unlisted_file_is_not_opened(copied, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even by onnxruntime, which reads whatever a graph names."""
+    elsewhere(copied, "more")
+    monkeypatch.setattr(Backend, "start", lambda *arguments, **more: pytest.fail("onnxruntime was given the graph"))
+    assert_refused(capsys, [str(copied.folder), "x"], "drafter.onnx has weights in 'more'")
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_weights_of_the_base_are_read_from_its_file(tmp_path: Path, conditioned: bool) -> None:
+    """As export writes them: listed, and the same text as with weights of its own."""
+    found, options = [], {"conditioned": conditioned, "draft_top_k": 50}
+    for shared in (False, True):
+        graph = handmade.write_bundle(tmp_path / str(shared), 3, graph={**options, "shared": shared})
+        engine = Engine(load_bundle(graph, verify=True), threads=1)
+        found.append(engine.generate("def f", strategy="dynamo", max_new_tokens=9, seed=1).tokens)
+    sizes = [(tmp_path / str(shared) / "drafter.onnx").stat().st_size for shared in (False, True)]
+    assert found[0] == found[1] and sizes[1] < sizes[0] - 320 * 32 * 4
 
 
 def test_bad_prompts_and_paths(multi: Path, copied, capsys) -> None:

@@ -12,7 +12,7 @@ from support import handmade
 from dynamo_runtime import DEFAULT_BUNDLE, Engine, load_bundle
 from dynamo_runtime.bundle import list_files
 from dynamo_runtime.errors import BundleError
-from dynamo_runtime.manifest import FileRecord, Manifest, PassBytes, Quantization, Source, read_manifest
+from dynamo_runtime.manifest import DrafterGraph, FileRecord, Manifest, PassBytes, Quantization, Source, read_manifest
 from dynamo_runtime.registry import TOPOLOGIES
 
 KINDS = {"plain": (1, 0), "parallel": (3, 0), "cp": (3, 2), "lookahead": (3, 0)}
@@ -24,11 +24,13 @@ VERSION_2 = {
 }
 
 
-def full(kind: str) -> Manifest:
-    """A manifest in which every field says something."""
+def full(kind: str, *, old: bool = False) -> Manifest:
+    """A manifest in which every field says something; or one that the versions before the newest have words for."""
+    topology = handmade.topology_of(kind, *KINDS[kind])
     return Manifest(
         graph="m.onnx",
-        topology=handmade.topology_of(kind, *KINDS[kind]),
+        topology=topology,
+        drafter=DrafterGraph("d.onnx", 3, kind == "parallel", (7, 0, 9)) if topology.parts and not old else None,
         model_type="gpt_neox",
         vocab_size=4096,
         tokenizer_size=4000,
@@ -64,7 +66,8 @@ def test_what_is_written_is_what_is_read(tmp_path: Path, kind: str) -> None:
 def test_a_bundle_writes_what_its_manifest_says(multi: Path, tmp_path: Path) -> None:
     """Where it lies is not among it."""
     bundle = load_bundle(multi)
-    (tmp_path / "model.onnx").write_bytes(multi.read_bytes())
+    for name in bundle.graphs:
+        (tmp_path / name).write_bytes(multi.with_name(name).read_bytes())
     moved = replace(bundle, folder=tmp_path, files=list_files(tmp_path))
     moved.write_manifest()
     assert load_bundle(tmp_path, verify=True) == moved
@@ -72,29 +75,55 @@ def test_a_bundle_writes_what_its_manifest_says(multi: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", VERSION_2)
-def test_version_2_is_read(tmp_path: Path, kind: str) -> None:
-    """There the topology stood among the other fields, and proofs were in the manifest."""
-    content = json.loads(full(kind).to_json())
-    del content["topology"], content["source"]
-    content |= VERSION_2[kind] | {"format_version": 2, "parity": {"passed": True}}
+@pytest.mark.parametrize("version", [2, 3])
+def test_earlier_versions_are_read(tmp_path: Path, kind: str, version: int) -> None:
+    """In version 2 the topology stood among the other fields, and proofs were in the manifest; in both, no drafter."""
+    expected = full(kind, old=True)
+    content = json.loads(expected.to_json()) | {"format_version": version}
+    if version == 2:
+        del content["topology"], content["source"]
+        content |= VERSION_2[kind] | {"parity": {"passed": True}}
     path = tmp_path / "dynamo_config.json"
-    path.write_text(json.dumps(content))
-    read = read_manifest(path)
-    assert read.topology == full(kind).topology
-    assert (read.vocab_size, read.quantization, read.files) == (4096, full(kind).quantization, full(kind).files)
+    path.write_text(json.dumps(content | {"drafter": {"graph": 7}}))  # nobody wrote such a field then
+    assert read_manifest(path) == (replace(expected, source=Source()) if version == 2 else expected)
 
 
-def test_a_bundle_of_version_2_writes_the_same_text(copied) -> None:
-    options = {"seed": 1, "max_new_tokens": 20, "strategy": "speculative"}
-    expected = Engine(copied.folder, threads=1).generate("def f", **options).tokens
-    copied.edit(format_version=2, topology=None, kind="parallel", n_heads=3)
-    assert Engine(copied.folder, threads=1).generate("def f", **options).tokens == expected
+def test_a_vocabulary_is_not_a_line_each(tmp_path: Path) -> None:
+    words = tuple(range(0, 8000, 2))
+    manifest = replace(full("parallel"), vocab_size=8000, drafter=DrafterGraph("d.onnx", 64, False, words))
+    path = tmp_path / "dynamo_config.json"
+    path.write_text(manifest.to_json())
+    assert read_manifest(path, verify=True) == manifest
+    assert len(manifest.to_json().splitlines()) < 100
+
+
+OLD: dict[str, dict[str, Any]] = {
+    "2": {"format_version": 2, "topology": None, "kind": "parallel", "n_heads": 3},
+    "3": {},
+    "3, heads always": {},
+}
+
+
+@pytest.mark.parametrize("strategy", ["speculative", "auto", "dynamo"])
+def test_bundles_of_earlier_versions_write_the_same_text(multi: Path, tmp_path: Path, strategy: str) -> None:
+    options = {"seed": 1, "max_new_tokens": 20, "strategy": strategy}
+    if strategy != "dynamo":
+        options["draft_choice"] = "sample"
+    expected = Engine(multi, threads=1).generate("def f", **options).tokens
+    for name, changes in OLD.items():
+        graph = {"format_version": 3, "skips": "always" not in name, "top_k": 64}
+        path = handmade.write_bundle(tmp_path / name, 3, graph=graph)
+        manifest = path.with_name("dynamo_config.json")
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changes))
+        assert Engine(path, threads=1).generate("def f", **options).tokens == expected
 
 
 def test_the_embedded_bundle_has_a_short_manifest() -> None:
     """What proves it lies beside, so that a device need not read it."""
     content = (DEFAULT_BUNDLE / "dynamo_config.json").read_text()
-    assert len(content.encode()) < 3500
+    words = load_bundle(DEFAULT_BUNDLE).drafter
+    listed = 0 if words is None or words.vocabulary is None else len(json.dumps(words.vocabulary))
+    assert len(content.encode()) < 3700 + listed
     report = json.loads((DEFAULT_BUNDLE / "report.json").read_text())
     assert report["parity"]["passed"] and report["gates"]["passed"]
     assert "report.json" in load_bundle(DEFAULT_BUNDLE, verify=True).files
@@ -104,7 +133,7 @@ DEEP = "[" * 200_000 + "]" * 200_000
 UNBELIEVABLE: dict[str, tuple[dict[str, Any], str]] = {
     "context": ({"context_length": 10**9}, "field 'context_length' is 1000000000, more than"),
     "layers": ({"kv_layers": 2**33}, "field 'kv_layers' is 8589934592, more than"),
-    "cache of one token": ({"kv_layers": 4096, "kv_heads": 4096}, "make 8192 MiB of keys and values for every token"),
+    "cache of one token": ({"kv_layers": 4096, "kv_heads": 4096}, "make 8196 MiB of keys and values for every token"),
     "heads": ({"topology": {"kind": "parallel", "n_heads": 10**6}}, "field 'n_heads' is 1000000, more than"),
     "vocabulary": ({"vocab_size": 10**400}, "field 'vocab_size' is 1000"),
     "true as a number": ({"vocab_size": True}, "field 'vocab_size' is missing or not a int"),
@@ -132,6 +161,19 @@ UNBELIEVABLE: dict[str, tuple[dict[str, Any], str]] = {
     "parts, a text": ({"quantization": {"parts": "int8"}}, "field 'parts' is missing or not a dict"),
     "versions of numbers": ({"source": {"versions": {"torch": 2}}}, "field 'versions' is not made of texts"),
     "calibration of numbers": ({"quantization": {"calibration": {"text": 1}}}, "field 'text' is missing"),
+    "drafter, a list": ({"drafter": []}, "field 'drafter' is missing or not a dict"),
+    "drafter's graph elsewhere": (
+        {"drafter": {"graph": "/x", "top_k_outputs": 1}},
+        "field 'graph' names a file outside its folder",
+    ),
+    "drafter's top-k": (
+        {"drafter": {"graph": "d.onnx", "top_k_outputs": 10**9}},
+        "'top_k_outputs' is 1000000000, more",
+    ),
+    "word of the drafter": (
+        {"drafter": {"graph": "d.onnx", "top_k_outputs": 1, "vocabulary": [10**400]}},
+        "field 'vocabulary' is 1000",
+    ),
     "bytes of a pass": ({"pass_bytes": {"plain": 10**400}}, "field 'plain' is 1000"),
 }
 

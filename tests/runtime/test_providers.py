@@ -132,11 +132,14 @@ def test_spinning_and_optimization_change_no_number(multi: Path) -> None:
 
 
 def test_inputs_and_outputs_are_cut_out_of_a_model() -> None:
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("a", "b", "c", "out", "same")]
+    """With what depends on such an input, whether there is a value for it or not; what nobody wants may stay."""
+    names = ("a", "b", "c", "out", "same", "other")
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in names]
     weights = [helper.make_tensor(name, TensorProto.FLOAT, [2], [1.0, 2.0]) for name in ("b", "c")]
-    nodes = [helper.make_node("Sum", ["a", "b", "c"], ["out"]), helper.make_node("Identity", ["out"], ["same"])]
+    nodes = [helper.make_node("Sum", ["a", "c"], ["out"]), helper.make_node("Identity", ["b"], ["middle"])]
+    nodes += [helper.make_node("Identity", ["middle"], ["other"]), helper.make_node("Identity", ["out"], ["same"])]
     model = helper.make_model(helper.make_graph(nodes, "g", values[:3], values[3:], weights), ir_version=10)
-    cut = onnx.ModelProto.FromString(without_ends(model.SerializeToString(), ["b", "same", "nowhere"]))
+    cut = onnx.ModelProto.FromString(without_ends(model.SerializeToString(), ["b", "same", "other", "nowhere"]))
     assert [value.name for value in cut.graph.input] == ["a", "c"]
-    del model.graph.input[1], model.graph.output[1]
+    del model.graph.input[1], model.graph.output[1:], model.graph.node[1:3]
     assert cut == model

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import handmade
+from support.dense_heads import DenseHeads
 
 from dynamo_runtime import scoring
 from dynamo_runtime.errors import PromptError
@@ -52,10 +53,10 @@ def after(session: Session, prefix: list[int]) -> np.ndarray:
         each = [softmax(row) for row in rows]
     elif bundle.topology.kind == "cp":
         step = session.step(prefix)
-        weights = np.exp(bundle.topology.gate(step)[0].astype(np.float64))
+        weights = np.exp(bundle.topology.gate(step.ahead())[0].astype(np.float64))
         joint = np.zeros([VOCAB] * N)
         for component in range(RANK):
-            p = [softmax(bundle.topology.factors(step)[0, i, component]) for i in range(N)]
+            p = [softmax(bundle.topology.factors(step.ahead())[0, i, component]) for i in range(N)]
             joint += weights[component] * p[0][:, None, None] * p[1][None, :, None] * p[2][None, None, :]
         return joint
     else:
@@ -109,6 +110,62 @@ def test_perplexities_of_uniform_choices() -> None:
     nll = np.log([[4.0, 4.0], [8.0, 8.0], [16.0, 16.0]])
     found = Scores(nll, nll.sum(0), np.zeros((3, 2), int)).perplexities()
     assert found == pytest.approx({"ppl_1": 4, "ppl_2": 8, "ppl_3": 16, "ppl_1:3": 8})
+
+
+WORDS = [7, 2, 9, 4, 11, 1, 5, 3]
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+@pytest.mark.parametrize("vocabulary", [None, WORDS])
+def test_further_heads_are_told_the_text_and_score_their_words(
+    conditioned: bool, vocabulary: list[int] | None, tmp_path: Path
+) -> None:
+    """Against numpy: the true token in front, inf outside the table, and means over what is covered."""
+    options = {"conditioned": conditioned, "vocabulary": vocabulary}
+    bundle = handmade.small_bundle(tmp_path / "b", "parallel", N, vocab=VOCAB, **options)
+    session, dense = Session(bundle, provider="cpu", threads=1), DenseHeads(bundle)
+    expected: list[list[float]] = [[] for _ in range(N)]
+    for text in TEXTS:
+        states = dense.states(text)
+        for i in range(N):
+            for t in range(len(text) - N):
+                row = dense.first(text)[t] if i == 0 else dense.head(states[[t], i - 1], i - 1, [text[t + i]])[0]
+                with np.errstate(divide="ignore"):
+                    expected[i].append(-np.log(softmax(row)[text[t + i + 1]]))
+    nll = np.array(expected)
+    assert np.isinf(nll[1:]).any() == (vocabulary is not None) and np.isfinite(nll[0]).all()
+    for size in (scoring.BYTES_AT_ONCE, 4 * rows_bytes(session)):
+        found = Scores.join([each.scores for text in TEXTS for each in score_window(session, text, at_once=size)])
+        np.testing.assert_allclose(found.nll, nll, atol=1e-5)
+        np.testing.assert_allclose(found.joint, nll.sum(0), atol=1e-5)
+    covered = np.isfinite(nll)
+    assert found.coverage == covered.mean(1).tolist()
+    ppl = {f"ppl_{i}": np.exp(row[own].mean()) for i, (row, own) in enumerate(zip(nll, covered, strict=True), 1)}
+    ppl[f"ppl_1:{N}"] = np.exp(nll.sum(0)[covered.all(0)].mean() / N)
+    assert found.perplexities() == pytest.approx(ppl, rel=1e-5)
+
+
+def test_a_joint_head_with_words_of_its_own(tmp_path: Path) -> None:
+    """A continuation with a word outside the table cannot be said; the base still scores the first token."""
+    bundle = handmade.small_bundle(tmp_path / "b", "cp", N, vocab=VOCAB, rank=RANK, vocabulary=WORDS)
+    session = Session(bundle, provider="cpu", threads=1)
+    found = score_texts(session, TEXTS[:1])
+    text = TEXTS[0]
+    for t, joint in enumerate(found.joint):
+        whole, following = after(session, text[: t + 1]), text[t + 1 : t + 1 + N]
+        assert whole.sum() == pytest.approx(1)
+        assert np.isfinite(joint) == (set(following) <= set(WORDS))
+        with np.errstate(divide="ignore"):
+            assert joint == pytest.approx(-np.log(whole[tuple(following)]), abs=1e-5)
+            assert found.nll[2, t] == pytest.approx(-np.log(whole.sum((0, 1))[following[2]]), abs=1e-5)
+    assert np.isfinite(found.nll[0]).all() and 0 < found.coverage[1] < 1 == found.coverage[0]
+
+
+def test_figures_of_nothing_are_left_out() -> None:
+    nll = np.array([[1.0, 2.0], [np.inf, 3.0], [np.inf, np.inf]])
+    found = Scores(nll, nll.sum(0), np.zeros((3, 2), int))
+    assert found.perplexities() == pytest.approx({"ppl_1": np.exp(1.5), "ppl_2": np.exp(3)})
+    assert found.coverage == [1.0, 0.5, 0.0]
 
 
 def test_join(sessions: dict[str, Session]) -> None:

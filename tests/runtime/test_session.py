@@ -1,12 +1,15 @@
 """Session and KV cache: the same numbers however tokens are cut into passes and whatever was rolled back."""
 
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from support import handmade
+from support.dense_heads import DenseHeads
 
 from dynamo_runtime import (
     ALL,
@@ -15,16 +18,19 @@ from dynamo_runtime import (
     Backend,
     Bundle,
     BundleError,
+    EngineError,
     Last,
     ParameterError,
     PromptError,
     ProviderError,
     Session,
-    Step,
+    heads,
     load_bundle,
 )
 from dynamo_runtime.kv_cache import KVCache
+from dynamo_runtime.manifest import DrafterGraph
 from dynamo_runtime.parallel import ParallelHeads
+from dynamo_runtime.step import Ahead
 
 TOKENS = np.random.default_rng(0).integers(1, 300, 90).tolist()
 CLOSE = {"rtol": 0, "atol": 2e-5}
@@ -85,9 +91,10 @@ def test_topk_outputs_are_the_largest_of_the_rows(multi: Path) -> None:
     step = Session(load_bundle(multi), threads=1).step(TOKENS, rows=Last(3))
     for head, rows in ((1, 3), (2, 1), (3, 1)):
         logits, ids = step.topk(head)
-        assert logits.shape == ids.shape == (rows, 128)
+        most = 128 if head == 1 else 64
+        assert logits.shape == ids.shape == (rows, most)
         assert np.array_equal(np.take_along_axis(step.logits(head), ids, 1), logits)
-        assert np.array_equal(logits, -np.sort(-step.logits(head), axis=1)[:, :128])
+        assert np.array_equal(logits, -np.sort(-step.logits(head), axis=1)[:, :most])
 
 
 def test_further_heads_differ_from_the_first_which_is_the_plain_model(
@@ -156,9 +163,10 @@ def test_a_bundle_can_be_built_in_memory(multi: Path) -> None:
     built = Bundle(
         folder=read.folder,
         topology=ParallelHeads(3),
+        drafter=DrafterGraph("drafter.onnx", 64),
         vocab_size=read.vocab_size,
         context_length=640,
-        kv_layers=4,
+        kv_layers=2,
         kv_heads=1,
         head_size=16,
     )
@@ -174,33 +182,52 @@ def test_time_inside_onnxruntime_is_counted(multi: Path) -> None:
     assert session.passes == 2
 
 
-@pytest.mark.parametrize("kind", ["parallel", "cp"])
-@pytest.mark.parametrize("twin_bytes", [0, 1 << 30])
-def test_heads_catch_up_with_passes_that_left_them_out(tmp_path: Path, kind: str, twin_bytes: int) -> None:
+GRAPHS: dict[str, dict[str, Any]] = {
+    "beside": {},
+    "conditioned, with a draft vocabulary": {"conditioned": True, "vocabulary": range(39, 3, -2)},
+    "joint": {"kind": "cp", "rank": 2},
+    "inside": {"format_version": 3},
+    "inside, always": {"format_version": 3, "skips": False},
+    "inside, joint": {"format_version": 3, "kind": "cp", "rank": 2},
+}
+SHORT = [token % 40 for token in TOKENS]
+
+
+def made(folder: Path, name: str) -> Bundle:
+    """One of `GRAPHS`, of three tokens and 40 words."""
+    options = dict(GRAPHS[name])
+    return handmade.small_bundle(folder / "bundle", options.pop("kind", "parallel"), 3, vocab=40, **options)
+
+
+def said(bundle: Bundle, ahead: Ahead, before: Sequence[int]) -> list[np.ndarray]:
+    """All that heads say of their rows, told what stands in front."""
+    parts = [ahead.logits(part, before) for part in range(bundle.topology.parts)]
+    parts += [array for part in range(bundle.topology.parts) for array in ahead.topk(part, before)[:1]]
+    return [*parts, *(ahead.output(name) for name in bundle.topology.outputs)]
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_heads_catch_up_with_passes_that_left_them_out(tmp_path: Path, name: str) -> None:
     """Whichever passes skip the heads, and whatever is rolled back, the heads then say what they always say."""
-    bundle = handmade.small_bundle(tmp_path / kind, kind, 3, vocab=40, rank=2)
-    tokens = [token % 40 for token in TOKENS]
-
-    def said(step: Step) -> list[np.ndarray]:
-        joint = bundle.topology
-        return [step.logits(2), step.logits(3)] if kind == "parallel" else [joint.gate(step), joint.factors(step)]
-
-    always, sometimes = (Session(bundle, threads=1, growth=8, twin_bytes=twin_bytes) for _ in range(2))
-    assert sometimes.skips_heads
+    bundle = made(tmp_path, name)
+    always, sometimes = (Session(bundle, threads=1, growth=8) for _ in range(2))
+    assert sometimes.skips_heads == (name != "inside, always")
     rng = np.random.default_rng(3)
     at = 0
-    while at < len(tokens):
+    while at < len(SHORT):
         m = int(rng.integers(1, 6))
-        part = tokens[at : at + m]
+        part = SHORT[at : at + m]
+        before = (SHORT * 2)[at + 1 : at + 1 + len(part)]
         expected = always.step(part, rows=ALL, heads=ALL)
+        theirs = said(bundle, expected.ahead(), before)
         if rng.random() < 0.6:
             step = sometimes.step(part, rows=ALL, heads=NONE)
-            assert sometimes.cache.skipped_length > 0
+            assert sometimes.cache.seen < sometimes.cache.length or name == "inside, always"
         else:
             step = sometimes.step(part, rows=ALL, heads=ALL)
-            assert sometimes.cache.skipped_length == 0
-            for ours, theirs in zip(said(step), said(expected), strict=True):
-                assert np.allclose(ours, theirs, **CLOSE)
+            for one, other in zip(said(bundle, step.ahead(), before), theirs, strict=True):
+                assert np.allclose(one, other, **CLOSE)
+            assert sometimes.cache.seen == sometimes.cache.length
         assert np.allclose(step.logits(), expected.logits(), **CLOSE)
         back = at + int(rng.integers(1, len(part) + 1))
         always.cache.rollback(back)
@@ -208,22 +235,118 @@ def test_heads_catch_up_with_passes_that_left_them_out(tmp_path: Path, kind: str
         at = back
 
 
-def test_cache_remembers_what_the_heads_have_not_seen() -> None:
-    cache = KVCache(1, 1, 2, 100)
-    states = np.arange(40.0).reshape(20, 2)
-    cache.advance(range(5))
-    cache.advance(range(3), states[:3])
-    cache.advance(range(4), states[3:7])
-    assert (cache.length, cache.skipped_length) == (12, 7)
-    cache.rollback(9)
-    assert np.array_equal(np.concatenate(cache.skipped), states[:4])
-    cache.rollback(8)
-    assert np.array_equal(np.concatenate(cache.skipped), states[:3])
-    cache.rollback(4)
-    assert (cache.length, cache.skipped_length, cache.skipped) == (4, 0, [])
-    cache.advance([1], states[:1])
-    cache.advance([2])
-    assert cache.skipped_length == 0
+@pytest.mark.parametrize("name", ["beside", "conditioned, with a draft vocabulary", "joint"])
+@pytest.mark.parametrize("chunk", [7, 512])
+def test_heads_equal_numpy_whatever_was_asked_before(
+    tmp_path: Path, name: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows twice, out of order, after later ones, one by one and together; after a rollback; as the caches grow."""
+    monkeypatch.setattr(heads, "CATCH_UP_CHUNK", chunk)
+    bundle = made(tmp_path, name)
+    dense, session = DenseHeads(bundle), Session(bundle, threads=1, growth=8)
+    states = dense.states(SHORT)
+
+    def check(ahead: Ahead, positions: Sequence[int], before: Sequence[int]) -> None:
+        for part in range(bundle.topology.parts):
+            expected = dense.head(states[list(positions), part], part, before)
+            np.testing.assert_allclose(ahead.logits(part, before), expected, **CLOSE)
+            logits, ids = ahead.topk(part, before)
+            np.testing.assert_allclose(logits, np.take_along_axis(expected, ids, 1), **CLOSE)
+            assert np.array_equal(logits, -np.sort(-ahead.logits(part, before), axis=1)[:, : logits.shape[1]])
+            assert all(len(set(row)) == len(row) for row in ids.tolist())
+        if bundle.topology.outputs:
+            np.testing.assert_allclose(ahead.output("gate"), dense.gate(SHORT)[list(positions)], **CLOSE)
+
+    session.step(SHORT[:30], heads=NONE)  # never asked
+    step = session.step(SHORT[30:40], rows=ALL, heads=ALL)
+    np.testing.assert_allclose(step.logits(), dense.first(SHORT)[30:40], **CLOSE)
+    for row in (9, 2, 2, -1, 0):
+        check(step.ahead(row), [30 + row % 10], [row % 10])
+    check(step.ahead(), range(30, 40), SHORT[5:15])
+    check(step.ahead(), range(30, 40), SHORT[15:25])  # told something else
+    later = session.step(SHORT[40:60], heads=At([3, 3, 19, 7]))
+    check(step.ahead(4), [34], [8])  # of an earlier pass, after a later one
+    check(later.ahead(), [43, 43, 59, 47], [1, 2, 3, 4])
+    assert session.cache.seen == session.cache.length == 60
+    session.cache.rollback(50)
+    session.step([1, 2, 3], heads=NONE)
+    session.cache.rollback(50)
+    session.step(SHORT[50:58], heads=NONE)
+    assert session.cache.seen == 50
+    last = session.step(SHORT[58:], rows=Last(1))
+    check(last.ahead(0), [len(SHORT) - 1], [6])
+    assert session.heads is not None and session.heads.kv.capacity >= len(SHORT)
+
+
+def test_heads_are_asked_before_their_rows_are_gone(tmp_path: Path) -> None:
+    """What was said stays; what is asked for the first time must still be held as the pass wrote it."""
+    session = Session(made(tmp_path, "conditioned, with a draft vocabulary"), threads=1)
+    session.step(SHORT[:9])
+    step = session.step(SHORT[9:12], heads=ALL)
+    early = step.ahead(1)
+    expected = early.logits(0, [3]).copy()
+    session.cache.rollback(10)
+    assert step.ahead(0).rows == 1  # still held
+    for row in (1, 2, None):
+        with pytest.raises(ValueError, match="does not hold any more"):
+            step.ahead(row)
+    session.step([1, 2, 3, 4])  # other tokens in its place
+    with pytest.raises(ValueError, match="does not hold any more"):
+        step.ahead(1)
+    assert np.array_equal(early.logits(0, [3]), expected)
+    assert early.logits(1, [5]).shape == (1, 40)  # from the states of then
+    with pytest.raises(ValueError, match="name it"):
+        early.logits(0)
+    with pytest.raises(ValueError, match="name it"):
+        early.logits(0, [1, 2])
+    with pytest.raises(ValueError, match="asked for 0 rows"):
+        session.step([1], heads=NONE).ahead()
+    last = session.step([1])
+    session.close()
+    for ask in (last.ahead, lambda: early.logits(0, [9])):
+        with pytest.raises(EngineError, match="closed"):
+            ask()
+    assert np.array_equal(early.logits(0, [3]), expected)
+
+
+def test_a_cache_full_of_tokens_has_room_for_its_heads(tmp_path: Path) -> None:
+    """In steps of growth that its length is no multiple of."""
+    session = Session(made(tmp_path, "beside"), threads=1, growth=7, max_length=25)
+    session.step(SHORT[:24], heads=NONE)
+    assert session.step(SHORT[24:25]).ahead().rows == 1
+    assert session.heads is not None and session.heads.kv.capacity == session.cache.capacity == 25
+
+
+@pytest.mark.parametrize(("beside", "inside"), [("beside", "inside"), ("joint", "inside, joint")])
+def test_heads_of_earlier_formats_say_the_same(tmp_path: Path, beside: str, inside: str) -> None:
+    found = []
+    for name in (beside, inside):
+        bundle = made(tmp_path / name, name)
+        session = Session(bundle, threads=1)
+        session.step(SHORT[:50], heads=NONE)
+        step = session.step(SHORT[50:60], rows=ALL, heads=At([0, 4, -1]))
+        found.append([step.logits(), *said(bundle, step.ahead(), []), *said(bundle, step.ahead(1), [])])
+    for one, other in zip(*found, strict=True):
+        assert np.allclose(one[..., :64], other[..., :64], **CLOSE)
+
+
+def test_cache_remembers_what_the_heads_have_seen() -> None:
+    cache = KVCache(1, 1, 2, 100, width=2, growth=8)
+    for length in (5, 3, 4):
+        cache.reserve(cache.length + length)
+        cache.advance(range(length), seen=length == 5)
+    assert (cache.length, cache.seen, cache.passes) == (12, 5, 3)
+    assert cache.has([0, 4], 1) and cache.has(range(5, 8), 2) and not cache.has([4, 5], 2) and not cache.has([12], 3)
+    cache.rollback(6)
+    assert cache.seen == 5 and not cache.has([6], 2)
+    cache.advance([7])
+    assert cache.has([6], 4) and not cache.has([6], 2)
+    cache.rollback(3)
+    assert cache.seen == 3
+    cache.advance([1], seen=True)
+    assert cache.seen == cache.length == 4
+    cache.reset()
+    assert cache.seen == 0
 
 
 def test_a_long_context_costs_nothing_before_it_is_used(copied) -> None:
@@ -244,11 +367,15 @@ def test_rows_may_be_wanted_twice(multi: Path) -> None:
 
 
 @pytest.mark.parametrize("n_heads", [2, 4])
-def test_heads_are_counted_before_anything_is_decoded(copied, n_heads: int) -> None:
-    """The base's last layers would be taken for heads, and left out of passes without them: wrong text, unnoticed."""
+def test_heads_are_counted_before_anything_is_decoded(copied, tmp_path: Path, n_heads: int) -> None:
+    """In old formats the base's last layers would be taken for heads, and left out: wrong text, unnoticed."""
     copied.edit(topology={"kind": "parallel", "n_heads": n_heads})
-    with pytest.raises(BundleError, match=f"puts out 3 rows of logits where {n_heads} were asked for"):
+    with pytest.raises(BundleError, match="has past_key_values.1.key, which" if n_heads == 2 else "has no past_key"):
         Session(load_bundle(copied.folder), threads=1)
+    changed = {"topology": {"kind": "parallel", "n_heads": n_heads}}
+    old = handmade.write_bundle(tmp_path / "old", 3, graph={"format_version": 3}, **changed)
+    with pytest.raises(BundleError, match=f"puts out 3 rows of logits where {n_heads} were asked for"):
+        Session(load_bundle(old), threads=1)
 
 
 def test_the_check_of_heads_leaves_no_trace(multi: Path) -> None:
@@ -260,11 +387,11 @@ def test_an_axis_without_a_size(copied) -> None:
     """What onnxruntime does not find out by itself has to be said."""
     path = copied.folder / "model.onnx"
     model = onnx.load(path)
-    (cache,) = [each for each in model.graph.input if each.name == "past_key_values.3.value"]
+    (cache,) = [each for each in model.graph.input if each.name == "past_key_values.1.value"]
     cache.type.tensor_type.shape.dim[1].dim_param = "heads"
     onnx.save(model, path)
     copied.relist()
-    with pytest.raises(BundleError, match=r"input past_key_values.3.value has no kv_heads of a fixed size"):
+    with pytest.raises(BundleError, match=r"input past_key_values.1.value has no kv_heads of a fixed size"):
         Session(load_bundle(copied.folder), threads=1)
 
 

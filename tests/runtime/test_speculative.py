@@ -1,35 +1,51 @@
 """Strategy `speculative` on real graphs: verified drafts change the speed of the text and nothing else."""
 
+import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import chisquare
 from support import handmade
+from support.dense_heads import DenseHeads
 
+from dynamo_runtime import strategies, verification
 from dynamo_runtime.decoding import decode
 from dynamo_runtime.device.costs import Knowledge, Prior
-from dynamo_runtime.drafting import NOTHING, Guesses, Passed
+from dynamo_runtime.drafting import NOTHING, Guesses, Passed, Proposer
 from dynamo_runtime.engine import Engine
 from dynamo_runtime.errors import ParameterError
 from dynamo_runtime.parameters import SamplingParameters
 from dynamo_runtime.sampling import Candidates, Context
 from dynamo_runtime.session import Session
 from dynamo_runtime.step import ALL, Step
-from dynamo_runtime.strategies import Autoregressive, Speculative
+from dynamo_runtime.strategies import Autoregressive, Speculative, make_strategy
+from dynamo_runtime.verification import Draft
 
-KINDS = ("parallel", "cp", "lookahead")
 N_TOKENS, RANK, VOCAB = 4, 3, 12
+WORDS = [7, 2, 9, 4, 11, 1, 5]
+GRAPHS: dict[str, dict[str, Any]] = {
+    "parallel": {},
+    "conditioned": {"conditioned": True},
+    "conditioned, of few words": {"conditioned": True, "vocabulary": WORDS},
+    "cp": {},
+    "cp, of few words": {"vocabulary": WORDS},
+    "lookahead": {},
+}
+CHEAP = Knowledge(Prior(1.0, 0.5, 0.1, 0.0, 0.0), {})
 
 
 # --- texts, on real graphs -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=GRAPHS)
 def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Session:
     """A session on a small graph of every kind; their first heads are the same function."""
-    folder = tmp_path_factory.mktemp("small") / request.param
-    bundle = handmade.small_bundle(folder, request.param, N_TOKENS, vocab=VOCAB, rank=RANK, sharpness=6.0)
+    folder, kind = tmp_path_factory.mktemp("small") / "bundle", request.param.split(",")[0]
+    kind, options = kind.replace("conditioned", "parallel"), {"rank": RANK, "sharpness": 6.0, **GRAPHS[request.param]}
+    bundle = handmade.small_bundle(folder, kind, N_TOKENS, vocab=VOCAB, **options)
     return Session(bundle, provider="cpu", threads=1)
 
 
@@ -78,7 +94,107 @@ def test_certain_drafts_give_the_plain_text_of_the_same_seed(session: Session, p
         accepted += sum(turn.accepted for turn in rounds)
         assert all(len(turn.tokens) == turn.accepted + 1 for turn in rounds)
         assert max(turn.proposed for turn in rounds) <= (parameters.draft_tokens or N_TOKENS - 1)
+        if seed < 2:
+            auto = make_strategy("auto", session.bundle, parameters, knowledge=CHEAP)
+            assert write(session, auto, prompt, 40, seed)[0] == expected
     assert proposed > accepted > 0  # both ways out of a verification were taken
+
+
+def test_drafts_are_of_the_draft_vocabulary_and_told_what_stands_in_front(tmp_path: Path) -> None:
+    """Against numpy: every draft is its head's most probable word behind the token before it."""
+    options = {"conditioned": True, "vocabulary": WORDS}
+    bundle = handmade.small_bundle(tmp_path / "b", "parallel", N_TOKENS, vocab=VOCAB, **options)
+    session, dense = Session(bundle, provider="cpu", threads=1), DenseHeads(bundle)
+    parameters = SamplingParameters(top_k=0, temperature=0.9, draft_cooccurrence_weight=0.0)
+    context, rng = Context([3, 1, 4], VOCAB), np.random.default_rng(1)
+    strategy = Speculative(bundle, parameters)
+    told: list[list[int]] = []
+    advance = strategy.advance
+
+    def listened(step: Step, known: Context, drafts: Sequence[Any], rng: Any) -> Any:
+        turn = advance(step, known, drafts, rng)
+        final = [*known.tokens, *(draft.token for draft in drafts[: turn.accepted])]
+        states, before = dense.states(final)[-1], turn.tokens[-1]
+        expected = []
+        for part in range(N_TOKENS - 1):
+            before = int(dense.head(states[[part]], part, [before])[0].argmax())
+            expected.append(before)
+        assert [draft.token for draft in turn.drafts] == expected and set(expected) <= set(WORDS)
+        told.append(expected)
+        return turn
+
+    strategy.advance = listened  # type: ignore[method-assign]
+    for _ in zip(range(12), decode(session, strategy, context, rng), strict=False):
+        pass
+    assert len({tuple(drafts) for drafts in told}) > 3
+
+
+CELLS, FEW = 5, [3, 0, 4]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, np.ndarray]:
+    """A session on conditioned heads of few words, and the distribution of the three tokens behind [1, 3]."""
+    options = {"conditioned": True, "vocabulary": FEW, "sharpness": 1.5}
+    bundle = handmade.small_bundle(tmp_path_factory.mktemp("told") / "b", "parallel", 3, vocab=CELLS, **options)
+    dense, joint = DenseHeads(bundle), np.zeros((CELLS,) * 3)
+    for text in itertools.product(range(CELLS), repeat=3):
+        rows = dense.first([1, 3, *text[:2]])[1:]
+        powers = np.exp(rows)
+        joint[text] = np.prod((powers / powers.sum(-1, keepdims=True))[range(3), text])
+    return Session(bundle, provider="cpu", threads=1), joint
+
+
+def p_value(told: tuple[Session, np.ndarray], draws: int = 1200) -> float:
+    """Chi-square of texts with sampled drafts against plain sampling's distribution."""
+    session, joint = told
+    parameters = SamplingParameters(
+        top_k=0, temperature=1.0, repetition_penalty=1.0, draft_choice="sample", draft_cooccurrence_weight=0.0
+    )
+    rng, seen, accepted = np.random.default_rng(5), np.zeros_like(joint), 0
+    for _ in range(draws):
+        session.cache.reset()
+        tokens: list[int] = []
+        strategy = Speculative(session.bundle, parameters)
+        for turn in decode(session, strategy, Context([1, 3], CELLS), rng):
+            tokens, accepted = tokens + turn.tokens, accepted + turn.accepted
+            if len(tokens) >= 3:
+                break
+        seen[tuple(tokens[:3])] += 1
+    assert accepted > 100
+    large = joint * draws >= 5
+    observed, expected = seen[large], joint[large] * draws
+    rest = draws - expected.sum()
+    return float(chisquare(np.append(observed, draws - observed.sum()), np.append(expected, rest)).pvalue)
+
+
+def test_sampled_drafts_of_few_words_leave_the_distribution_as_it_is(told: tuple[Session, np.ndarray]) -> None:
+    assert p_value(told) > 1e-3
+
+
+@pytest.mark.parametrize("broken", ["always accepted", "no residual", "drawn from another head"])
+def test_a_broken_rule_fails_that_test(
+    told: tuple[Session, np.ndarray], broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def always(drafts: Sequence[Draft], target: Any, uniform: Any) -> tuple[int, int]:
+        p = target(len(drafts))
+        return len(drafts), int(p.ids[verification.draw(p.probabilities, uniform())])
+
+    propose = Proposer.propose
+
+    def mistaken(*arguments: Any) -> list[Draft]:
+        """Says that a draft was drawn from a uniform distribution."""
+        drafts = propose(*arguments)
+        even = Candidates(np.array(FEW), np.full(len(FEW), 1 / len(FEW)))
+        return [Draft(draft.token, even, draft.confidence) for draft in drafts]
+
+    if broken == "always accepted":
+        monkeypatch.setattr(strategies, "verify", always)
+    elif broken == "no residual":
+        monkeypatch.setattr(verification, "residual", lambda p, q: p.probabilities)
+    else:
+        monkeypatch.setattr(Proposer, "propose", mistaken)
+    assert p_value(told) < 1e-4
 
 
 def test_processors_see_the_drafts_before_their_position(session: Session, plain_session: Session) -> None:
@@ -112,13 +228,22 @@ def test_rejected_and_look_ahead_tokens_leave_the_cache(session: Session) -> Non
         assert turn.tokens == context.tokens[-len(turn.tokens) :]
 
 
-def test_the_mask_changes_drafts_but_not_the_text(session: Session) -> None:
+def test_the_mask_changes_drafts_but_not_the_text(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     texts, drafts = set(), set()
+    propose, made = Proposer.propose, list[int]()
+
+    def listened(*arguments: Any, **named: Any) -> list[Draft]:
+        found = propose(*arguments, **named)
+        made.extend(draft.token for draft in found)
+        return found
+
+    monkeypatch.setattr(Proposer, "propose", listened)
     for weight in (0.0, 1.0):
         parameters = SamplingParameters(temperature=0.9, top_k=0, draft_cooccurrence_weight=weight)
-        tokens, rounds = write(session, Speculative(session.bundle, parameters), [1, 2], 80, seed=5)
+        tokens, _ = write(session, Speculative(session.bundle, parameters), [1, 2], 80, seed=5)
         texts.add(tuple(tokens))
-        drafts.add(tuple(turn.accepted for turn in rounds))
+        drafts.add(tuple(made))
+        made.clear()
     assert len(texts) == 1
     assert len(drafts) == 2
 
@@ -251,7 +376,7 @@ def test_statistics_count_drafts_by_depth(engine: Engine, foreseen: dict[str, An
 def test_auto_drafts_with_a_drafter_of_ones_own(
     engine: Engine, text: list[int], foreseen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "knowledge", Knowledge(Prior(1.0, 0.5, 0.1, 0.0, 0.0), {}))
+    monkeypatch.setattr(engine, "knowledge", CHEAP)
     options = foreseen | {"strategy": "auto"}
     found = engine.generate(PROMPT, max_new_tokens=60, ignore_eos=True, **options)
     assert found.tokens == text

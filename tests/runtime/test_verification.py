@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,20 +68,36 @@ class TableModel:
         self.cache.length = len(self.held)
         begin = len(self.held) - len(tokens)
         pairs = [(self.held[i - 1] if i else 0, self.held[i]) for i in range(begin, len(self.held))]
-        rows_of_all = [np.array([self.base[pairs[row]] for row in rows.of(len(tokens))])]
-        wanted = [pairs[row] for row in heads.of(len(tokens))]
-        values = {}
-        if wanted and self.bundle.topology.kind == "parallel":
-            rows_of_all += [np.array([self.heads[pair][head] for pair in wanted]) for head in (1, 2)]
-        if wanted and self.bundle.topology.kind == "cp":
-            factors = np.array([self.factors[pair] for pair in wanted])
-            rows_of_all.append(factors.reshape(-1, factors.shape[-1]))
-            values["gate"] = np.array([self.gate[pair] for pair in wanted])[None]
-        logits = np.concatenate(rows_of_all)
+        logits = np.array([self.base[pairs[row]] for row in rows.of(len(tokens))])
         order = np.argsort(-logits, axis=-1, kind="stable")
         topk_logits = np.take_along_axis(logits, order, -1)
-        values |= {"logits": logits[None], "topk_logits": topk_logits[None], "topk_ids": order[None]}
-        return Step(values, head_rows=len(wanted), parts=self.bundle.topology.parts)
+        values = {"logits": logits[None], "topk_logits": topk_logits[None], "topk_ids": order[None]}
+        wanted = [pairs[row] for row in heads.of(len(tokens))]
+        ahead = partial(TableAhead, self, wanted) if self.bundle.topology.parts else None
+        return Step(values, ahead, head_rows=len(wanted))
+
+
+class TableAhead:
+    """What the tables say behind some rows; quacks like `HeadsAhead`."""
+
+    def __init__(self, model: TableModel, pairs: Sequence[tuple[int, int]], rows: Sequence[int]):
+        self.pairs = [pairs[row] for row in rows]
+        if model.bundle.topology.kind == "parallel":
+            found = [model.heads[pair][1:] for pair in self.pairs]
+        else:
+            found = [model.factors[pair].reshape(-1, CELLS) for pair in self.pairs]
+        self.tables, self.gates, self.rows = np.array(found), [model.gate[pair] for pair in self.pairs], len(rows)
+
+    def logits(self, part: int, before: Sequence[int] | None = None) -> np.ndarray:
+        return self.tables[:, part]
+
+    def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        logits = self.logits(part, before)
+        order = np.argsort(-logits, axis=-1, kind="stable")
+        return np.take_along_axis(logits, order, -1), order
+
+    def output(self, name: str) -> np.ndarray:
+        return np.array(self.gates)
 
 
 def exact_joint(model: TableModel, prompt: list[int], p: SamplingParameters) -> np.ndarray:

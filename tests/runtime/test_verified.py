@@ -24,7 +24,7 @@ def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 def test_once_and_after_a_change(copied, read: list[str]) -> None:
     load_bundle(copied.folder)
-    assert sorted(read) == ["cooccurrence.npz", "model.onnx", "tokenizer.json"]
+    assert sorted(read) == ["cooccurrence.npz", "drafter.onnx", "model.onnx", "tokenizer.json"]
     read.clear()
     load_bundle(copied.folder)
     assert read == []
@@ -32,7 +32,7 @@ def test_once_and_after_a_change(copied, read: list[str]) -> None:
     load_bundle(copied.folder)
     assert read == ["model.onnx"]
     load_bundle(copied.folder, verify=True)
-    assert len(read) == 4
+    assert len(read) == 5
 
 
 def test_another_file_under_the_times_of_the_first(copied, read: list[str]) -> None:
@@ -62,14 +62,14 @@ def test_a_record_of_nonsense_costs_time_only(copied, read: list[str], tmp_path:
     (record,) = (tmp_path / "cache" / "verified").iterdir()
     record.write_text(content)
     read.clear()
-    assert load_bundle(copied.folder).files and len(read) == 3
+    assert load_bundle(copied.folder).files and len(read) == 4
 
 
 def test_no_cache_costs_time_only(copied, read: list[str], tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder would be")
     load_bundle(copied.folder)
     load_bundle(copied.folder)
-    assert len(read) == 6
+    assert len(read) == 8
 
 
 def test_the_cache_does_not_grow_for_ever(copied, read: list[str], tmp_path: Path, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from dynamo_runtime.bundle import Bundle, sha256
 from dynamo_runtime.joint import JointHead
 from dynamo_runtime.look_ahead import LookAhead
+from dynamo_runtime.manifest import FORMAT_VERSION, DrafterGraph
 from dynamo_runtime.parallel import ParallelHeads
 from dynamo_runtime.topology import Plain, Topology
 
 KV_HEADS, QUERY_HEADS, HEAD_SIZE, HIDDEN = 1, 2, 16, 32
 CONTEXT_LENGTH = 640
-TOP_K_OUTPUTS = 128
+TOP_K_OUTPUTS, DRAFT_TOP_K_OUTPUTS = 128, 64
+GRAPH, DRAFTER = "model.onnx", "drafter.onnx"
 CORPUS = [
     "def fib(n):\n    if n < 2:\n        return n\n    return fib(n - 1) + fib(n - 2)\n",
     "class Point:\n    def __init__(self, x, y):\n        self.x = x\n        self.y = y\n",
@@ -48,16 +51,21 @@ def train_tokenizer(control: Sequence[str] = (), added: Sequence[str] = ()) -> T
 
 
 class _Graph:
-    """Nodes and initializers of one graph under construction."""
+    """Nodes, inputs, outputs and initializers of one graph under construction."""
 
-    def __init__(self, seed: int):
+    def __init__(self, rng: np.random.Generator):
         self.nodes: list[onnx.NodeProto] = []
-        self.initializers: list[onnx.TensorProto] = []
-        self.rng = np.random.default_rng(seed)
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+        self.rng = rng
 
     def constant(self, name: str, value: np.ndarray) -> str:
-        self.initializers.append(numpy_helper.from_array(value, name))
+        self.initializers[name] = numpy_helper.from_array(value, name)
         return name
+
+    def numbers(self, name: str, *values: int) -> str:
+        return self.constant(name, np.array(values, np.int64))
 
     def weight(self, name: str, *shape: int, scale: float = 1.0) -> str:
         value = self.rng.normal(size=shape) * scale / np.sqrt(shape[0])
@@ -66,14 +74,38 @@ class _Graph:
     def node(self, op: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: Any) -> None:
         self.nodes.append(helper.make_node(op, inputs, outputs, domain=domain, **attributes))
 
-    def layer(self, index: int, source: str) -> str:
-        """One attention layer with rotary positions and a residual, KV cache number `index`."""
-        at = f"/layers.{index}"
+    def input(self, name: str, shape: Sequence[str | int], kind: int = TensorProto.INT64) -> None:
+        self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
+
+    def output(self, name: str, shape: Sequence[str | int], kind: int = TensorProto.FLOAT) -> None:
+        self.outputs.append(helper.make_tensor_value_info(name, kind, shape))
+
+    def model(self, name: str) -> onnx.ModelProto:
+        graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, list(self.initializers.values()))
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+    def positions(self) -> None:
+        """What attention is told of positions, from the mask."""
+        angles = np.arange(CONTEXT_LENGTH)[:, None] / 100.0 ** (np.arange(HEAD_SIZE // 2) / (HEAD_SIZE // 2))
+        self.constant("cos", np.cos(angles).astype(np.float32))
+        self.constant("sin", np.sin(angles).astype(np.float32))
+        self.numbers("one", 1)
+        self.node("ReduceSum", ["attention_mask", "one"], ["lengths64"], keepdims=0)
+        self.node("Sub", ["lengths64", "one"], ["last64"])
+        self.node("Cast", ["last64"], ["seqlens_k"], to=TensorProto.INT32)
+        self.node("Shape", ["attention_mask"], ["total64"], start=1, end=2)
+        self.node("Cast", ["total64"], ["total1"], to=TensorProto.INT32)
+        self.node("Squeeze", ["total1"], ["total"])
+
+    def layer(self, index: int, source: str, cache: int | None = None) -> str:
+        """One attention layer with rotary positions and a residual; its KV cache has its number, or another."""
+        at, cache = f"/layers.{index}", index if cache is None else cache
         for part, width in (("q", QUERY_HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
             weight = self.weight(f"{at}/{part}.weight", HIDDEN, width * HEAD_SIZE)
             self.node("MatMul", [source, weight], [f"{at}/{part}"])
-        past = [f"past_key_values.{index}.{part}" for part in ("key", "value")]
-        present = [f"present.{index}.{part}" for part in ("key", "value")]
+        past = [f"past_key_values.{cache}.{part}" for part in ("key", "value")]
+        present = [f"present.{cache}.{part}" for part in ("key", "value")]
         self.node(
             "GroupQueryAttention",
             [f"{at}/q", f"{at}/k", f"{at}/v", *past, "seqlens_k", "total", "cos", "sin"],
@@ -88,8 +120,42 @@ class _Graph:
         self.node("Add", [source, f"{at}/o"], [f"{at}/out"])
         return f"{at}/out"
 
+    def caches(self, count: int) -> None:
+        """Past and present of so many layers."""
+        shape = ["batch", KV_HEADS, "capacity", HEAD_SIZE]
+        for layer in range(count):
+            for part in ("key", "value"):
+                self.input(f"past_key_values.{layer}.{part}", shape, TensorProto.FLOAT)
+                self.output(f"present.{layer}.{part}", shape)
 
-def build_graph(
+    def words(
+        self, states: str, output: str, sharpness: float, width: int, top_k: int, ids: Sequence[int] = ()
+    ) -> None:
+        """From states to logits and the largest of them; `ids` name the words where those are not all there are."""
+        self.node("LpNormalization", [states], ["unit"], axis=2, p=2)
+        self.node("MatMul", ["unit", output], ["unscaled"])
+        scale = self.constant("sharpness", np.array(sharpness * np.sqrt(HIDDEN), np.float32))
+        self.node("Mul", ["unscaled", scale], ["logits"])
+        places = "places" if ids else "topk_ids"
+        self.node("TopK", ["logits", self.numbers("K", top_k)], ["topk_logits", places], axis=-1)
+        if ids:
+            self.node("Gather", [self.numbers("draft_vocabulary", *ids), places], ["topk_ids"], axis=0)
+        rows = ["batch", "rows"]
+        self.output("logits", [*rows, width])
+        self.output("topk_logits", [*rows, top_k])
+        self.output("topk_ids", [*rows, top_k], TensorProto.INT64)
+
+    def factors(self, row: str, n_tokens: int, rank: int) -> str:
+        """Gate and factors of a joint head."""
+        self.node("MatMul", [row, self.weight("gate.weight", HIDDEN, rank)], ["gate_scores"])
+        self.node("LogSoftmax", ["gate_scores"], ["gate"], axis=-1)
+        self.output("gate", ["batch", "head_rows_count", rank])
+        self.node("MatMul", [row, self.weight("factors", HIDDEN, n_tokens * rank * HIDDEN)], ["factor_states"])
+        self.node("Reshape", ["factor_states", self.numbers("factor_shape", 0, -1, HIDDEN)], ["factor_rows"])
+        return "factor_rows"
+
+
+def build_graphs(
     vocab: int,
     n_heads: int,
     *,
@@ -98,108 +164,248 @@ def build_graph(
     top_k: int = TOP_K_OUTPUTS,
     kind: str = "parallel",
     rank: int = 0,
-) -> onnx.ModelProto:
+    format_version: int = FORMAT_VERSION,
+    skips: bool = True,
+    conditioned: bool = False,
+    vocabulary: Sequence[int] | None = None,
+    draft_top_k: int = DRAFT_TOP_K_OUTPUTS,
+) -> dict[str, onnx.ModelProto]:
     """A language model of 1 stem layer, a first head and `n_heads` - 1 further heads of one layer each.
 
     `sharpness` scales the logits (nats). The further heads' weights come last, so that the first head is the
-    same function for every `n_heads` and kind. Of kind "cp" it has a joint head over `n_heads` tokens instead, of kind
-    "lookahead" as many look-ahead embeddings as it would have further heads.
+    same function for every `n_heads`, kind and format, and the further ones for every format. Of kind "cp" it has a
+    joint head over `n_heads` tokens instead, of kind "lookahead" as many look-ahead embeddings as it would have further
+    heads.
+
+    Args:
+        vocab: Tokens.
+        n_heads: See above.
+        seed: Of the weights.
+        sharpness: See above.
+        top_k: Of the base's outputs, at most.
+        kind: Of the topology; "parallel" with a single head is "plain".
+        rank: Of a joint head.
+        format_version: Of the bundle: before 4 all is one graph.
+        skips: In those, whether a pass can do without further heads and make up for it.
+        conditioned: Whether heads are told the token in front of what they predict.
+        vocabulary: Ids of the words that drafts are made of; None for all.
+        draft_top_k: Of the drafter's outputs, at most.
+
+    Returns:
+        The graphs by their files' names.
     """
-    n_tokens, n_heads = n_heads, n_heads if kind == "parallel" else 1
-    g = _Graph(seed)
-    top_k = min(top_k, vocab)
-    int64 = lambda name, *values: g.constant(name, np.array(values, np.int64))  # noqa: E731
-    angles = np.arange(CONTEXT_LENGTH)[:, None] / 100.0 ** (np.arange(HEAD_SIZE // 2) / (HEAD_SIZE // 2))
-    g.constant("cos", np.cos(angles).astype(np.float32))
-    g.constant("sin", np.sin(angles).astype(np.float32))
-    one, end = int64("one", 1), int64("end", np.iinfo(np.int64).max)
-    g.constant("num_logits_to_keep", np.array(0, np.int64))
-
-    g.node("ReduceSum", ["attention_mask", one], ["lengths64"], keepdims=0)
-    g.node("Sub", ["lengths64", one], ["last64"])
-    g.node("Cast", ["last64"], ["seqlens_k"], to=TensorProto.INT32)
-    g.node("Shape", ["attention_mask"], ["total64"], start=1, end=2)
-    g.node("Cast", ["total64"], ["total1"], to=TensorProto.INT32)
-    g.node("Squeeze", ["total1"], ["total"])
-
-    embedding = g.weight("embedding", vocab, HIDDEN, scale=np.sqrt(vocab))
-    output = g.weight("output", HIDDEN, vocab, scale=1.0)
-    if kind == "lookahead":
-        further = g.constant("look_ahead", np.random.default_rng(seed).normal(size=(n_tokens - 1, HIDDEN)).astype("f4"))
-        g.node("Concat", [embedding, further], ["extended"], axis=0)
-        embedding = "extended"
-    g.node("Gather", [embedding, "input_ids"], ["embedded"])
-    stem = g.layer(0, "embedded")
-    first = g.layer(1, stem)
-    g.node("Neg", ["num_logits_to_keep"], ["minus_rows"])
-    g.node("Reshape", ["minus_rows", one], ["first_row"])
-    g.node("Slice", [first, "first_row", end, one], ["rows_1"])
-    value = helper.make_tensor_value_info
-    outputs = []
     further = {"parallel": n_heads - 1, "cp": 1}.get(kind, 0)
-    if further:
-        g.constant("head_rows", np.zeros(0, np.int64))
+    inside = format_version < 4 and further > 0
+    base = _Graph(np.random.default_rng(seed))
+    base.positions()
+    base.input("input_ids", ["batch", "seq"])
+    base.input("attention_mask", ["batch", "total"])
+    base.input("num_logits_to_keep", [])
+    base.constant("num_logits_to_keep", np.array(0, np.int64))
+    embedding = base.weight("embedding", vocab, HIDDEN, scale=np.sqrt(vocab))
+    output = base.weight("output", HIDDEN, vocab, scale=1.0)
+    if kind == "lookahead":
+        more = base.constant("look_ahead", np.random.default_rng(seed).normal(size=(n_heads - 1, HIDDEN)).astype("f4"))
+        base.node("Concat", [embedding, more], ["extended"], axis=0)
+        embedding = "extended"
+    base.node("Gather", [embedding, "input_ids"], ["embedded"])
+    stem = base.layer(0, "embedded")
+    first = base.layer(1, stem)
+    base.node("Neg", ["num_logits_to_keep"], ["minus_rows"])
+    base.node("Reshape", ["minus_rows", "one"], ["first_row"])
+    base.node("Slice", [first, "first_row", base.numbers("end", np.iinfo(np.int64).max), "one"], ["rows_1"])
+    states = "rows_1"
+    if further and (skips or not inside):
+        base.node("Identity", [stem], ["penultimate_states"])
+        base.output("penultimate_states", ["batch", "seq", HIDDEN])
+    if inside:
+        states = _heads_inside(base, stem, n_heads, kind, rank, skips)
+    base.words(states, output, sharpness, vocab, min(top_k, vocab))
+    base.caches(2 + further if inside else 2)
+    graphs = {GRAPH: base}
+    if further and not inside:
+        graphs[DRAFTER] = drafter = _Graph(base.rng)
+        _heads_beside(drafter, n_heads, kind, rank)
+        state = "head_states"
+        if conditioned:
+            drafter.output(state, ["batch", "states", HIDDEN])
+            drafter.input("draft_states", ["batch", "drafts", HIDDEN], TensorProto.FLOAT)
+            drafter.initializers["embedding"] = base.initializers["embedding"]
+            state = _condition(drafter, further, np.random.default_rng(seed + 1000))
+        drafter.initializers["output"] = base.initializers["output"]
+        words = output
+        if vocabulary is not None:
+            whole = numpy_helper.to_array(base.initializers["output"])
+            words = drafter.constant("draft.output", whole[:, list(vocabulary)])
+            del drafter.initializers["output"]
+        count = vocab if vocabulary is None else len(vocabulary)
+        drafter.words(state, words, sharpness, count, min(draft_top_k, count), vocabulary or ())
+    return {name: graph.model(name.split(".")[0]) for name, graph in graphs.items()}
+
+
+def _heads_inside(g: _Graph, stem: str, n_heads: int, kind: str, rank: int, skips: bool) -> str:
+    """Further heads in the base's graph; their rows behind those of the first, which is one of its values."""
+    g.input("head_rows", ["head_rows_count"])
+    g.constant("head_rows", np.zeros(0, np.int64))
+    if skips:
+        g.input("skipped_states", ["batch", "skipped", HIDDEN], TensorProto.FLOAT)
         g.constant("skipped_states", np.zeros((1, 0, HIDDEN), np.float32))
-        g.node("Identity", [stem], ["penultimate_states"])
-        outputs.append(value("penultimate_states", TensorProto.FLOAT, ["batch", "seq", HIDDEN]))
-        g.node("Concat", ["skipped_states", stem], ["head_states"], axis=1)
+        g.node("Concat", ["skipped_states", stem], ["head_inputs"], axis=1)
+        stem = "head_inputs"
     states = ["rows_1"]
-    for layer in range(2, 2 + further):
-        g.node("Gather", [g.layer(layer, "head_states"), "head_rows"], [f"rows_{layer}"], axis=1)
+    for layer in range(2, 3 if kind == "cp" else 1 + n_heads):
+        g.node("Gather", [g.layer(layer, stem), "head_rows"], [f"rows_{layer}"], axis=1)
         states.append(f"rows_{layer}")
     if kind == "cp":
-        g.node("MatMul", ["rows_2", g.weight("gate.weight", HIDDEN, rank)], ["gate_scores"])
-        g.node("LogSoftmax", ["gate_scores"], ["gate"], axis=-1)
-        outputs.append(value("gate", TensorProto.FLOAT, ["batch", "head_rows_count", rank]))
-        g.node("MatMul", ["rows_2", g.weight("factors", HIDDEN, n_tokens * rank * HIDDEN)], ["factor_states"])
-        g.node("Reshape", ["factor_states", int64("factor_shape", 0, -1, HIDDEN)], ["factor_rows"])
-        states[1] = "factor_rows"
+        states[1] = g.factors("rows_2", n_heads, rank)
     g.node("Concat", states, ["states"], axis=1)
-    g.node("LpNormalization", ["states"], ["unit"], axis=2, p=2)
-    g.node("MatMul", ["unit", output], ["unscaled"])
-    scale = g.constant("sharpness", np.array(sharpness * np.sqrt(HIDDEN), np.float32))
-    g.node("Mul", ["unscaled", scale], ["logits"])
-    g.node("TopK", ["logits", int64("K", top_k)], ["topk_logits", "topk_ids"], axis=-1)
-    for name, width in (("logits", vocab), ("topk_logits", top_k), ("topk_ids", top_k)):
-        numbers = TensorProto.INT64 if name == "topk_ids" else TensorProto.FLOAT
-        outputs.append(value(name, numbers, ["batch", "rows_of_all_heads", width]))
-    layers = 2 + further
-    inputs = [
-        value("input_ids", TensorProto.INT64, ["batch", "seq"]),
-        value("attention_mask", TensorProto.INT64, ["batch", "total"]),
-    ]
-    for layer in range(layers):
-        for part in ("key", "value"):
-            shape = ["batch", KV_HEADS, "capacity", HEAD_SIZE]
-            inputs.append(value(f"past_key_values.{layer}.{part}", TensorProto.FLOAT, shape))
-            outputs.append(value(f"present.{layer}.{part}", TensorProto.FLOAT, shape))
-    inputs.append(value("num_logits_to_keep", TensorProto.INT64, []))
-    if further:
-        inputs.append(value("head_rows", TensorProto.INT64, ["head_rows_count"]))
-        inputs.append(value("skipped_states", TensorProto.FLOAT, ["batch", "skipped", HIDDEN]))
-    graph = helper.make_graph(g.nodes, "handmade", inputs, outputs, initializer=g.initializers)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return "states"
+
+
+def _heads_beside(g: _Graph, n_heads: int, kind: str, rank: int) -> None:
+    """The layers of the drafter's graph; weights are drawn in the order that they have inside the base's."""
+    g.positions()
+    g.input("penultimate_states", ["batch", "seq", HIDDEN], TensorProto.FLOAT)
+    g.input("attention_mask", ["batch", "total"])
+    count = 1 if kind == "cp" else n_heads - 1
+    g.caches(count)
+    g.input("head_rows", ["head_rows_count"])
+    g.numbers("head_rows", -1)
+    rows = []
+    for layer in range(count):
+        g.node("Gather", [g.layer(2 + layer, "penultimate_states", layer), "head_rows"], [f"rows_{layer}"], axis=1)
+        rows.append(f"rows_{layer}")
+    if kind == "cp":
+        g.node("Identity", [g.factors(rows[0], n_heads, rank)], ["head_states"])
+    else:
+        g.node("Concat", rows, ["side_by_side"], axis=2)
+        g.node("Reshape", ["side_by_side", g.numbers("parts_shape", 0, -1, HIDDEN)], ["head_states"])
+
+
+def _condition(g: _Graph, parts: int, rng: np.random.Generator) -> str:
+    """``s + W2 silu(W1 [s ; e])`` with weights of every part, the part chosen by nested branches."""
+    g.input("previous_tokens", ["batch", "drafts"])
+    g.node("Gather", ["embedding", "previous_tokens"], ["previous"])
+    g.node("Concat", ["draft_states", "previous"], ["both"], axis=2)
+
+    def branch(part: int) -> onnx.GraphProto:
+        """Of one part."""
+        inner = _Graph(rng)
+        out = f"change_{part}"
+        at = f"condition.{part}"
+        hidden = inner.weight(f"{at}.hidden.weight", 2 * HIDDEN, HIDDEN)
+        inner.node("MatMul", ["both", hidden], [f"{at}.h"])
+        inner.node("Sigmoid", [f"{at}.h"], [f"{at}.g"])
+        inner.node("Mul", [f"{at}.h", f"{at}.g"], [f"{at}.s"])
+        inner.node("MatMul", [f"{at}.s", inner.weight(f"{at}.out.weight", HIDDEN, HIDDEN, scale=4.0)], [out])
+        inner.output(out, ["batch", "drafts", HIDDEN])
+        weights = list(inner.initializers.values())
+        return helper.make_graph(inner.nodes, at, [], inner.outputs, weights)
+
+    if parts == 1:
+        only = branch(0)
+        g.nodes.extend(only.node)
+        g.initializers |= {each.name: each for each in only.initializer}
+    else:
+        g.input("draft_part", [])
+        other = branch(parts - 1)
+        for part in reversed(range(parts - 1)):
+            limit = g.constant(f"part_{part}", np.array(part + 1, np.int64))
+            less = helper.make_node("Less", ["draft_part", limit], [f"is_{part}"])
+            outs = [f"chosen_{part}"]
+            chosen = helper.make_node("If", [f"is_{part}"], outs, then_branch=branch(part), else_branch=other)
+            value = helper.make_tensor_value_info(outs[0], TensorProto.FLOAT, ["batch", "drafts", HIDDEN])
+            other = helper.make_graph([less, chosen], f"from_{part}", [], [value])
+        g.nodes.extend(other.node)
+    g.node("Add", ["draft_states", "change_0" if parts == 1 else "chosen_0"], ["conditioned"])
+    return "conditioned"
+
+
+def build_graph(vocab: int, n_heads: int, **options: Any) -> onnx.ModelProto:
+    """The base's graph alone: see `build_graphs`."""
+    return build_graphs(vocab, n_heads, **options)[GRAPH]
+
+
+def save_graphs(folder: Path, vocab: int, n_heads: int, *, shared: bool = False, **options: Any) -> None:
+    """Write the graphs of a bundle.
+
+    Args:
+        folder: Where to.
+        vocab: See `build_graphs`.
+        n_heads: See `build_graphs`.
+        shared: Whether weights that both graphs have lie in the base's file alone, as export writes them.
+        **options: See `build_graphs`.
+    """
+    graphs = build_graphs(vocab, n_heads, **options)
+    for name, model in graphs.items():
+        onnx.save(model, str(folder / name))
+    if shared:
+        refer(folder / DRAFTER, folder / GRAPH)
+
+
+def refer(drafter: Path, base: Path, location: str | None = None) -> list[str]:
+    """Have a graph take the weights that another one has from that one's file, or from one of another name.
+
+    Returns:
+        Names of the weights.
+    """
+    model, content = onnx.load(str(drafter)), base.read_bytes()
+    there = {each.name: each.raw_data for each in onnx.load(str(base)).graph.initializer if len(each.raw_data) >= 64}
+    found = []
+    for weight in model.graph.initializer:
+        if there.get(weight.name) == weight.raw_data:
+            place = content.index(weight.raw_data)
+            entries = {"location": location or base.name, "offset": str(place), "length": str(len(weight.raw_data))}
+            weight.ClearField("raw_data")
+            weight.data_location = TensorProto.EXTERNAL
+            for key, value in entries.items():
+                weight.external_data.add(key=key, value=value)
+            found.append(weight.name)
+    drafter.write_bytes(model.SerializeToString())
+    return found
+
+
+def drafter_of(
+    kind: str,
+    n_tokens: int,
+    vocab: int,
+    *,
+    format_version: int = FORMAT_VERSION,
+    conditioned: bool = False,
+    vocabulary: Sequence[int] | None = None,
+    draft_top_k: int = DRAFT_TOP_K_OUTPUTS,
+) -> DrafterGraph | None:
+    """What a manifest says of the drafter's graph that `build_graphs` makes."""
+    if format_version < 4 or n_tokens == 1 or kind not in ("parallel", "cp"):
+        return None
+    words = vocab if vocabulary is None else len(vocabulary)
+    ids = None if vocabulary is None else tuple(int(each) for each in vocabulary)
+    layers = 1 if kind == "cp" else n_tokens - 1
+    return DrafterGraph(DRAFTER, layers, KV_HEADS, min(draft_top_k, words), conditioned, ids)
+
+
+_OF_DRAFTER = ("format_version", "conditioned", "vocabulary", "draft_top_k")
 
 
 def small_bundle(folder: Path, kind: str, n_tokens: int, *, vocab: int, rank: int = 0, **graph: Any) -> Bundle:
-    """A bundle without tokenizer or manifest, of any kind and vocabulary."""
+    """A bundle without tokenizer or manifest, of any kind and vocabulary; further options of `save_graphs`."""
     folder.mkdir(parents=True)
     n_heads = 1 if kind == "plain" else n_tokens
-    model = build_graph(vocab, n_heads, kind="parallel" if kind == "plain" else kind, rank=rank, **graph)
-    onnx.save(model, str(folder / "model.onnx"))
+    save_graphs(folder, vocab, n_heads, kind="parallel" if kind == "plain" else kind, rank=rank, **graph)
     if n_tokens > 1:
         random_counts(folder / "cooccurrence.npz", vocab, 3, branching=vocab // 2)
     topology = topology_of(kind, n_tokens, rank)
+    drafter = drafter_of(kind, n_tokens, vocab, **{name: graph[name] for name in _OF_DRAFTER if name in graph})
     return Bundle(
         folder=folder,
         topology=topology,
+        drafter=drafter,
         vocab_size=vocab,
         context_length=CONTEXT_LENGTH,
-        kv_layers=2 + topology.layers,
+        kv_layers=2 + (topology.layers if drafter is None else 0),
         kv_heads=KV_HEADS,
         head_size=HEAD_SIZE,
-        top_k_outputs=min(TOP_K_OUTPUTS, vocab),
+        top_k_outputs=min(graph.get("top_k", TOP_K_OUTPUTS), vocab),
     )
 
 
@@ -254,19 +460,21 @@ def add_file(folder: Path, name: str, content: str) -> None:
 
 def write_manifest(folder: Path, **changes: Any) -> None:
     """Write `dynamo_config.json` for the files that lie in `folder`."""
-    n_heads = changes.pop("n_heads", 1)
+    n_heads, version = changes.pop("n_heads", 1), changes.get("format_version", FORMAT_VERSION)
+    drafter = drafter_of("parallel", n_heads, changes.get("vocab_size", TOP_K_OUTPUTS), format_version=version)
     manifest = {
-        "format_version": 3,
+        "format_version": version,
         "topology": {"kind": "plain"} if n_heads == 1 else {"kind": "parallel", "n_heads": n_heads},
+        "drafter": None if drafter is None else asdict(drafter),
         "model_type": "handmade",
         "context_length": CONTEXT_LENGTH,
-        "kv_layers": n_heads + 1,
+        "kv_layers": 2 + (n_heads - 1 if version < 4 else 0),
         "kv_heads": KV_HEADS,
         "head_size": HEAD_SIZE,
         "precision": "fp32",
         "bos_token_id": None,
         "eos_token_ids": [0],
-        "graph": "model.onnx",
+        "graph": GRAPH,
         "files": listed(folder),
     }
     (folder / "dynamo_config.json").write_text(json.dumps(manifest | changes))
@@ -277,26 +485,50 @@ def write_bundle(
     n_heads: int,
     *,
     counts: bool = True,
-    sharpness: float = 3.0,
-    seed: int = 0,
     tokenizer: Tokenizer | None = None,
     files: Mapping[str, str] | None = None,
+    graph: Mapping[str, Any] | None = None,
+    sharpness: float = 3.0,
+    seed: int = 0,
     **changes: Any,
 ) -> Path:
-    """Write a whole bundle, with further files and other fields of the manifest; returns its ONNX file."""
+    """Write a whole bundle, with further files and other fields of the manifest; returns its ONNX file.
+
+    Args:
+        folder: Made for it.
+        n_heads: Tokens that it predicts.
+        counts: Whether it has n-gram counts.
+        tokenizer: Of its own.
+        files: Further ones, by name.
+        graph: Further options of `save_graphs`, "kind" and "format_version" among them.
+        sharpness: Of the graphs.
+        seed: Of the graphs.
+        **changes: Fields of the manifest.
+    """
     folder.mkdir(parents=True)
+    options = dict(graph or {})
+    kind, rank = options.get("kind", "parallel"), options.get("rank", 0)
     tokenizer = tokenizer or train_tokenizer()
     for name, content in (files or {}).items():
         (folder / name).write_text(content, encoding="utf-8")
     tokenizer.save(str(folder / "tokenizer.json"))
     vocab = tokenizer.get_vocab_size()
-    onnx.save(build_graph(vocab, n_heads, sharpness=sharpness, seed=seed), str(folder / "model.onnx"))
+    save_graphs(folder, vocab, n_heads, sharpness=sharpness, seed=seed, **options)
     if counts and n_heads > 1:
         random_counts(folder / "cooccurrence.npz", vocab, n_heads)
     fields = {
         "vocab_size": vocab,
-        "top_k_outputs": min(TOP_K_OUTPUTS, vocab),
+        "top_k_outputs": min(options.get("top_k", TOP_K_OUTPUTS), vocab),
         "sampling": {"temperature": 0.7, "top_k": 50, "repetition_penalty": 1.1, "backoff_threshold": 0.5},
     }
-    write_manifest(folder, n_heads=n_heads, **fields | changes)
-    return folder / "model.onnx"
+    if n_heads > 1:
+        topology = topology_of(kind, n_heads, rank)
+        drafter = drafter_of(kind, n_heads, vocab, **{name: options[name] for name in _OF_DRAFTER if name in options})
+        fields |= {
+            "format_version": options.get("format_version", FORMAT_VERSION),
+            "topology": {"kind": topology.kind} | asdict(topology),
+            "drafter": None if drafter is None else asdict(drafter),
+            "kv_layers": 2 + (topology.layers if drafter is None else 0),
+        }
+    write_manifest(folder, **fields | changes)
+    return folder / GRAPH
