@@ -118,7 +118,10 @@ class Heads:
         Raises:
             BundleError: It is not what the manifest says, or the graph does not run.
         """
-        ahead = self.ahead([0], self._cache.passes)
+        try:
+            ahead = self.ahead([0])
+        except BundleError as error:
+            raise BundleError(f"{error}; or it is not the graph its manifest describes") from error
         for part in {0, self.bundle.topology.parts - 1}:
             (values, ids), logits = ahead.topk(part, [0]), ahead.logits(part, [0])
             known = ids.min() >= 0 and ids.max() < self.bundle.vocab_size

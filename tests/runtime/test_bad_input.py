@@ -79,6 +79,17 @@ def renamed(name: str) -> Callable:
     return lambda c: edit_drafter(c, change)
 
 
+def told(change: Callable) -> Callable:
+    """The same to a drafter whose heads are conditioned."""
+
+    def both(copy) -> None:
+        replace_drafter(copy, conditioned=True)
+        drafter(copy, conditioned=True)
+        change(copy)
+
+    return both
+
+
 def one_state_a_row(graph: onnx.GraphProto) -> None:
     """Puts out the states of the first head alone."""
     (join,) = [node for node in graph.node if node.op_type == "Concat" and node.output[0] == "side_by_side"]
@@ -230,19 +241,22 @@ DAMAGES: dict[str, tuple[Callable, str]] = {
         "makes drafts of other words",
     ),
     "fewer words than said": (lambda c: words(c, [5, 6, 7], vocabulary=[5, 6, 7, 8]), "logits has the shape"),
-    "conditioned, not said": (lambda c: replace_drafter(c, conditioned=True), "drafter.onnx does not load"),
-    "said to be conditioned": (lambda c: drafter(c, conditioned=True), "drafter.onnx has no previous_tokens"),
+    "conditioned, not said": (
+        lambda c: replace_drafter(c, conditioned=True),
+        "which its manifest does not account for",
+    ),
+    "said to be conditioned": (lambda c: drafter(c, conditioned=True), "drafter.onnx has no head_states"),
     "drafter of another topology": (lambda c: replace_drafter(c, kind="cp", rank=2), "drafter.onnx has no past_key"),
-    "drafter's states renamed": (renamed("head_states"), "drafter.onnx has no head_states"),
+    "drafter's states renamed": (told(renamed("head_states")), "drafter.onnx has no head_states"),
     "base's states renamed": (renamed("penultimate_states"), "drafter.onnx has no penultimate_states"),
-    "drafts renamed": (renamed("draft_states"), "draft"),
-    "drafter's words renamed": (renamed("topk_ids"), "drafter.onnx does not load"),
+    "drafts renamed": (told(renamed("draft_states")), "draft"),
+    "drafter's words renamed": (renamed("topk_ids"), "drafter.onnx has no topk_ids"),
     "drafter's states too wide": (of_width("penultimate_states", 2, 64), "drafter.onnx"),
-    "drafts too wide": (of_width("draft_states", 2, 64), "drafter.onnx"),
+    "drafts too wide": (told(of_width("draft_states", 2, 64)), "drafter.onnx"),
     "drafter's caches of more heads": (of_width("past_key_values.0.key", 1, 3), "drafter.onnx"),
     "drafter's caches of doubles": (of_type("past_key_values.0.key", onnx.TensorProto.DOUBLE), "drafter.onnx"),
-    "drafts of halves": (of_type("draft_states", onnx.TensorProto.FLOAT16), "drafter.onnx"),
-    "one state a row": (lambda c: edit_drafter(c, one_state_a_row), "puts out 1 states for 1 rows"),
+    "drafts of halves": (told(of_type("draft_states", onnx.TensorProto.FLOAT16)), "drafter.onnx"),
+    "one state a row": (lambda c: edit_drafter(c, one_state_a_row), "not the graph its manifest describes"),
     "weights in an unlisted file": (lambda c: elsewhere(c, "more"), "drafter.onnx has weights in 'more', which"),
     "weights outside": (lambda c: elsewhere(c, "../secret", False), "drafter.onnx has weights in '../secret', which"),
     "counts of single tokens only": (

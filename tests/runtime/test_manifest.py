@@ -30,7 +30,7 @@ def full(kind: str, *, old: bool = False) -> Manifest:
     return Manifest(
         graph="m.onnx",
         topology=topology,
-        drafter=DrafterGraph("d.onnx", 3, kind == "parallel", (7, 0, 9)) if topology.parts and not old else None,
+        drafter=DrafterGraph("d.onnx", 2, 4, 3, kind == "parallel", (7, 0, 9)) if topology.parts and not old else None,
         model_type="gpt_neox",
         vocab_size=4096,
         tokenizer_size=4000,
@@ -90,7 +90,7 @@ def test_earlier_versions_are_read(tmp_path: Path, kind: str, version: int) -> N
 
 def test_a_vocabulary_is_not_a_line_each(tmp_path: Path) -> None:
     words = tuple(range(0, 8000, 2))
-    manifest = replace(full("parallel"), vocab_size=8000, drafter=DrafterGraph("d.onnx", 64, False, words))
+    manifest = replace(full("parallel"), vocab_size=8000, drafter=DrafterGraph("d.onnx", 2, 4, 64, False, words))
     path = tmp_path / "dynamo_config.json"
     path.write_text(manifest.to_json())
     assert read_manifest(path, verify=True) == manifest
@@ -133,7 +133,7 @@ DEEP = "[" * 200_000 + "]" * 200_000
 UNBELIEVABLE: dict[str, tuple[dict[str, Any], str]] = {
     "context": ({"context_length": 10**9}, "field 'context_length' is 1000000000, more than"),
     "layers": ({"kv_layers": 2**33}, "field 'kv_layers' is 8589934592, more than"),
-    "cache of one token": ({"kv_layers": 4096, "kv_heads": 4096}, "make 8196 MiB of keys and values for every token"),
+    "cache of one token": ({"kv_layers": 4096, "kv_heads": 4096}, "make 8192 MiB of keys and values for every token"),
     "heads": ({"topology": {"kind": "parallel", "n_heads": 10**6}}, "field 'n_heads' is 1000000, more than"),
     "vocabulary": ({"vocab_size": 10**400}, "field 'vocab_size' is 1000"),
     "true as a number": ({"vocab_size": True}, "field 'vocab_size' is missing or not a int"),
@@ -163,7 +163,7 @@ UNBELIEVABLE: dict[str, tuple[dict[str, Any], str]] = {
     "calibration of numbers": ({"quantization": {"calibration": {"text": 1}}}, "field 'text' is missing"),
     "drafter, a list": ({"drafter": []}, "field 'drafter' is missing or not a dict"),
     "drafter's graph elsewhere": (
-        {"drafter": {"graph": "/x", "top_k_outputs": 1}},
+        {"drafter": {"graph": "/x", "kv_layers": 1, "kv_heads": 1, "top_k_outputs": 1}},
         "field 'graph' names a file outside its folder",
     ),
     "drafter's top-k": (

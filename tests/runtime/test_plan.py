@@ -409,7 +409,7 @@ def test_the_prior_of_a_graph_is_by_its_bytes(multi: Path, known: bool, conditio
         load_bundle(multi),
         kv_layers=8,
         precision="fp32",
-        drafter=DrafterGraph("drafter.onnx", 8, conditioned),
+        drafter=DrafterGraph("drafter.onnx", 2, 2, 8, conditioned),
         pass_bytes=PassBytes(9_000_000, 6_000_000) if known else None,
         files={"model.onnx": FileRecord(9_000_000, ""), "drafter.onnx": FileRecord(6_000_000, "")},
     )

@@ -163,7 +163,7 @@ def test_a_bundle_can_be_built_in_memory(multi: Path) -> None:
     built = Bundle(
         folder=read.folder,
         topology=ParallelHeads(3),
-        drafter=DrafterGraph("drafter.onnx", 64),
+        drafter=DrafterGraph("drafter.onnx", 2, handmade.KV_HEADS, 64),
         vocab_size=read.vocab_size,
         context_length=640,
         kv_layers=2,
@@ -306,7 +306,6 @@ def test_heads_are_asked_before_their_rows_are_gone(tmp_path: Path) -> None:
     for ask in (last.ahead, lambda: early.logits(0, [9])):
         with pytest.raises(EngineError, match="closed"):
             ask()
-    assert np.array_equal(early.logits(0, [3]), expected)
 
 
 def test_a_cache_full_of_tokens_has_room_for_its_heads(tmp_path: Path) -> None:
@@ -370,7 +369,7 @@ def test_rows_may_be_wanted_twice(multi: Path) -> None:
 def test_heads_are_counted_before_anything_is_decoded(copied, tmp_path: Path, n_heads: int) -> None:
     """In old formats the base's last layers would be taken for heads, and left out: wrong text, unnoticed."""
     copied.edit(topology={"kind": "parallel", "n_heads": n_heads})
-    with pytest.raises(BundleError, match="has past_key_values.1.key, which" if n_heads == 2 else "has no past_key"):
+    with pytest.raises(BundleError, match="not the graph its manifest describes"):
         Session(load_bundle(copied.folder), threads=1)
     changed = {"topology": {"kind": "parallel", "n_heads": n_heads}}
     old = handmade.write_bundle(tmp_path / "old", 3, graph={"format_version": 3}, **changed)
