@@ -122,6 +122,7 @@ class Step:
         self._hidden = hidden
         self._what = what
         self._all: Ahead | None = None
+        self._top: tuple[np.ndarray, np.ndarray] | None = None
 
     def logits(self, head: int = 1) -> np.ndarray:
         """The full rows of one head, [rows, vocab]; of heads that are not conditioned on the token in front."""
@@ -129,9 +130,11 @@ class Step:
 
     def topk(self, head: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """The largest logits of one head and their token ids, both [rows, K], in descending order; see `logits`."""
-        if head == 1:
-            return self._first(TOPK_LOGITS), self._first(TOPK_IDS)
-        return self.ahead().topk(head - 2)
+        if head > 1:
+            return self.ahead().topk(head - 2)
+        if self._top is None:
+            self._top = self._first(TOPK_LOGITS), self._first(TOPK_IDS)
+        return self._top
 
     def ahead(self, row: int | None = None) -> Ahead:
         """What further heads say.
@@ -193,7 +196,7 @@ def as_array(values: dict[str, Any], name: str, what: str) -> np.ndarray:
     if not isinstance(value, np.ndarray):
         value = value.numpy()  # over the same memory, unless that is a device's
         # The largest is nan if any of them is, and onnxruntime's top-k puts those first.
-        if name in _OF_NUMBERS and not np.isfinite(value.max(-1)).all():
+        if name in _OF_NUMBERS and not np.isfinite(value[..., 0] if name == TOPK_LOGITS else value.max(-1)).all():
             raise BundleError(
                 f"{what} gave {name} that are not finite numbers: its weights are damaged, or what it "
                 "computes does not fit into its precision"
