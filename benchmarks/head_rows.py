@@ -208,7 +208,7 @@ class Whole:
 
     def __init__(self, model: onnx.ModelProto, folder: Path, bundle: Bundle, backend: Backend) -> None:
         folder.mkdir()
-        onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+        onnx.save(model, folder / "model.onnx")
         self.session, _ = backend.start(folder / "model.onnx", bundle.precision)
         self.binding = self.session.io_binding()
         kinds = [each.type for each in self.session.get_inputs() if each.name.startswith(PAST)]
@@ -313,7 +313,7 @@ def table(content: dict[str, Any]) -> str:
     ]
     for name, entry in content["bundles"].items():
         found, token = entry["ms"], entry["ms"]["token"]["1"]
-        for m in map(str, range(1, MOST + 1)):
+        for m in map(str, (1, 2, 4)):
             plain = found["plain"][m]
             extra = [f"{(found[way][m] - plain) / token:.2f}" for way in WAYS[1:]]
             lines.append(f"| {' | '.join([name, m, f'{plain / token:.2f}', *extra])} |")
