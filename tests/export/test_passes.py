@@ -228,7 +228,8 @@ def test_heads_side_by_side_say_what_they_say_apart(
     heads = [node.attributes["kv_num_heads"].as_int() for node in (together, *alone)]
     assert heads[0] == heads[1] + heads[2]
     assert len(merged.graph) < len(apart.graph)
-    assert any("+" in name for name in merged.graph.initializers) == (name not in ("neox", "glm4")), "both have one product"
+    joined = any("+" in name for name in merged.graph.initializers)
+    assert joined == (name not in ("neox", "glm4")), "which have no gate of its own"
     rng = np.random.default_rng(0)
     past = np.zeros((1, heads[0], 16, head_size(merged)), np.float32)
     pasts = {kind: past.copy() for kind in ("key", "value")}
@@ -250,7 +251,7 @@ def head_size(model: ir.Model) -> int:
 
 @pytest.mark.parametrize("name", ["cohere2", "phi", "olmo2", "gemma2"])
 def test_what_cannot_be_merged_stays(name: str, checkpoint: Callable[[str], Path]) -> None:
-    """Norms that the feed-forward reads too, or none, projections in pieces, weights still to be added to: no change."""
+    """A norm that the feed-forward reads too, or none, projections in pieces, weights that 1 is added to: no change."""
     subject = inspect(exported(*load_model(checkpoint(name), None)), 96)
     traced = trace(subject)
     assert traced.drafter is not None
