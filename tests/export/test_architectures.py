@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,9 @@ ROTARY_OUTSIDE = {"neox-rotary-20", "mistral-rotary-12"}
 NOT_ROTATED = {"cohere2": [0, 1, 1, 1], "exaone4": [1, 0, 0, 0], "smollm3": [1, 0, 0, 0]}
 NORMED = {"qwen3-wide-heads", "qwen3-bias", "cohere", "olmo2", "exaone4"}  # queries and keys, before the attention
 CUT = {"phi", "phi3", "stablelm"}  # projections are taken apart, and not put together as they were
+SHARED_NORM = {"cohere", "cohere2", "phi"}  # the feed-forward reads it as well
+SHIFTED_NORM = {"gemma", "gemma2"}  # by 1, which the graph adds
+APART = NORMED | CUT | ROTARY_OUTSIDE | SHARED_NORM | SHIFTED_NORM  # whose further heads keep an attention each
 PACKED = checkpoints.CONFIGS.keys() - NORMED - CUT - ROTARY_OUTSIDE
 BOUNDARIES = {
     "llama-bias-llama3": "rope llama3 32",
@@ -83,27 +87,33 @@ def test_architecture(name: str, bundle: FolderOf, checkpoint: FolderOf) -> None
 
 def _check_graph(name: str, folder: Path) -> None:
     heads = checkpoints.heads_of(name) - 1
+    kept, together = (heads, 1) if name in APART else (1, heads)
     graphs = [onnx.load(folder / file).graph for file in ("model.onnx", "drafter.onnx")]
     nodes = [[node for node in graph.node if node.op_type == "GroupQueryAttention"] for graph in graphs]
-    assert [len(found) for found in nodes] == [2, heads]
+    assert [len(found) for found in nodes] == [2, kept]
     attention = [attributes(node) for found in nodes for node in found]
-    assert [a.get("local_window_size", -1) for a in attention] == WINDOWS.get(name, [-1] * len(attention))
+    assert [a.get("local_window_size", -1) for a in attention] == WINDOWS.get(name, [-1] * 4)[: len(attention)]
     outside = 0 if name in ROTARY_OUTSIDE else 1
-    assert [a["do_rotary"] for a in attention] == NOT_ROTATED.get(name, [outside] * len(attention))
+    assert [a["do_rotary"] for a in attention] == NOT_ROTATED.get(name, [outside] * 4)[: len(attention)]
     assert {a.get("softcap", 0.0) for a in attention} == {3.0 if name == "gemma2" else 0.0}
     packed = [not node.input[1] for found in nodes for node in found]
     assert all(packed) if name in PACKED else not any(packed)
     config, drafting = checkpoints.CONFIGS[name], checkpoints.DRAFTING.get(name, {})
+    record, kv_heads = load_bundle(folder).drafter, getattr(config, "num_key_value_heads", config.num_attention_heads)
+    assert record is not None and (record.kv_layers, record.kv_heads) == (kept, together * kv_heads)
+    sizes = [(a["num_heads"], a["kv_num_heads"]) for a in attention]
+    alone = config.num_attention_heads, kv_heads
+    assert sizes == [alone] * 2 + [(together * alone[0], together * alone[1])] * kept
     tied, words = config.tie_word_embeddings, "draft_vocabulary" in drafting
     _check_words(graphs, config.hidden_size, tied, words, drafting.get("conditioned", False))
-    layers = range(heads)
-    caches = [f"past_key_values.{layer}.{part}" for layer in layers for part in ("key", "value")]
+    caches = [f"past_key_values.{layer}.{part}" for layer in range(kept) for part in ("key", "value")]
     parts = ["draft_part"] if heads > 1 else []
     told = ["draft_states", "previous_tokens", *parts] if drafting.get("conditioned") else []
     inputs = ["penultimate_states", "attention_mask", *caches, "head_rows", *told]
     assert [value.name for value in graphs[1].input] == inputs
-    outputs = ["head_states", *(cache.replace("past_key_values", "present") for cache in caches)]
-    assert [value.name for value in graphs[1].output] == [*outputs, "logits", "topk_logits", "topk_ids"]
+    presents = [cache.replace("past_key_values", "present") for cache in caches]
+    outputs = [*(["head_states"] if told else []), *presents, "logits", "topk_logits", "topk_ids"]
+    assert [value.name for value in graphs[1].output] == outputs
     for graph in graphs:
         product = next(node for node in graph.node if node.name == "/out/out_product")
         assert _between(graph, product) == BEHIND.get(name, [])
@@ -112,7 +122,8 @@ def _check_graph(name: str, folder: Path) -> None:
 def _check_words(graphs: list[onnx.GraphProto], hidden: int, tied: bool, words: bool, conditioned: bool) -> None:
     """Embeddings are written once: the drafter's file refers to those of the base, and has a smaller one of its own."""
     small = len(checkpoints.WORDS)
-    matrices = [[i for i in graph.initializer if len(i.dims) == 2 and "condition" not in i.name] for graph in graphs]
+    other = re.compile(r"condition|\+")  # no embeddings, but some are as wide by chance
+    matrices = [[i for i in graph.initializer if len(i.dims) == 2 and not other.search(i.name)] for graph in graphs]
     sizes = [sorted(list(i.dims) for i in found) for found in matrices]
     base, drafter = ([size for size in found if {*size} & {checkpoints.VOCAB, small}] for found in sizes)
     table, turned = [checkpoints.VOCAB, hidden], [hidden, checkpoints.VOCAB]
@@ -231,17 +242,20 @@ def test_plain_export_of_a_plain_base(tmp_path: Path) -> None:
 
 
 def run_graph(path: Path, outputs: list[str], **feed: np.ndarray) -> list[np.ndarray]:
-    """One run of a graph with empty caches of its two layers."""
+    """One run of a graph with empty caches."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options)
     cache = {
-        f"past_key_values.{i}.{part}": np.zeros((1, 2, 16, 16), np.float32) for i in (0, 1) for part in ("key", "value")
+        value.name: np.zeros((1, value.shape[1], 16, value.shape[3]), np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past_key_values.")
     }
-    return onnxruntime.InferenceSession(path, options).run(outputs, cache | feed)
+    return session.run(outputs, cache | feed)
 
 
 def test_optional_inputs_have_defaults(bundle: FolderOf) -> None:
-    """A caller gets all rows of the base, and the heads' states behind the last; both parts of the drafter at once."""
+    """A caller gets all rows of the base, and what the heads say behind the last."""
     folder = bundle("llama-grouped")
     ids = np.arange(10, 17)[None]
     feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
@@ -249,11 +263,30 @@ def test_optional_inputs_have_defaults(bundle: FolderOf) -> None:
     assert first.shape == (1, 7, checkpoints.VOCAB) and top.shape == (1, 7, 128) and states.shape == (1, 7, 64)
     (rows,) = run_graph(folder / "model.onnx", ["logits"], **feed, num_logits_to_keep=np.array(2))
     np.testing.assert_allclose(rows, first[:, -2:], atol=1e-6)
-    feed = {"penultimate_states": states, "attention_mask": np.ones_like(ids), "draft_states": states[:, :5]}
+    feed = {"penultimate_states": states, "attention_mask": np.ones_like(ids)}
+    last, values, top = run_graph(folder / "drafter.onnx", ["logits", "topk_logits", "topk_ids"], **feed)
+    assert last.shape == (1, 2, checkpoints.VOCAB) and top.shape == (1, 2, 64)
+    np.testing.assert_array_equal(values, np.take_along_axis(last, top, -1))
+    (chosen,) = run_graph(folder / "drafter.onnx", ["logits"], **feed, head_rows=np.array([0, -1]))
+    assert chosen.shape == (1, 4, checkpoints.VOCAB)
+    np.testing.assert_allclose(chosen[:, 2:], last, atol=1e-6)
+
+
+def test_both_parts_of_conditioned_heads_at_once(bundle: FolderOf) -> None:
+    """They share no node, so whoever feeds both gets both: states behind the last row, and words of other states."""
+    folder = bundle("phi")
+    ids = np.arange(10, 17)[None]
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    (states,) = run_graph(folder / "model.onnx", ["penultimate_states"], **feed)
+    feed = {"penultimate_states": states, "attention_mask": np.ones_like(ids)}
+    feed |= {"draft_states": states[:, :5], "previous_tokens": ids[:, :5], "draft_part": np.array(1)}
     wanted = ["head_states", "logits", "topk_logits", "topk_ids"]
     last, logits, values, top = run_graph(folder / "drafter.onnx", wanted, **feed)
-    assert last.shape == (1, 2, 64) and logits.shape == (1, 5, checkpoints.VOCAB) and top.shape == (1, 5, 64)
-    np.testing.assert_array_equal(values, np.take_along_axis(logits, top, -1))
+    words = checkpoints.WORDS.numpy()
+    assert last.shape == (1, 2, 64) and logits.shape == (1, 5, len(words)) and top.shape == (1, 5, 64)
+    places = np.full(checkpoints.VOCAB, -1)
+    places[words] = np.arange(len(words))
+    np.testing.assert_array_equal(values, np.take_along_axis(logits, places[top], -1))
     (chosen,) = run_graph(folder / "drafter.onnx", ["head_states"], **feed, head_rows=np.array([0, -1]))
     assert chosen.shape == (1, 4, 64)
     np.testing.assert_allclose(chosen[:, 2:], last, atol=1e-6)

@@ -234,10 +234,10 @@ def top_logits(model: onnx.ModelProto) -> None:
     replaced_output(model, "topk_logits", "Floor")
 
 
-def swapped_context_cache(model: onnx.ModelProto) -> None:
-    """The context layer takes the keys of its past for values, and the other way round."""
-    (context,) = attention(model)
-    context.input[3], context.input[4] = context.input[4], context.input[3]
+def keys_for_values(model: onnx.ModelProto) -> None:
+    """The only attention takes the keys of its past for values, and the other way round."""
+    (only,) = attention(model)
+    only.input[3], only.input[4] = only.input[4], only.input[3]
 
 
 def last_look_ahead_row(model: onnx.ModelProto) -> None:
@@ -276,7 +276,7 @@ PARALLEL: list[tuple[str, Damage, set[str]]] = [
     (DRAFTER, no_window_in_a_head, {"prefill", "decode 1", "skip 1"}),
     (BASE, late_rotary_entry, {"prefill", "decode 1"}),
     (DRAFTER, late_rotary_entry, {"prefill", "decode 1"}),
-    (DRAFTER, swapped_caches, {"decode 1", "decode 2", "rollback 1", "skip 1"}),
+    (DRAFTER, keys_for_values, {"decode 1", "decode 2", "rollback 1", "skip 1"}),
     (DRAFTER, swapped_heads, {"prefill", "decode 1"}),
     (BASE, topk_of_another_row, {"prefill", "decode 4"}),
     (DRAFTER, top_ids, {"prefill", "decode 1"}),
@@ -284,6 +284,7 @@ PARALLEL: list[tuple[str, Damage, set[str]]] = [
 ]
 CONDITIONED: list[tuple[str, Damage, set[str]]] = [
     (DRAFTER, one_column_of_a_head, {"prefill", "decode 1", "rollback 1", "skip 4", "chunks"}),
+    (DRAFTER, swapped_caches, {"decode 1", "decode 2", "rollback 1", "skip 1"}),
     (DRAFTER, condition_of_a_head, {"prefill", "decode 1", "rollback 1", "skip 4", "chunks"}),
     (DRAFTER, swapped_conditions, {"prefill", "decode 1"}),
     (DRAFTER, told_another_token, {"prefill", "decode 2"}),
@@ -297,7 +298,7 @@ JOINT: list[tuple[str, Damage, set[str]]] = [
     (DRAFTER, swapped_factors, {"prefill", "decode 1"}),
     (DRAFTER, top_ids, {"prefill", "decode 1"}),
     (DRAFTER, top_logits, {"prefill", "decode 1"}),
-    (DRAFTER, swapped_context_cache, {"decode 1", "decode 2", "rollback 1", "skip 1"}),
+    (DRAFTER, keys_for_values, {"decode 1", "decode 2", "rollback 1", "skip 1"}),
 ]
 LOOK_AHEAD: list[tuple[str, Damage, set[str]]] = [
     (BASE, last_look_ahead_row, {"prefill", "decode 1", "decode 4", "rollback 1", "look-ahead", "chunks"}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +19,8 @@ from dynamo_export.passes import (
     AddHeadStates,
     AddOutputs,
     ClearMetadata,
+    MergeAttentions,
+    MergeProducts,
     PackQKV,
     ShortenNames,
     SimplifyReshapes,
@@ -28,8 +31,10 @@ from dynamo_export.rows import select_rows
 from dynamo_export.source import load_model
 from dynamo_graph.initializers import lazily
 from dynamo_graph.nodes import make
+from dynamo_graph.passes import run_passes
 from dynamo_graph.read import places, read_model
 from dynamo_graph.write import write_model
+from dynamo_model import MultiTokenModel
 
 
 def value(name: str, shape: list[int | str], array: np.ndarray | None = None) -> ir.Value:
@@ -100,7 +105,10 @@ def test_rows_stop_where_someone_else_reads() -> None:
     assert chosen is not state and str(state.shape) == "[batch,seq,4]"
 
 
-@pytest.mark.parametrize("name", ["smollm3", "qwen2", "cp-neox", "lookahead-llama-tied"])
+MERGES = {"smollm3": {"MergeAttentions", "MergeProducts"}, "qwen2": {"MergeProducts"}, "neox": {"MergeAttentions"}}
+
+
+@pytest.mark.parametrize("name", ["smollm3", "qwen2", "neox", "cp-neox", "lookahead-llama-tied"])
 def test_every_pass_says_whether_it_changed_the_graph(name: str, checkpoint: Callable[[str], Path]) -> None:
     """The first time, and the second time, when there is nothing left to do.
 
@@ -115,7 +123,7 @@ def test_every_pass_says_whether_it_changed_the_graph(name: str, checkpoint: Cal
     assert (traced.drafter is None) == name.startswith("lookahead")
     if traced.drafter is not None:
         found = changes(traced.drafter, drafter_passes(subject, traced.weights, traced.base))
-        assert found == always | {"AddHeadStates", "AddDraft"}
+        assert found == always | {"AddHeadStates", "AddDraft"} | MERGES.get(name, set())
 
 
 def changes(model: ir.Model, passes: list[ir.passes.PassBase]) -> set[str]:
@@ -136,6 +144,162 @@ def changes(model: ir.Model, passes: list[ir.passes.PassBase]) -> set[str]:
             assert not change(model).modified, change
             assert content() == before, change
     return changed
+
+
+def drafters(folder: Path) -> tuple[ir.Model, ir.Model]:
+    """The drafter's graph of a checkpoint as it is exported, and without what makes one of several heads."""
+    subject = inspect(exported(*load_model(folder, None)), 96)
+    traced = trace(subject)
+    merged = traced.drafter
+    assert merged is not None
+    run_passes(traced.base, base_passes(subject, traced.weights))
+    passes = drafter_passes(subject, traced.weights, traced.base)
+    at = next(i for i, each in enumerate(passes) if isinstance(each, MergeAttentions))
+    run_passes(merged, passes[:at])
+    apart = merged.clone()
+    run_passes(merged, passes[at:])
+    run_passes(apart, [each for each in passes[at:] if not isinstance(each, MergeAttentions | MergeProducts)])
+    return merged, apart
+
+
+def attentions_of(model: ir.Model) -> list[ir.Node]:
+    """The attention nodes."""
+    return [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+
+
+def run_drafter(model: ir.Model, folder: Path, pasts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a graph says of random states behind a past of 6 tokens, keys and values of all layers side by side."""
+    folder.mkdir()
+    paths = write_model(model, folder / "m.onnx")
+    session = onnxruntime.InferenceSession(paths[0])
+    states = np.random.default_rng(1).normal(size=(1, 5, 64)).astype(np.float32)
+    feed = {"penultimate_states": states, "attention_mask": np.ones((1, 11), np.int64), "head_rows": np.array([1, -1])}
+    caches = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
+    for kind, past in pasts.items():
+        names = [value.name for value in caches if value.name.endswith(kind)]
+        feed |= dict(zip(names, np.split(past, len(names), axis=1), strict=True))
+    names = [output.name for output in session.get_outputs()]
+    found = dict(zip(names, session.run(names, feed), strict=True))
+    for kind in pasts:
+        keys = [found.pop(name) for name in names if name.startswith("present.") and name.endswith(kind)]
+        found[f"present.{kind}"] = np.concatenate(keys, axis=1)[:, :, :11]
+    return found
+
+
+def equal_norms(model: MultiTokenModel) -> None:
+    """The norms in front of all heads' attentions are the same."""
+    norm: Any = model.heads[0].input_layernorm
+    for head in model.heads:
+        other: Any = head.input_layernorm
+        other.load_state_dict(norm.state_dict())
+
+
+def equal_heads(model: MultiTokenModel) -> None:
+    """All heads are the same."""
+    for head in model.heads:
+        head.load_state_dict(model.heads[0].state_dict())
+
+
+TOGETHER: list[tuple[str, Callable[[MultiTokenModel], None] | None]] = [
+    ("llama-grouped", None),
+    ("neox", None),
+    ("qwen2-mixed-window", None),  # queries, keys and values have biases, and a window
+    ("glm4", None),
+    ("llama-grouped", equal_norms),
+    ("neox", equal_norms),
+    ("llama-grouped", equal_heads),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), TOGETHER)
+def test_heads_side_by_side_say_what_they_say_apart(
+    name: str, change: Callable[[MultiTokenModel], None] | None, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """One attention and one product for several: logits, top-K and caches are the same numbers."""
+    folder = checkpoint(name)
+    if change is not None:
+        model = MultiTokenModel.load(folder)
+        change(model)
+        model.save(tmp_path / "checkpoint")
+        folder = tmp_path / "checkpoint"
+    merged, apart = drafters(folder)
+    (together,), alone = attentions_of(merged), attentions_of(apart)
+    assert len(alone) == 2
+    heads = [node.attributes["kv_num_heads"].as_int() for node in (together, *alone)]
+    assert heads[0] == heads[1] + heads[2]
+    assert len(merged.graph) < len(apart.graph)
+    joined = any("+" in name for name in merged.graph.initializers)
+    assert joined == (name not in ("neox", "glm4")), "which have no gate of its own"
+    rng = np.random.default_rng(0)
+    past = np.zeros((1, heads[0], 16, head_size(merged)), np.float32)
+    pasts = {kind: past.copy() for kind in ("key", "value")}
+    for array in pasts.values():
+        array[:, :, :6] = rng.normal(size=array[:, :, :6].shape)
+    ours, theirs = (run_drafter(each, tmp_path / where, pasts) for where, each in (("m", merged), ("a", apart)))
+    assert ours.keys() == theirs.keys() == {"logits", "topk_logits", "topk_ids", "present.key", "present.value"}
+    np.testing.assert_array_equal(ours.pop("topk_ids"), theirs.pop("topk_ids"))
+    for output, array in ours.items():
+        np.testing.assert_allclose(array, theirs[output], atol=3e-5)
+
+
+def head_size(model: ir.Model) -> int:
+    """Width of a head, from the graph's caches."""
+    shape = next(value.shape for value in model.graph.inputs if (value.name or "").startswith("past_key_values."))
+    assert shape is not None
+    return int(shape[3])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["cohere2", "phi", "olmo2", "gemma2"])
+def test_what_cannot_be_merged_stays(name: str, checkpoint: Callable[[str], Path]) -> None:
+    """A norm that the feed-forward reads too, or none, projections in pieces, weights that 1 is added to: no change."""
+    subject = inspect(exported(*load_model(checkpoint(name), None)), 96)
+    traced = trace(subject)
+    assert traced.drafter is not None
+    run_passes(traced.base, base_passes(subject, traced.weights))
+    passes = drafter_passes(subject, traced.weights, traced.base)
+    at = next(i for i, each in enumerate(passes) if isinstance(each, MergeAttentions))
+    run_passes(traced.drafter, passes[:at])
+    assert changes(traced.drafter, [MergeAttentions()]) == set()
+    assert len(attentions_of(traced.drafter)) == 2
+
+
+@pytest.mark.parametrize("what", ["window", "state", "reader", "single"])
+def test_attentions_that_differ_stay(what: str) -> None:
+    """Another window, another state, someone else who reads a norm, or nothing to merge with."""
+    assert merged_by_hand("") and not merged_by_hand(what)
+
+
+def merged_by_hand(what: str) -> bool:
+    """Whether two layers are merged that differ in something."""
+    rng = np.random.default_rng(0)
+    x, other = value("x", ["batch", "seq", 8]), value("other", ["batch", "seq", 8])
+    inputs, outputs, nodes, weights = [x, other], [], [], []
+    for i in range(1 if what == "single" else 2):
+        scale = value(f"s{i}", [8], rng.normal(size=8).astype(np.float32))
+        weight = value(f"w{i}", [8, 24], rng.normal(size=(8, 24)).astype(np.float32))
+        state = other if what == "state" and i else x
+        norm = make("SimplifiedLayerNormalization", [state, scale], f"n{i}", [f"normed{i}"], {"axis": -1})
+        product = make("MatMul", [norm.outputs[0], weight], f"p{i}", [f"qkv{i}"])
+        for node in (norm, product):
+            node.outputs[0].type = x.type
+        pasts = [value(f"past_key_values.{i}.{kind}", ["batch", 2, "capacity", 4]) for kind in ("key", "value")]
+        attributes = {"num_heads": 2, "kv_num_heads": 2}
+        attributes |= {"local_window_size": 7} if what == "window" and i else {}
+        given = [product.outputs[0], None, None, *pasts]
+        attention = ir.node("GroupQueryAttention", given, attributes, domain="com.microsoft", num_outputs=3)
+        for out, kind in zip(attention.outputs, (f"y{i}", f"present.{i}.key", f"present.{i}.value"), strict=True):
+            out.name, out.type = kind, x.type
+            out.shape = ir.Shape(["batch", "seq", 8]) if kind[0] == "y" else pasts[0].shape
+        last = make("Neg", [attention.outputs[0]], f"e{i}", [f"z{i}"])
+        nodes += [norm, product, attention, last]
+        if what == "reader" and i:
+            nodes.append(make("Neg", [norm.outputs[0]], "more", ["more"]))
+            outputs.append(nodes[-1].outputs[0])
+        inputs += pasts
+        outputs += [last.outputs[0], *attention.outputs[1:]]
+        weights += [scale, weight]
+    model = graph_of(nodes, inputs, outputs, *weights)
+    return changes(model, [MergeAttentions()]) == {"MergeAttentions"}
 
 
 def graph_of(nodes: list[ir.Node], inputs: list[ir.Value], outputs: list[ir.Value], *weights: ir.Value) -> ir.Model:
@@ -201,14 +365,15 @@ def test_projections_are_packed_once(bias: bool) -> None:
 def test_names_of_the_checkpoint() -> None:
     """Wrappers go; a weight that is there in both layouts keeps two names. What the tracer noted goes too."""
     x = value("x", ["n", 2])
-    arrays = {"model.base.w": np.eye(2), "model.base.w.transposed": np.eye(2), "model.heads.0.v.transposed": np.eye(2)}
+    names = ["model.base.w", "model.base.w.transposed", "model.heads.0.v.transposed", "heads.0.a.transposed+model.b"]
+    arrays = {name: np.eye(2) for name in names}
     weights = [value(name, [2, 2], array.astype(np.float32)) for name, array in arrays.items()]
     nodes = [make("MatMul", [x, weight], f"/model/base/n{i}", [f"y{i}"]) for i, weight in enumerate(weights)]
     model = graph_of(nodes, [x], [node.outputs[0] for node in nodes], *weights)
     weights[0].metadata_props["told"] = nodes[0].metadata_props["told"] = "by the tracer"
     assert ShortenNames()(model).modified and ClearMetadata()(model).modified
-    assert set(model.graph.initializers) == {"w", "model.base.w.transposed", "heads.0.v"}
-    assert [node.name for node in nodes] == ["/n0", "/n1", "/n2"]
+    assert set(model.graph.initializers) == {"w", "model.base.w.transposed", "heads.0.v", "heads.0.a+b"}
+    assert [node.name for node in nodes] == ["/n0", "/n1", "/n2", "/n3"]
     assert not weights[0].metadata_props and not nodes[0].metadata_props
     assert not ShortenNames()(model).modified and not ClearMetadata()(model).modified
 

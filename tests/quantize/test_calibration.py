@@ -42,12 +42,14 @@ def test_ranges_hold_at_every_position(name: str, export: Callable[[str], Any]) 
 
 @pytest.mark.parametrize("name", ["parallel", "conditioned"])
 def test_ranges_of_the_heads_caches(name: str, export: Callable[[str], Any]) -> None:
-    """Found by running the heads over the same texts; one for each of their layers."""
+    """Found by running the heads over the same texts; one for each of their caches, with all heads in it."""
     bundle = export(name).bundle
     graphs = [read_model(path) for path in graph_paths(bundle)]
     heads = cache_ranges(bundle, *graphs, [TEXT, OTHER])[1]
     session = Session(bundle, provider="cpu")
-    largest = np.zeros((bundle.topology.layers, bundle.kv_heads, bundle.head_size))
+    record = bundle.drafter
+    assert record is not None and (record.kv_layers, record.kv_heads) == (1, bundle.topology.layers * bundle.kv_heads)
+    largest = np.zeros((record.kv_layers, record.kv_heads, bundle.head_size))
     for text in (TEXT, OTHER):
         session.cache.reset()
         session.step(text).ahead()

@@ -119,12 +119,14 @@ def test_cache_in_int8(name: str, scheme: str, export: ExportOf, smaller: Smalle
     for output, ours in in_passes(session, tokens).items():
         assert relative(ours, expected[output]) < 0.05
     pairs = every_buffer(session)
-    assert len(pairs) == bundle.kv_layers + bundle.topology.layers
+    base, record = [bundle.kv_heads] * bundle.kv_layers, bundle.drafter
+    heads = base if record is None else base + [record.kv_heads] * record.kv_layers
+    assert len(pairs) == len(heads)
     assert {buffer.dtype for pair in pairs for buffer in pair} == {np.dtype(np.int8)}
-    for pair in pairs:
+    for pair, count in zip(pairs, heads, strict=True):
         for buffer in pair:
             largest = np.abs(buffer[0, :, : len(tokens)].astype(int)).max((1,))
-            assert largest.shape == (bundle.kv_heads, bundle.head_size)
+            assert largest.shape == (count, bundle.head_size)
             assert (largest > 30).all(), "every channel uses the range"
     nodes = [node for path in graph_paths(bundle) for node in onnx.load(path).graph.node]
     caches = [node for node in nodes if node.op_type == "GroupQueryAttention"]

@@ -98,6 +98,21 @@ def _stored_in(path: Path) -> dict[str, np.ndarray]:
 
 
 DRAFT_EMBEDDING = "draft.embedding.weight"
+MERGED = "heads.qkv.weight"
+
+
+def fold_norms(model: MultiTokenModel) -> None:
+    """Puts the weights of the norms in front of the heads' attentions into the projections, as a merged one has them.
+
+    Of Llama's layers; what they compute stays.
+    """
+    with torch.no_grad():
+        for layer in model.heads:
+            norm: Any = layer.input_layernorm
+            attention: Any = layer.self_attn
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+                linear.weight.mul_(norm.weight)
+            norm.weight.fill_(1.0)
 
 
 def with_weights(model: torch.nn.Module, full: dict[str, np.ndarray], small: dict[str, np.ndarray]) -> int:
@@ -111,6 +126,9 @@ def with_weights(model: torch.nn.Module, full: dict[str, np.ndarray], small: dic
         full: Initializers of the fp32 graphs.
         small: From `stored_weights`.
     """
+    if MERGED in full:
+        assert isinstance(model, MultiTokenModel)
+        fold_norms(model)
     places = {}
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():

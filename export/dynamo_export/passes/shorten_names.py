@@ -13,8 +13,7 @@ class ShortenNames(ir.passes.InPlacePass):
         modified = False
         for value in list(model.graph.initializers.values()):
             assert value.name is not None
-            short = value.name.removeprefix("model.").removeprefix("base.")
-            short = short.removesuffix(".qkv").removesuffix(".transposed")
+            short = "+".join(map(_short, value.name.split("+")))
             if short not in model.graph.initializers:
                 value.name, modified = short, True
         for node in model.graph:
@@ -22,3 +21,8 @@ class ShortenNames(ir.passes.InPlacePass):
             if short != node.name:
                 node.name, modified = short, True
         return ir.passes.PassResult(model, modified)
+
+
+def _short(name: str) -> str:
+    """Of a weight, or of one of several that were joined."""
+    return name.removeprefix("model.").removeprefix("base.").removesuffix(".qkv").removesuffix(".transposed")
