@@ -279,7 +279,6 @@ PARALLEL: list[tuple[str, Damage, set[str]]] = [
     (DRAFTER, keys_for_values, {"decode 1", "decode 2", "rollback 1", "skip 1"}),
     (DRAFTER, swapped_heads, {"prefill", "decode 1"}),
     (BASE, topk_of_another_row, {"prefill", "decode 4"}),
-    (DRAFTER, top_ids, {"prefill", "decode 1"}),
     (BASE, penultimate_of_another_layer, {"prefill", "decode 1", "skip 1", "skip 4"}),
 ]
 CONDITIONED: list[tuple[str, Damage, set[str]]] = [
@@ -296,8 +295,6 @@ JOINT: list[tuple[str, Damage, set[str]]] = [
     (DRAFTER, gate_not_normalised, {"prefill", "decode 1"}),
     (DRAFTER, column_of_a_factor, {"prefill", "decode 1", "decode 4", "rollback 1", "skip 4", "chunks"}),
     (DRAFTER, swapped_factors, {"prefill", "decode 1"}),
-    (DRAFTER, top_ids, {"prefill", "decode 1"}),
-    (DRAFTER, top_logits, {"prefill", "decode 1"}),
     (DRAFTER, keys_for_values, {"decode 1", "decode 2", "rollback 1", "skip 1"}),
 ]
 LOOK_AHEAD: list[tuple[str, Damage, set[str]]] = [
@@ -342,6 +339,15 @@ def test_what_is_no_number_is_seen_at_once(answers: CasesOf, bundle: FolderOf, t
     damaged = damaged_copy(bundle("mistral-window"), tmp_path, BASE, not_a_number)
     with pytest.raises(ExportError, match=r"does not run: .* not finite numbers"):
         parity.gate(damaged, answers("mistral-window"))
+
+
+@pytest.mark.parametrize("damage", [top_ids, top_logits])
+def test_drafts_of_other_words_are_seen_at_once(
+    damage: Damage, answers: CasesOf, bundle: FolderOf, tmp_path: Path
+) -> None:
+    damaged = damaged_copy(bundle("cp-neox"), tmp_path, DRAFTER, damage)
+    with pytest.raises(ExportError, match=r"does not run: .* makes drafts of other words"):
+        parity.gate(damaged, answers("cp-neox"))
 
 
 @pytest.mark.parametrize(

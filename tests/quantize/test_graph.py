@@ -299,9 +299,9 @@ def test_formats_of_the_parts(smaller: SmallerOf) -> None:
 
 
 PARTS: list[tuple[str, str, dict[str, str], list[str]]] = [
-    ("conditioned", "int8", {"heads": "q8b32", "embedding": "q8b32"}, ["int8, blocks of 32"]),
-    ("conditioned", "int4", {"heads": "q4b32", "embedding": "q8b64"}, ["int4, blocks of 32, symmetric, rtn"]),
-    ("words", "int4", {"heads": "q4b32", "embedding": "q4b32"}, ["int4, blocks of 32, symmetric, rtn"]),
+    ("conditioned", "int8", {"heads": "q8b64", "embedding": "q8b64"}, ["int8, blocks of 64"]),
+    ("conditioned", "int4", {"heads": "q8b64", "embedding": "q8b64"}, ["int8, blocks of 64"]),
+    ("words", "int4", {"heads": "q8b64", "embedding": "q4b32"}, ["int8, blocks of 64"]),
 ]
 
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from dynamo_graph.initializers import initializer, is_weight, lazily, sizes
 from dynamo_graph.nodes import make
+from dynamo_graph.walk import attentions, upstream
 from dynamo_runtime.names import PAST, PRESENT, caches
 
 from .pack_qkv import Projection, projection
@@ -28,62 +29,79 @@ class MergeAttentions(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Merges them."""
-        graph = model.graph
-        attentions = [node for node in graph if node.op_type == "GroupQueryAttention"]
-        found = [_normed(node) for node in attentions]
+        there = [node for _, node in attentions(model)]
+        found = [_normed(node) for node in there]
         normed = [each for each in found if each is not None]
         readers = {use.node for _, projected in normed for use in projected.weight.uses()}
         if any(use.node not in readers for _, projected in normed for use in projected.x.uses()):
             normed = []  # a norm that something else reads as well has to stay
-        if len(attentions) < 2 or len(normed) < len(found) or not _alike(attentions, [norm for norm, _ in normed]):
+        if len(there) < 2 or len(normed) < len(found) or not _alike(there, [norm for norm, _ in normed]):
             return ir.passes.PassResult(model, False)
-        weight, bias = _merged_projection(model, attentions, normed)
-        first, count = attentions[0], len(attentions)
-        norm = normed[0][0]
-        state = norm.inputs[0]
-        assert state is not None
-        unit = initializer(model, "heads.norm.weight", np.ones(sizes(weight)[0], np.float32))
-        nodes = [ir.Node(norm.domain, norm.op_type, [state, unit], norm.attributes.values(), name="/heads/norm")]
-        nodes.append(make("MatMul", [nodes[-1].outputs[0], weight], "/heads/qkv", ["heads.qkv"]))
-        if bias is not None:
-            nodes.append(make("Add", [nodes[-1].outputs[0], bias], "/heads/qkv/bias", ["heads.qkv.biased"]))
-        attributes = dict(first.attributes)
-        for name in ("num_heads", "kv_num_heads"):
-            attributes[name] = ir.AttrInt64(name, count * attributes[name].as_int())
-        inputs = [nodes[-1].outputs[0], *first.inputs[1:]]
-        inputs[3:5] = _merged_inputs(graph, attentions)
-        merged = ir.Node(
-            first.domain, first.op_type, inputs, attributes.values(), num_outputs=3, name="/heads/attention"
-        )
-        split = ir.node("Split", [merged.outputs[0]], {"axis": -1, "num_outputs": count}, num_outputs=count)
-        split.name = "/heads/attention/split"
-        nodes += [merged, split]
-        for value in (nodes[0].outputs[0], *(node.outputs[0] for node in nodes[1:-1])):
-            value.type = state.type
-        nodes[0].outputs[0].name, nodes[0].outputs[0].shape = "heads.normed", state.shape
-        merged.outputs[0].name = "heads.attended"
-        attended = first.outputs[0]
-        width = attended.shape[2] if attended.shape is not None else None
-        if isinstance(width, int) and attended.shape is not None:
-            merged.outputs[0].shape = ir.Shape([*list(attended.shape)[:2], count * width])
-        graph.insert_before(first, nodes)
-        for old, new in zip(attentions, split.outputs, strict=True):
-            new.type, new.shape, new.name = old.outputs[0].type, old.outputs[0].shape, f"heads.attended.{new.index()}"
-            old.outputs[0].replace_all_uses_with(new)
-        _merge_outputs(graph, attentions, merged)
-        graph.remove(attentions, safe=True)
+        projected = _side_by_side(model, there, normed)
+        _attend(model.graph, there, projected)
         return ir.passes.PassResult(model, True)
 
 
+def _side_by_side(
+    model: ir.Model, there: Sequence[ir.Node], normed: Sequence[tuple[ir.Node, Projection]]
+) -> list[ir.Node]:
+    """One norm, and one projection to the queries, keys and values of all; not yet placed."""
+    weight, bias = _merged_projection(model, there, normed)
+    norm = normed[0][0]
+    state = norm.inputs[0]
+    assert state is not None
+    unit = initializer(model, "heads.norm.weight", np.ones(sizes(weight)[0], np.float32))
+    nodes = [ir.Node(norm.domain, norm.op_type, [state, unit], norm.attributes.values(), name="/heads/norm")]
+    nodes[0].outputs[0].name, nodes[0].outputs[0].shape = "heads.normed", state.shape
+    nodes.append(make("MatMul", [nodes[0].outputs[0], weight], "/heads/qkv", ["heads.qkv"]))
+    if bias is not None:
+        nodes.append(make("Add", [nodes[1].outputs[0], bias], "/heads/qkv/bias", ["heads.qkv.biased"]))
+    for node in nodes:
+        node.outputs[0].type = state.type
+    return nodes
+
+
+def _attend(graph: ir.Graph, there: Sequence[ir.Node], projected: list[ir.Node]) -> None:
+    """Puts one attention in the place of several, and cuts what it gives into theirs."""
+    first, count = there[0], len(there)
+    attributes = dict(first.attributes)
+    for name in ("num_heads", "kv_num_heads"):
+        attributes[name] = ir.AttrInt64(name, count * attributes[name].as_int())
+    inputs = [projected[-1].outputs[0], *first.inputs[1:]]
+    inputs[3:5] = _merged_inputs(graph, there)
+    merged = ir.Node(first.domain, first.op_type, inputs, attributes.values(), num_outputs=3, name="/heads/attention")
+    split = ir.node("Split", [merged.outputs[0]], {"axis": -1, "num_outputs": count}, num_outputs=count)
+    split.name = "/heads/attention/split"
+    graph.insert_before(first, [*projected, merged, split])
+    attended, whole = first.outputs[0], merged.outputs[0]
+    whole.name, whole.type = "heads.attended", attended.type
+    if attended.shape is not None and isinstance(attended.shape[2], int):
+        whole.shape = ir.Shape([*list(attended.shape)[:2], count * attended.shape[2]])
+    for old, new in zip(there, split.outputs, strict=True):
+        new.type, new.shape, new.name = old.outputs[0].type, old.outputs[0].shape, f"heads.attended.{new.index()}"
+        old.outputs[0].replace_all_uses_with(new)
+    _merge_outputs(graph, there, merged)
+    graph.remove(there, safe=True)
+
+
 class MergeProducts(ir.passes.InPlacePass):
-    """Makes one product of all that multiply the same value with a weight each."""
+    """Makes one product of all that multiply the same value with a weight each.
+
+    What an attention reads stays apart: that is wanted of every token, and all else of few.
+    """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Merges them; weights are joined when the graph is written."""
         graph, modified = model.graph, False
+        attended = upstream(*(value for _, node in attentions(model) for value in node.inputs))
         readers: dict[ir.Value, list[ir.Node]] = {}
         for node in graph:
-            if node.op_type == "MatMul" and is_weight(node.inputs[1]) and node.inputs[0] is not None:
+            if (
+                node.op_type == "MatMul"
+                and node not in attended
+                and is_weight(node.inputs[1])
+                and node.inputs[0] is not None
+            ):
                 readers.setdefault(node.inputs[0], []).append(node)
         for value, nodes in readers.items():
             if len(nodes) > 1 and all(len(sizes(weight)) == 2 for node in nodes if (weight := node.inputs[1])):
@@ -124,21 +142,21 @@ def _normed(attention: ir.Node) -> tuple[ir.Node, Projection] | None:
     return (norm, found) if all(is_weight(value) for value in norm.inputs[1:]) else None
 
 
-def _alike(attentions: Sequence[ir.Node], norms: Sequence[ir.Node]) -> bool:
+def _alike(there: Sequence[ir.Node], norms: Sequence[ir.Node]) -> bool:
     """Whether attentions do the same to different projections of one and the same state, normed alike."""
 
     def said(node: ir.Node) -> object:
         return node.op_type, {name: str(attribute.value) for name, attribute in node.attributes.items()}
 
-    first, norm = attentions[0], norms[0]
+    first, norm = there[0], norms[0]
     same_norms = all(said(each) == said(norm) and each.inputs[0] is norm.inputs[0] for each in norms)
     return same_norms and all(
-        said(each) == said(first) and list(each.inputs[5:]) == list(first.inputs[5:]) for each in attentions
+        said(each) == said(first) and list(each.inputs[5:]) == list(first.inputs[5:]) for each in there
     )
 
 
 def _merged_projection(
-    model: ir.Model, attentions: Sequence[ir.Node], normed: Sequence[tuple[ir.Node, Projection]]
+    model: ir.Model, there: Sequence[ir.Node], normed: Sequence[tuple[ir.Node, Projection]]
 ) -> tuple[ir.Value, ir.Value | None]:
     """Weight [in, out] and bias [out] from the norm of the state without weights to all queries, keys and values."""
     sources: list[ir.Value] = []
@@ -150,7 +168,7 @@ def _merged_projection(
             row.append(None if value is None else len(sources))
             sources += [] if value is None else [value]
         places.append(tuple(row))
-    heads, kv_heads = (attentions[0].attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
+    heads, kv_heads = (there[0].attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
 
     def parts(array: np.ndarray) -> list[np.ndarray]:
         """Queries, keys and values of one head."""
@@ -179,22 +197,22 @@ def _merged_projection(
     return weight, lazily(model, "heads.qkv.bias", sources, biases, shape[1:]) if biased else None
 
 
-def _merged_inputs(graph: ir.Graph, attentions: Sequence[ir.Node]) -> list[ir.Value]:
+def _merged_inputs(graph: ir.Graph, there: Sequence[ir.Node]) -> list[ir.Value]:
     """One past of keys and one of values, in the place of those that there were."""
     made = []
     for name, index in zip(caches(PAST, [0]), (3, 4), strict=True):
-        olds = [old for node in attentions if (old := node.inputs[index]) is not None]
-        made.append(_wide(olds[0], name, len(attentions)))
+        olds = [old for node in there if (old := node.inputs[index]) is not None]
+        made.append(_wide(olds[0], name, len(there)))
         for old in olds:
             graph.inputs.remove(old)
     graph.inputs.extend(made)
     return made
 
 
-def _merge_outputs(graph: ir.Graph, attentions: Sequence[ir.Node], merged: ir.Node) -> None:
+def _merge_outputs(graph: ir.Graph, there: Sequence[ir.Node], merged: ir.Node) -> None:
     for name, index in zip(caches(PRESENT, [0]), (1, 2), strict=True):
-        olds = [node.outputs[index] for node in attentions]
-        wide = _wide(olds[0], name, len(attentions))
+        olds = [node.outputs[index] for node in there]
+        wide = _wide(olds[0], name, len(there))
         new = merged.outputs[index]
         new.name, new.type, new.shape = name, wide.type, wide.shape
         for old in olds:
