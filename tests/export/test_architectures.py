@@ -198,14 +198,14 @@ def test_fewer_heads(heads: int, topology: Topology, checkpoint: FolderOf, tmp_p
     assert [value.name for value in session.get_overridable_initializers()] == ["num_logits_to_keep"]
 
 
-@pytest.mark.parametrize("name", ["neox", "gemma2", "mistral-rotary-12", "cp-llama-tied"])
+@pytest.mark.parametrize("name", ["neox", "cp-llama-tied"])
 def test_the_base_of_heads_is_the_plain_export(
     name: str, bundle: FolderOf, checkpoint: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Node by node and weight by weight, but that it puts out the states that its last layer reads."""
+    base = onnx.load(bundle(name) / "model.onnx").graph  # which others use as well, and so has to pass the gate
     monkeypatch.setattr(parity, "reference", lambda subject, length: ([], []))
     plain = onnx.load(export_bundle(tmp_path / "out" / "model.onnx", checkpoint(name), heads=0)).graph
-    base = onnx.load(bundle(name) / "model.onnx").graph
     (states,) = [value for value in base.output if value.name == "penultimate_states"]
     base.output.remove(states)
     for field in ("input", "output", "initializer"):
