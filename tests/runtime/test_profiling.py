@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support import profiles
+from support import handmade, profiles
 
 from dynamo_runtime import LAST, Backend, Engine, load_bundle
 from dynamo_runtime.cli import profile as cli
@@ -24,7 +24,7 @@ from dynamo_runtime.parallel import ParallelHeads
 from dynamo_runtime.parameters import SamplingParameters
 from dynamo_runtime.profiling.measure import QUICK, STAGES, measure
 from dynamo_runtime.profiling.passes import DrafterTimer, PassTimer
-from dynamo_runtime.profiling.trials import PROMPTS
+from dynamo_runtime.profiling.trials import PROMPTS, Trials, run_backoff
 from dynamo_runtime.step import Rows
 from dynamo_runtime.strategies import Autoregressive
 
@@ -423,3 +423,15 @@ def test_too_short_a_context(multi: Path) -> None:
     bundle = replace(load_bundle(multi), context_length=10)
     with pytest.raises(ProfileError, match="context of 10, too short"):
         measure(bundle, Backend(threads=1), effort=LEAST)
+
+
+def test_thresholds_that_would_take_too_long_are_left_out(tmp_path: Path) -> None:
+    """Four heads without counts: at ε_b = 0 every n-gram would survive."""
+    graph = handmade.write_bundle(tmp_path / "four", 4)
+    (graph.parent / "cooccurrence.npz").unlink()
+    manifest = graph.parent / "dynamo_config.json"
+    content = json.loads(manifest.read_text()) | {"files": handmade.listed(graph.parent)}
+    manifest.write_text(json.dumps({name: each for name, each in content.items() if name != "sha256"}))
+    engine = Engine(graph, threads=1)
+    trials = Trials(engine, engine, [[1, 2, 3]], 4)
+    assert [each.threshold for each in run_backoff(trials, 0.0, (0.0, 0.9))] == [0.9]

@@ -207,8 +207,10 @@ def run_strategies(trials: Trials, seconds: float) -> list[StrategyRun]:
 
 
 def run_backoff(trials: Trials, seconds: float, thresholds: Sequence[float]) -> list[Backoff]:
-    """What `dynamo` gains by back-off threshold; nothing where it cannot run. Other arguments of `run_strategies`."""
-    if not _allows_dynamo(trials.engine):
+    """What `dynamo` gains by back-off threshold, where it can run with it. Other arguments of `run_strategies`."""
+    bundle = trials.engine.bundle
+    thresholds = [t for t in thresholds if refusal(Dynamo.name, bundle, {"backoff_threshold": t}) is None]
+    if not thresholds:
         return []
     ways = {"plain": Way(trials.plain, {"strategy": Autoregressive.name})}
     for threshold in thresholds:
