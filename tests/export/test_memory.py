@@ -37,6 +37,7 @@ print(json.dumps({"before": before, "peak": peak_bytes()}))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read from /proc")
+@pytest.mark.slow
 def test_peak_memory(tmp_path: Path) -> None:
     """At most three times the fp32 weights on top of the imported libraries, from loading to the gate."""
     source = checkpoints.save_multi(tmp_path / "checkpoint", CONFIG)
