@@ -1,6 +1,6 @@
 """Where further heads are best computed: what a verified round costs with them inside the pass, and beside it.
 
-    python benchmarks/head_rows.py BUNDLE… [--json FILE]
+    python benchmarks/head_rows.py BUNDLE… [--past N] [--json FILE]
     python benchmarks/head_rows.py --table JSON
 
 BUNDLE is one with parallel heads.  Which row of a pass drafts begin at is known only once its first head has been
@@ -12,8 +12,8 @@ judged.  Its two graphs are put together in the ways that there are:
 - *c*: one graph that finds the accepted row itself, by comparing its own greedy choices with the drafts it was fed.
   Without the condition on the drafted token, which would make it longer.
 
-All ways run in turn, behind 256 positions, in passes over m tokens of which 1 … m are accepted in turn, and make all
-the drafts there are.  Times are whole calls as Python sees them, medians, in units of the base's pass over one token.
+All ways run in turn, behind so many positions, in passes over m tokens of which 1 … m are accepted in turn, and make
+all the drafts there are.  Times are whole calls as Python sees them, medians, in units of the base's pass over one token.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from dynamo_runtime.providers import Backend
 from dynamo_runtime.session import Session
 from dynamo_runtime.step import ALL, Last
 
-BEFORE, MOST = 256, 5
+MOST, CAPACITY = 5, 512
 WAYS = ("plain", "inside", "a", "b", "c")
 
 
@@ -216,7 +216,7 @@ class Whole:
         shapes = {each.name: each.shape for each in self.session.get_inputs()}
         self.kept: list[np.ndarray] = []
         for past, present in zip(caches(PAST, layers), caches(PRESENT, layers), strict=True):
-            shape = (1, shapes[past][1], 2 * BEFORE, bundle.head_size)
+            shape = (1, shapes[past][1], CAPACITY, bundle.head_size)
             buffer = np.ones(shape, kind)
             self.kept.append(buffer)
             self.binding.bind_input(past, "cpu", 0, kind, shape, buffer.ctypes.data)
@@ -235,12 +235,12 @@ class Whole:
         return {name: vector[self.first + i] for i, name in enumerate(self.free)}
 
 
-def measure(bundle: Bundle, rounds: int, threads: int | None) -> dict[str, dict[str, float]]:
+def measure(bundle: Bundle, rounds: int, threads: int | None, before: int) -> dict[str, dict[str, float]]:
     """Median milliseconds by way and m, and under "token" that of a pass of the base over one token."""
     backend = Backend("cpu", threads=threads)
     session = Session(bundle, backend)
     rng = np.random.default_rng(0)
-    session.step(rng.integers(0, bundle.vocab_size, BEFORE).tolist()).ahead().topk(0, [0])
+    session.step(rng.integers(0, bundle.vocab_size, before).tolist()).ahead().topk(0, [0])
     parts = range(bundle.topology.parts)
     assert session.heads is not None
     heads = session.heads
@@ -251,22 +251,22 @@ def measure(bundle: Bundle, rounds: int, threads: int | None) -> dict[str, dict[
         ways: dict[str, Callable[[list[int], int], object]] = {}
 
         def plain(tokens: list[int], accepted: int) -> None:
-            session.cache.rollback(BEFORE)
+            session.cache.rollback(before)
             session.step(tokens, rows=Last(len(tokens)), heads=ALL).topk()
 
         def beside(tokens: list[int], accepted: int) -> None:
-            session.cache.rollback(BEFORE)
+            session.cache.rollback(before)
             step = session.step(tokens, rows=Last(len(tokens)), heads=ALL)
             step.topk()
             ahead = step.ahead(accepted - 1)
-            before = 1
+            told = 1
             for part in parts:
-                before = int(ahead.topk(part, [before])[1][0, 0])
+                told = int(ahead.topk(part, [told])[1][0, 0])
 
         def fed(tokens: list[int]) -> dict[str, np.ndarray]:
             return {
                 "input_ids": np.array([tokens], np.int64),
-                "attention_mask": np.ones((1, BEFORE + len(tokens)), np.int64),
+                "attention_mask": np.ones((1, before + len(tokens)), np.int64),
                 "num_logits_to_keep": np.array(len(tokens), np.int64),
             }
 
@@ -278,13 +278,13 @@ def measure(bundle: Bundle, rounds: int, threads: int | None) -> dict[str, dict[
             values = whole["a"].run(**fed(tokens), head_rows=np.arange(len(tokens)))
             values[TOPK_IDS].numpy()
             states = values[HEAD_STATES].numpy().reshape(len(tokens), len(parts), -1)[accepted - 1]
-            before = 1
+            told = 1
             if not heads.drafter.conditioned:
                 whole["words"].run(head_states=states[None])[TOPK_IDS].numpy()
                 return
             for part in parts:
-                (_, ids), _ = heads.draft(states[part : part + 1], part, [before])
-                before = int(ids[0, 0])
+                (_, ids), _ = heads.draft(states[part : part + 1], part, [told])
+                told = int(ids[0, 0])
 
         def one_graph(tokens: list[int], accepted: int) -> None:
             values = whole["c"].run(**fed(tokens))
@@ -333,6 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", type=Path, nargs="*")
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--past", type=int, default=256)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path, metavar="JSON", help="run nothing: show results")
@@ -345,9 +346,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bundle = load_bundle(path)
         if bundle.drafter is None or bundle.topology.n_heads < 2:
             parser.error(f"{path} has no parallel heads in a graph of their own")
-        found[describe(bundle)] = {"ms": measure(bundle, given.rounds, given.threads)}
+        found[describe(bundle)] = {"ms": measure(bundle, given.rounds, given.threads, given.past)}
+    rounds = f"Medians of {given.rounds} interleaved rounds behind {given.past} positions."
     content = {
-        "conditions": f"Medians of {given.rounds} interleaved rounds behind {BEFORE} positions. {describe_machine()}.",
+        "conditions": f"{rounds} {describe_machine()}.",
         "bundles": found,
     }
     print(table(content))
