@@ -13,7 +13,7 @@ judged.  Its two graphs are put together in the ways that there are:
   Without the condition on the drafted token, which would make it longer.
 
 All ways run in turn, behind so many positions, in passes over m tokens of which 1 … m are accepted in turn, and make
-all the drafts there are.  Times are whole calls as Python sees them, medians, in units of the base's pass over one token.
+all the drafts there are.  Times are whole calls as Python sees them, medians, in units of the pass over one token.
 """
 
 from __future__ import annotations
