@@ -51,11 +51,6 @@ def is_tokens(dim: int | ir.SymbolicDim) -> bool:
     return isinstance(dim, ir.SymbolicDim) and dim.value == TOKENS
 
 
-def has_rows(value: ir.Value | None) -> bool:
-    """Whether a value has something for every token of a pass."""
-    return value is not None and value.shape is not None and any(map(is_tokens, value.shape))
-
-
 def has_features(value: ir.Value | None) -> bool:
     """Whether a value is [batch, seq, features]."""
     return value is not None and value.shape is not None and len(value.shape) == 3 and is_tokens(value.shape[1])

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .ahead import AllAhead, HeadsAhead, ToldAhead
 from .binding import Binding
 from .bundle import Bundle
 from .errors import BundleError, EngineError
@@ -46,6 +47,8 @@ class Heads:
     Attributes:
         kv: These keys and values; as many positions are held as `KVCache.seen` says.
         seconds: Time spent inside onnxruntime so far.
+        runs: Of either part so far.
+        words: Ids of the draft vocabulary; None for all words.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, cache: KVCache, **room: Any):
@@ -64,6 +67,8 @@ class Heads:
         assert bundle.drafter is not None and cache.states is not None
         self.bundle, self.drafter = bundle, bundle.drafter
         self.seconds = 0.0
+        vocabulary = self.drafter.vocabulary
+        self.words = None if vocabulary is None else np.array(vocabulary)
         self._cache, self._width = cache, cache.states.shape[1]
         self._path = bundle.folder / self.drafter.graph
         told = self.drafter.conditioned
@@ -90,7 +95,7 @@ class Heads:
         # What a run reads and writes stays bound as long as runs are about as many rows, which they nearly always are.
         self._held: dict[str, np.ndarray] = {}
         self._drafted: dict[str, np.ndarray] = {}
-        self._runs = 0
+        self.runs = 0
 
     def ahead(self, positions: Sequence[int], taken: int | None = None) -> AllAhead | ToldAhead:
         """What the heads say behind some positions of a pass.
@@ -139,9 +144,9 @@ class Heads:
             EngineError: The session is closed.
             ValueError: They have to be worked out again, and the cache does not hold the positions any more.
         """
-        if ahead.run != self._runs:
+        if ahead.run != self.runs:
             self._read_states(ahead.positions, ahead.taken)
-            ahead.run = self._runs
+            ahead.run = self.runs
         return self._held[LOGITS].reshape(ahead.rows, self.bundle.topology.parts, -1)
 
     def draft(
@@ -267,7 +272,7 @@ class Heads:
             bound.run()
         except Exception as error:  # onnxruntime raises many classes that share no base
             raise BundleError(f"{self._path} fails at {what}: {error}") from error
-        self._runs += 1
+        self.runs += 1
         self.seconds += time.perf_counter() - started
 
     def _check(self, session: Any, wanted: Sizes) -> None:
@@ -335,84 +340,3 @@ def _draft_sizes(bundle: Bundle, width: int) -> Sizes:
         if bundle.topology.parts > 1:
             wanted[DRAFT_PART] = []
     return wanted
-
-
-class HeadsAhead:
-    """What the heads say behind some positions: see `step.Ahead`.
-
-    Attributes:
-        positions: Those that were asked about.
-        taken: The pass that they are of, if that matters.
-        run: The run of the graph whose full rows are still in memory, if it was the last one.
-    """
-
-    def __init__(self, heads: Heads, positions: Sequence[int], taken: int | None, outputs: dict[str, np.ndarray]):
-        """Take what was asked, and what else was put out by name, [rows, width]."""
-        self.positions, self.taken, self.run = positions, taken, heads._runs
-        self._heads, self._outputs = heads, outputs
-
-    @property
-    def rows(self) -> int:
-        """See `Ahead`."""
-        return len(self.positions)
-
-    def output(self, name: str) -> np.ndarray:
-        """See `Ahead`."""
-        return self._outputs[name]
-
-    def _whole(self, rows: np.ndarray) -> np.ndarray:
-        """Rows over the vocabulary [rows, vocab] of such over the draft vocabulary."""
-        words = self._heads.drafter.vocabulary
-        if words is None:
-            return rows.copy()
-        whole = np.full((len(rows), self._heads.bundle.vocab_size), -np.inf, rows.dtype)
-        whole[:, words] = rows
-        return whole
-
-
-class AllAhead(HeadsAhead):
-    """Of heads that all speak at once."""
-
-    def __init__(
-        self,
-        heads: Heads,
-        positions: Sequence[int],
-        taken: int | None,
-        outputs: dict[str, np.ndarray],
-        top: tuple[np.ndarray, np.ndarray],
-    ):
-        """Take top-K values and ids besides, [rows · parts, K]."""
-        super().__init__(heads, positions, taken, outputs)
-        self._values, self._ids = (each.reshape(len(positions), -1, each.shape[-1]) for each in top)
-
-    def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """See `Ahead`."""
-        return self._values[:, part], self._ids[:, part]
-
-    def logits(self, part: int, before: Sequence[int] | None = None) -> np.ndarray:
-        """See `Ahead`; of a word outside the draft vocabulary it is -inf."""
-        return self._whole(self._heads.again(self)[:, part])
-
-
-class ToldAhead(HeadsAhead):
-    """Of heads that are told the token in front of what they predict: worked out when it is named."""
-
-    def __init__(
-        self,
-        heads: Heads,
-        positions: Sequence[int],
-        taken: int | None,
-        outputs: dict[str, np.ndarray],
-        states: np.ndarray,
-    ):
-        """Take the heads' states besides, [rows, parts, width]."""
-        super().__init__(heads, positions, taken, outputs)
-        self._states = states
-
-    def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """See `Ahead`."""
-        return self._heads.draft(self._states[:, part], part, before)[0]
-
-    def logits(self, part: int, before: Sequence[int] | None = None) -> np.ndarray:
-        """See `Ahead`; of a word outside the draft vocabulary it is -inf."""
-        return self._whole(self._heads.draft(self._states[:, part], part, before)[1])

@@ -11,7 +11,7 @@ from dynamo_graph.errors import WriteError
 from dynamo_graph.initializers import initializer, is_weight, lazily, option, sizes
 from dynamo_graph.nodes import insert_behind, make, redirect, replace_node, stand_in
 from dynamo_graph.passes import run_passes
-from dynamo_graph.walk import attentions, downstream, has_features, has_rows, upstream
+from dynamo_graph.walk import attentions, downstream, has_features, upstream
 
 
 def value(shape: list[int | str], name: str = "x") -> ir.Value:
@@ -41,19 +41,19 @@ def test_what_lies_before_and_behind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "rows", "features"),
+    ("shape", "features"),
     [
-        (["batch", "seq", 4], True, True),
-        (["batch", "seq"], True, False),
-        (["batch", 4, "seq"], True, False),
-        (["batch", "rows", 4], False, False),
-        ([1, 3, 4], False, False),
-        ([], False, False),
+        (["batch", "seq", 4], True),
+        (["batch", "seq"], False),
+        (["batch", 4, "seq"], False),
+        (["batch", "rows", 4], False),
+        ([1, 3, 4], False),
+        ([], False),
     ],
 )
-def test_rows_of_every_token(shape: list[int | str], rows: bool, features: bool) -> None:
-    assert has_rows(value(shape)) == rows and has_features(value(shape)) == features
-    assert not has_rows(None) and not has_features(ir.Value(name="of no known shape"))
+def test_features_of_every_token(shape: list[int | str], features: bool) -> None:
+    assert has_features(value(shape)) == features
+    assert not has_features(None) and not has_features(ir.Value(name="of no known shape"))
 
 
 def test_attentions_without_a_cache_are_refused() -> None:

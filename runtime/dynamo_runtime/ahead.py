@@ -1,0 +1,92 @@
+"""What the drafter's graph says behind some positions, as whoever drafts reads it: see `step.Ahead`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .heads import Heads
+
+
+class HeadsAhead:
+    """What the heads say behind some positions: see `step.Ahead`.
+
+    Attributes:
+        positions: Those that were asked about.
+        taken: The pass that they are of, if that matters.
+        run: The run of the graph whose full rows are still in memory, if it was the last one.
+    """
+
+    def __init__(self, heads: Heads, positions: Sequence[int], taken: int | None, outputs: dict[str, np.ndarray]):
+        """Take what was asked, and what else was put out by name, [rows, width]."""
+        self.positions, self.taken, self.run = positions, taken, heads.runs
+        self._heads, self._outputs = heads, outputs
+
+    @property
+    def rows(self) -> int:
+        """See `Ahead`."""
+        return len(self.positions)
+
+    def output(self, name: str) -> np.ndarray:
+        """See `Ahead`."""
+        return self._outputs[name]
+
+    def _whole(self, rows: np.ndarray) -> np.ndarray:
+        """Rows over the vocabulary [rows, vocab] of such over the draft vocabulary."""
+        words = self._heads.words
+        if words is None:
+            return rows.copy()
+        whole = np.full((len(rows), self._heads.bundle.vocab_size), -np.inf, rows.dtype)
+        whole[:, words] = rows
+        return whole
+
+
+class AllAhead(HeadsAhead):
+    """Of heads that all speak at once."""
+
+    def __init__(
+        self,
+        heads: Heads,
+        positions: Sequence[int],
+        taken: int | None,
+        outputs: dict[str, np.ndarray],
+        top: tuple[np.ndarray, np.ndarray],
+    ):
+        """Take top-K values and ids besides, [rows · parts, K]."""
+        super().__init__(heads, positions, taken, outputs)
+        self._values, self._ids = (each.reshape(len(positions), -1, each.shape[-1]) for each in top)
+
+    def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """See `Ahead`."""
+        return self._values[:, part], self._ids[:, part]
+
+    def logits(self, part: int, before: Sequence[int] | None = None) -> np.ndarray:
+        """See `Ahead`; of a word outside the draft vocabulary it is -inf."""
+        return self._whole(self._heads.again(self)[:, part])
+
+
+class ToldAhead(HeadsAhead):
+    """Of heads that are told the token in front of what they predict: worked out when it is named."""
+
+    def __init__(
+        self,
+        heads: Heads,
+        positions: Sequence[int],
+        taken: int | None,
+        outputs: dict[str, np.ndarray],
+        states: np.ndarray,
+    ):
+        """Take the heads' states besides, [rows, parts, width]."""
+        super().__init__(heads, positions, taken, outputs)
+        self._states = states
+
+    def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """See `Ahead`."""
+        return self._heads.draft(self._states[:, part], part, before)[0]
+
+    def logits(self, part: int, before: Sequence[int] | None = None) -> np.ndarray:
+        """See `Ahead`; of a word outside the draft vocabulary it is -inf."""
+        return self._whole(self._heads.draft(self._states[:, part], part, before)[1])
