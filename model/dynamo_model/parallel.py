@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -29,6 +30,21 @@ CONDITION_WIDTH = 384
 """Hidden units of a condition, unless the base is narrower."""
 
 _FINAL_NORM_NAMES = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
+
+
+@dataclass(frozen=True)
+class Penultimate:
+    """What a base's last layer is given, and with it every further head.
+
+    Attributes:
+        stem: the penultimate state [batch, seq, hidden].
+        rest: what it gets besides, by position.
+        keywords: and by keyword: mask, rotary factors, cache; they do not depend on the text.
+    """
+
+    stem: Tensor
+    rest: tuple[Any, ...]
+    keywords: dict[str, Any]
 
 
 class Condition(nn.Module):
@@ -186,32 +202,56 @@ class MultiTokenModel(DrafterModel):
         Returns:
             One normed hidden state [batch, seq, hidden] a head, the base's first; not conditioned yet.
         """
+        first, given = self.penultimate(input_ids, **decoder_inputs)
+        return (first, *self.further_states(given, shared_gradient_scale=shared_gradient_scale))
+
+    def penultimate(self, input_ids: Tensor, **decoder_inputs: Any) -> tuple[Tensor, Penultimate]:
+        """Run the base, and keep what its last layer was given.
+
+        Args:
+            input_ids: token ids [batch, seq].
+            decoder_inputs: see :meth:`states`.
+
+        Returns:
+            The base's own normed state [batch, seq, hidden], and what every head reads.
+        """
         # A cache that the decoder made itself would have no slots for the further heads.
         decoder_inputs.setdefault("use_cache", decoder_inputs.get("past_key_values") is not None)
-        seen: dict[str, Any] = {}
+        seen: list[Penultimate] = []
 
         def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen["args"], seen["kwargs"] = args, kwargs
+            seen.append(Penultimate(args[0], args[1:], kwargs))
 
         handle = self.decoder.layers[-1].register_forward_pre_hook(remember, with_kwargs=True)
         try:
             first = self.decoder(input_ids=input_ids, **decoder_inputs).last_hidden_state
         finally:
             handle.remove()
-        stem, *rest = seen["args"]
-        stem = scale_gradient(stem, shared_gradient_scale)
+        return first, seen[0]
+
+    def further_states(self, given: Penultimate, *, shared_gradient_scale: float = 1.0) -> tuple[Tensor, ...]:
+        """What the further heads make of what the base's last layer was given.
+
+        Args:
+            given: of :meth:`penultimate`.
+            shared_gradient_scale: see :meth:`states`.
+
+        Returns:
+            One normed hidden state [batch, seq, hidden] a further head; not conditioned yet.
+        """
+        stem = scale_gradient(given.stem, shared_gradient_scale)
         norm_weights = {
             name: scale_gradient(weight, shared_gradient_scale) for name, weight in self.final_norm.named_parameters()
         }
         further = []
         for layer in self.heads:
-            state = layer(stem, *rest, **seen["kwargs"])
+            state = layer(stem, *given.rest, **given.keywords)
             state = state[0] if isinstance(state, tuple) else state
             if shared_gradient_scale == 1.0:
                 further.append(self.final_norm(state))
             else:
                 further.append(torch.func.functional_call(self.final_norm, norm_weights, (state,)))
-        return (first, *further)
+        return tuple(further)
 
     def condition(self, head: int, state: Tensor, previous: Tensor) -> Tensor:
         """Tell a further head which token is in front of the one that it predicts.

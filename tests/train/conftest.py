@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dynamo_train import loop
-from dynamo_train.loop import Recipe
 from dynamo_train.objective import Objective
+from dynamo_train.recipe import Recipe
 from dynamo_train.tokens import CorpusRecord, TokenStreams
 
 

@@ -23,11 +23,11 @@ from dynamo_model.output import logits_of
 from dynamo_model.sources import find_checkpoint
 from dynamo_train import TrainingError, loop, objective
 from dynamo_train.drafter import Start
-from dynamo_train.loop import Recipe
 from dynamo_train.objective import Objective, label_nll
 from dynamo_train.optimizers import make_optimizers
 from dynamo_train.parallel import ModifiedCLM, TokenHeads, most_frequent
 from dynamo_train.pipeline import convert
+from dynamo_train.recipe import Recipe
 from dynamo_train.tokens import CorpusRecord, TokenStreams
 from dynamo_train.train import main
 
@@ -204,7 +204,7 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_heads_that_are_kept_get_a_draft_vocabulary_and_a_condition(
-    heads: Path, data: list[str], recipe: Recipe, tmp_path: Path
+    heads: Path, data: list[str], recipe: Recipe, record: CorpusRecord, tmp_path: Path
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     keep = ["--heads", "2", "--freeze-base", "--keep-heads", *SMALL]
@@ -220,7 +220,7 @@ def test_heads_that_are_kept_get_a_draft_vocabulary_and_a_condition(
     assert model.conditioned and model.conditions[0].out.weight.any()
 
     # What is kept includes what the heads have of both; another table is counted if one is asked for.
-    start = Start(find_checkpoint(first), load_base(first), lambda: tokens)
+    start = Start(find_checkpoint(first), load_base(first), lambda: TokenStreams(tokens, tokens, record), tmp_path)
     kept = TokenHeads(2, keeps=True).objective(start, recipe).model.state_dict()
     assert kept.keys() == model.state_dict().keys()
     assert all(torch.equal(kept[name], tensor) for name, tensor in model.state_dict().items())

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 from dynamo_model import CPModel
 from dynamo_train import TrainingError, loop
 from dynamo_train.joint import JointCLM, load_balance
-from dynamo_train.loop import Recipe
 from dynamo_train.objective import Objective
 from dynamo_train.optimizers import make_optimizers
+from dynamo_train.recipe import Recipe
 from dynamo_train.tokens import CorpusRecord, TokenStreams, validation_batches
 
 VOCAB = 7

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTr
 from dynamo_model import LookAheadModel
 from dynamo_train import TrainingError, loop
 from dynamo_train.look_ahead import LookAheadCLM
-from dynamo_train.loop import Recipe
 from dynamo_train.objective import NextTokenCLM, Objective
 from dynamo_train.optimizers import make_optimizers
+from dynamo_train.recipe import Recipe
 from dynamo_train.tokens import CorpusRecord, TokenStreams, validation_batches
 
 VOCAB = 13

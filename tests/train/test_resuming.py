@@ -24,8 +24,8 @@ from dynamo_model import MultiTokenModel
 from dynamo_runtime import files
 from dynamo_runtime.errors import OutputError
 from dynamo_train import TrainingError, loop, pipeline, state
-from dynamo_train.loop import Recipe
 from dynamo_train.parallel import ModifiedCLM
+from dynamo_train.recipe import Recipe
 from dynamo_train.tokens import CorpusRecord, TokenStreams, tokenize_corpus
 
 VOCAB = 31

@@ -21,10 +21,10 @@ from dynamo_runtime.errors import PromptError
 from dynamo_train import TrainingError, loop
 from dynamo_train.card import greedy_agreement
 from dynamo_train.corpus import read_corpus
-from dynamo_train.loop import Recipe
 from dynamo_train.objective import Objective
 from dynamo_train.optimizers import cosine_schedule, make_optimizers, paper_learning_rates
 from dynamo_train.parallel import ModifiedCLM
+from dynamo_train.recipe import Recipe
 from dynamo_train.tokens import CorpusRecord, TokenStreams, batch, validation_batches
 
 VOCAB = 31

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from dynamo_runtime.corpus import HELD_OUT_PERCENT
 
 if TYPE_CHECKING:
-    from .loop import Recipe
     from .pipeline import Job
+    from .recipe import Recipe
 
+VALIDATION_TOKENS = 131_072
 _DATA_HELP = (
     "corpus: 'stdlib', 'package:NAME', a folder of text files, or a .txt, .jsonl or .parquet file (column 'text'); "
     "several are joined by '+'"
@@ -54,9 +55,20 @@ def add_recipe(parser: argparse.ArgumentParser, *, optimizer: str, length: int, 
     parser.add_argument("--micro-batch", type=count, default=4, help="sequences at once (default: %(default)s)")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default=optimizer)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="bf16: autocast")
+    parser.add_argument(
+        "--precision",
+        choices=("no", "bf16", "auto"),
+        default="no",
+        help="bf16: autocast; auto: where a short measurement finds that faster (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validate-every", type=count, default=1000, help="steps (default: %(default)s)")
+    parser.add_argument(
+        "--validation-tokens",
+        type=count,
+        default=VALIDATION_TOKENS,
+        help="held-out tokens that a validation reads at most (default: %(default)s)",
+    )
     parser.add_argument(
         "--early-stop", action="store_true", help="end at the first validation that is no better than the last"
     )
@@ -112,7 +124,8 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     Raises:
         CheckpointError: the paper's learning rates go by a base that does not load.
     """
-    from .loop import Recipe
+    from .precision import fastest_precision
+    from .recipe import Recipe
 
     return Recipe(
         steps=arguments.steps,
@@ -123,9 +136,10 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
         weight_decay=arguments.weight_decay,
         warmup=0.01,
         clip=1.0,
-        precision=arguments.precision,
+        precision=fastest_precision() if arguments.precision == "auto" else arguments.precision,
         seed=arguments.seed,
         validate_every=arguments.validate_every,
+        validation_tokens=arguments.validation_tokens,
         early_stop=arguments.early_stop,
         **arguments.rates(arguments),
     )

@@ -14,9 +14,9 @@ from .card import write_card
 from .corpus import PACKAGE
 from .joint import JointHead
 from .look_ahead import LookAheadEmbeddings
-from .loop import Recipe
 from .parallel import TokenHeads
 from .pipeline import BaseShape, Job
+from .recipe import Recipe
 
 N_HEADS = 5
 # The base stops when the standard library has no more to teach it; the heads' stage goes on with the packages that

@@ -5,17 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from dynamo_model import DrafterModel
 from dynamo_model.sources import Checkpoint
 
-from .loop import Recipe
 from .objective import Objective
+from .recipe import Recipe
+from .tokens import TokenStreams
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,14 @@ class Start:
     Attributes:
         checkpoint: the base's, with the drafters beside it.
         base: the base, which has passed :func:`dynamo_model.preflight.preflight`.
-        tokens: the training tokens [tokens], made when they are asked for first, which may take long.
+        streams: training and held-out tokens, made when they are asked for first, which may take long.
+        work: folder for what is made on the way.
     """
 
     checkpoint: Checkpoint
     base: PreTrainedModel
-    tokens: Callable[[], NDArray[np.unsignedinteger]]
+    streams: Callable[[], TokenStreams]
+    work: Path
 
 
 class NewDrafter(ABC):

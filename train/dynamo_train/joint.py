@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dynamo_model import CPModel
 
 from .drafter import NewDrafter, Start
-from .loop import Recipe
 from .objective import Objective, base_embeddings, label_nll
+from .recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from dynamo_model import LookAheadModel
 
 from .drafter import NewDrafter, Start
 from .errors import TrainingError
-from .loop import Recipe
 from .objective import Objective, base_embeddings, label_nll
+from .recipe import Recipe
 
 
 @dataclass(frozen=True)

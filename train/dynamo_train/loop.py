@@ -24,52 +24,12 @@ from . import state
 from .errors import TrainingError
 from .objective import Objective
 from .optimizers import cosine_schedule, make_optimizers
-from .tokens import TokenStreams, batch, validation_batches
+from .recipe import Recipe
+from .tokens import TokenStreams
 
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the result of a training run, apart from the model and the text.
-
-    Attributes:
-        steps: optimizer steps.
-        sequences: sequences in a batch, over all processes.
-        length: positions in a sequence.
-        micro_batch: sequences a process puts through the model at once; the rest is accumulated.
-        optimizer: ``adamw`` or ``muon``.
-        base_lr: LR_B, stem and first head.
-        heads_lr: LR_M, what the base did not bring along: further heads, joint head, look-ahead embeddings.
-        shared_gradient_scale: LR_MB / LR_B, gradients from the further heads into shared weights.
-        freeze_base: train what is new alone.
-        weight_decay: on matrices.
-        warmup: share of the steps with rising learning rate.
-        clip: largest gradient norm.
-        precision: ``no`` or ``bf16`` (autocast).
-        seed: of the batches' order.
-        validate_every: steps between validations; 0 validates at the end alone.
-        early_stop: end at the first validation that is no better than the one before.
-    """
-
-    steps: int
-    sequences: int
-    length: int
-    micro_batch: int
-    optimizer: str
-    base_lr: float
-    heads_lr: float
-    shared_gradient_scale: float
-    freeze_base: bool
-    weight_decay: float
-    warmup: float
-    clip: float
-    precision: str
-    seed: int
-    validate_every: int = 0
-    early_stop: bool = False
 
 
 @dataclass(frozen=True)
@@ -273,15 +233,8 @@ def _backward(
 ) -> torch.Tensor:
     """The gradients of this process' share of a batch; returns the mean of every loss."""
     plain: Objective = accelerator.unwrap_model(objective)
-    tokens = batch(
-        streams.train,
-        step,
-        sequences=recipe.sequences,
-        length=recipe.length,
-        extra=plain.extra,
-        seed=recipe.seed,
-    )
-    share = np.split(tokens, accelerator.num_processes)[accelerator.process_index]
+    inputs = plain.batch(streams, step, recipe)
+    share = np.split(inputs, accelerator.num_processes)[accelerator.process_index]
     micro_batches = np.split(share, len(share) // recipe.micro_batch)
     total = torch.zeros(plain.n_losses, device=accelerator.device)
     for i, micro in enumerate(micro_batches):
@@ -296,9 +249,7 @@ def _backward(
 
 
 def _validate(objective: Objective, streams: TokenStreams, recipe: Recipe) -> dict[str, float]:
-    return objective.validate(
-        validation_batches(streams.held_out, sequences=recipe.micro_batch, length=recipe.length, extra=objective.extra)
-    )
+    return objective.validate(objective.held_out(streams, recipe))
 
 
 def _stalled(validations: list[float]) -> bool:

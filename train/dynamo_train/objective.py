@@ -19,6 +19,9 @@ from transformers import PreTrainedModel
 from dynamo_model.output import Output
 from dynamo_model.parallel import scale_gradient
 
+from .recipe import Recipe
+from .tokens import TokenStreams, batch, validation_batches
+
 CAPPED_LOGITS = 1 << 25
 """Soft-capped logits that may exist at once: 128 MiB in float32."""
 
@@ -38,9 +41,24 @@ class Objective(nn.Module):
     n_losses: int
     settings: dict[str, Any]
 
+    def batch(self, streams: TokenStreams, step: int, recipe: Recipe) -> NDArray[np.int64]:
+        """What :meth:`forward` takes at a training step, over all processes: token ids [sequences, length + extra]."""
+        return batch(
+            streams.train, step, sequences=recipe.sequences, length=recipe.length, extra=self.extra, seed=recipe.seed
+        )
+
+    def held_out(self, streams: TokenStreams, recipe: Recipe) -> list[NDArray[np.int64]]:
+        """What :meth:`figures` takes, batch by batch; of at most as many tokens as the recipe allows a validation."""
+        return validation_batches(
+            streams.held_out[: recipe.validation_tokens or None],
+            sequences=recipe.micro_batch,
+            length=recipe.length,
+            extra=self.extra,
+        )
+
     @abstractmethod
     def forward(self, tokens: Tensor) -> Tensor:
-        """Losses [n_losses] of token ids [batch, length + extra]."""
+        """Losses [n_losses] of what :meth:`batch` makes, or of a part of it."""
 
     @abstractmethod
     def new_parameters(self) -> set[nn.Parameter]:
@@ -52,13 +70,13 @@ class Objective(nn.Module):
 
     @abstractmethod
     def figures(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        """Held-out figures of batches as :meth:`forward` takes them; called without gradient."""
+        """Held-out figures of batches as :meth:`held_out` makes them; called without gradient."""
 
     def validate(self, batches: Iterable[NDArray[np.int64]]) -> dict[str, float]:
         """Measure on held-out text.
 
         Args:
-            batches: token ids [batch, length + extra] each.
+            batches: of :meth:`held_out`.
 
         Returns:
             Figures by name; early stopping looks at the last one, and lower is better.

@@ -13,11 +13,13 @@ from transformers import PreTrainedModel
 
 from dynamo_model import MultiTokenModel
 
+from .cached import CachedHeads
 from .cooccurrence import count_ngrams
 from .drafter import NewDrafter, Start
 from .errors import TrainingError
-from .loop import Recipe
-from .objective import HeadsCLM, base_embeddings
+from .objective import HeadsCLM, Objective, base_embeddings
+from .recipe import Recipe
+from .states import cache_states
 
 
 @dataclass(frozen=True)
@@ -29,19 +31,27 @@ class TokenHeads(NewDrafter):
         draft_vocab: words that the further heads choose among, the most frequent of the training text; None for what
             they have chosen among before, and all words if they are new.
         condition: whether they are told the token in front, see :class:`dynamo_model.parallel.Condition`.
+        cache: run the base once over the text, keep what it says on disk, and train on that.
+        loss: of heads that are trained so, see :class:`dynamo_train.cached.CachedHeads`.
         keeps: start from the heads beside the base, whatever they have of a draft vocabulary and conditions included.
     """
 
     n_heads: int
     draft_vocab: int | None = None
     condition: bool = False
+    cache: bool = False
+    loss: str = "ce"
     keeps: bool = False
 
     model = MultiTokenModel
     title = "Heads"
 
-    def objective(self, start: Start, recipe: Recipe) -> ModifiedCLM:
+    def objective(self, start: Start, recipe: Recipe) -> Objective:
         """See :class:`NewDrafter`."""
+        if self.cache and not recipe.freeze_base:
+            raise TrainingError("--cache keeps what a base says, which must not change: it goes with --freeze-base")
+        if self.loss != "ce" and not self.cache:
+            raise TrainingError(f"--loss {self.loss} learns from what the base says: it goes with --cache")
         if self.keeps:
             model = MultiTokenModel.restore(start.base, *MultiTokenModel.read(start.checkpoint))
             if model.n_heads != self.n_heads:
@@ -56,8 +66,11 @@ class TokenHeads(NewDrafter):
             vocab_size = len(model.output_embedding.weight)
             if not 1 <= self.draft_vocab <= vocab_size:
                 raise TrainingError(f"a draft vocabulary has 1 to {vocab_size} words, not {self.draft_vocab}")
-            words = most_frequent(start.tokens(), self.draft_vocab, vocab_size)
+            words = most_frequent(start.streams().train, self.draft_vocab, vocab_size)
             model.draft_vocabulary = words.to(start.base.device)
+        if self.cache:
+            states = cache_states(start.base, start.streams(), recipe, start.work / "states")
+            return CachedHeads(model, *states, self.loss)
         return ModifiedCLM(model, recipe.shared_gradient_scale, recipe.freeze_base)
 
     @classmethod

@@ -32,8 +32,9 @@ from . import cooccurrence
 from .corpus import read_corpus
 from .drafter import NewDrafter, Start
 from .errors import TrainingError
-from .loop import Outcome, Recipe, train
+from .loop import Outcome, train
 from .objective import NextTokenCLM, Objective
+from .recipe import Recipe
 from .tokens import END_OF_TEXT, TokenStreams, sha256_of, tokenize_corpus, train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -139,9 +140,9 @@ def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe) -> N
         raise TrainingError(
             f"sequences of {recipe.length} do not fit the base's context of {config.max_position_embeddings} tokens"
         )
-    text = cache(lambda: _streams_of(checkpoint, job))
+    text = cache(lambda: _streams_of(checkpoint, job))  # made by the first who asks
     torch.manual_seed(recipe.seed)
-    objective = drafter.objective(Start(checkpoint, loaded, lambda: text()[0].train), recipe)
+    objective = drafter.objective(Start(checkpoint, loaded, lambda: text()[0], job.work), recipe)
     model: Any = objective.model
     streams, tokenizer = text()
     outcome = train(objective, streams, recipe, job.work / "run")

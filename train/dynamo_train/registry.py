@@ -60,6 +60,17 @@ def _parallel(parser: argparse.ArgumentParser) -> None:
         "--condition", action="store_true", help="tell further heads the token in front of the one they predict (Hydra)"
     )
     parser.add_argument(
+        "--cache",
+        action="store_true",
+        help="with --freeze-base: run the base over the text once, keep what it says on disk, and train on that",
+    )
+    parser.add_argument(
+        "--loss",
+        choices=("ce", "kl"),
+        default="ce",
+        help="ce: of the text's own tokens (DynaMo); kl, with --cache: to the base's distribution (default: ce)",
+    )
+    parser.add_argument(
         "--keep-heads",
         dest="keeps",
         action="store_true",

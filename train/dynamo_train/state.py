@@ -44,7 +44,7 @@ def fingerprint(objective: Objective, streams: TokenStreams, recipe: Any, proces
         "recipe": asdict(recipe),
         "objective": {"kind": type(objective).__name__} | objective.settings,
         "model": {name: value for name, value in shape.items() if name not in _OF_A_PATH},
-        "weights": _sha256(_tensors(objective)),
+        "weights": sha256(_tensors(objective)),
         "corpus": corpus,
         "tokenizer": streams.tokenizer,
         "processes": processes,
@@ -219,7 +219,8 @@ def _tensors(objective: Objective) -> dict[str, Tensor]:
     return dict(found.values())
 
 
-def _sha256(tensors: Mapping[str, Tensor]) -> str:
+def sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Of tensors with their names, types and shapes."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())

@@ -190,13 +190,13 @@ def batch(
     blocks = (len(stream) - extra) // length - 1
     if blocks < 1:
         raise TrainingError(f"{len(stream)} training tokens are too few for sequences of {length}")
-    rows = []
-    for i in range(step * sequences, (step + 1) * sequences):
-        epoch, index = divmod(i, blocks)
-        offset, order = _epoch(epoch, blocks, length, seed)
-        start = offset + order[index] * length
-        rows.append(stream[start : start + length + extra])
-    return np.stack(rows).astype(np.int64)
+    starts = _starts(blocks, step, sequences, length, seed)
+    return np.stack([stream[start : start + length + extra] for start in starts]).astype(np.int64)
+
+
+def window_numbers(windows: int, step: int, sequences: int, seed: int) -> NDArray[np.int64]:
+    """The windows of one training step [sequences], where a text is cut into the same ones in every epoch."""
+    return np.array(_starts(windows, step, sequences, 1, seed), dtype=np.int64)
 
 
 def validation_batches(
@@ -209,6 +209,16 @@ def validation_batches(
     starts = range(0, len(stream) - length - extra + 1, length)
     blocks = np.stack([stream[s : s + length + extra] for s in starts]).astype(np.int64)
     return [blocks[i : i + sequences] for i in range(0, len(blocks), sequences)]
+
+
+def _starts(blocks: int, step: int, sequences: int, length: int, seed: int) -> list[int]:
+    """Where the blocks of one training step start."""
+    starts = []
+    for i in range(step * sequences, (step + 1) * sequences):
+        epoch, index = divmod(i, blocks)
+        offset, order = _epoch(epoch, blocks, length, seed)
+        starts.append(offset + int(order[index]) * length)
+    return starts
 
 
 @lru_cache(maxsize=2)

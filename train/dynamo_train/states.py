@@ -1,0 +1,255 @@
+"""What a frozen base says of a text, kept on disk: it runs once, and heads are trained for as long as one likes.
+
+A text is cut into windows of one length, which the base reads one by one.  Of every position there are kept
+
+- the *penultimate state*, which is all that a further head reads, in bfloat16,
+- the base's :data:`TOP` likeliest next tokens and their log-probabilities, which a head learns from, and
+- the log-probability of the token that follows.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from dynamo_model import MultiTokenModel
+from dynamo_model.output import logits_of
+from dynamo_runtime.files import write_whole
+
+from .errors import TrainingError
+from .recipe import Recipe
+from .state import sha256
+from .tokens import TokenStreams
+
+logger = logging.getLogger(__name__)
+
+TOP = 32
+"""Likeliest tokens that are kept of a base's distribution; SmolLM2's own text has 97 % of the mass in them."""
+RECORD = "states.json"
+_ROWS = 1024
+"""Positions whose logits over all words exist at once."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a base says of some windows of a text.
+
+    Attributes:
+        tokens: the text, and the token behind it, int64 [windows, length + 1].
+        stem: penultimate states, bfloat16 [windows, length, hidden].
+        ids: likeliest next tokens, the likeliest first, int64 [windows, length, TOP].
+        log_p: their log-probabilities, float32 [windows, length, TOP].
+        label_log_p: log-probability of the token that follows, float32 [windows, length].
+    """
+
+    tokens: Tensor
+    stem: Tensor
+    ids: Tensor
+    log_p: Tensor
+    label_log_p: Tensor
+
+
+class StateCache:
+    """The states of one stream of tokens, in a folder of memory-mapped files.
+
+    Args:
+        folder: of its own; what an earlier run left there is used as far as it fits.
+        tokens: the stream, token ids [tokens].
+        length: positions of a window.
+        hidden_size: of the base.
+        made_of: says which base it is, and in which precision it runs; states of another are not used.
+
+    Attributes:
+        windows: how many there are; what is left of the stream behind the last is not read.
+        length: positions of each.
+
+    Raises:
+        TrainingError: the stream is shorter than a window.
+    """
+
+    def __init__(
+        self, folder: Path, tokens: NDArray[np.unsignedinteger], length: int, hidden_size: int, made_of: str
+    ) -> None:
+        self.windows, self.length = (len(tokens) - 1) // length, length
+        if self.windows < 1:
+            raise TrainingError(f"{len(tokens)} tokens are too few for sequences of {length}")
+        self._folder, self._tokens, self._made_of = folder, tokens, made_of
+        self._shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+            "stem": ((hidden_size,), np.dtype(np.uint16)),  # the bits of bfloat16, which numpy does not know
+            "ids": ((TOP,), tokens.dtype),
+            "log_p": ((TOP,), np.dtype(np.float16)),
+            "label_log_p": ((), np.dtype(np.float32)),
+        }
+        self._files: dict[str, NDArray] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the whole cache takes on disk."""
+        return sum(self._window_bytes(name) for name in self._shapes) * self.windows
+
+    def missing(self) -> int:
+        """Windows that the base has not read yet.
+
+        Those that it has are the first ones of this very stream: a cache of a text whose beginning is another text's
+        goes on from there.
+        """
+        try:
+            record = json.loads((self._folder / RECORD).read_text())
+            done, sha256 = int(record["windows"]), record["sha256"]
+            same = record["made_of"] == self._made_of and record["length"] == self.length
+            whole = all(self._path(name).stat().st_size >= done * self._window_bytes(name) for name in self._shapes)
+        except (OSError, ValueError, KeyError, TypeError):
+            return self.windows
+        done = min(done, self.windows)
+        known = same and whole and (done * self.length <= record["tokens"])
+        return self.windows - done if known and self._sha256(record["tokens"]) == sha256 else self.windows
+
+    def fill(self, model: MultiTokenModel, batch: int, bar: tqdm) -> None:
+        """Have the base read what is missing; goes on where an interrupted run ended.
+
+        Args:
+            model: whose base it is, in the precision that it is to run in.
+            batch: windows at once.
+            bar: advanced by the tokens read.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        done = self.windows - self.missing()
+        files = {name: self._path(name).open("r+b" if done else "wb") for name in self._shapes}
+        try:
+            for name, file in files.items():
+                file.truncate(done * self._window_bytes(name))
+                file.seek(0, 2)
+            while done < self.windows:
+                some = range(done, min(done + batch, self.windows))
+                for name, values in _say(model, self._texts(some)).items():
+                    _, dtype = self._shapes[name]
+                    files[name].write(np.ascontiguousarray(values.astype(dtype, copy=False)).tobytes())
+                done = some.stop
+                bar.update(len(some) * self.length)
+                if done == self.windows or done % (16 * batch) == 0:
+                    for file in files.values():
+                        file.flush()
+                    self._note(done)
+        finally:
+            for file in files.values():
+                file.close()
+        self._files = {}
+
+    def read(self, windows: NDArray[np.int64]) -> Said:
+        """What the base says of some windows, by their numbers."""
+        if not self._files:
+            for name, (shape, dtype) in self._shapes.items():
+                whole = (self.windows, self.length, *shape)
+                self._files[name] = np.memmap(self._path(name), dtype=dtype, mode="r", shape=whole)
+        part = {name: torch.from_numpy(values[windows]) for name, values in self._files.items()}
+        return Said(
+            tokens=self._texts(windows),
+            stem=part["stem"].view(torch.bfloat16),
+            ids=part["ids"].long(),
+            log_p=part["log_p"].float(),
+            label_log_p=part["label_log_p"],
+        )
+
+    def _texts(self, windows: range | NDArray[np.int64]) -> Tensor:
+        starts = np.asarray(windows) * self.length
+        rows = [self._tokens[start : start + self.length + 1] for start in starts]
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    def _note(self, done: int) -> None:
+        record = {
+            "made_of": self._made_of,
+            "length": self.length,
+            "windows": done,
+            "tokens": done * self.length + 1,
+            "sha256": self._sha256(done * self.length + 1),
+        }
+        write_whole(self._folder / RECORD, json.dumps(record, indent=1) + "\n")
+
+    def _sha256(self, tokens: int) -> str:
+        return hashlib.sha256(self._tokens[:tokens].tobytes()).hexdigest()
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.bin"
+
+    def _window_bytes(self, name: str) -> int:
+        shape, dtype = self._shapes[name]
+        return self.length * int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+
+
+def cache_states(
+    base: PreTrainedModel, streams: TokenStreams, recipe: Recipe, folder: Path
+) -> tuple[StateCache, StateCache]:
+    """What a base says of training and held-out text, read from disk as far as it is there.
+
+    Args:
+        base: it runs in bfloat16 where the recipe does.
+        streams: the text; of the held-out part as much as the recipe allows a validation.
+        recipe: its length is that of the windows.
+        folder: where the states are kept.
+
+    Returns:
+        The states of the training text, and of the held-out text.
+
+    Raises:
+        TrainingError: the text is too short, or the disk too full.
+    """
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else next(base.parameters()).dtype
+    made_of = f"{sha256(base.state_dict())} {dtype} {TOP}"
+    embedding: Any = base.get_input_embeddings()
+    size = embedding.weight.shape[1]
+    texts = {"train": streams.train, "held-out": streams.held_out[: recipe.validation_tokens or None]}
+    caches = [StateCache(folder / name, text, recipe.length, size, made_of) for name, text in texts.items()]
+    state = PartialState()
+    if state.is_main_process and (missing := sum(cache.missing() for cache in caches)):
+        folder.mkdir(parents=True, exist_ok=True)
+        needed, free = sum(cache.nbytes for cache in caches), shutil.disk_usage(folder).free
+        there = sum(file.stat().st_size for file in folder.glob("*/*.bin"))
+        if needed - there > free:
+            raise TrainingError(f"the states take {needed / 1e9:.1f} GB, and {folder} has room for {free / 1e9:.1f} GB")
+        windows = sum(cache.windows for cache in caches)
+        logger.info("the states of %d tokens take %.2f GB in %s", windows * recipe.length, needed / 1e9, folder)
+        reader: Any = copy.deepcopy(base)
+        model = MultiTokenModel(reader.to(dtype).eval(), 2)
+        with tqdm(
+            total=windows * recipe.length, initial=(windows - missing) * recipe.length, desc="states", unit="token"
+        ) as bar:
+            for cache in caches:
+                cache.fill(model, recipe.micro_batch, bar)
+    state.wait_for_everyone()
+    return caches[0], caches[1]
+
+
+@torch.no_grad()
+def _say(model: MultiTokenModel, tokens: Tensor) -> dict[str, NDArray]:
+    """What a base says of texts [windows, length + 1], each with the token behind it; by the names of the files."""
+    tokens = tokens.to(model.base.device)
+    first, given = model.penultimate(tokens[:, :-1])
+    labels = tokens[:, 1:].flatten().split(_ROWS)
+    ids, log_p, label_log_p = [], [], []
+    for states, theirs in zip(first.flatten(0, 1).split(_ROWS), labels, strict=True):
+        logits = logits_of(model.base, states).float()
+        mass = logits.logsumexp(-1, keepdim=True)
+        best = logits.topk(TOP)
+        ids.append(best.indices)
+        log_p.append(best.values - mass)
+        label_log_p.append((logits.gather(-1, theirs[:, None]) - mass)[:, 0])
+    return {
+        "stem": given.stem.bfloat16().view(torch.uint16).cpu().numpy(),
+        "ids": torch.cat(ids).cpu().numpy(),
+        "log_p": torch.cat(log_p).cpu().numpy(),
+        "label_log_p": torch.cat(label_log_p).cpu().numpy(),
+    }
