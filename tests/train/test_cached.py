@@ -211,6 +211,7 @@ def test_a_cache_is_of_one_base_and_one_text(streams: TokenStreams, tmp_path: Pa
     longer = cache(streams.train)
     longer.fill(model, 4, tqdm(disable=True))
     assert longer.missing() == 0
+    assert cache(streams.train[:200]).missing() == 0, "nor does a shorter text lose anything"
     (tmp_path / "ids.bin").write_bytes(b"")
     assert cache(streams.train).missing() == 49
     with pytest.raises(TrainingError, match="5 tokens are too few for sequences of 8"):

@@ -1,9 +1,9 @@
 """Training further heads on what a frozen base said of a text: distillation without the base in the loop.
 
 The base's distribution at the position that a head predicts is what the head is to say: with the token drafted in front
-being the text's own, head i at position t learns from the base's distribution at t + i - 1.  A one-hot label is one
-draw of it; the distribution itself has less noise (for the loss in drafters see Zhou et al. 2024, DistillSpec, arXiv
-2310.08461; that stored log-probabilities do as well as a base in the loop, Anshumann et al. 2025, arXiv 2503.16870).
+being the text's own, head i at position t learns from the base's distribution at t + i - 1.  A label is one draw of
+it; the distribution itself has less noise (Zhou et al. 2024, DistillSpec, arXiv 2310.08461).  What is behind the
+likeliest tokens that are kept is left out, which makes heads a little too sure of themselves.
 """
 
 from __future__ import annotations

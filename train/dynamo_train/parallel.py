@@ -31,6 +31,7 @@ class TokenHeads(NewDrafter):
         draft_vocab: words that the further heads choose among, the most frequent of the training text; None for what
             they have chosen among before, and all words if they are new.
         condition: whether they are told the token in front, see :class:`dynamo_model.parallel.Condition`.
+        init: of new heads' layers: ``random`` (DynaMo) or ``copied`` from the base's last layer.
         cache: run the base once over the text, keep what it says on disk, and train on that.
         loss: of heads that are trained so, see :class:`dynamo_train.cached.CachedHeads`.
         keeps: start from the heads beside the base, whatever they have of a draft vocabulary and conditions included.
@@ -39,6 +40,7 @@ class TokenHeads(NewDrafter):
     n_heads: int
     draft_vocab: int | None = None
     condition: bool = False
+    init: str = "random"
     cache: bool = False
     loss: str = "ce"
     keeps: bool = False
@@ -60,6 +62,9 @@ class TokenHeads(NewDrafter):
                 )
         else:
             model = MultiTokenModel(start.base, n_heads=self.n_heads)
+            if self.init == "copied":
+                for layer in model.heads:
+                    layer.load_state_dict(model.decoder.layers[-1].state_dict())
         if self.condition and not model.conditioned:
             model.add_conditions()
         if self.draft_vocab is not None:

@@ -60,6 +60,12 @@ def _parallel(parser: argparse.ArgumentParser) -> None:
         "--condition", action="store_true", help="tell further heads the token in front of the one they predict (Hydra)"
     )
     parser.add_argument(
+        "--init",
+        choices=("random", "copied"),
+        default="random",
+        help="new heads' layers start random (DynaMo) or copied from the base's last one (default: %(default)s)",
+    )
+    parser.add_argument(
         "--cache",
         action="store_true",
         help="with --freeze-base: run the base over the text once, keep what it says on disk, and train on that",

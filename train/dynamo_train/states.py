@@ -10,10 +10,12 @@ A text is cut into windows of one length, which the base reads one by one.  Of e
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
+import math
+import os
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,10 +40,12 @@ from .tokens import TokenStreams
 logger = logging.getLogger(__name__)
 
 TOP = 32
-"""Likeliest tokens that are kept of a base's distribution; SmolLM2's own text has 97 % of the mass in them."""
+"""Likeliest tokens that are kept of a base's distribution."""
 RECORD = "states.json"
 _ROWS = 1024
 """Positions whose logits over all words exist at once."""
+_NOTE_EVERY = 16
+"""Batches between two notes of how far it is."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,9 @@ class Said:
 class StateCache:
     """The states of one stream of tokens, in a folder of memory-mapped files.
 
+    Windows are kept in order, together with their tokens: what is there serves every text that begins alike, a shorter
+    one as well as a longer one, for which the base reads the rest.
+
     Args:
         folder: of its own; what an earlier run left there is used as far as it fits.
         tokens: the stream, token ids [tokens].
@@ -87,36 +94,32 @@ class StateCache:
         self.windows, self.length = (len(tokens) - 1) // length, length
         if self.windows < 1:
             raise TrainingError(f"{len(tokens)} tokens are too few for sequences of {length}")
-        self._folder, self._tokens, self._made_of = folder, tokens, made_of
-        self._shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {
-            "stem": ((hidden_size,), np.dtype(np.uint16)),  # the bits of bfloat16, which numpy does not know
-            "ids": ((TOP,), tokens.dtype),
-            "log_p": ((TOP,), np.dtype(np.float16)),
-            "label_log_p": ((), np.dtype(np.float32)),
+        self._folder, self._tokens = folder, tokens
+        self._made_of = {"base": made_of, "length": length, "top": TOP, "tokens": tokens.dtype.name}
+        self._rows = {  # of one window
+            "tokens": ((length + 1,), tokens.dtype),
+            "stem": ((length, hidden_size), np.dtype(np.uint16)),  # the bits of bfloat16, which numpy does not know
+            "ids": ((length, TOP), tokens.dtype),
+            "log_p": ((length, TOP), np.dtype(np.float16)),
+            "label_log_p": ((length,), np.dtype(np.float32)),
         }
-        self._files: dict[str, NDArray] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes that the whole cache takes on disk."""
-        return sum(self._window_bytes(name) for name in self._shapes) * self.windows
+        return self.windows * sum(map(self._window_bytes, self._rows))
 
     def missing(self) -> int:
-        """Windows that the base has not read yet.
-
-        Those that it has are the first ones of this very stream: a cache of a text whose beginning is another text's
-        goes on from there.
-        """
+        """Windows that the base has not read yet."""
         try:
             record = json.loads((self._folder / RECORD).read_text())
-            done, sha256 = int(record["windows"]), record["sha256"]
-            same = record["made_of"] == self._made_of and record["length"] == self.length
-            whole = all(self._path(name).stat().st_size >= done * self._window_bytes(name) for name in self._shapes)
-        except (OSError, ValueError, KeyError, TypeError):
-            return self.windows
-        done = min(done, self.windows)
-        known = same and whole and (done * self.length <= record["tokens"])
-        return self.windows - done if known and self._sha256(record["tokens"]) == sha256 else self.windows
+            if record.pop("windows") and record == self._made_of:
+                found = min(self._stored(), self.windows)
+                pairs = zip(self._map("tokens", found), self._texts(range(found)).numpy(), strict=True)
+                return self.windows if any((a != b).any() for a, b in pairs) else self.windows - found
+        except (OSError, ValueError, KeyError, AttributeError):
+            pass  # no cache, or none that was noted down
+        return self.windows
 
     def fill(self, model: MultiTokenModel, batch: int, bar: tqdm) -> None:
         """Have the base read what is missing; goes on where an interrupted run ended.
@@ -126,68 +129,60 @@ class StateCache:
             batch: windows at once.
             bar: advanced by the tokens read.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
         done = self.windows - self.missing()
-        files = {name: self._path(name).open("r+b" if done else "wb") for name in self._shapes}
-        try:
+        if done == self.windows:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(self._path(name).open("r+b" if done else "wb")) for name in self._rows}
             for name, file in files.items():
                 file.truncate(done * self._window_bytes(name))
-                file.seek(0, 2)
-            while done < self.windows:
-                some = range(done, min(done + batch, self.windows))
-                for name, values in _say(model, self._texts(some)).items():
-                    _, dtype = self._shapes[name]
-                    files[name].write(np.ascontiguousarray(values.astype(dtype, copy=False)).tobytes())
-                done = some.stop
-                bar.update(len(some) * self.length)
-                if done == self.windows or done % (16 * batch) == 0:
+                file.seek(0, os.SEEK_END)
+            for start in range(done, self.windows, batch):
+                texts = self._texts(range(start, min(start + batch, self.windows)))
+                said = _say(model, texts) | {"tokens": texts.numpy()}
+                for name, (_, dtype) in self._rows.items():
+                    files[name].write(said[name].astype(dtype).tobytes())
+                bar.update(len(texts) * self.length)
+                if (start - done) // batch % _NOTE_EVERY == 0 or start + batch >= self.windows:
                     for file in files.values():
                         file.flush()
-                    self._note(done)
-        finally:
-            for file in files.values():
-                file.close()
-        self._files = {}
+                    self._note(start + len(texts))
 
     def read(self, windows: NDArray[np.int64]) -> Said:
         """What the base says of some windows, by their numbers."""
-        if not self._files:
-            for name, (shape, dtype) in self._shapes.items():
-                whole = (self.windows, self.length, *shape)
-                self._files[name] = np.memmap(self._path(name), dtype=dtype, mode="r", shape=whole)
-        part = {name: torch.from_numpy(values[windows]) for name, values in self._files.items()}
+        part = {name: torch.from_numpy(self._map(name, self.windows)[windows]) for name in self._rows}
         return Said(
-            tokens=self._texts(windows),
+            tokens=part["tokens"].long(),
             stem=part["stem"].view(torch.bfloat16),
             ids=part["ids"].long(),
             log_p=part["log_p"].float(),
             label_log_p=part["label_log_p"],
         )
 
-    def _texts(self, windows: range | NDArray[np.int64]) -> Tensor:
-        starts = np.asarray(windows) * self.length
-        rows = [self._tokens[start : start + self.length + 1] for start in starts]
+    def _texts(self, windows: range) -> Tensor:
+        """Windows of the stream, each with the token behind it, int64 [windows, length + 1]."""
+        rows = [self._tokens[start * self.length : (start + 1) * self.length + 1] for start in windows]
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
-    def _note(self, done: int) -> None:
-        record = {
-            "made_of": self._made_of,
-            "length": self.length,
-            "windows": done,
-            "tokens": done * self.length + 1,
-            "sha256": self._sha256(done * self.length + 1),
-        }
-        write_whole(self._folder / RECORD, json.dumps(record, indent=1) + "\n")
+    def _note(self, windows: int) -> None:
+        write_whole(self._folder / RECORD, json.dumps(self._made_of | {"windows": windows}, indent=1) + "\n")
 
-    def _sha256(self, tokens: int) -> str:
-        return hashlib.sha256(self._tokens[:tokens].tobytes()).hexdigest()
+    def _stored(self) -> int:
+        """Windows that were noted down and are in every file."""
+        noted = json.loads((self._folder / RECORD).read_text())["windows"]
+        return min(noted, *(self._path(name).stat().st_size // self._window_bytes(name) for name in self._rows))
+
+    def _map(self, name: str, windows: int) -> NDArray:
+        shape, dtype = self._rows[name]
+        return np.memmap(self._path(name), dtype=dtype, mode="r", shape=(windows, *shape))
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.bin"
 
     def _window_bytes(self, name: str) -> int:
-        shape, dtype = self._shapes[name]
-        return self.length * int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        shape, dtype = self._rows[name]
+        return math.prod(shape) * dtype.itemsize
 
 
 def cache_states(
@@ -208,7 +203,7 @@ def cache_states(
         TrainingError: the text is too short, or the disk too full.
     """
     dtype = torch.bfloat16 if recipe.precision == "bf16" else next(base.parameters()).dtype
-    made_of = f"{sha256(base.state_dict())} {dtype} {TOP}"
+    made_of = f"{sha256(base.state_dict())} in {dtype}"
     embedding: Any = base.get_input_embeddings()
     size = embedding.weight.shape[1]
     texts = {"train": streams.train, "held-out": streams.held_out[: recipe.validation_tokens or None]}

@@ -1,0 +1,123 @@
+r"""What pays in training heads on a frozen base: every variant on the same states for the same steps, in one table.
+
+    python benchmarks/training.py smollm2 --data CORPUS --work FOLDER --steps 130 --json results.json
+
+CORPUS is text of the model's own (`dynamo-train texts`).  A run that was interrupted goes on; variants that are done
+are not run again.  `--only REGEX` takes some.  Figures are of held-out text (docs/training.md says what each means).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe_machine
+
+from dynamo_model.checkpoint import load_base, load_tokenizer
+from dynamo_model.sources import find_checkpoint
+from dynamo_runtime.files import write_whole
+from dynamo_runtime.tables import Table
+from dynamo_train.drafter import Start
+from dynamo_train.loop import train
+from dynamo_train.parallel import TokenHeads
+from dynamo_train.precision import fastest_precision
+from dynamo_train.recipe import Recipe
+from dynamo_train.tokens import tokenize_corpus
+
+STANDARD = TokenHeads(4, draft_vocab=8192, condition=True, init="copied", cache=True, loss="kl")
+VARIANTS: dict[str, tuple[TokenHeads, dict[str, Any]]] = {
+    "KL, copied layers, told": (STANDARD, {}),
+    "… cross-entropy": (replace(STANDARD, loss="ce"), {}),
+    "… random layers": (replace(STANDARD, init="random"), {}),
+    "… not told": (replace(STANDARD, condition=False), {}),
+    "… all words": (replace(STANDARD, draft_vocab=None), {}),
+    "… Muon": (STANDARD, {"optimizer": "muon", "heads_lr": 3e-3}),
+    "… rate 2e-3": (STANDARD, {"heads_lr": 2e-3}),
+}
+
+
+def main() -> None:
+    """Train what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=130)
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--only", default="", help="regular expression for names of variants")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    recipe = Recipe(
+        steps=arguments.steps,
+        sequences=arguments.sequences,
+        length=arguments.length,
+        micro_batch=arguments.sequences,
+        optimizer="adamw",
+        base_lr=0.0,
+        heads_lr=1e-3,
+        shared_gradient_scale=1.0,
+        freeze_base=True,
+        weight_decay=0.1,
+        warmup=0.01,
+        clip=1.0,
+        precision=fastest_precision(),
+        seed=0,
+        validation_tokens=131_072,
+    )
+    rows = {}
+    for name, (heads, changes) in VARIANTS.items():
+        if re.search(arguments.only, name):
+            rows[name] = _figures(name, heads, replace(recipe, **changes), arguments)
+    result = {
+        "machine": describe_machine(),
+        "tokens_seen": arguments.steps * arguments.sequences * arguments.length,
+        "precision": recipe.precision,
+        "variants": rows,
+    }
+    if arguments.json:
+        write_whole(arguments.json, json.dumps(result, indent=1) + "\n")
+    print(table(rows))
+
+
+def _figures(name: str, heads: TokenHeads, recipe: Recipe, arguments: argparse.Namespace) -> dict[str, float]:
+    """Of one variant, trained if it is not yet; its name and settings name its folder."""
+    folder = arguments.work / "runs" / re.sub(r"\W+", "-", f"{name} {recipe.steps}").strip("-")
+    done = folder / "figures.json"
+    if not done.is_file():
+        checkpoint = find_checkpoint(arguments.base)
+        tokenizer = load_tokenizer(checkpoint)
+        streams = tokenize_corpus(
+            arguments.data, tokenizer.backend_tokenizer, tokenizer.eos_token_id, 6.0, arguments.work / "tokens"
+        )
+        torch.manual_seed(recipe.seed)
+        objective = heads.objective(Start(checkpoint, load_base(checkpoint), lambda: streams, arguments.work), recipe)
+        start = time.process_time()
+        outcome = train(objective, streams, recipe, folder)
+        figures = outcome.figures | {"processor_seconds": time.process_time() - start}
+        write_whole(done, json.dumps(figures, indent=1) + "\n")
+    figures: dict[str, float] = json.loads(done.read_text())
+    return figures
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Tokens a pass by the text and greedily, depth by depth, and perplexities."""
+    heads = sorted(int(key.removeprefix("greedy_")) for key in next(iter(rows.values())) if re.match(r"greedy_\d", key))
+    header = ["heads", "tokens a pass, greedy", "… of the text", *(f"greedy at depth {i}" for i in heads)]
+    header += [f"PPL_{i + 1}" for i in heads]
+    lines = []
+    for name, figures in rows.items():
+        cells = [f"{figures['greedy_tokens_a_pass']:.2f}", f"{figures['tokens_a_pass']:.2f}"]
+        cells += [f"{figures[f'greedy_{i}']:.3f}" for i in heads]
+        lines.append([name, *cells, *(f"{figures[f'ppl_{i + 1}']:.1f}" for i in heads)])
+    return Table("", header, lines).markdown()
+
+
+if __name__ == "__main__":
+    main()
