@@ -16,7 +16,7 @@ from .errors import BundleError, ParameterError
 from .kv_cache import KVBuffers
 from .names import ATTENTION_MASK, INPUT_IDS, KEPT_ROWS, TOPK_IDS, TOPK_LOGITS
 from .parameters import whole
-from .providers import BackendOptions
+from .providers import Backend, BackendOptions
 from .session import Session
 
 
@@ -72,7 +72,7 @@ class Batch:
         if bundle.drafter is None and bundle.topology.parts:
             raise BundleError(f"{bundle.folder} has its heads in the base's graph, one text a pass: export it again")
         self.bundle = bundle
-        session = Session(bundle, max_length=1, **{"provider": "cpu", **options})
+        session = Session(bundle, Backend(provider="cpu"), max_length=1, **options)
         try:
             self._caches = KVBuffers(
                 bundle.kv_layers,

@@ -122,9 +122,7 @@ def _write(batch: Batch, begin: Callable[[int], Writing], record: Record, known:
     with tqdm(total=job.tokens, initial=record.counts.tokens, unit=" tokens", disable=None) as bar:
         while record.counts.tokens < job.tokens:
             first, started = record.counts.written, time.perf_counter()
-            # A quarter more than is missing, as some are dropped.
-            missing = 5 * (job.tokens - record.counts.tokens) // (4 * job.recipe.length) + 1
-            numbers = range(first, first + min(SHARD_WAVES * job.batch, missing))
+            numbers = range(first, first + min(SHARD_WAVES * job.batch, _missing(record.counts, job)))
             texts = sorted(batch.write(map(begin, numbers), bar.update), key=lambda text: text.number)
             seconds = time.perf_counter() - started
             kept, counts = _kept(texts, known, record.counts)
@@ -143,6 +141,12 @@ def _write(batch: Batch, begin: Callable[[int], Writing], record: Record, known:
                 written = sum(len(text.tokens) for text in texts)
                 logger.info("%s: %d of %d tokens, %.0f tokens/s", name, counts.tokens, job.tokens, written / seconds)
     return record
+
+
+def _missing(counts: Counts, job: Job) -> int:
+    """Texts that are probably missing, by what came of those before; some more, as a pass over few is a waste."""
+    each = counts.tokens / counts.written if counts.tokens else 0.75 * job.recipe.length
+    return int((job.tokens - counts.tokens) / each) + job.batch // 8 + 1
 
 
 def _kept(texts: Iterable[Writing], known: set[bytes], counts: Counts) -> tuple[list[Writing], Counts]:

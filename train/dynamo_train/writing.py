@@ -1,5 +1,7 @@
-"""One text that a model writes, token by token: questions of its own, its answers, and what the chat template puts
-between them (Magpie: Xu et al. 2024, arXiv 2406.08464).
+"""One text that a model writes, token by token, from an opening.
+
+With a chat template the model invents questions and answers them in turn, and what the template has between them is put
+in (Magpie: Xu et al. 2024, arXiv 2406.08464).
 """
 
 from __future__ import annotations
