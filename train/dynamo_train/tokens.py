@@ -141,7 +141,7 @@ def _bytes(document: Document) -> bytes:
 
 
 def own_tokens(document: Document, tokenizer: Tokenizer) -> list[int] | None:
-    """The tokens that a document came with, if they are those of a tokenizer: it decodes them to the document's text."""
+    """The tokens that a document came with, if they are a tokenizer's: it decodes them to the document's text."""
     tokens = document.tokens
     if tokens is None or min(tokens) < 0 or max(tokens) >= tokenizer.get_vocab_size():
         return None
