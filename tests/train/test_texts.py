@@ -233,6 +233,8 @@ def test_other_folders_are_refused(chat: Path, plain: Path, tmp_path: Path, caps
         (plain, out, [], "another bundle"),
         (chat, full, [], "name a new folder"),
         (chat, tmp_path / "new", ["--length", "641"], "context of 640"),
+        (chat, tmp_path / "new", ["--seed", "-1"], "--seed must be"),
+        (chat, tmp_path / "new", ["--top-p", "1.5"], "--top-p must be"),
         (chat, tmp_path / "new", ["--top-k", "129"], "from 1 to the 128"),
         (chat, tmp_path / "new", ["--length", "5"], "give a larger --length"),
     ):

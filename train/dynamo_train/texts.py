@@ -18,7 +18,6 @@ from tqdm import tqdm
 from dynamo_runtime.batch import Batch
 from dynamo_runtime.bundle import Bundle, load_bundle, sha256
 from dynamo_runtime.chat import asked
-from dynamo_runtime.errors import BundleError
 from dynamo_runtime.files import WholeFolder, read_object, write_whole
 from dynamo_runtime.manifest import MANIFEST
 from dynamo_runtime.version import __version__
@@ -144,9 +143,10 @@ def _write(batch: Batch, begin: Callable[[int], Writing], record: Record, known:
 
 
 def _missing(counts: Counts, job: Job) -> int:
-    """Texts that are probably missing, by what came of those before; some more, as a pass over few is a waste."""
+    """Texts that are probably missing, by what came of those before; and more, as passes over few rows are a waste."""
     each = counts.tokens / counts.written if counts.tokens else 0.75 * job.recipe.length
-    return int((job.tokens - counts.tokens) / each) + job.batch // 8 + 1
+    missing = int((job.tokens - counts.tokens) / each) + job.batch // 8 + 1
+    return missing if missing <= job.batch else -(-missing // job.batch) * job.batch
 
 
 def _kept(texts: Iterable[Writing], known: set[bytes], counts: Counts) -> tuple[list[Writing], Counts]:
@@ -175,8 +175,10 @@ def _beginnings(bundle: Bundle, job: Job) -> Callable[[int], Writing]:
         TrainingError: See `write_texts`.
     """
     recipe, ends = job.recipe, bundle.eos_token_ids
-    _check(bundle, recipe)
-    turns = None if job.plain else _turns(bundle)
+    _check(bundle, job)
+    turns = None
+    if bundle.has_chat_template and not job.plain:
+        turns = turns_of(bundle.chat_template, bundle.control_tokens, ends)
     answers = turns is None or job.prompts is not None
     if job.prompts is not None:
         openings = [_opening(bundle, document.text, turns) for document in read_corpus(job.prompts)]
@@ -200,26 +202,23 @@ def _beginnings(bundle: Bundle, job: Job) -> Callable[[int], Writing]:
     return begin
 
 
-def _check(bundle: Bundle, recipe: Recipe) -> None:
-    """See that options fit the bundle.
+def _check(bundle: Bundle, job: Job) -> None:
+    """See that options are in range.
 
     Raises:
-        TrainingError: One does not.
+        TrainingError: One is not.
     """
+    recipe = job.recipe
+    if job.seed < 0:
+        raise TrainingError("--seed must be a whole number from 0 on")
+    if recipe.top_p > 1:
+        raise TrainingError("--top-p must be a number above 0 and at most 1")
+    if not recipe.length > 1:
+        raise TrainingError("--length must be at least 2")
     if not 1 <= recipe.top_k <= bundle.top_k_outputs:
         raise TrainingError(f"--top-k must be from 1 to the {bundle.top_k_outputs} that the bundle puts out")
     if recipe.length > bundle.context_length:
         raise TrainingError(f"--length must be at most the bundle's context of {bundle.context_length} tokens")
-
-
-def _turns(bundle: Bundle) -> Turns | None:
-    """What the bundle's chat template puts around what is said; None if it has none."""
-    try:
-        template = bundle.chat_template
-    except BundleError as error:
-        logger.info("%s; so texts go on from their first token", error)
-        return None
-    return turns_of(template, bundle.control_tokens, bundle.eos_token_ids)
 
 
 def _opening(bundle: Bundle, prompt: str, turns: Turns | None) -> list[int]:
