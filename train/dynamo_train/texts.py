@@ -29,6 +29,7 @@ from .writing import Recipe, Turns, Writing, first_token, loops, turns_of
 
 RECORD = "_texts.json"  # with an underscore, so that whoever reads the folder as parquet leaves it out
 SHARD_WAVES = 4  # texts in a shard: so many times the rows of a batch
+ENOUGH_DROPPED = 40  # texts in a row, to know that no others come
 _MOST_RECORD_BYTES = 64 << 20
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ def write_texts(job: Job) -> Counts:
 
 def _write(batch: Batch, begin: Callable[[int], Writing], record: Record, known: set[bytes], job: Job) -> Record:
     """Write shards until there are tokens enough."""
+    dropped = 0  # in a row
     dtype = np.uint16 if batch.bundle.vocab_size <= 2**16 else np.uint32
     with tqdm(total=job.tokens, initial=record.counts.tokens, unit=" tokens", disable=None) as bar:
         while record.counts.tokens < job.tokens:
@@ -125,14 +127,17 @@ def _write(batch: Batch, begin: Callable[[int], Writing], record: Record, known:
             texts = sorted(batch.write(map(begin, numbers), bar.update), key=lambda text: text.number)
             seconds = time.perf_counter() - started
             kept, counts = _kept(texts, known, record.counts)
-            if not kept:
+            record = replace(record, counts=counts)
+            dropped = 0 if kept else dropped + len(texts)
+            if dropped >= ENOUGH_DROPPED:
                 raise TrainingError(
-                    f"{len(texts)} texts in a row repeat themselves or others, and {job.out} has {counts.tokens} of "
+                    f"{dropped} texts in a row repeat themselves or others, and {job.out} has {counts.tokens} of "
                     f"{job.tokens} tokens: give more prompts, or higher temperatures"
                 )
             name = f"texts-{len(record.shards):05d}.parquet"
-            write_whole(job.out / name, _parquet(kept, batch.bundle, dtype))
-            record = replace(record, counts=counts, shards=record.shards | {name: sha256(job.out / name)})
+            if kept:
+                write_whole(job.out / name, _parquet(kept, batch.bundle, dtype))
+                record = replace(record, shards=record.shards | {name: sha256(job.out / name)})
             write_whole(job.out / RECORD, json.dumps(asdict(record), indent=1) + "\n")
             bar.n = counts.tokens
             bar.refresh()
