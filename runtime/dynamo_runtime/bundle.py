@@ -133,6 +133,13 @@ class Bundle(Manifest):
 
         return ControlTokens(self.tokenizer, self.eos_token_ids)
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether a chat template came with the bundle."""
+        from .chat import has_template
+
+        return has_template(self.folder)
+
     @cached_property
     def chat_template(self) -> "ChatTemplate":
         """How messages are put to the model.

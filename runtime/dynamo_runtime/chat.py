@@ -130,6 +130,15 @@ def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return found
 
 
+def has_template(folder: Path) -> bool:
+    """Whether a chat template came with a bundle, readable or not.
+
+    Raises:
+        BundleError: What would say so is not readable.
+    """
+    return (folder / TEMPLATE).is_file() or "chat_template" in _object(folder / CONFIG)
+
+
 def read_template(folder: Path, special: Mapping[str, str]) -> ChatTemplate:
     """The chat template in a bundle's folder.
 

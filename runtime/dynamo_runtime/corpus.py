@@ -35,11 +35,14 @@ class Document:
         group: what is held out as one: the top-level package or module, folder or row the text belongs to.
         name: the text's own name, unique in the corpus.
         text: its content.
+        tokens: what it was written in, where a model wrote it; only a tokenizer that decodes them to the text may take
+            them.
     """
 
     group: str
     name: str
     text: str
+    tokens: tuple[int, ...] | None = None
 
 
 def is_held_out(document: Document, percent: float = HELD_OUT_PERCENT) -> bool:

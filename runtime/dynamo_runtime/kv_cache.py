@@ -20,7 +20,7 @@ class KVBuffers:
     and never read.
 
     Attributes:
-        buffers: Per layer (keys, values), each of `shape` [1, kv_heads, capacity, head_size] and `dtype`.
+        buffers: Per layer (keys, values), each of `shape` [batch, kv_heads, capacity, head_size] and `dtype`.
         max_length: Most positions there may be.
     """
 
@@ -34,6 +34,7 @@ class KVBuffers:
         dtype: np.dtype | type = np.float32,
         growth: int = GROWTH_SLOTS,
         allocate: Allocate = np.zeros,
+        batch: int = 1,
     ):
         """Allocate the first buffers.
 
@@ -45,8 +46,9 @@ class KVBuffers:
             dtype: Of keys and values.
             growth: Positions per growth step.
             allocate: For buffers that are not numpy arrays; those cannot grow, so `growth` must be `max_length`.
+            batch: Texts they are of.
         """
-        self.shape = (1, kv_heads, 0, head_size)
+        self.shape = (batch, kv_heads, 0, head_size)
         self.dtype = np.dtype(dtype)
         self._growth = growth
         self._new = allocate

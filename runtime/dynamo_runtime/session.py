@@ -226,6 +226,14 @@ class Session:
             owed = states[seen:seen_from]
             self._bound.input(SKIPPED, owed, (1, *owed.shape))
 
+    def bind(self, names: Sequence[str]) -> Binding:
+        """The base's graph once more, with buffers that are bound by whoever asks.
+
+        Args:
+            names: Of the outputs that are fetched.
+        """
+        return Binding(self._session, names, self._device)
+
     def close(self) -> None:
         """Free graph and cache; passes that were taken keep what they say."""
         if self.turns.closed:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dynamo_runtime.corpus import (
     HELD_OUT_PERCENT,
@@ -23,15 +25,18 @@ from .errors import TrainingError
 GZIP = b"\x1f\x8b"
 PACKAGE = "package:"
 """Prefix that names an installed package as a corpus: ``package:numpy``."""
+TABLES = (".jsonl", ".parquet")
+"""Endings of the files in a folder whose rows are texts, beside text files."""
 
 
 def read_corpus(source: str) -> Iterator[Document]:
     """Read a corpus one document at a time.
 
     Args:
-        source: ``stdlib``, ``package:NAME`` (the Python files of an installed package), a folder of text files,
-            or a ``.jsonl``, ``.parquet`` or ``.txt`` file; rows of the first two have a ``text`` column, a text
-            file is one document.  Several are joined by ``+``: ``stdlib+package:numpy``.
+        source: ``stdlib``, ``package:NAME`` (the Python files of an installed package), a ``.jsonl``, ``.parquet`` or
+            ``.txt`` file, or a folder of such and other text files; rows of the first two have a ``text`` column and
+            those of ``.parquet`` may have ``tokens``, a text file is one document.  Several are joined by ``+``:
+            ``stdlib+package:numpy``.
 
     Raises:
         TrainingError: there is no such thing, or no text in it.
@@ -46,7 +51,7 @@ def read_corpus(source: str) -> Iterator[Document]:
     elif source.startswith(PACKAGE):
         documents = _package(source.removeprefix(PACKAGE))
     elif path.is_dir():
-        documents = text_files(path)
+        documents = _folder(path)
     elif path.is_file():
         documents = _rows(path)
     else:
@@ -60,7 +65,7 @@ def read_corpus(source: str) -> Iterator[Document]:
             empty = False
             yield document
     if empty:
-        raise TrainingError(f"'{source}' holds no text (files ending in {', '.join(TEXT_SUFFIXES)} count)")
+        raise TrainingError(f"'{source}' holds no text (files ending in {', '.join((*TEXT_SUFFIXES, *TABLES))} count)")
 
 
 def held_out_documents(source: str = STANDARD_LIBRARY, percent: float = HELD_OUT_PERCENT) -> list[Document]:
@@ -77,6 +82,17 @@ def _package(name: str) -> Iterator[Document]:
         raise TrainingError(f"there is no installed package '{name}' to train on")
     root = Path(spec.submodule_search_locations[0])
     yield from python_modules(root, root.parent)
+
+
+def _folder(root: Path) -> Iterator[Document]:
+    """Text files, and then the rows of tables; those whose names begin with a dot or an underscore are no texts."""
+    yield from text_files(root)
+    for path in sorted(root.rglob("*")):
+        parts = path.relative_to(root).parts
+        if path.suffix in TABLES and path.is_file() and not any(part.startswith((".", "_")) for part in parts):
+            for document in _rows(path):
+                name = "/".join((*parts[:-1], document.name))
+                yield replace(document, group=name, name=name)
 
 
 def _rows(path: Path) -> Iterator[Document]:
@@ -100,7 +116,7 @@ def _table(path: Path, kind: str) -> Iterator[Document]:
         for row in datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True):
             if not isinstance(row.get("text"), str):
                 raise TrainingError(f"row {i} of '{path}' has no text in a column named 'text'")
-            yield Document(f"{path.name}:{i}", f"{path.name}:{i}", row["text"])
+            yield Document(f"{path.name}:{i}", f"{path.name}:{i}", row["text"], _token_ids(row.get("tokens")))
             i += 1
     except TrainingError:
         raise
@@ -109,3 +125,10 @@ def _table(path: Path, kind: str) -> Iterator[Document]:
         raise TrainingError(f"'{path}' cannot be read as {kind}, behind {i} rows: {said}") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
+
+
+def _token_ids(column: Any) -> tuple[int, ...] | None:
+    """Tokens in a row; None if there are none, or something else is called so."""
+    if isinstance(column, list) and column and all(isinstance(each, int) for each in column):
+        return tuple(column)
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -22,6 +23,7 @@ from .errors import TrainingError
 
 END_OF_TEXT = "<|endoftext|>"
 RECORD = "tokens.json"
+logger = logging.getLogger(__name__)
 
 
 def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> Tokenizer:
@@ -81,6 +83,8 @@ def sha256_of(source: str) -> str:
 def tokenize_corpus(source: str, tokenizer: Tokenizer, end_id: int, percent: float, folder: Path) -> TokenStreams:
     """Tokenise a corpus into ``folder``, or map what an earlier run made there of the same text in the same way.
 
+    Documents that have tokens of this tokenizer keep them: what a model wrote is not always cut as its text would be.
+
     Args:
         source: see :func:`dynamo_train.corpus.read_corpus`.
         tokenizer: the model's tokenizer; special tokens that it would add are left out.
@@ -132,19 +136,34 @@ def _record(folder: Path, stamp: str, dtype: np.dtype) -> CorpusRecord | None:
 
 
 def _bytes(document: Document) -> bytes:
-    return f"{document.name}\0{document.text}\0".encode()
+    tokens = b"" if document.tokens is None else np.array(document.tokens, np.int64).tobytes()
+    return f"{document.name}\0{document.text}\0".encode() + tokens
+
+
+def own_tokens(document: Document, tokenizer: Tokenizer) -> list[int] | None:
+    """The tokens that a document came with, if they are a tokenizer's: it decodes them to the document's text."""
+    tokens = document.tokens
+    if tokens is None or min(tokens) < 0 or max(tokens) >= tokenizer.get_vocab_size():
+        return None
+    found = list(tokens)
+    return found if tokenizer.decode(found, skip_special_tokens=False) == document.text else None
 
 
 def _tokenize(
     source: str, tokenizer: Tokenizer, end_id: int, percent: float, dtype: np.dtype, folder: Path
 ) -> CorpusRecord:
     digest = hashlib.sha256()
-    documents, tokens, characters = {False: 0, True: 0}, {False: 0, True: 0}, 0
+    documents, tokens, characters, foreign = {False: 0, True: 0}, {False: 0, True: 0}, 0, 0
     files = {held: path.open("wb") for held, path in _paths(folder).items()}
     try:
         for document in read_corpus(source):
             held = is_held_out(document, percent)
-            ids = [*tokenizer.encode(document.text, add_special_tokens=False).ids, end_id]
+            ids = own_tokens(document, tokenizer)
+            if ids is None:
+                foreign += document.tokens is not None
+                ids = tokenizer.encode(document.text, add_special_tokens=False).ids
+            if document.tokens is None or ids[-1:] != [end_id]:  # a model may have ended its text itself
+                ids = [*ids, end_id]
             np.asarray(ids, dtype=dtype).tofile(files[held])
             documents[held] += 1
             tokens[held] += len(ids)
@@ -153,6 +172,8 @@ def _tokenize(
     finally:
         for file in files.values():
             file.close()
+    if foreign:
+        logger.warning("'%s': %d texts came with tokens of another tokenizer, and were encoded anew", source, foreign)
     return CorpusRecord(
         source=source,
         documents=documents[False] + documents[True],

@@ -14,7 +14,17 @@ from dynamo_runtime.cli.arguments import add_version
 from dynamo_runtime.cli.ending import open_streams
 from dynamo_runtime.errors import DynamoError
 
-from .arguments import add_job, add_rate, add_recipe, count, job_of, recipe_of, work_of
+from .arguments import (
+    add_job,
+    add_rate,
+    add_recipe,
+    count,
+    job_of,
+    not_negative,
+    positive,
+    recipe_of,
+    work_of,
+)
 from .errors import TrainingError
 from .registry import DRAFTERS
 
@@ -62,6 +72,15 @@ def _drafter(arguments: argparse.Namespace) -> None:
     train_drafter(arguments.base, job_of(arguments), drafter, recipe_of(arguments))
 
 
+def _texts(arguments: argparse.Namespace) -> None:
+    from .texts import Job, write_texts
+    from .writing import Recipe
+
+    recipe = Recipe(arguments.length, arguments.temperatures, arguments.top_k, arguments.top_p)
+    values = {each.name: getattr(arguments, each.name) for each in fields(Job) if each.name != "recipe"}
+    write_texts(Job(recipe=recipe, **values))
+
+
 def _counts(arguments: argparse.Namespace) -> None:
     from .pipeline import add_counts
 
@@ -78,6 +97,32 @@ def _default(arguments: argparse.Namespace) -> None:
     from .default import train_default
 
     train_default(arguments.out, work_of(arguments))
+
+
+def _add_texts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", help="its folder, or a name in the cache; needs no drafter")
+    parser.add_argument("--out", type=Path, required=True, metavar="CORPUS", help="folder; a begun one is gone on with")
+    parser.add_argument(
+        "--tokens", type=count, required=True, metavar="N", help="at least so many, without what is dropped"
+    )
+    parser.add_argument(
+        "--prompts", metavar="DATA", help="what users say first, or texts begin with: as --data of other commands"
+    )
+    parser.add_argument("--plain", action="store_true", help="do without the bundle's chat template")
+    parser.add_argument("--length", type=count, default=512, help="most tokens a text (default: %(default)s)")
+    parser.add_argument(
+        "--temperatures",
+        type=lambda text: tuple(not_negative(part) for part in text.split(",")),
+        default=(0.0, 0.3, 0.7, 1.0),
+        metavar="T,T,…",
+        help="of answers, one for every text; questions have 1 (default: 0,0.3,0.7,1)",
+    )
+    parser.add_argument("--top-k", type=count, default=50, metavar="K", help="candidates (default: %(default)s)")
+    parser.add_argument("--top-p", type=positive, default=0.95, metavar="P", help="nucleus (default: %(default)s)")
+    parser.add_argument("--batch", type=count, default=48, help="texts at once (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=count, help="of onnxruntime (default: its own choice)")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from, all of it")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,6 +164,10 @@ def _parser() -> argparse.ArgumentParser:
         help="keep a 1-, 2-, 3-gram … that was seen at least so often (default: 1,1,2)",
     )
     counts.set_defaults(run=_counts)
+
+    texts = commands.add_parser("texts", help="have an exported bundle write the text that its heads are trained on")
+    _add_texts(texts)
+    texts.set_defaults(run=_texts)
 
     card = commands.add_parser("card", help="measure a checkpoint on held-out text and write its model card")
     card.add_argument("out", type=Path, metavar="checkpoint")

@@ -1,0 +1,307 @@
+"""The command ``dynamo-train texts``: text that a bundle writes itself, to train heads on. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from dynamo_runtime.batch import Batch
+from dynamo_runtime.bundle import Bundle, load_bundle, sha256
+from dynamo_runtime.chat import asked
+from dynamo_runtime.files import WholeFolder, read_object, write_whole
+from dynamo_runtime.manifest import MANIFEST
+from dynamo_runtime.version import __version__
+
+from .corpus import read_corpus
+from .errors import TrainingError
+from .tokens import sha256_of
+from .writing import Recipe, Turns, Writing, first_token, loops, turns_of
+
+RECORD = "_texts.json"  # with an underscore, so that whoever reads the folder as parquet leaves it out
+SHARD_WAVES = 4  # texts in a shard: so many times the rows of a batch
+ENOUGH_DROPPED = 40  # texts in a row, to know that no others come
+_MOST_RECORD_BYTES = 64 << 20
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is written, and where to.
+
+    Attributes:
+        bundle: Its folder.
+        out: Folder of the corpus; one that the same job began is gone on with.
+        tokens: At least so many, of texts that are kept.
+        recipe: How texts are written.
+        batch: Texts at once.
+        seed: Of the corpus.
+        prompts: What users say first, or texts begin with; see :func:`dynamo_train.corpus.read_corpus`. None: the model
+            invents it.
+        plain: Whether to do without the bundle's chat template.
+        threads: Of onnxruntime.
+    """
+
+    bundle: str
+    out: Path
+    tokens: int
+    recipe: Recipe
+    batch: int
+    seed: int
+    prompts: str | None
+    plain: bool
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the texts that were written."""
+
+    written: int = 0
+    loops: int = 0
+    duplicates: int = 0
+    kept: int = 0
+    tokens: int = 0
+    answer_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a corpus was made of, and how far it is; stands in its folder as ``_texts.json``.
+
+    Attributes:
+        made_by: Version, bundle and options, which are the same whenever it is gone on with.
+        counts: So far.
+        shards: SHA-256 of the files, by name, in order.
+    """
+
+    made_by: dict[str, Any]
+    counts: Counts = Counts()
+    shards: dict[str, str] = field(default_factory=dict)
+
+
+def write_texts(job: Job) -> Counts:
+    """Have a bundle write a corpus, shard by shard, or go on with one that an earlier run began.
+
+    Text i is a function of the seed and of i; every shard is there once it is whole.
+
+    Raises:
+        TrainingError: The folder holds something else, an option does not fit the bundle, or nothing new comes.
+        DynamoError: The bundle does not load or run, or there is something about the prompts or the folder.
+    """
+    bundle = load_bundle(job.bundle)
+    begin = _beginnings(bundle, job)
+    made_by = _made_by(bundle, job)
+    with WholeFolder(job.out):  # for its lock: one process at a time
+        record = _begun(job.out, made_by)
+        known = {_key(tokens) for name in record.shards for tokens in _tokens_of(job.out / name)}
+        if record.counts.tokens < job.tokens:
+            batch = Batch(bundle, job.batch, job.recipe.length, threads=job.threads)
+            record = _write(batch, begin, record, known, job)
+    counts = record.counts
+    logger.info(
+        "%s: %d texts, %d tokens, %d of them in answers; of %d texts written %d that repeat themselves and %d "
+        "duplicates were dropped",
+        *(job.out, counts.kept, counts.tokens, counts.answer_tokens, counts.written, counts.loops, counts.duplicates),
+    )
+    return counts
+
+
+def _write(batch: Batch, begin: Callable[[int], Writing], record: Record, known: set[bytes], job: Job) -> Record:
+    """Write shards until there are tokens enough."""
+    dropped = 0  # in a row
+    dtype = np.uint16 if batch.bundle.vocab_size <= 2**16 else np.uint32
+    with tqdm(total=job.tokens, initial=record.counts.tokens, unit=" tokens", disable=None) as bar:
+        while record.counts.tokens < job.tokens:
+            first, started = record.counts.written, time.perf_counter()
+            numbers = range(first, first + min(SHARD_WAVES * job.batch, _missing(record.counts, job)))
+            texts = sorted(batch.write(map(begin, numbers), bar.update), key=lambda text: text.number)
+            seconds = time.perf_counter() - started
+            kept, counts = _kept(texts, known, record.counts)
+            record = replace(record, counts=counts)
+            dropped = 0 if kept else dropped + len(texts)
+            if dropped >= ENOUGH_DROPPED:
+                raise TrainingError(
+                    f"{dropped} texts in a row repeat themselves or others, and {job.out} has {counts.tokens} of "
+                    f"{job.tokens} tokens: give more prompts, or higher temperatures"
+                )
+            name = f"texts-{len(record.shards):05d}.parquet"
+            if kept:
+                write_whole(job.out / name, _parquet(kept, batch.bundle, dtype))
+                record = replace(record, shards=record.shards | {name: sha256(job.out / name)})
+            write_whole(job.out / RECORD, json.dumps(asdict(record), indent=1) + "\n")
+            bar.n = counts.tokens
+            bar.refresh()
+            if bar.disable:
+                written = sum(len(text.tokens) for text in texts)
+                logger.info("%s: %d of %d tokens, %.0f tokens/s", name, counts.tokens, job.tokens, written / seconds)
+    return record
+
+
+def _missing(counts: Counts, job: Job) -> int:
+    """Texts that are probably missing, by what came of those before; and more, as passes over few rows are a waste."""
+    each = counts.tokens / counts.written if counts.tokens else 0.75 * job.recipe.length
+    missing = int((job.tokens - counts.tokens) / each) + job.batch // 8 + 1
+    return missing if missing <= job.batch else -(-missing // job.batch) * job.batch
+
+
+def _kept(texts: Iterable[Writing], known: set[bytes], counts: Counts) -> tuple[list[Writing], Counts]:
+    """The texts that neither repeat themselves nor one that is known, which they then are; and the counts with them."""
+    kept, found = list[Writing](), asdict(counts)
+    for text in texts:
+        key = _key(text.tokens)
+        found["written"] += 1
+        if loops(text.tokens):
+            found["loops"] += 1
+        elif key in known:
+            found["duplicates"] += 1
+        else:
+            known.add(key)
+            kept.append(text)
+            found["kept"] += 1
+            found["tokens"] += len(text.tokens)
+            found["answer_tokens"] += sum(text.roles)
+    return kept, Counts(**found)
+
+
+def _beginnings(bundle: Bundle, job: Job) -> Callable[[int], Writing]:
+    """What makes the text of a number, before the model has written any of it.
+
+    Raises:
+        TrainingError: See `write_texts`.
+    """
+    recipe, ends = job.recipe, bundle.eos_token_ids
+    _check(bundle, job)
+    turns = None
+    if bundle.has_chat_template and not job.plain:
+        turns = turns_of(bundle.chat_template, bundle.control_tokens, ends)
+    answers = turns is None or job.prompts is not None
+    if job.prompts is not None:
+        openings = [_opening(bundle, document.text, turns) for document in read_corpus(job.prompts)]
+    elif turns is None:
+        openings = [[first_token(bundle)]]
+    elif turns.question_ends:
+        openings = [turns.opening]
+    else:
+        raise TrainingError(
+            "the chat template ends questions by no token, so that none can be invented: give --prompts"
+        )
+    longest = max(map(len, openings))
+    if longest >= recipe.length:
+        raise TrainingError(f"a text begins with {longest} tokens and ends at {recipe.length}: give a larger --length")
+
+    def begin(number: int) -> Writing:
+        seed = int(np.random.SeedSequence([job.seed, number]).generate_state(1)[0])
+        opening = openings[number % len(openings)]
+        return Writing(number, seed, opening, recipe, turns=turns, end_tokens=ends, answers=answers)
+
+    return begin
+
+
+def _check(bundle: Bundle, job: Job) -> None:
+    """See that options are in range.
+
+    Raises:
+        TrainingError: One is not.
+    """
+    recipe = job.recipe
+    if job.seed < 0:
+        raise TrainingError("--seed must be a whole number from 0 on")
+    if recipe.top_p > 1:
+        raise TrainingError("--top-p must be a number above 0 and at most 1")
+    if not recipe.length > 1:
+        raise TrainingError("--length must be at least 2")
+    if not 1 <= recipe.top_k <= bundle.top_k_outputs:
+        raise TrainingError(f"--top-k must be from 1 to the {bundle.top_k_outputs} that the bundle puts out")
+    if recipe.length > bundle.context_length:
+        raise TrainingError(f"--length must be at most the bundle's context of {bundle.context_length} tokens")
+
+
+def _opening(bundle: Bundle, prompt: str, turns: Turns | None) -> list[int]:
+    """A prompt as the model reads it, up to where it begins to write."""
+    if turns is None:
+        return bundle.tokenizer.encode(prompt).ids
+    return bundle.chat_template.encode(asked(prompt), bundle.control_tokens).encoded.ids
+
+
+def _made_by(bundle: Bundle, job: Job) -> dict[str, Any]:
+    """What the texts are a function of, but for their number."""
+    manifest = read_object(bundle.folder / MANIFEST, _MOST_RECORD_BYTES)
+    return {
+        "version": __version__,
+        "bundle": manifest.get("sha256") or sha256(bundle.folder / MANIFEST),
+        "model": f"{bundle.source.model} ({bundle.precision})",
+        "tokenizer": bundle.files["tokenizer.json"].sha256,
+        "batch": job.batch,
+        "seed": job.seed,
+        "prompts": None if job.prompts is None else sha256_of(job.prompts),
+        "plain": job.plain,
+        **asdict(job.recipe),
+        "temperatures": list(job.recipe.temperatures),
+    }
+
+
+def _begun(out: Path, made_by: dict[str, Any]) -> Record:
+    """The record of what lies in a folder, which is made if there is none.
+
+    Raises:
+        TrainingError: It holds something else.
+    """
+    if not (out / RECORD).is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise TrainingError(f"{out} exists and is no corpus that this command began: name a new folder")
+        out.mkdir(parents=True, exist_ok=True)
+        record = Record(made_by)
+        write_whole(out / RECORD, json.dumps(asdict(record), indent=1) + "\n")
+        return record
+    try:
+        found = read_object(out / RECORD, _MOST_RECORD_BYTES)
+        record = Record(found["made_by"], Counts(**found["counts"]), found["shards"])
+        other = [name for name in made_by if record.made_by.get(name) != made_by[name]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TrainingError(f"{out / RECORD} is no record of a corpus: name a new folder") from error
+    if other:
+        was = record.made_by.get(other[0])
+        raise TrainingError(
+            f"{out} was begun with another {other[0]} ({was}, not {made_by[other[0]]}): name a new folder"
+        )
+    for name, digest in record.shards.items():
+        if not (out / name).is_file() or sha256(out / name) != digest:
+            raise TrainingError(f"{out / name} is not the file that {RECORD} tells of: name a new folder")
+    return record
+
+
+def _key(tokens: Any) -> bytes:
+    """What two texts have in common if they are the same."""
+    return np.asarray(tokens, np.uint32).tobytes()
+
+
+def _tokens_of(path: Path) -> list[np.ndarray]:
+    """The texts of a shard."""
+    column = pq.read_table(path, columns=["tokens"])["tokens"]
+    return [each.values.to_numpy() for each in column]
+
+
+def _parquet(texts: list[Writing], bundle: Bundle, dtype: type) -> bytes:
+    """A shard: tokens, roles, decoded text with its special tokens, and seed of every text."""
+    table = pa.table(
+        {
+            "tokens": pa.array([np.array(text.tokens, dtype) for text in texts]),
+            "role": pa.array([np.array(text.roles, np.uint8) for text in texts]),
+            "text": [bundle.tokenizer.decode(text.tokens, skip_special_tokens=False) for text in texts],
+            "seed": pa.array([text.seed for text in texts], pa.uint32()),
+        }
+    )
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
