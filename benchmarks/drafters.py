@@ -31,20 +31,18 @@ from typing import Any
 import numpy as np
 from machine import describe_machine
 from ratios import interval, ratio, speed_ratio
+from same_text import Said, by_depth, differences, pass_difference
 from tqdm import tqdm
 
 from dynamo_evaluate.prompts import held_out_prompts
 from dynamo_export import export_bundle
 from dynamo_model import DEFAULT_CHECKPOINT, CPModel, LookAheadModel, MultiTokenModel, has_drafter
-from dynamo_runtime import Engine, Last
+from dynamo_runtime import Engine
 from dynamo_runtime.bundle import load_bundle
 from dynamo_runtime.cli.arguments import add_chat, put
 from dynamo_runtime.providers import import_onnxruntime
 
 PLAIN = "plain"
-Said = str | list[int]
-"""A prompt, or the tokens of a question."""
-
 GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
 SAMPLED: dict[str, Any] = {"temperature": 0.7, "top_k": 50, "repetition_penalty": 1.0}
 
@@ -150,44 +148,6 @@ def run(engines: dict[str, Engine], rows: list[Setting], prompts: list[Said], ne
             outcome.proposed.append(statistics.proposed_at_depth)
             outcome.accepted.append(statistics.accepted_at_depth)
     return outcomes
-
-
-def pass_difference(engine: Engine, prompts: list[Said], width: int) -> float:
-    """Largest |Δlogit| of the first head between one pass over `width` tokens and as many passes over one."""
-    worst = 0.0
-    for prompt in prompts:
-        tokens = engine.encode(prompt)
-        engine.reset()
-        engine.session.step(tokens[:-width])
-        at_once = engine.session.step(tokens[-width:], rows=Last(width)).logits()
-        engine.session.cache.rollback(len(tokens) - width)
-        one_by_one = np.concatenate([engine.session.step([token]).logits() for token in tokens[-width:]])
-        worst = max(worst, float(np.abs(at_once - one_by_one).max()))
-    return worst
-
-
-def differences(
-    plain: Engine, prompts: list[Said], expected: list[list[int]], found: list[list[int]], tie: float
-) -> tuple[int, int, list[float]]:
-    """Greedy texts that are not plain decoding's, how many of them part at a near tie, and the gaps there."""
-    gaps = []
-    for prompt, ours, theirs in zip(prompts, found, expected, strict=True):
-        if ours == theirs:
-            continue
-        common = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
-        plain.reset()
-        logits = plain.session.step([*plain.encode(prompt), *theirs[:common]]).logits()[-1]
-        second, first = np.partition(logits, -2)[-2:]
-        gaps.append(float(first - second))
-    return len(gaps), sum(gap < tie for gap in gaps), gaps
-
-
-def by_depth(counts: list[list[int]]) -> np.ndarray:
-    """Sum of ragged lists of counts."""
-    total = np.zeros(max((len(row) for row in counts), default=0), np.int64)
-    for row in counts:
-        total[: len(row)] += np.asarray(row, np.int64)
-    return total
 
 
 def summarize(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .checkpoint import load_base, read_tensors
+from .eight_bits import FORM, STORAGE, check_form, from_eight_bits, to_eight_bits
 from .errors import CheckpointError
 from .sources import Checkpoint, find_checkpoint
 
@@ -129,11 +130,25 @@ class DrafterModel(nn.Module):
         tensors, metadata = read_tensors(path)
         if metadata.get("kind") != cls.kind:
             raise CheckpointError(f"{path} does not say that it holds a drafter of kind {cls.kind}")
+        if STORAGE in metadata:
+            check_form(metadata[STORAGE], path)
+            tensors = from_eight_bits(tensors, path)
         return tensors, {key: int(value) for key, value in metadata.items() if value.isdigit()}
 
     @classmethod
-    def write(cls, folder: Path, tensors: Mapping[str, Tensor], shape: Mapping[str, int]) -> None:
-        """Write what a drafter adds to its base into the base's folder."""
+    def write(
+        cls, folder: Path, tensors: Mapping[str, Tensor], shape: Mapping[str, int], *, eight_bits: bool = False
+    ) -> None:
+        """Write what a drafter adds to its base into the base's folder.
+
+        Args:
+            folder: the base's.
+            tensors: what the drafter adds, by name.
+            shape: the whole numbers that say its shape.
+            eight_bits: whether matrices are stored at 8 bits, see :mod:`dynamo_model.eight_bits`.
+        """
         metadata = {"kind": cls.kind, "format": "pt"} | {key: str(value) for key, value in shape.items()}
+        if eight_bits:
+            tensors, metadata = to_eight_bits(tensors), metadata | {STORAGE: FORM}
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, folder / cls.file, metadata=metadata)

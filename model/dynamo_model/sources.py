@@ -49,6 +49,7 @@ class KnownModel:
         sha256: Of the file.
         licence: Of the weights.
         author: Who made them.
+        drafters: Folder in this package with drafters on it, their record and their card, if any ships.
     """
 
     title: str
@@ -59,6 +60,7 @@ class KnownModel:
     sha256: str
     licence: str
     author: str
+    drafters: Path | None = None
 
     @property
     def origin(self) -> str:
@@ -76,9 +78,10 @@ KNOWN = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
         author="HuggingFaceTB",
+        drafters=Path(__file__).with_name("smollm2"),
     ),
 }
-"""Models by the names that commands take; the next one is an entry more."""
+"""Models by the names that commands take, each with the drafters that ship for it; the next one is an entry more."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,14 @@ class Checkpoint:
         folder: Holds configuration and weights.
         gguf: File name of the weights where they are a GGUF file, which then holds configuration and tokenizer too.
         adapter: Folder of an adapter that is to be merged into the weights.
+        drafters: Folder of what belongs to a GGUF file but lies elsewhere.
     """
 
     name: str
     folder: Path
     gguf: str | None = None
     adapter: Path | None = None
+    drafters: Path | None = None
 
     @property
     def label(self) -> str:
@@ -106,10 +111,9 @@ class Checkpoint:
 
     def file(self, name: str) -> Path | None:
         """A file beside the weights, the adapter's own before the base's; None if there is none."""
-        if self.gguf:  # a folder of GGUF files holds many models, and none of them owns what lies beside
-            return None
-        places = [place / name for place in (self.adapter, self.folder) if place is not None]
-        return next((path for path in places if path.is_file()), None)
+        # A folder of GGUF files holds many models, and none of them owns what lies beside.
+        places = (self.drafters,) if self.gguf else (self.adapter, self.folder)
+        return next((place / name for place in places if place is not None and (place / name).is_file()), None)
 
 
 def find_checkpoint(name: str | Path | Checkpoint) -> Checkpoint:
@@ -131,8 +135,9 @@ def find_checkpoint(name: str | Path | Checkpoint) -> Checkpoint:
     if path.is_dir():
         return _in_folder(str(name), path)
     if str(name) in KNOWN:
-        file = _known_file(str(name), KNOWN[str(name)])
-        return Checkpoint(str(name), file.parent, gguf=file.name)
+        known = KNOWN[str(name)]
+        file = _known_file(str(name), known)
+        return Checkpoint(str(name), file.parent, gguf=file.name, drafters=known.drafters)
     if path.exists() or path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
         raise CheckpointError(f"{name} is not a folder")
     return _in_folder(str(name), _from_hub(str(name)))

@@ -117,8 +117,12 @@ def read_documents(source: str | Path) -> Iterator[Document]:
         raise PromptError(f"'{source}' holds no text (files ending in {', '.join(TEXT_SUFFIXES)} count)")
 
 
-def json_rows(path: Path) -> Iterator[Document]:
+def json_rows(path: Path, field: str = "text") -> Iterator[Document]:
     """The rows of a ``.jsonl`` file, each a text of its own; empty lines do not count.
+
+    Args:
+        path: the file.
+        field: of a row that holds its text.
 
     Raises:
         PromptError: A line is no row with a text; the message names it.
@@ -128,22 +132,22 @@ def json_rows(path: Path) -> Iterator[Document]:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield Document(f"{path.name}:{row}", f"{path.name}:{row}", _text_of(path, number, line))
+                    yield Document(f"{path.name}:{row}", f"{path.name}:{row}", _text_of(path, number, line, field))
                     row += 1
     except OSError as error:
         raise PromptError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _text_of(path: Path, number: int, line: bytes) -> str:
+def _text_of(path: Path, number: int, line: bytes, field: str) -> str:
     try:
         values = json_object(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError:
         raise PromptError(f"line {number} of '{path}' is not text in UTF-8") from None
     if values is None:
         raise PromptError(f"line {number} of '{path}' is not a JSON object: one a line is wanted")
-    text = values.get("text")
+    text = values.get(field)
     if not isinstance(text, str):
-        raise PromptError(f"line {number} of '{path}' has no text in a field named 'text'")
+        raise PromptError(f"line {number} of '{path}' has no text in a field named '{field}'")
     return as_text(text, f"the text in line {number} of '{path}'")
 
 

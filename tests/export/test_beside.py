@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dynamo_export import ExportError, cli, export_bundle, parity
 from dynamo_export.beside import sampling_of
-from dynamo_model import sources
+from dynamo_model import MultiTokenModel, sources
 from dynamo_runtime import Engine, PromptError
 from dynamo_runtime.bundle import Bundle, load_bundle
 from dynamo_runtime.cli.run import main as run
@@ -173,7 +174,7 @@ def test_a_known_model_has_a_place_in_the_cache(
     """Exported by its name, plain and without an output; again, it is replaced; it runs by its name."""
     write_gguf(tmp_path / "tiny.gguf")
     monkeypatch.setenv("DYNAMO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(sources.KNOWN, "tiny", sources.KNOWN["smollm2"])
+    monkeypatch.setitem(sources.KNOWN, "tiny", replace(sources.KNOWN["smollm2"], drafters=None))
     monkeypatch.setattr(sources, "_known_file", lambda name, model: tmp_path / "tiny.gguf")
     monkeypatch.chdir(tmp_path)
     for arguments in ([], [], ["--quantize", "int8", "--allow-degraded"]):
@@ -184,3 +185,20 @@ def test_a_known_model_has_a_place_in_the_cache(
     assert load_bundle("tiny").folder == folder / "int8"
     assert load_bundle(folder / "fp32").source.model == "tiny"
     assert run(["-m", "tiny", "--chat", "def", "--max-new-tokens", "4", "--threads", "1"]) == 0
+
+
+def test_a_known_model_brings_the_heads_that_ship_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their n-gram counts, by its name alone; without heads where that is asked for."""
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    model = MultiTokenModel(write_gguf(tmp_path / "tiny.gguf"), 3)
+    MultiTokenModel.write(shipped, model.drafter_state_dict(), model.shape, eight_bits=True)
+    checkpoints.save_counts(shipped)
+    monkeypatch.setenv("DYNAMO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(sources.KNOWN, "tiny", replace(sources.KNOWN["smollm2"], drafters=shipped))
+    monkeypatch.setattr(sources, "_known_file", lambda name, model: tmp_path / "tiny.gguf")
+    assert cli.main(["-m", "tiny"]) == 0
+    bundle = load_bundle("tiny")
+    assert bundle.topology.n_tokens == 3 and bundle.has_cooccurrence
+    assert cli.main(["-m", "tiny", "--heads", "0", "-o", str(tmp_path / "plain")]) == 0
+    assert load_bundle(tmp_path / "plain").topology.n_tokens == 1

@@ -18,7 +18,7 @@ from support import checkpoints
 from support.tiny_gguf import TEMPLATE, write_gguf
 from transformers import AutoTokenizer
 
-from dynamo_model import CheckpointError, MultiTokenModel, sources
+from dynamo_model import CheckpointError, MultiTokenModel, drafters_of, sources
 from dynamo_model.checkpoint import count_parameters, load_base, load_tokenizer, stored_dtype
 from dynamo_model.sources import HUB_FILES, HUB_LEFT_OUT, find_checkpoint
 
@@ -128,6 +128,35 @@ def test_known_model_that_is_installed(
     monkeypatch.delattr(subprocess, "run")
     assert find_checkpoint("tiny").folder == package
     assert not (tmp_path / "cache").exists()
+
+
+def test_known_model_with_drafters(known: sources.KnownModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come from the folder that the table names, where there is one; nothing is taken from the GGUF's own."""
+    shipped = tmp_path / "shipped"
+    monkeypatch.setitem(sources.KNOWN, "tiny", replace(known, drafters=shipped))
+    plain = find_checkpoint("tiny")
+    (plain.folder / "training.json").write_text("of another model")
+    assert drafters_of("tiny") == [] and plain.file("training.json") is None
+    trained = MultiTokenModel(load_base(plain), 3, conditioned=True)
+    shipped.mkdir()
+    MultiTokenModel.write(shipped, trained.drafter_state_dict(), trained.shape, eight_bits=True)
+    (shipped / "training.json").write_text("{}")
+    assert drafters_of("tiny") == ["parallel"]
+    assert find_checkpoint("tiny").file("training.json") == shipped / "training.json"
+    assert find_checkpoint(plain.folder / "tiny.gguf").file("training.json") is None
+    loaded = MultiTokenModel.load("tiny")
+    assert loaded.n_heads == 3 and loaded.conditioned
+    weight, expected = loaded.heads[0].mlp.up_proj.weight, trained.heads[0].mlp.up_proj.weight
+    torch.testing.assert_close(weight, expected, atol=float(expected.detach().abs().max()) / 128, rtol=0)
+    assert not torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("name", sources.KNOWN)
+def test_what_ships_is_small(name: str) -> None:
+    """At most 20 MB for a model, whatever ships for it by now."""
+    folder = sources.KNOWN[name].drafters
+    assert folder is not None and folder.parent == Path(sources.__file__).parent
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 20_000_000
 
 
 def test_known_model_that_cannot_be_fetched(

@@ -126,6 +126,27 @@ def test_drafters_gather_beside_a_frozen_base(base: Path, data: list[str], tmp_p
         assert (tmp_path / "half" / file).is_file()
 
 
+def test_packed(base: Path, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Drafters at 8 bits, counts and record, and no base; what holds no drafter, or a folder that is there, is not."""
+    heads, packed = tmp_path / "heads", tmp_path / "packed"
+    assert main(["heads", str(base), *data, "--out", str(heads), "--freeze-base", *SMALL]) == 0
+    assert main(["counts", str(heads), *data, "--min-counts", "1,1,1"]) == 0
+    assert main(["pack", str(heads), "--out", str(packed)]) == 0
+    assert sorted(path.name for path in packed.iterdir()) == ["cooccurrence.npz", "heads.safetensors", "training.json"]
+    assert (packed / "training.json").read_bytes() == (heads / "training.json").read_bytes()
+    trained, stored = MultiTokenModel.read(heads), MultiTokenModel.read(packed)
+    assert stored[1] == trained[1] and stored[0].keys() == trained[0].keys()
+    for name, tensor in stored[0].items():
+        torch.testing.assert_close(tensor, trained[0][name], atol=float(tensor.abs().max()) / 128, rtol=0)
+    assert load_file(packed / "heads.safetensors")["2.mlp.dense_h_to_4h.weight"].dtype == torch.int8
+    capsys.readouterr()
+    for arguments, says in (((base, tmp_path / "new"), "is not a multi-token"), ((heads, packed), "is not empty")):
+        assert main(["pack", str(arguments[0]), "--out", str(arguments[1])]) == 1
+        errors = capsys.readouterr().err.strip()
+        assert errors.startswith("dynamo-train: error: ") and says in errors and "\n" not in errors
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_trained_base_leaves_the_drafters_of_the_old_one_behind(base: Path, data: list[str], tmp_path: Path) -> None:
     heads, out = tmp_path / "heads", tmp_path / "joint"
     assert main(["heads", str(base), *data, "--out", str(heads), "--freeze-base", *SMALL]) == 0

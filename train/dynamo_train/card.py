@@ -15,12 +15,10 @@ from dynamo_runtime.files import write_whole
 
 from .corpus import PACKAGE, held_out_documents
 from .parallel import ModifiedCLM
-from .pipeline import BASE, read_record
+from .pipeline import BASE, CARD_FILE, FIGURES_FILE, read_record
 from .registry import DRAFTERS
 from .tokens import validation_batches
 
-CARD_FILE = "README.md"
-FIGURES_FILE = "figures.json"
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 64, 64, 96
 
 

@@ -39,7 +39,7 @@ from .tokens import END_OF_TEXT, TokenStreams, sha256_of, tokenize_corpus, train
 
 logger = logging.getLogger(__name__)
 
-RECORD_FILE = "training.json"
+RECORD_FILE, CARD_FILE, FIGURES_FILE = "training.json", "README.md", "figures.json"
 BASE = "base"
 """The stage of a base that was trained from scratch; that of a drafter has the name of its command."""
 
@@ -201,6 +201,28 @@ def convert(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
         for path in checkpoint.iterdir():
             if path.is_file() and not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
+
+
+def pack(checkpoint: Path, out: Path) -> None:
+    """Copy what a checkpoint adds to its base, with matrices at 8 bits, and leave the base out.
+
+    Args:
+        checkpoint: folder of a base with drafters, and perhaps n-gram counts, record and card.
+        out: the new folder; what a model that goes by a name ships with.
+
+    Raises:
+        TrainingError: there is no drafter, or ``out`` is not new.
+    """
+    kinds = drafters_of(checkpoint)
+    if not kinds:
+        raise TrainingError(f"'{checkpoint}' is not a multi-token checkpoint folder")
+    _refuse_existing(out)
+    with _new_folder(out) as folder:
+        for drafter in map(DRAFTERS.__getitem__, kinds):
+            drafter.write(folder, *drafter.read(checkpoint), eight_bits=True)
+        for file in (cooccurrence.FILE, RECORD_FILE, CARD_FILE, FIGURES_FILE):
+            if beside := find_checkpoint(checkpoint).file(file):
+                shutil.copyfile(beside, folder / file)
 
 
 def read_record(name: str | Path | Checkpoint) -> dict[str, Any]:

@@ -93,6 +93,12 @@ def _card(arguments: argparse.Namespace) -> None:
     write_card(arguments.out, arguments.data, arguments.held_out_percent)
 
 
+def _pack(arguments: argparse.Namespace) -> None:
+    from .pipeline import pack
+
+    pack(arguments.checkpoint, arguments.out)
+
+
 def _default(arguments: argparse.Namespace) -> None:
     from .default import train_default
 
@@ -173,6 +179,11 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("out", type=Path, metavar="checkpoint")
     add_job(card, out=False)
     card.set_defaults(run=_card)
+
+    packing = commands.add_parser("pack", help="copy a checkpoint's drafters at 8 bits, without the base")
+    packing.add_argument("checkpoint", type=Path)
+    packing.add_argument("--out", type=Path, required=True, help="new folder for drafters, n-gram counts and record")
+    packing.set_defaults(run=_pack)
 
     default = commands.add_parser("default", help="rebuild the model that ships with the package")
     default.add_argument("--out", type=Path, required=True, help="new folder for the result")
