@@ -100,8 +100,8 @@ def _figures(name: str, heads: TokenHeads, recipe: Recipe, arguments: argparse.N
         objective = heads.objective(Start(checkpoint, load_base(checkpoint), lambda: streams, arguments.work), recipe)
         start = time.process_time()
         outcome = train(objective, streams, recipe, folder)
-        figures = outcome.figures | {"processor_seconds": time.process_time() - start}
-        write_whole(done, json.dumps(figures, indent=1) + "\n")
+        found = outcome.figures | {"processor_seconds": time.process_time() - start}
+        write_whole(done, json.dumps(found, indent=1) + "\n")
     figures: dict[str, float] = json.loads(done.read_text())
     return figures
 
@@ -116,7 +116,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         cells = [f"{figures['greedy_tokens_a_pass']:.2f}", f"{figures['tokens_a_pass']:.2f}"]
         cells += [f"{figures[f'greedy_{i}']:.3f}" for i in heads]
         lines.append([name, *cells, *(f"{figures[f'ppl_{i + 1}']:.1f}" for i in heads)])
-    return Table("", header, lines).markdown()
+    return Table("Held-out text", header, lines).markdown()
 
 
 if __name__ == "__main__":

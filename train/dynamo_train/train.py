@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from dynamo_model import CheckpointError
+from dynamo_model.sources import KNOWN
 from dynamo_runtime.cli.arguments import add_version
 from dynamo_runtime.cli.ending import open_streams
 from dynamo_runtime.errors import DynamoError
@@ -27,6 +28,8 @@ from .arguments import (
 )
 from .errors import TrainingError
 from .registry import DRAFTERS
+
+EMBEDDED = "embedded"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,9 +103,18 @@ def _pack(arguments: argparse.Namespace) -> None:
 
 
 def _default(arguments: argparse.Namespace) -> None:
-    from .default import train_default
+    if arguments.name == EMBEDDED:
+        if arguments.data is not None:
+            raise TrainingError(f"the {EMBEDDED} model has a text of its own: leave --data out")
+        from .default import train_default
 
-    train_default(arguments.out, work_of(arguments))
+        train_default(arguments.out, work_of(arguments))
+    elif arguments.data is None:
+        raise TrainingError(f"give --data CORPUS: text of {arguments.name}'s own, as `dynamo-train texts` writes it")
+    else:
+        from .known import train_known
+
+        train_known(arguments.name, arguments.data, arguments.out, work_of(arguments))
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:
@@ -185,7 +197,15 @@ def _parser() -> argparse.ArgumentParser:
     packing.add_argument("--out", type=Path, required=True, help="new folder for drafters, n-gram counts and record")
     packing.set_defaults(run=_pack)
 
-    default = commands.add_parser("default", help="rebuild the model that ships with the package")
+    default = commands.add_parser("default", help="rebuild what ships with the package")
+    default.add_argument(
+        "name",
+        nargs="?",
+        choices=(EMBEDDED, *KNOWN),
+        default=EMBEDDED,
+        help="the model that is embedded, or the heads of a model that is known by name (default: %(default)s)",
+    )
+    default.add_argument("--data", help="for the heads: text of the model's own")
     default.add_argument("--out", type=Path, required=True, help="new folder for the result")
     default.add_argument("--work", type=Path, help="tokens and checkpoints (default: OUT-work)")
     default.set_defaults(run=_default)
