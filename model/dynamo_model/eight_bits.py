@@ -3,7 +3,8 @@
 Every matrix is kept as whole numbers in blocks of 64 along its inputs, with one scale a block, by the very rule of the
 kernels that an int8 bundle runs on: the number of largest magnitude, with its sign, becomes -128.  Read back, that
 number is exactly -128 scales, so that rounding once more, as the export does, finds the same scale and the same whole
-numbers.  A scale a row, or blocks that are made otherwise, would be rounded twice.
+numbers, ties in magnitude aside.  A scale a row, or blocks that are made otherwise, would be rounded twice; so are
+matrices that the export multiplies by the norm in front of them.
 """
 
 from __future__ import annotations
