@@ -36,7 +36,7 @@ KNOWN_DRAFTERS = {
     "smollm2": KnownDrafters(
         heads=TokenHeads(4, draft_vocab=8192, condition=True, init="copied", cache=True, loss="kl"),
         recipe=Recipe(
-            steps=1200,
+            steps=1000,
             sequences=8,
             length=512,
             micro_batch=8,
