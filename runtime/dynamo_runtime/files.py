@@ -23,7 +23,7 @@ LOCK, OLD, SWAPPED = "lock", "old", "swapped"  # what may lie in it besides new 
 WAIT_SECONDS = 2.0  # for a process that is between two renames
 
 
-def write_whole(path: Path, content: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file that is there only once it is whole.
 
     Raises:
@@ -32,7 +32,7 @@ def write_whole(path: Path, content: str) -> None:
     check_writable(path)
     try:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(content, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         _sync(temporary)
         os.replace(temporary, path)
     except OSError as error:

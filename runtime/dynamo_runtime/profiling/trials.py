@@ -14,6 +14,7 @@ from ..device.profile import Backoff, DrafterRuns, Quantiles, StrategyRun
 from ..engine import Engine
 from ..errors import ProfileError
 from ..interval import Interval
+from ..lookup import Lookup
 from ..parameters import SamplingParameters
 from ..registry import can_draft
 from ..sampling import Context
@@ -139,6 +140,9 @@ def look_outside(trials: Trials, drafter: DrafterRuns | None = None) -> Outside:
     plain = _outside_ms(trials, Autoregressive.name)
     found.overhead = sum(spent for spent, _ in plain) / sum(drafts + 1 for _, drafts in plain)
     if not can_draft(bundle):
+        if bundle.lossless:
+            repeated = _outside_ms(trials, Speculative(bundle, bundle.parameters()))
+            found.drafting = _a_draft_ms(repeated, found.overhead)
         return found
     drafting = []
     for greedy in (False, True):
@@ -147,11 +151,22 @@ def look_outside(trials: Trials, drafter: DrafterRuns | None = None) -> Outside:
         recorded = _Recorded(bundle, parameters)
         drafting += _outside_ms(trials, recorded)
         found.judged[greedy] = recorded.judged
-    drafts = sum(drafts for _, drafts in drafting)
     a_round, a_draft = (0.0, 0.0) if drafter is None else _in_python(drafter)
-    spent = sum(spent - found.overhead - a_round - a_draft * drafts for spent, drafts in drafting)
-    found.drafting = max(spent / max(drafts, 1), 0.0)
+    found.drafting = _a_draft_ms(drafting, found.overhead + a_round, a_draft)
     return found
+
+
+def _a_draft_ms(rounds: Sequence[tuple[float, int]], a_round: float, inside: float = 0.0) -> float:
+    """Milliseconds of a draft in Python.
+
+    Args:
+        rounds: See `_outside_ms`.
+        a_round: Of every round, whatever it drafts.
+        inside: Of a draft, in what is counted elsewhere.
+    """
+    drafts = sum(drafts for _, drafts in rounds)
+    spent = sum(spent - a_round - inside * drafts for spent, drafts in rounds)
+    return max(spent / max(drafts, 1), 0.0) if drafts else 0.0
 
 
 def _in_python(drafter: DrafterRuns) -> tuple[float, float]:
@@ -200,9 +215,12 @@ def run_strategies(trials: Trials, seconds: float) -> list[StrategyRun]:
         for depth in range(1, engine.bundle.topology.n_tokens):
             name = f"speculative, {depth} draft{'s' * (depth > 1)}"
             ways[name] = Way(engine, {"strategy": Speculative.name, "draft_tokens": depth})
+    if engine.bundle.lossless:
+        ways["speculative, lookup"] = Way(engine, {"strategy": Speculative.name, "drafter": Lookup.name})
+    if engine.bundle.lossless or can_draft(engine.bundle):
         ways["auto"] = Way(engine, {"strategy": Auto.name})
-        if _allows_dynamo(engine):
-            ways["dynamo"] = Way(engine, {"strategy": Dynamo.name})
+    if _allows_dynamo(engine):
+        ways["dynamo"] = Way(engine, {"strategy": Dynamo.name})
     return _take_turns(ways, trials, seconds)
 
 
@@ -270,7 +288,17 @@ def _summary(name: str, samples: Sequence[Sample], plain: Sequence[Sample]) -> S
         ratio=_interval((tokens * plain_seconds) / (seconds * plain_tokens)),
         acceptance=[float(rate) for rate in accepted[:depth] / proposed[:depth]],
         between_tokens=Quantiles(p50, p90, p99, len(gaps)),
+        drafters=_by_drafter([sample.statistics for sample in samples]),
     )
+
+
+def _by_drafter(texts: Sequence[Statistics]) -> dict[str, list[int]]:
+    """See `StrategyRun.drafters`."""
+    names = sorted({name for text in texts for name in text.proposed_by})
+    return {
+        name: [sum(text.proposed_by[name] for text in texts), sum(text.accepted_by[name] for text in texts)]
+        for name in names
+    }
 
 
 def _decoded(statistics: Statistics) -> tuple[int, float]:
