@@ -6,7 +6,7 @@ The first table follows texts behind 8,192 tokens of context, a token at a time,
 standard library as tokens of the bundle, and made-up texts that are hard on hash chains.  The second decodes prompts
 greedily with every way to draft in turn; "in vain" is what rows of repeated tokens cost and did not give back, as a
 share of the time, both by the curve that `auto` plans with.  The third says how often repeated tokens were right, by
-the length of the match: what the rates in `dynamo_runtime.device.tuning` are to be compared with.
+the length of the match: what the usual rates in `dynamo_runtime.repeat_rates` are to be compared with.
 """
 
 from __future__ import annotations

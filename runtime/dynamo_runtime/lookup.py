@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .device.acceptance import RepeatRates
 from .drafting import NO_GUESS, NOTHING, Guesses, Passed, Repeat
+from .repeat_rates import RepeatRates
 from .repeats import Found, Occurrences, Trail
 from .sampling import Candidates, Context
 

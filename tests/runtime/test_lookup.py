@@ -27,7 +27,7 @@ from dynamo_runtime import (
     verification,
 )
 from dynamo_runtime.cli.run import main
-from dynamo_runtime.device.acceptance import Acceptances, Expected, RepeatRates
+from dynamo_runtime.device.acceptance import Acceptances
 from dynamo_runtime.device.copying import Copying
 from dynamo_runtime.device.costs import Knowledge, Prior
 from dynamo_runtime.device.tuning import DEFAULT
@@ -36,6 +36,7 @@ from dynamo_runtime.earlier import load_earlier
 from dynamo_runtime.lookup import Lookup
 from dynamo_runtime.parallel import ParallelDrafter
 from dynamo_runtime.parameters import SamplingParameters
+from dynamo_runtime.repeat_rates import Expected, RepeatRates
 from dynamo_runtime.repeats import Occurrences
 from dynamo_runtime.verification import Draft, verify
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..repeat_rates import Expected
 from .tuning import DEFAULT, Tuning
 
 Counts = Mapping[tuple[int, int], tuple[int, int]]
@@ -19,10 +20,6 @@ def bin_of(confidence: float, bins: int = DEFAULT.bins) -> int:
 def middle_of(index: int, bins: int = DEFAULT.bins) -> float:
     """Confidence in the middle of a bin."""
     return (index + 0.5) / bins
-
-
-class Expected(float):
-    """A confidence that is an expected acceptance already: what became of such drafts is in it."""
 
 
 @dataclass
@@ -155,48 +152,3 @@ class Acceptances:
         """Of a kind of drafts, where `assumed` is what one would think without counts of seen and accepted."""
         seen, accepted = (sum(count[i] for count in counts) for i in (0, 1))
         return Record(self._tuning, seen, accepted).rate(assumed)
-
-
-class RepeatRates:
-    """How often a text goes on as it did where its last tokens stood before.
-
-    By how many tokens agree, and by whether it went on in the same way at the two latest places. What one kind of match
-    turns out to be worth tells about the others too: some texts repeat themselves and others do not.
-    """
-
-    def __init__(self, tuning: Tuning = DEFAULT):
-        """Begin with what is usual.
-
-        Args:
-            tuning: What that is, and how fast it is learnt.
-        """
-        self._tuning = tuning
-        self._usual = [rate for kinds in tuning.repeats for rate in kinds]
-        self._seen, self._right = [0.0] * len(self._usual), [0.0] * len(self._usual)
-        self._all_right = self._all_expected = tuning.repeats_weight
-
-    def add(self, length: int, agreement: int, right: bool) -> None:
-        """Count what became of a match: arguments of `of`, and whether the text went on as it did there."""
-        kind = _LENGTHS[min(length, len(_LENGTHS) - 1)] * 3 + agreement
-        memory = self._tuning.memory
-        self._seen[kind] = self._seen[kind] * memory + 1.0
-        self._right[kind] = self._right[kind] * memory + right
-        rest = (1 - memory) * self._tuning.repeats_weight
-        self._all_right = self._all_right * memory + right + rest
-        self._all_expected = self._all_expected * memory + self._usual[kind] + rest
-
-    def of(self, length: int, agreement: int) -> Expected:
-        """Expected acceptance of the token behind a match.
-
-        Args:
-            length: Tokens that agree, two or more.
-            agreement: Whether there is no other place of that length (0), or one that went on likewise (1) or not (2).
-        """
-        kind = _LENGTHS[min(length, len(_LENGTHS) - 1)] * 3 + agreement
-        hoped = min(self._usual[kind] * min(self._all_right / self._all_expected, 1.0), 1.0)
-        weight = self._tuning.prior_weight
-        return Expected((hoped * weight + self._right[kind]) / (weight + self._seen[kind]))
-
-
-_LENGTHS = [0, 0, 0, 1, 2, *[3] * 3, *[4] * 8, *[5] * 16, 6]
-"""Row of `Tuning.repeats` for the length of a match; the last one is for all that are longer."""

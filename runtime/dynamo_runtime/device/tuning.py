@@ -8,17 +8,6 @@ def _row_shares() -> dict[str, float]:
     return {"fp32": 0.14, "fp16": 0.14, "int8": 0.25, "int8-dynamic": 0.25, "int4": 0.35}
 
 
-_REPEATS = (
-    (0.35, 0.65, 0.20),  # two tokens agree
-    (0.45, 0.70, 0.22),  # three
-    (0.55, 0.78, 0.28),  # four
-    (0.63, 0.84, 0.32),  # five to seven
-    (0.72, 0.88, 0.34),  # eight to fifteen
-    (0.82, 0.93, 0.35),  # sixteen to thirty-one
-    (0.92, 0.97, 0.42),  # more
-)
-
-
 @dataclass(frozen=True)
 class Tuning:
     """What is decided by a number and not by a measurement of the device at hand.
@@ -58,10 +47,6 @@ class Tuning:
         untried: What a kind of drafts never tried is hoped to be, between its own kind of confidence and its depth. By
             hand; without hope it never would be tried.
         recent_look: Weight of a pass after a stretch without drafts, as the one before may be long ago. By hand.
-        repeats: How often a text goes on as it did where its last tokens stood before, by how many agree, and by
-            whether there is one such place, another that went on likewise, or another that did not. By hand, below what
-            answers of SmolLM2 had.
-        repeats_weight: Tokens that must have been foreseen or not to count as much as `repeats` as a whole. By hand.
         vain: Share of the time that may go into rows of repeated tokens and not be won back. The aim of the plan.
         vain_passes: Plain passes whose time counts as spent when a text begins: what may be tried at once. By hand.
         vain_savings: Plain passes' time that such rows may lose again of what they gained. By hand.
@@ -92,8 +77,6 @@ class Tuning:
     accepted: float = 0.5
     untried: float = 0.5
     recent_look: float = 0.5
-    repeats: tuple[tuple[float, float, float], ...] = _REPEATS
-    repeats_weight: float = 4.0
     vain: float = 0.01
     vain_passes: float = 64.0
     vain_savings: float = 2.0
