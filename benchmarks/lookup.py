@@ -4,8 +4,8 @@
 
 The first table follows texts behind 8,192 tokens of context, a token at a time, without any model: modules of the
 standard library as tokens of the bundle, and made-up texts that are hard on hash chains.  The second decodes prompts
-greedily with every way to draft in turn; "in vain" is what rows of repeated tokens cost and did not give back, as a
-share of the time, both by the curve that `auto` plans with.  The third says how often repeated tokens were right, by
+with every way to draft in turn; "rows won" is what rows of repeated tokens gave beyond their costs, as a share of the
+time, both by the curve that `auto` plans with.  The third says how often repeated tokens were right, by
 the length of the match: what the usual rates in `dynamo_runtime.repeat_rates` are to be compared with.
 """
 
@@ -53,6 +53,7 @@ ANSWERED = {
         "Why do leaves change their colour in autumn?",
     ),
 }
+SAMPLED = "from scratch, T 1"
 CONTINUED = {
     "editing": (f"# The class:\n{_MODULE}\n# The same class with a method withdraw:\n",),
     "from scratch": ("import os\n\ndef walk(path):\n    ", "class Stack:\n    def __init__(self):\n"),
@@ -134,7 +135,7 @@ def decode(
                     prompt = engine.bundle.chat_template.encode(said, control).encoded.ids
                 texts = set()
                 for way in list(WAYS) if turn % 2 else reversed(list(WAYS)):
-                    text, cost = _decode_once(engine, prompt, way, new_tokens)
+                    text, cost = _decode_once(engine, prompt, way, new_tokens, 1.0 if kind == SAMPLED else 0.0)
                     texts.add(text)
                     if turn:
                         rows[kind, way].update(cost)
@@ -149,7 +150,7 @@ def decode(
                 "way": way,
                 "tokens_per_pass": sums["tokens"] / sums["passes"],
                 "ratio": sums["tokens"] / sums["seconds"] / (plain["tokens"] / plain["seconds"]),
-                "vain": sums["lost"] / sums["time"] if sums["time"] else 0.0,
+                "won": sums["gained"] / sums["time"] if sums["time"] else 0.0,
                 "drafters": {
                     name[9:]: (sums[f"accepted {name[9:]}"], sums[name])
                     for name in sums
@@ -161,23 +162,23 @@ def decode(
 
 
 def _decode_once(
-    engine: Engine, prompt: str | list[int], way: str, new_tokens: int
+    engine: Engine, prompt: str | list[int], way: str, new_tokens: int, temperature: float
 ) -> tuple[tuple[int, ...], Counter[str]]:
     """One text, and what it cost."""
     engine.reset()
-    parameters = engine.bundle.parameters({"temperature": 0.0})
+    parameters = engine.bundle.parameters({"temperature": temperature})
     options = WAYS[way]
     strategy = make_strategy(
         options["strategy"], engine.bundle, parameters, drafter=options.get("drafter"), knowledge=engine.knowledge
     )
-    written = engine.generate(prompt, strategy=strategy, max_new_tokens=new_tokens, ignore_eos=True)
+    written = engine.generate(prompt, strategy=strategy, max_new_tokens=new_tokens, seed=0, ignore_eos=True)
     cost, found = written.statistics, Counter[str]()
     found["tokens"] = cost.new_tokens - cost.first_tokens
     found["passes"] = cost.rounds - 1
     found["seconds"] = cost.total_s - cost.ttft_s  # type: ignore[assignment]
     if isinstance(strategy, Auto) and strategy.copying is not None:
         found["time"] = strategy.copying.time  # type: ignore[assignment]
-        found["lost"] = strategy.copying.lost  # type: ignore[assignment]
+        found["gained"] = strategy.copying.gained  # type: ignore[assignment]
     found.update({f"proposed {name}": count for name, count in cost.proposed_by.items()})
     found.update({f"accepted {name}": count for name, count in cost.accepted_by.items()})
     return tuple(written.tokens), found
@@ -222,13 +223,13 @@ def show(costs: Mapping[str, Mapping[str, float]], rows: Sequence[Mapping[str, A
         lines.append(f"| {name} | {' | '.join(f'{figure:.1f}' for figure in figures)} |")
     lines += [
         "",
-        "| prompts | way | tokens/pass | tokens/s ÷ plain | in vain | accepted |",
+        "| prompts | way | tokens/pass | tokens/s ÷ plain | rows won | accepted |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         by = ", ".join(f"{name} {accepted} of {count}" for name, (accepted, count) in row["drafters"].items())
-        vain = f"{row['vain']:.1%}" if row["way"].startswith("auto") else "–"
-        shown = f"{row['tokens_per_pass']:.2f} | {row['ratio']:.2f} | {vain} | {by or '–'}"
+        won = f"{row['won']:+.1%}" if row["way"].startswith("auto") else "–"
+        shown = f"{row['tokens_per_pass']:.2f} | {row['ratio']:.2f} | {won} | {by or '–'}"
         lines.append(f"| {row['kind']} | {row['way']} | {shown} |")
     lines += ["", "| match of | right |", "|---|---|"]
     lines += [f"| {name} | {ours / seen:.2f} ({seen}) |" for name, (ours, seen) in right.items()]
@@ -245,13 +246,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    prompts = ANSWERED if arguments.chat else CONTINUED
+    prompts = dict(ANSWERED if arguments.chat else CONTINUED)
+    prompts[SAMPLED] = prompts["from scratch"]
     with Engine(arguments.bundle, threads=arguments.threads) as engine:
         costs = {name: follow(text) for name, text in texts_to_follow(engine).items()}
         rows = decode(engine, prompts, arguments.chat, arguments.rounds, arguments.new_tokens)
         right = rates(engine, prompts, arguments.chat, arguments.new_tokens)
         planned = "its profile" if engine.profile else "rules of thumb, as it has not been profiled"
-        name = f"{arguments.bundle.resolve().name}, {engine.bundle.precision}"
+        name = f"{arguments.bundle.absolute().name}, {engine.bundle.precision}"
     conditions = f"{name}; planned by {planned}. {describe_machine()}."
     print(f"{show(costs, rows, right)}\n\n{conditions}")
     if arguments.json:

@@ -244,7 +244,7 @@ class Auto(Speculative):
         lookup, copying = self._lookup, self.copying
         if lookup is None or copying is None:
             return NO_CHAIN
-        copying.judged(drafts, passed.accepted)
+        copying.judged(drafts, passed.final)
         lookup.follow(passed)
         return copying.chain(lookup.ahead(), len(passed.context.tokens), self._parameters.draft_confidence)
 

@@ -217,10 +217,23 @@ def test_a_text_that_does_not_repeat_itself_loses_a_hundredth_at_most() -> None:
         for past in range(500):
             sure = iter([Repeat(1, Expected(0.99))] * 15)
             drafts = copying.chain(sure, past).drafts
-            copying.judged(drafts, 0)
-            cost = costs.step(1 + len(drafts), False, past) + DEFAULT.drafting_ms * len(drafts)
+            copying.judged(drafts, [2])
+            cost = costs.step(1 + len(drafts), False, past)
             extra, spent, fed = extra + cost - 1.0, spent + cost, fed + len(drafts)
         assert fed > 0 and extra <= 0.01 * spent
+
+
+def test_what_was_not_fed_is_forgiven_as_far_as_it_would_have_paid() -> None:
+    costs = Prior(1.0, 0.0, 0.3, 0.0, 0.0)
+    for written, lost in (([1, 2, 3], 0.0), ([1, 9, 9], 0.64 - 1.0 + 0.9), ([9, 9, 9], 0.64)):
+        copying = Copying(costs, 3, "lookup")
+        copying.lost = copying.most
+        sure = [Repeat(token, Expected(0.99)) for token in (1, 2, 3)]
+        assert copying.chain(iter(sure), 0).drafts == []
+        for token in written:
+            copying.judged([], [token])
+        assert (copying.most, copying.lost) == pytest.approx((0.64, lost))
+        assert bool(copying.chain(iter(sure), 0).drafts) == (lost == 0)
 
 
 def test_rates_are_learnt_without_feeding_anything() -> None:
@@ -240,13 +253,13 @@ def test_the_chain_is_the_one_with_the_most_tokens_a_millisecond() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         row, depth = rng.uniform(0.02, 0.6), 8
-        costs = Prior(1.0, 0.0, row, 0.05, 0.01)
+        costs = Prior(1.0, 0.0, row, 0.7, 0.1)
         expected = rng.uniform(0.2, 1.0, depth)
         copying = Copying(costs, depth, "lookup")
         copying.lost = -100.0
         chain = copying.chain(iter([Repeat(7, Expected(each)) for each in expected]), 0)
         tokens = 1 + np.concatenate([[0.0], np.cumsum(np.cumprod(expected))])
-        spent = 1.01 + np.arange(depth + 1) * (row + 0.05)
+        spent = 1.1 + np.arange(depth + 1) * (row + DEFAULT.repeat_share * 0.1)
         best = int(np.argmax(tokens / spent))
         assert len(chain.drafts) == best
         assert chain.gain == pytest.approx(tokens[best] - spent[best] / spent[0])

@@ -40,7 +40,13 @@ class Copying:
     """Decides, for one text, how much of what it repeats a pass is to be fed.
 
     It keeps account of what such rows cost and what they gave, in milliseconds of the device's curve. No row is fed
-    that could make them a loss of more than `Tuning.vain` of the time, whatever is expected of it.
+    that could make them a loss of more than `Tuning.vain` of the time, whatever is expected of it. What would have been
+    fed is then compared with what is written, which costs nothing: as far as it would have paid, the loss is forgiven.
+
+    Attributes:
+        time: Of the passes so far.
+        lost: What rows cost and did not give, as far as it counts; below 0 what may be lost again.
+        gained: What all rows gave beyond their costs.
     """
 
     def __init__(self, costs: Costs, depth: int, source: str, tuning: Tuning = DEFAULT):
@@ -53,9 +59,10 @@ class Copying:
             tuning: How much may be lost.
         """
         self._costs, self._depth, self._source, self._tuning = costs, depth, source, tuning
-        self._drafting = costs.drafting or tuning.drafting_ms
-        self.time = 0.0
-        self.lost = 0.0
+        self._drafting = tuning.repeat_share * costs.overhead
+        self.time = self.lost = self.gained = 0.0
+        self._unfed: list[int] = []  # what would have been fed, had it not been too much to lose
+        self._foreseen = 0  # tokens of it that have been written
         self._turn_to(0)
 
     @property
@@ -68,23 +75,30 @@ class Copying:
         """Whether a row may be fed."""
         return self.affords(self._cost[1] - self._cost[0])
 
+    @property
+    def most(self) -> float:
+        """Milliseconds that may be lost by now."""
+        return self._tuning.vain * max(self.time, self._tuning.vain_passes * self._cost[0])
+
     def affords(self, rows: float) -> bool:
         """Whether so many milliseconds of rows may be lost."""
-        spent = max(self.time, self._tuning.vain_passes * self._cost[0])
-        return self.lost + rows <= self._tuning.vain * spent
+        return self.lost + rows <= self.most
 
-    def judged(self, drafts: Sequence[Draft], accepted: int) -> None:
+    def judged(self, drafts: Sequence[Draft], final: Sequence[int]) -> None:
         """Settle a pass.
 
         Args:
             drafts: It was fed, of whatever source.
-            accepted: How many of them stand.
+            final: What became final: those that stand, and one token more.
         """
-        cost = self._cost
+        if self._unfed:
+            self._compare(final)
+        cost, accepted = self._cost, len(final) - 1
         self.time += cost[min(len(drafts), self._depth)]
         for place, draft in enumerate(drafts[: self._depth]):
             if draft.source == self._source:
-                self.lost += cost[place + 1] - cost[place] - cost[0] * (place < accepted)
+                gain = cost[0] * (place < accepted) - cost[place + 1] + cost[place]
+                self.lost, self.gained = self.lost - gain, self.gained + gain
         self.lost = max(self.lost, -self._tuning.vain_savings * cost[0])
 
     def chain(self, repeats: Iterator[Repeat], past: int, least: float = 0.0) -> Chain:
@@ -97,19 +111,35 @@ class Copying:
         """
         if past // self._tuning.past_step != self._block:
             self._turn_to(past)
-        cost, drafts, kept = self._cost, list[Draft](), 0
-        certain = tokens = most = 1.0
-        best, least = self.plain, max(least, _HOPELESS)
+        cost, drafts, expected = self._cost, list[Draft](), [1.0]
+        certain, best, wanted, least = 1.0, self.plain, 0, max(least, _HOPELESS)
         for repeat in itertools.islice(repeats, self._depth):
             certain *= repeat.expected
-            tokens += certain
-            drafts.append(Draft(repeat.token, None, repeat.expected, self._source))
-            after = cost[len(drafts)]
-            if certain < least or not self.affords(after - cost[0]):
+            if certain < least:
                 break
-            if tokens > best * after:
-                kept, best, most = len(drafts), tokens / after, tokens
-        return Chain(drafts[:kept], best, most - cost[kept] * self.plain)
+            drafts.append(Draft(repeat.token, None, repeat.expected, self._source))
+            expected.append(expected[-1] + certain)
+            if expected[-1] > best * cost[len(drafts)]:
+                wanted, best = len(drafts), expected[-1] / cost[len(drafts)]
+        kept = wanted
+        while kept and not self.affords(cost[kept] - cost[0]):
+            kept -= 1
+        if kept:
+            self._unfed = []
+        elif wanted and not self._unfed:
+            self._unfed, self._foreseen = [draft.token for draft in drafts[:wanted]], 0
+        return Chain(drafts[:kept], expected[kept] / cost[kept], expected[kept] - cost[kept] * self.plain)
+
+    def _compare(self, final: Sequence[int]) -> None:
+        """Compare what was not fed with what is written, and settle it as if it had been fed when that is known."""
+        unfed = self._unfed
+        for token in final:
+            right = token == unfed[self._foreseen]
+            self._foreseen += right
+            if not right or self._foreseen == len(unfed):
+                gain = self._foreseen * self._cost[0] - self._cost[len(unfed)] + self._cost[0]
+                self.lost, self._unfed = min(max(self.lost - gain, 0.0), self.most), []
+                return
 
     def _turn_to(self, past: int) -> None:
         """Look up what passes cost behind about so many positions, with 0, 1, … drafts."""

@@ -140,9 +140,6 @@ def look_outside(trials: Trials, drafter: DrafterRuns | None = None) -> Outside:
     plain = _outside_ms(trials, Autoregressive.name)
     found.overhead = sum(spent for spent, _ in plain) / sum(drafts + 1 for _, drafts in plain)
     if not can_draft(bundle):
-        if bundle.lossless:
-            repeated = _outside_ms(trials, Speculative(bundle, bundle.parameters()))
-            found.drafting = _a_draft_ms(repeated, found.overhead)
         return found
     drafting = []
     for greedy in (False, True):
@@ -151,22 +148,11 @@ def look_outside(trials: Trials, drafter: DrafterRuns | None = None) -> Outside:
         recorded = _Recorded(bundle, parameters)
         drafting += _outside_ms(trials, recorded)
         found.judged[greedy] = recorded.judged
+    drafts = sum(drafts for _, drafts in drafting)
     a_round, a_draft = (0.0, 0.0) if drafter is None else _in_python(drafter)
-    found.drafting = _a_draft_ms(drafting, found.overhead + a_round, a_draft)
+    spent = sum(spent - found.overhead - a_round - a_draft * drafts for spent, drafts in drafting)
+    found.drafting = max(spent / max(drafts, 1), 0.0)
     return found
-
-
-def _a_draft_ms(rounds: Sequence[tuple[float, int]], a_round: float, inside: float = 0.0) -> float:
-    """Milliseconds of a draft in Python.
-
-    Args:
-        rounds: See `_outside_ms`.
-        a_round: Of every round, whatever it drafts.
-        inside: Of a draft, in what is counted elsewhere.
-    """
-    drafts = sum(drafts for _, drafts in rounds)
-    spent = sum(spent - a_round - inside * drafts for spent, drafts in rounds)
-    return max(spent / max(drafts, 1), 0.0) if drafts else 0.0
 
 
 def _in_python(drafter: DrafterRuns) -> tuple[float, float]:
