@@ -1,7 +1,7 @@
 """Text that every user has, or gives.
 
 Serves `dynamo_train` (to train on), `dynamo_quantize` (to calibrate with, and its gates) and `dynamo_evaluate` (to
-measure on); decoding does not need it.
+measure on); decoding needs it where there is to be a draft corpus.
 """
 
 import ast

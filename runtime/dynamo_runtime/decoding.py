@@ -28,12 +28,14 @@ class Round:
         accepted: Those of them, from the first, that are among `tokens`.
         log_probabilities: Of the final tokens that have none yet, in order, as far as the pass tells; empty unless they
             are wanted.
+        sources: Of the drafts that the pass was fed: names of their drafters.
     """
 
     tokens: list[int]
     proposed: int
     accepted: int
     log_probabilities: list[float] = field(default_factory=list)
+    sources: Sequence[str] = ()
 
 
 def reuse_prefix(session: Session, prompt: Sequence[int]) -> int:
@@ -102,7 +104,8 @@ def decode(
             told = unscored + turn.accepted + 1  # rows that tell a final token each
             logs = log_probabilities(step, context.tokens[-unscored - len(final) :][:told])
             unscored = len(turn.tokens) - 1
-        yield Round(final, len(drafts) + turn.weighed, turn.accepted + len(turn.tokens) - 1, logs)
+        sources = [draft.source for draft in drafts]
+        yield Round(final, len(drafts) + turn.weighed, turn.accepted + len(turn.tokens) - 1, logs, sources)
 
 
 def _check(turn: Turn, drafts: int, vocab_size: int, strategy: Strategy) -> None:

@@ -5,10 +5,11 @@ A drafter may guess in any way, as long as a `Draft` tells what it was drawn fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import NoneType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -49,6 +50,13 @@ class Ask:
 
 
 NOTHING = Ask()
+
+
+class Repeat(NamedTuple):
+    """A token that may follow as it did before in the text, and how often such tokens are right."""
+
+    token: int
+    expected: float
 
 
 @dataclass(frozen=True)
@@ -163,25 +171,58 @@ class Combined:
         return candidates if found else None
 
 
+class Repeats(Protocol):
+    """What may follow in a text by what followed in it before: see `lookup.Lookup`."""
+
+    name: str
+    depth: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest match."""
+
+    def follow(self, passed: Passed) -> None:
+        """Take what has become final."""
+
+    def ahead(self) -> Iterator[Repeat]:
+        """What follows the text, one token after the other."""
+
+    def behind(self, chosen: Sequence[int]) -> Repeat | None:
+        """What follows the text and some drafts."""
+
+
 class Proposer:
-    """Chooses drafts among a drafter's guesses.
+    """Chooses drafts among a drafter's guesses, and what the text repeats.
 
     With counts, what the drafter says of a token is multiplied by the co-occurrence mask of the pair that it would end
     (DynaMo, Eq. 3 and 6, whose first token is settled here): ``f(x_i) · (p̂(x_{i-1}, x_i) / p̂(x_i))^α_c``.
     """
 
-    def __init__(self, drafter: Drafter, parameters: SamplingParameters, counts: Cooccurrence | None):
-        """Take a drafter.
+    def __init__(
+        self,
+        drafter: Drafter | None,
+        parameters: SamplingParameters,
+        counts: Cooccurrence | None,
+        *,
+        name: str = "",
+        repeats: Repeats | None = None,
+    ):
+        """Take a drafter, or what repeats, or both: then every draft is of the one that expects more of it.
 
         Args:
             drafter: Whose guesses they are.
             parameters: Those whose names begin with draft_.
             counts: For the mask, or None.
+            name: Of the drafter.
+            repeats: Of the text.
         """
-        self.depth = min(parameters.draft_tokens or drafter.depth, drafter.depth)
-        self._drafter = drafter
+        most = max(each.depth for each in (drafter, repeats) if each is not None)
+        self.depth = min(parameters.draft_tokens or most, most)
+        self.guessed = 0 if drafter is None else min(self.depth, drafter.depth)
+        self._drafter, self._repeats, self._name = drafter, repeats, name
         self._parameters = parameters
         self._counts = counts
+        self._certain = parameters.draft_choice == "argmax"
 
     def propose(
         self,
@@ -189,41 +230,86 @@ class Proposer:
         rng: np.random.Generator,
         worth: Callable[[Sequence[float]], bool],
         further: Callable[[Sequence[float]], bool] = lambda confidences: True,
+        expected: Callable[[int, float], float] = lambda depth, confidence: confidence,
+        *,
+        may_repeat: bool = True,
     ) -> list[Draft]:
         """Draft what follows a pass as far as it is worth while.
 
         That is settled before a draft is drawn, by what is known then: before the drafter is asked about its place, and
         again with what it says of it. If it depended on what was drawn, drafts that are judged would not be
-        distributed as the drafter says, and verification would not be exact.
+        distributed as the drafter says, and verification would not be exact. The same goes for whose draft it is.
 
         Args:
-            passed: The pass.
+            passed: The pass, which `repeats` follows already.
             rng: For sampled drafts.
             worth: From the confidences of all drafts up to the next to whether that is to be drawn.
             further: From the confidences of the drafts there are to whether the drafter is to be asked about the next:
                 what is told the draft before it has to be run for that.
+            expected: From the depth of a draft and the drafter's confidence in it to its expected acceptance.
+            may_repeat: Whether drafts may be what the text repeats.
         """
-        guesses = self._drafter.guess(passed)
+        guesses = None if self._drafter is None else self._drafter.guess(passed)
         drafts: list[Draft] = []
         confidences: list[float] = []
         chosen = [passed.final[-1]]
-        certain = self._parameters.draft_choice == "argmax"
-        while guesses is not None and len(drafts) < self.depth and further(confidences):
-            found = guesses(chosen)
-            if self._counts is not None:
-                found = masked(found, chosen[-1], self._counts, self._parameters.draft_cooccurrence_weight)
-            if len(found.ids) == 0:
+        repeated = self._repeated(self._repeats if may_repeat else None)
+        while len(drafts) < self.depth:
+            if len(drafts) >= self.guessed or (guesses is not None and not further(confidences)):
+                guesses = None
+            found = NO_GUESS if guesses is None else self._masked(guesses(chosen), chosen[-1])
+            confidence = self._confidence(found)
+            repeat = repeated(chosen)
+            is_repeat = repeat is not None and (
+                len(found.ids) == 0 or repeat.expected > expected(len(chosen), confidence)
+            )
+            if len(found.ids) == 0 and not is_repeat:
                 break
-            best = int(np.argmax(found.probabilities))
-            # Of a draft still to be drawn: how likely two draws are the same.
-            agreement = found.probabilities[best] if certain else (found.probabilities**2).sum()
-            confidences.append(float(agreement))
+            confidences.append(repeat.expected if is_repeat and repeat is not None else confidence)
             if not worth(confidences):
                 break
-            index = best if certain else draw(found.probabilities, rng.random())
-            chosen.append(int(found.ids[index]))
-            drafts.append(Draft(chosen[-1], None if certain else found, confidences[-1]))
+            if is_repeat and repeat is not None:
+                assert self._repeats is not None
+                drafts.append(Draft(repeat.token, None, repeat.expected, self._repeats.name))
+            else:
+                drafts.append(self._drawn(found, confidence, rng))
+            chosen.append(drafts[-1].token)
         return drafts
+
+    def _masked(self, found: Candidates, before: int) -> Candidates:
+        if self._counts is None:
+            return found
+        return masked(found, before, self._counts, self._parameters.draft_cooccurrence_weight)
+
+    def _confidence(self, found: Candidates) -> float:
+        """Of a draft still to be drawn: how likely two draws are the same."""
+        if len(found.ids) == 0:
+            return 0.0
+        return float(found.probabilities.max() if self._certain else (found.probabilities**2).sum())
+
+    def _drawn(self, found: Candidates, confidence: float, rng: np.random.Generator) -> Draft:
+        if self._certain:
+            return Draft(int(found.ids[np.argmax(found.probabilities)]), None, confidence, self._name)
+        return Draft(int(found.ids[draw(found.probabilities, rng.random())]), found, confidence, self._name)
+
+    def _repeated(self, repeats: Repeats | None) -> Callable[[Sequence[int]], Repeat | None]:
+        """What the text repeats behind tokens chosen so far, the newest final one first.
+
+        Alone, it is drafted no further than the match behind it is long.
+        """
+        if repeats is None:
+            return lambda chosen: None
+        most = self.depth if self._drafter is not None else min(self.depth, repeats.length)
+        following = list(itertools.islice(repeats.ahead(), most))
+        tokens = [repeat.token for repeat in following]
+
+        def repeated(chosen: Sequence[int]) -> Repeat | None:
+            depth = len(chosen) - 1
+            if list(chosen[1:]) == tokens[:depth]:
+                return following[depth] if depth < len(following) else None
+            return repeats.behind(chosen[1:])
+
+        return repeated
 
 
 def masked(candidates: Candidates, before: int, counts: Cooccurrence, alpha: float) -> Candidates:

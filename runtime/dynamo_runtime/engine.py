@@ -21,6 +21,7 @@ from .device.inspection import device_key
 from .device.plan import threshold_for
 from .device.profile import Profile, cached_path
 from .drafting import Ask, Drafter
+from .earlier import load_earlier
 from .errors import ParameterError, ProfileError, PromptError, printable
 from .parameters import SamplingOptions, SamplingParameters, check_kind, whole
 from .providers import Backend, BackendOptions, log
@@ -78,6 +79,7 @@ class Engine:
         verify: bool = False,
         prefill_chunk: int = PREFILL_CHUNK,
         profile: Profile | None = None,
+        draft_corpus: str | Path | None = None,
         **options: Unpack[BackendOptions],
     ):
         """Load a bundle.
@@ -90,14 +92,17 @@ class Engine:
             prefill_chunk: Most prompt tokens per forward pass: bounds the memory of long prompts.
             profile: What strategy "auto" plans with; None for what `dynamo-profile` has kept of this device and bundle,
                 if anything.
+            draft_corpus: A file of earlier texts, in which the drafter "lookup" looks besides: see `load_earlier`.
             **options: Fields of `Backend` (provider, threads, …), in place of those in `backend`.
 
         Raises:
-            DynamoError: See `load_bundle` and `Session`.
+            DynamoError: See `load_bundle`, `load_earlier` and `Session`.
         """
         self._prefill_chunk = whole("prefill_chunk", prefill_chunk, 1)
         check_kind("bundle", bundle, (Bundle, str, Path), "a bundle or its path")
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle, verify=verify)
+        check_kind("draft_corpus", draft_corpus, (str, Path, NoneType), "the path of a file")
+        self._corpus = None if draft_corpus is None else load_earlier(draft_corpus, self.bundle)
         self.session = Session(self.bundle, backend, max_length=max_length, **options)
         self.backend = self.session.backend
         self.profile = self._kept_profile() if profile is None else profile
@@ -224,8 +229,8 @@ class Engine:
             parameters: In place of the bundle's defaults.
             strategy: "auto", "autoregressive", "dynamo" (whose defaults are the paper's) or "speculative"; or one of
                 your own, which then has its own parameters.
-            drafter: For "auto" and "speculative": a name in `registry.DRAFTERS`, or one of your own; None for the
-                bundle's.
+            drafter: For "auto" and "speculative": a name in `registry.DRAFTERS`, "both", or one of your own. None for
+                the bundle's, with "auto" besides what the text repeats ("both"); "lookup" where the bundle has none.
             max_new_tokens: Exact upper limit; None means until the context is full.
             seed: For reproducible draws; None draws afresh.
             stop: Strings that end the text in front of them; they may have special tokens in them, shown or not.
@@ -350,14 +355,16 @@ class Engine:
     ) -> Strategy:
         """A strategy by name, with what it reads of the parameters."""
         names = {*named, *(parameters.named if parameters else ())}
-        check_reads(name, names, self.bundle, drafter)
+        check_reads(name, names, self.bundle)
         if {TARGET_SPEEDUP, "backoff_threshold"} <= names:
             raise ParameterError("a target speed-up chooses the back-off threshold: give one of them")
         named = dict(named)
         if (target := named.pop(TARGET_SPEEDUP, None)) is not None:
             named["backoff_threshold"] = threshold_for(self.profile, target)
         resolved = parameters_for(name, self.bundle, named, parameters)
-        return make_strategy(name, self.bundle, resolved, processors, drafter=drafter, knowledge=self.knowledge)
+        return make_strategy(
+            name, self.bundle, resolved, processors, drafter=drafter, knowledge=self.knowledge, corpus=self._corpus
+        )
 
 
 def _own(strategy: Strategy) -> Strategy:

@@ -32,10 +32,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     check_writable(path)
     try:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        if isinstance(content, bytes):
-            temporary.write_bytes(content)
-        else:
-            temporary.write_text(content, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         _sync(temporary)
         os.replace(temporary, path)
     except OSError as error:

@@ -1,6 +1,7 @@
 """What one generation cost, in the vocabulary of speculative decoding whatever the strategy."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -18,6 +19,8 @@ class Statistics:
         proposed_at_depth: Draft tokens judged, by their depth: the first is the one behind a round's own token.
             `dynamo` judges its further heads' tokens by confidence, `speculative` by the first head.
         accepted_at_depth: Those of them that became text.
+        proposed_by: Draft tokens judged, by the name of their drafter where it has one.
+        accepted_by: Those of them that became text.
         ttft_s: From the call to the first token.
         total_s: From the call to the end.
         ort_s: Of that, inside onnxruntime, up to the last pass.
@@ -33,13 +36,23 @@ class Statistics:
     steps: Counter[int] = field(default_factory=Counter)
     proposed_at_depth: list[int] = field(default_factory=list)
     accepted_at_depth: list[int] = field(default_factory=list)
+    proposed_by: Counter[str] = field(default_factory=Counter)
+    accepted_by: Counter[str] = field(default_factory=Counter)
     ttft_s: float = 0.0
     total_s: float = 0.0
     ort_s: float = 0.0
     first_tokens: int = 0
     first_ort_s: float = 0.0
 
-    def count_round(self, tokens: int, proposed: int, accepted: int, elapsed_s: float, ort_s: float) -> None:
+    def count_round(
+        self,
+        tokens: int,
+        proposed: int,
+        accepted: int,
+        elapsed_s: float,
+        ort_s: float,
+        sources: Sequence[str] = (),
+    ) -> None:
         """Record a round.
 
         Args:
@@ -48,6 +61,7 @@ class Statistics:
             accepted: Those among `tokens`.
             elapsed_s: Time since the call.
             ort_s: Of that, inside onnxruntime.
+            sources: Names of the drafters of the tokens judged, in their order.
         """
         if self.rounds == 0:
             self.ttft_s, self.first_tokens, self.first_ort_s = elapsed_s, tokens, ort_s
@@ -61,6 +75,9 @@ class Statistics:
         for depth in range(proposed):
             self.proposed_at_depth[depth] += 1
             self.accepted_at_depth[depth] += depth < accepted
+        if sources:
+            self.proposed_by.update(sources)
+            self.accepted_by.update(sources[:accepted])
 
     @property
     def draft_tokens_proposed(self) -> int:
@@ -111,12 +128,20 @@ class Statistics:
             max(decode_s - self.ort_s + self.first_ort_s, 0.0) / decode_s if self.rounds > 1 and decode_s > 0 else 0.0
         )
 
+    def _by_drafter(self) -> str:
+        """What each drafter gave, where there are several."""
+        if len(self.proposed_by) < 2:
+            return ""
+        shares = (f"{name} {self.accepted_by[name]} of {count}" for name, count in sorted(self.proposed_by.items()))
+        return f"; {', '.join(shares)}"
+
     def line(self) -> str:
         """One line for people."""
         steps = " ".join(f"{size}:{count}" for size, count in sorted(self.steps.items())) or "-"
         rates = " ".join(f"{rate:.0%}" for rate in self.acceptance_rate_at_depth)
         drafts = (
-            f", {self.draft_tokens_accepted} of {self.draft_tokens_proposed} draft tokens accepted (by depth {rates})"
+            f", {self.draft_tokens_accepted} of {self.draft_tokens_proposed} draft tokens accepted (by depth {rates}"
+            f"{self._by_drafter()})"
             if self.draft_tokens_proposed
             else ""
         )

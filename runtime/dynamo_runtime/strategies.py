@@ -10,13 +10,15 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from .bundle import Bundle
+from .device.copying import NO_CHAIN, Chain, Copying
 from .device.costs import Knowledge
 from .device.plan import Planner
 from .drafting import NOTHING, Ask, Drafter, Passed, Proposer
 from .dynamo import check_dynamo, choose_first, emitted_length, sample_ngram
 from .errors import ParameterError
 from .parameters import DRAFTS_ONLY, DYNAMO_ONLY, PAPER, TARGET, SamplingParameters
-from .registry import can_draft, make_drafter
+from .registry import make_sources
+from .repeats import Occurrences
 from .sampling import (
     Candidates,
     Context,
@@ -102,6 +104,8 @@ class Speculative:
 
     name = "speculative"
     reads: ClassVar[Collection[str]] = TARGET | DRAFTS_ONLY
+    all_drafters: ClassVar[bool] = False
+    """Whether it takes the text and the bundle's own drafter where it is told none."""
 
     def __init__(
         self,
@@ -109,22 +113,36 @@ class Speculative:
         parameters: SamplingParameters,
         processors: Sequence[LogitsProcessor] = (),
         drafter: str | Drafter | None = None,
+        corpus: Occurrences | None = None,
     ):
-        """Take a drafter: one of `registry.DRAFTERS` by name, or one of your own; None is the bundle's."""
+        """Take a drafter.
+
+        Args:
+            bundle: What runs.
+            parameters: Those whose names begin with draft_, and the target's.
+            processors: Of the target's logits.
+            drafter: One of `registry.DRAFTERS` by name, "both", or one of your own; None is the bundle's, or the text
+                where it has none.
+            corpus: Earlier texts for the drafter "lookup".
+        """
         self._target = Target(parameters, processors)
-        self._drafter = make_drafter(bundle, parameters, drafter)
+        self._sources = make_sources(bundle, parameters, drafter, all_there_are=self.all_drafters, corpus=corpus)
+        own, name, self._lookup = self._sources
         masked = parameters.draft_cooccurrence_weight > 0 and bundle.has_cooccurrence
-        self._proposer = Proposer(self._drafter, parameters, bundle.cooccurrence if masked else None)
+        counts = bundle.cooccurrence if masked and own is not None else None
+        self._proposer = Proposer(own, parameters, counts, name=name, repeats=self._lookup)
         self._parameters = parameters
 
     @property
     def ask(self) -> Ask:
         """What the drafter wants."""
-        return self._drafter.ask
+        return NOTHING if self._sources.drafter is None else self._sources.drafter.ask
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
         """Verify the drafts, add the token that follows them, and draft on from there."""
         passed = self._judge(step, context, drafts, rng)
+        if self._lookup is not None:
+            self._lookup.follow(passed)
         following = self._proposer.propose(passed, rng, self._worth)
         return Turn(passed.final[-1:], passed.accepted, following, self.ask)
 
@@ -156,6 +174,7 @@ class Auto(Speculative):
     """`speculative` with as many drafts as are expected to pay on this device and in this text, none if none does."""
 
     name = "auto"
+    all_drafters = True
 
     def __init__(
         self,
@@ -164,6 +183,7 @@ class Auto(Speculative):
         processors: Sequence[LogitsProcessor] = (),
         drafter: str | Drafter | None = None,
         knowledge: Knowledge | None = None,
+        corpus: Occurrences | None = None,
     ):
         """Plan with what the device has been measured to cost, or else with what such devices usually do.
 
@@ -171,20 +191,27 @@ class Auto(Speculative):
             bundle: What runs.
             parameters: Those whose names begin with draft_, and the target's.
             processors: Of the target's logits.
-            drafter: See `Speculative`.
+            drafter: See `Speculative`; None is the text and the bundle's own drafter, where it has one.
             knowledge: Of the device and the drafter.
+            corpus: See `Speculative`.
         """
-        super().__init__(bundle, parameters, processors, drafter)
+        super().__init__(bundle, parameters, processors, drafter, corpus)
         knowledge = knowledge or Knowledge.of(bundle, None)
-        if drafter is not None:  # what was counted of drafts is of the bundle's own
+        own, name, lookup = self._sources
+        if name != bundle.topology.kind:  # what was counted of drafts is of the bundle's own
             knowledge = Knowledge(knowledge.costs, {})
-        acceptances = knowledge.acceptances(self._proposer.depth, parameters.temperature)
-        self._planner = Planner(knowledge.costs, acceptances, self._drafter.ask)
+        self._planner: Planner | None = None
+        self.copying: Copying | None = None
+        if own is not None:
+            acceptances = knowledge.acceptances(self._proposer.guessed, parameters.temperature)
+            self._planner = Planner(knowledge.costs, acceptances, own.ask, most=self._proposer.depth)
+        if lookup is not None:
+            self.copying = Copying(knowledge.costs, min(self._proposer.depth, lookup.depth), lookup.name)
 
     @property
     def ask(self) -> Ask:
         """What the drafter wants, if the next pass is to yield drafts."""
-        return self._drafter.ask if self._planner.drafting else NOTHING
+        return super().ask if self._planner is not None and self._planner.drafting else NOTHING
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
         """Verify what drafts there are, draft on if the pass is to yield drafts, and plan the next.
@@ -193,17 +220,36 @@ class Auto(Speculative):
         """
         planner = self._planner
         passed = self._judge(step, context, drafts, rng)
-        token, accepted = passed.final[-1:], passed.accepted
-        if drafts:
+        token, accepted, past = passed.final[-1:], passed.accepted, len(context.tokens)
+        if drafts and planner is not None:
             planner.acceptances.add([draft.confidence for draft in drafts], accepted)
+        chain = self._repeated(passed, drafts)
+        if planner is None:
+            return Turn(token, accepted, chain.drafts)
         if not planner.drafting:
-            planner.wait(len(context.tokens))
-            return Turn(token, accepted, ask=self.ask)
-        following = self._proposer.propose(passed, rng, self._worth, planner.further)
-        planner.plan([draft.confidence for draft in following], len(context.tokens) + len(drafts))
+            planner.wait(past)
+            return Turn(token, accepted, chain.drafts, self.ask)
+        if chain.drafts and planner.runs and chain.rate > planner.rate:
+            return Turn(token, accepted, chain.drafts, self.ask)
+        may_repeat = self.copying is not None and self.copying.may_try
+        following = self._proposer.propose(
+            passed, rng, self._worth, planner.further, planner.acceptances.of, may_repeat=may_repeat
+        )
+        confidences = [draft.confidence for draft in following]
+        planner.plan(confidences, past + len(drafts), instead=chain.gain)
         return Turn(token, accepted, following, self.ask)
 
+    def _repeated(self, passed: Passed, drafts: Sequence[Draft]) -> Chain:
+        """Drafts of what the text repeats, if those alone are fed."""
+        lookup, copying = self._lookup, self.copying
+        if lookup is None or copying is None:
+            return NO_CHAIN
+        copying.judged(drafts, passed.final)
+        lookup.follow(passed)
+        return copying.chain(lookup.ahead(), len(passed.context.tokens), self._parameters.draft_confidence)
+
     def _worth(self, confidences: Sequence[float]) -> bool:
+        assert self._planner is not None  # else nothing is proposed
         return self._planner.worth(confidences) and super()._worth(confidences)  # the plan counts what is looked at
 
 
@@ -319,37 +365,36 @@ def make_strategy(
     *,
     drafter: str | Drafter | None = None,
     knowledge: Knowledge | None = None,
+    corpus: Occurrences | None = None,
 ) -> Strategy:
     """A strategy by name.
 
     Args:
-        name: One of `STRATEGIES`. "auto" is "autoregressive" where nothing can be drafted, or not without changing the
-            text.
+        name: One of `STRATEGIES`. "auto" is "autoregressive" where nothing can be drafted without changing the text.
         bundle: What it runs on.
         parameters: Of all strategies.
         processors: Of the logits.
         drafter: For "auto" and "speculative": see `Speculative`.
         knowledge: Of the device, for "auto".
+        corpus: Earlier texts, for the drafters "lookup" and "both".
 
     Raises:
         ParameterError: There is none of that name, or it does not fit the bundle or the parameters.
     """
-    strategy = _running(name, bundle, drafter)
+    strategy = _running(name, bundle)
     if issubclass(strategy, Auto):
-        return strategy(bundle, parameters, processors, drafter, knowledge)
+        return strategy(bundle, parameters, processors, drafter, knowledge, corpus)
     if issubclass(strategy, Speculative):
-        return strategy(bundle, parameters, processors, drafter)
+        return strategy(bundle, parameters, processors, drafter, corpus)
     if drafter is not None:
         raise ParameterError(f"strategy {name} drafts nothing on this bundle: it takes no drafter")
     return strategy(bundle, parameters, processors)
 
 
-def _running(
-    name: str, bundle: Bundle, drafter: str | Drafter | None
-) -> type[Autoregressive] | type[Dynamo] | type[Speculative]:
+def _running(name: str, bundle: Bundle) -> type[Autoregressive] | type[Dynamo] | type[Speculative]:
     """The strategy of that name; of "auto" what it comes down to on a bundle."""
     strategy = _named(name)
-    if issubclass(strategy, Auto) and not (bundle.lossless and can_draft(bundle, drafter)):
+    if issubclass(strategy, Auto) and not bundle.lossless:
         return Autoregressive
     return strategy
 
@@ -369,19 +414,18 @@ def refusal(name: str, bundle: Bundle, given: Mapping[str, Any] | None = None) -
     return None
 
 
-def check_reads(name: str, named: Collection[str], bundle: Bundle, drafter: str | Drafter | None = None) -> None:
+def check_reads(name: str, named: Collection[str], bundle: Bundle) -> None:
     """See that a strategy reads what the caller named: what it does not read would silently do nothing.
 
     Args:
         name: Of the strategy.
         named: Names of parameters.
         bundle: What it is to run on.
-        drafter: For "auto" and "speculative": see `Speculative`.
 
     Raises:
         ParameterError: There is no such strategy, or it does not read one of them.
     """
-    running = _running(name, bundle, drafter)
+    running = _running(name, bundle)
     for unread in sorted(set(named) - set(running.reads)):
         readers = [each.name for each in STRATEGIES.values() if unread in each.reads]
         if name in readers:

@@ -242,5 +242,5 @@ class TextStream(Iterator[str]):
                 break
         accepted = min(given.accepted, taken)  # the text may end inside an accepted run
         ort_s = self._session.ort_seconds - self._ort_before
-        self.statistics.count_round(taken, given.proposed, accepted, self._elapsed(), ort_s)
+        self.statistics.count_round(taken, given.proposed, accepted, self._elapsed(), ort_s, given.sources)
         return piece

@@ -16,11 +16,13 @@ class Draft:
         token: The guess.
         drawn_from: q, the distribution it was really drawn from; None if it was certain, i.e. q(token) = 1.
         confidence: What its drafter expected of it before it was drawn, in [0, 1].
+        source: Name of its drafter.
     """
 
     token: int
     drawn_from: Candidates | None = None
     confidence: float = 0.0
+    source: str = ""
 
 
 def verify(

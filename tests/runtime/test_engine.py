@@ -270,11 +270,11 @@ def test_statistics_add_up(engine: Engine) -> None:
     assert "90 new" in s.line()
 
 
-def test_plain_bundle_decodes_autoregressively_only(plain: Path, engine: Engine) -> None:
+def test_plain_bundle_drafts_from_the_text_alone(plain: Path, engine: Engine) -> None:
     alone = Engine(plain, threads=1)
     options = {"temperature": 0, "repetition_penalty": 1.0, "max_new_tokens": 20, "ignore_eos": True}
     result = alone.generate(PROMPT, **options)
-    assert result.statistics.strategy == "autoregressive"
+    assert result.statistics.strategy == "auto" and set(result.statistics.proposed_by) <= {"lookup"}
     assert result.tokens == engine.generate(PROMPT, strategy="autoregressive", **options).tokens
     with pytest.raises(ParameterError, match="several heads"):
         alone.generate(PROMPT, strategy="dynamo")

@@ -23,7 +23,7 @@ from dynamo_runtime.interval import Interval
 from dynamo_runtime.parallel import ParallelHeads
 from dynamo_runtime.parameters import SamplingParameters
 from dynamo_runtime.profiling.measure import QUICK, STAGES, measure
-from dynamo_runtime.profiling.passes import DrafterTimer, PassTimer
+from dynamo_runtime.profiling.passes import ROWS, DrafterTimer, PassTimer
 from dynamo_runtime.profiling.trials import PROMPTS, Trials, run_backoff
 from dynamo_runtime.step import Rows
 from dynamo_runtime.strategies import Autoregressive
@@ -110,7 +110,7 @@ def timer(device: FakeDevice) -> PassTimer:
 def test_the_profile_recovers_the_cost_of_passes(device: FakeDevice, timer: PassTimer) -> None:
     passes = timer.passes([32, 500], 20.0)
     assert {(each.heads, each.rows, each.past) for each in passes} == {
-        (heads, rows, past) for heads in (False, True) for rows in range(1, 9) for past in (32, 500)
+        (heads, rows, past) for heads in (False, True) for rows in ROWS for past in (32, 500)
     }
     for each in passes:
         real = device.cost(each.rows, each.heads, each.past)
@@ -211,7 +211,7 @@ def test_everything_is_measured(measured: Profile, multi: Path) -> None:
     assert measured.bundle.graph_sha256 == bundle.graph_sha256
     assert measured.device == inspect_device("cpu")
     assert measured.load_s > 0 and measured.bandwidth > 1e8 and measured.peak_bytes >= measured.steady_bytes > 1e7
-    assert {each.rows for each in measured.passes} == set(range(1, 9))
+    assert {each.rows for each in measured.passes} == {*range(1, 9), 12, 16}
     assert all(0 < each.inside < each.time.p50 for each in measured.passes)
     assert [each.tokens for each in measured.prefill] == [32, 256]
     assert measured.resume == [] and measured.drafter is not None  # the heads have a graph of their own
@@ -219,12 +219,20 @@ def test_everything_is_measured(measured: Profile, multi: Path) -> None:
     assert [each.depth for each in measured.drafter.drafts] == [0]
     assert {"MatMul", "GroupQueryAttention", "TopK"} <= {each.name for each in measured.operators}
     names = [each.name for each in measured.strategies]
-    assert names == ["plain", "speculative, 1 draft", "speculative, 2 drafts", "auto", "dynamo"]
+    assert names == [
+        "plain",
+        "speculative, 1 draft",
+        "speculative, 2 drafts",
+        "speculative, lookup",
+        "auto",
+        "dynamo",
+    ]
     plain = measured.strategies[0]
     assert plain.ratio == Interval(1.0, 1.0, 1.0) and plain.tokens_per_pass.value == 1
     for each in measured.strategies:
         assert each.tokens_per_s.low <= each.tokens_per_s.value <= each.tokens_per_s.high
-        assert 1 <= each.tokens_per_pass.value <= 3
+        assert 1 <= each.tokens_per_pass.value <= 16
+        assert set(each.drafters) <= {"lookup", "parallel"} and ("parallel" in each.drafters) == ("draft" in each.name)
         assert each.between_tokens.count > 0
     assert [each.threshold for each in measured.backoff] == [0.0, 1.0]
     assert measured.backoff[0].tokens_per_pass > measured.backoff[1].tokens_per_pass == 1
@@ -272,7 +280,7 @@ def test_auto_writes_the_plain_text(profiled: bool, measured: Profile, multi: Pa
 
 
 def test_auto_is_plain_where_nothing_can_be_drafted(multi: Path, plain: Path, copied) -> None:
-    assert Engine(plain, threads=1).generate("x", max_new_tokens=3).statistics.strategy == "autoregressive"
+    assert Engine(plain, threads=1).generate("x", max_new_tokens=3).statistics.strategy == "auto"  # from the text
     copied.edit(quantization={"lossless": False})
     found = Engine(copied.folder, threads=1).generate("x", max_new_tokens=3)
     assert found.statistics.strategy == "autoregressive"

@@ -24,7 +24,8 @@ from dynamo_runtime import (
 )
 from dynamo_runtime.device.costs import Knowledge, Prior
 from dynamo_runtime.parameters import SamplingParameters
-from dynamo_runtime.registry import DRAFTERS, TOPOLOGIES, can_draft, make_drafter
+from dynamo_runtime.registry import DRAFTERS, TOPOLOGIES, can_draft, make_drafter, make_sources
+from dynamo_runtime.repeats import Occurrences
 
 EXAMPLE = Path(__file__).parents[2] / "examples/custom_drafter.py"
 Echo = runpy.run_path(str(EXAMPLE))["Echo"]
@@ -40,7 +41,7 @@ def registered() -> Iterator[str]:
 
 
 def test_a_drafter_registers_once(registered: str) -> None:
-    for name in (registered, "parallel", "plain"):
+    for name in (registered, "parallel", "plain", "lookup", "both"):
         with pytest.raises(ParameterError, match=f"there is a drafter '{name}' already"):
             register_drafter(name, lambda bundle, parameters: Echo())
 
@@ -66,12 +67,34 @@ def test_the_bundles_own_is_the_default(multi: Path, plain: Path) -> None:
     for name, message in (("cp", "needs a bundle of that kind, and this is a parallel one"), ("x", "unknown drafter")):
         with pytest.raises(ParameterError, match=message):
             make_drafter(bundle, parameters, name)
-    with pytest.raises(ParameterError, match="this is a plain one"):
+    with pytest.raises(ParameterError, match="this is a plain bundle, which has no drafter"):
         make_drafter(load_bundle(plain), parameters)
     with pytest.raises(ParameterError, match=r"draft_tokens must be from 0 .* to 4 here"):
-        make_drafter(bundle, SamplingParameters(draft_tokens=5), Echo())
+        make_sources(bundle, SamplingParameters(draft_tokens=5), Echo())
     usual = replace(bundle, sampling={"draft_tokens": 9}).parameters()  # named by nobody, so as many as there are
-    assert make_drafter(bundle, usual, Echo()).depth == 4
+    sources = make_sources(bundle, usual, Echo())
+    assert sources.drafter is not None and (sources.drafter.depth, sources.name) == (4, "Echo")
+
+
+def test_the_text_drafts_where_nothing_else_does(multi: Path, plain: Path) -> None:
+    parameters = SamplingParameters(draft_cooccurrence_weight=0.0)
+    heads, none = load_bundle(multi), load_bundle(plain)
+    for bundle, drafter, all_there_are, name, looks_up in (
+        (heads, None, False, "parallel", False),
+        (heads, None, True, "parallel", True),
+        (heads, "both", False, "parallel", True),
+        (heads, "lookup", True, "", True),
+        (none, None, False, "", True),
+        (none, None, True, "", True),
+        (none, Echo(), True, "Echo", False),
+    ):
+        made = make_sources(bundle, parameters, drafter, all_there_are=all_there_are)
+        assert (made.drafter is not None, made.name, made.lookup is not None) == (bool(name), name, looks_up)
+    with pytest.raises(ParameterError, match="drafter both needs a bundle with a drafter, and this is a plain one"):
+        make_sources(none, parameters, "both")
+    with pytest.raises(ParameterError, match="a draft corpus is for the drafters lookup and both"):
+        make_sources(heads, parameters, "parallel", corpus=Occurrences([1, 2, 3]))
+    assert make_sources(heads, parameters, corpus=Occurrences([1, 2, 3])).lookup is not None
 
 
 class Wrong:

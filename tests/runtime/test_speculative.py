@@ -251,8 +251,10 @@ def test_the_mask_changes_drafts_but_not_the_text(session: Session, monkeypatch:
 def test_arguments_that_do_not_fit_are_refused(session: Session, plain_session: Session) -> None:
     with pytest.raises(ParameterError, match=r"draft_tokens must be from 0 .* to 3 here"):
         Speculative(session.bundle, SamplingParameters(draft_tokens=4))
-    with pytest.raises(ParameterError, match="plain one"):
-        Speculative(plain_session.bundle, SamplingParameters())
+    with pytest.raises(ParameterError, match=r"drafter both needs .* plain one"):
+        Speculative(plain_session.bundle, SamplingParameters(), drafter="both")
+    with pytest.raises(ParameterError, match=r"draft_tokens must be from 0 .* to 15 here"):
+        Speculative(plain_session.bundle, SamplingParameters(draft_tokens=16))
     for bad in ({"draft_choice": "beam"}, {"draft_confidence": 1.5}, {"draft_tokens": -1}, {"min_p": 2.0}):
         with pytest.raises(ParameterError, match=next(iter(bad))):
             SamplingParameters(**bad)  # type: ignore[arg-type]

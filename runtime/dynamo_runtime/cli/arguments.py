@@ -50,8 +50,8 @@ def add_dynamo(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_drafts(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the strategies that draft."""
+def add_drafts(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the sampling flags of the strategies that draft; returns their group."""
     group = parser.add_argument_group("strategies auto and speculative (drafts that the first head verifies)")
     group.add_argument("--draft-tokens", type=int, metavar="N", help="most drafts a pass (default: all there are)")
     group.add_argument(
@@ -61,6 +61,7 @@ def add_drafts(parser: argparse.ArgumentParser) -> None:
         "--draft-cooccurrence-weight", type=float, metavar="A", help="α_c of the mask on drafts: 1 full, 0 none"
     )
     group.add_argument("--draft-confidence", type=float, metavar="P", help="stop drafting below this; 0: never")
+    return group
 
 
 def add_control(parser: argparse.ArgumentParser) -> None:

@@ -75,7 +75,18 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="instead of a threshold: times the speed of plain decoding, by the profile of dynamo-profile",
     )
-    add_drafts(parser)
+    group = add_drafts(parser)
+    group.add_argument(
+        "--drafter",
+        metavar="NAME",
+        help="lookup (what followed in the text before; any bundle), the bundle's own by its kind (parallel, cp, "
+        "lookahead), or both (default: auto both or whichever there is, speculative the bundle's own or else lookup)",
+    )
+    group.add_argument(
+        "--draft-corpus",
+        metavar="FILE",
+        help="text or .jsonl file of earlier texts, in which lookup looks besides; indexed once",
+    )
     parser.add_argument("--seed", type=int, help="for reproducible draws")
     parser.add_argument(
         "--stop",
@@ -130,9 +141,11 @@ def _run(args: argparse.Namespace) -> int:
     path, text = _bundle_and_prompt(args)
     text = _read_stdin() if text == "-" else text
     sampling = given_sampling(args)
-    engine = Engine(path, backend(args), max_length=args.max_length, verify=args.verify)
+    if args.draft_corpus is not None and args.strategy not in (Auto.name, Speculative.name):
+        raise PromptError(f"strategy {args.strategy} drafts nothing from a text: it takes no draft corpus")
+    engine = Engine(path, backend(args), max_length=args.max_length, verify=args.verify, draft_corpus=args.draft_corpus)
     options = _options(args)
-    ours = options | sampling | {"target_speedup": args.target_speedup}
+    ours = options | sampling | {"target_speedup": args.target_speedup, "drafter": args.drafter}
     if text is None:
         return _converse(args, engine, ours | {"strategy": args.strategy})
     prompt = put(args, engine.bundle, text)
@@ -242,7 +255,7 @@ def _warn(engine: Engine, strategy: str) -> None:
     command = " ".join(["dynamo-profile", *([] if bundle.folder == DEFAULT_BUNDLE else [str(bundle.folder)])])
     if engine.backend.threads is not None:
         command += f" --threads {engine.backend.threads}"
-    if strategy == Auto.name and engine.profile is None and can_draft(bundle) and bundle.lossless:
+    if strategy == Auto.name and engine.profile is None and bundle.lossless:
         say(
             f"{PROG}: note: this device has not been profiled for this bundle, so drafting is planned by rules of "
             f"thumb; `{command}` measures it, once"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..repeat_rates import Expected
 from .tuning import DEFAULT, Tuning
 
 Counts = Mapping[tuple[int, int], tuple[int, int]]
@@ -104,6 +105,8 @@ class Acceptances:
 
     def of(self, depth: int, confidence: float) -> float:
         """Of a draft of this confidence at this depth, given that those before it are right."""
+        if isinstance(confidence, Expected):
+            return confidence
         return self._rate(depth, bin_of(confidence, self._tuning.bins))
 
     def _rate(self, depth: int, index: int) -> float:
@@ -122,11 +125,15 @@ class Acceptances:
 
     def look(self, depth: int, confidence: float) -> None:
         """Count a draft whose confidence is known, whether or not it is fed."""
+        if isinstance(confidence, Expected):
+            return
         self._looks[depth - 1].add(bin_of(confidence, self._tuning.bins))
 
     def add(self, confidences: Sequence[float], accepted: int) -> None:
         """Count judged drafts: the first `accepted` were right, the next was not, of the others nothing is known."""
         for depth, confidence in enumerate(confidences[: accepted + 1], 1):
+            if isinstance(confidence, Expected):
+                continue
             index = bin_of(confidence, self._tuning.bins)
             for record in (self._kinds[depth, index], self._bins[index], self._depths[depth - 1]):
                 record.add(depth <= accepted)

@@ -132,7 +132,7 @@ class Curve:
         """See `Costs`."""
         found = self._steps.get((rows, with_heads, past))
         if found is None:
-            points = [(float(at), _interpolated(costs, rows)) for at, costs in self._by_past[with_heads]]
+            points = [(float(at), _continued(costs, rows)) for at, costs in self._by_past[with_heads]]
             found = self._steps[rows, with_heads, past] = _interpolated(points, past)
         return found
 
@@ -251,6 +251,14 @@ def _reading_ms(bundle: Bundle, tuning: Tuning) -> tuple[float, float]:
     # By the names of the files, as weights may lie beside a graph under its name and more.
     heads = sum(record.bytes for name, record in bundle.files.items() if name.startswith(bundle.drafter.graph))
     return (bundle.graph_bytes - heads or 1 << 20) / tuning.bytes_per_ms, heads / tuning.bytes_per_ms
+
+
+def _continued(points: Points, rows: float) -> float:
+    """What so many rows cost: beyond the last measurement as much more as the second half of them says."""
+    (last, most), (middle, half) = points[-1], points[len(points) // 2]
+    if rows <= last or middle == last:
+        return _interpolated(points, rows)
+    return most + max(most - half, 0.0) / (last - middle) * (rows - last)
 
 
 def _interpolated(points: Points, x: float) -> float:

@@ -30,7 +30,7 @@ class Planner:
         acceptances: What is expected of them.
     """
 
-    def __init__(self, costs: Costs, acceptances: Acceptances, ask: Ask, tuning: Tuning = DEFAULT):
+    def __init__(self, costs: Costs, acceptances: Acceptances, ask: Ask, tuning: Tuning = DEFAULT, *, most: int = 0):
         """Start from what is known of device and drafter.
 
         Args:
@@ -38,6 +38,7 @@ class Planner:
             acceptances: Of the drafter; added to.
             ask: What a pass has to be fed and to compute for the sake of drafts.
             tuning: How fast it learns, and how much it may try.
+            most: Drafts that a pass may be fed, where others than the drafter's may be among them.
         """
         self.acceptances = acceptances
         self._costs = costs
@@ -45,6 +46,7 @@ class Planner:
         self._making = costs.making if ask.heads else None
         self._tuning = tuning
         self._depth = acceptances.depth
+        self._most = max(most, self._depth)
         self._looks = 0
         self._averaged: float = tuning.first_passes  # rounds that the gain is the average of
         self._looked = 0  # drafts looked at behind this pass
@@ -58,6 +60,11 @@ class Planner:
         self._gain = self._tokens - 1 - self.rate * beyond
         self.drafting = self._pays()
         self._waited = 0
+
+    @property
+    def runs(self) -> bool:
+        """Whether drafts take a run behind the pass that may still be left out."""
+        return self._making is not None
 
     @property
     def rate(self) -> float:
@@ -104,7 +111,7 @@ class Planner:
         run = self._making.further if self._making else 0.0
         certain = self._certain(confidences)
         gained, before = 0.0, self._cost_on[depth - 1]
-        for d in range(depth, self._depth + 1):  # perhaps only further drafts make it worth while
+        for d in range(depth, max(self._depth, depth) + 1):  # perhaps only further drafts make it worth while
             certain *= acceptances.usual(d) if d > depth else 1.0
             gained += certain
             if gained > rate * (self._cost_on[d] - before + run * (d - depth)):
@@ -123,12 +130,13 @@ class Planner:
         self._waited += 1
         self.drafting = self._waited >= self._patience
 
-    def plan(self, confidences: Sequence[float], past: int) -> None:
+    def plan(self, confidences: Sequence[float], past: int, instead: float = 0.0) -> None:
         """After a pass that was to yield drafts, decide about the next.
 
         Args:
             confidences: Of the drafts that it will be fed.
             past: Positions that it will find in the cache.
+            instead: Tokens that were to be gained without the drafter.
         """
         if past // self._tuning.past_step != self._block:
             self._turn_to(past)
@@ -138,7 +146,7 @@ class Planner:
             expected += certain
         looked, self._looked = max(self._looked, 1), 0
         cost = self._cost_on[len(confidences)] + self._made(looked, self._tokens)
-        gain = expected - 1 - self.rate * (cost - self._cost_of_a_look(self._tokens))
+        gain = expected - 1 - self.rate * (cost - self._cost_of_a_look(self._tokens)) - instead
         self._looks += 1
         if self._waited:
             self.acceptances.fade(self._tuning.fade_of_a_look)
@@ -246,7 +254,7 @@ class Planner:
             rows = 1 + drafts + (len(ask.look_ahead) if drafting else 0)
             return costs.step(rows, drafting and inside, past) + costs.overhead + costs.drafting * drafts
 
-        self._cost_on, self._cost_off = ([cost(d, on) for d in range(self._depth + 1)] for on in (True, False))
+        self._cost_on, self._cost_off = ([cost(d, on) for d in range(self._most + 1)] for on in (True, False))
         self._patience = self._wait()
 
 

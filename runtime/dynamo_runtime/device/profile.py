@@ -225,6 +225,7 @@ class StrategyRun:
         ratio: Tokens/s over those of plain decoding.
         acceptance: Share of drafts accepted, by depth.
         between_tokens: Inter-token latency: time between one token and the next as they are given out.
+        drafters: Drafts proposed, and those of them accepted, by the name of their drafter.
     """
 
     name: str
@@ -233,6 +234,7 @@ class StrategyRun:
     ratio: Interval
     acceptance: list[float]
     between_tokens: Quantiles
+    drafters: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -344,6 +346,9 @@ class Profile:
         for each in self.acceptance:
             if each.depth < 1 or not 0 <= each.confidence <= 1 or not 0 <= each.accepted <= each.seen:
                 return "acceptance: depth, confidence, seen or accepted is out of range"
+        for counts in (counts for run in self.strategies for counts in run.drafters.values()):
+            if len(counts) != 2 or not 0 <= counts[1] <= counts[0] or not counts[0]:
+                return "strategies: drafts accepted are more than there were"
         return "" if self.drafter is None else _wrong_runs(self.drafter)
 
     def save(self, path: Path) -> None:

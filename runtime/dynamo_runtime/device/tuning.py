@@ -47,6 +47,11 @@ class Tuning:
         untried: What a kind of drafts never tried is hoped to be, between its own kind of confidence and its depth. By
             hand; without hope it never would be tried.
         recent_look: Weight of a pass after a stretch without drafts, as the one before may be long ago. By hand.
+        repeat_share: What a draft from the text takes of Python's time for a plain token, as it is only judged. By
+            hand (0.16 with the embedded model in int8).
+        vain: Share of the time that may go into rows of repeated tokens and not be won back. The aim of the plan.
+        vain_passes: Plain passes whose time counts as spent when a text begins: what may be tried at once. By hand.
+        vain_savings: Plain passes' time that such rows may lose again of what they gained. By hand.
     """
 
     exploration: float = 0.01
@@ -74,6 +79,10 @@ class Tuning:
     accepted: float = 0.5
     untried: float = 0.5
     recent_look: float = 0.5
+    repeat_share: float = 0.2
+    vain: float = 0.01
+    vain_passes: float = 64.0
+    vain_savings: float = 2.0
 
 
 DEFAULT = Tuning()

@@ -18,7 +18,7 @@ from ..session import Session
 from ..step import ALL, NONE
 from ..topology import Plain
 
-ROWS = range(1, 9)
+ROWS = (*range(1, 9), 12, 16)
 POSITIONS = (1, 2, 4, 8)
 """That the layers of a drafter's graph read in a round: what became final with one pass."""
 _BLOCK = 4  # passes of a kind in a row; the first of them warms up what the kind before has cooled down

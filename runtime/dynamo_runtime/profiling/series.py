@@ -118,6 +118,10 @@ def _which(run: DraftRun) -> str:
     return f"depth {run.depth}" if run.depth else "all"
 
 
+def _by_drafter(run: StrategyRun) -> str:
+    return ", ".join(f"{name} {counts[1]} of {counts[0]}" for name, counts in run.drafters.items()) or MISSING
+
+
 def _accepted(run: StrategyRun) -> str:
     return " ".join(f"{share:.2f}" for share in run.acceptance) or MISSING
 
@@ -305,6 +309,14 @@ SERIES = (
                 table=_STRATEGIES,
                 column="accepted, by depth",
                 show=_accepted,
+            ),
+            Figure(
+                lambda run: {name: counts[1] / counts[0] for name, counts in run.drafters.items()},
+                "accepted, by drafter",
+                unit="share",
+                table=_STRATEGIES,
+                column="accepted, by drafter",
+                show=_by_drafter,
             ),
             _heading(_BETWEEN, "strategy", lambda run: run.name),
             *_quantiles(Figure(lambda run: run.between_tokens, "between tokens", table=_BETWEEN)),

@@ -14,6 +14,7 @@ from ..device.profile import Backoff, DrafterRuns, Quantiles, StrategyRun
 from ..engine import Engine
 from ..errors import ProfileError
 from ..interval import Interval
+from ..lookup import Lookup
 from ..parameters import SamplingParameters
 from ..registry import can_draft
 from ..sampling import Context
@@ -200,9 +201,12 @@ def run_strategies(trials: Trials, seconds: float) -> list[StrategyRun]:
         for depth in range(1, engine.bundle.topology.n_tokens):
             name = f"speculative, {depth} draft{'s' * (depth > 1)}"
             ways[name] = Way(engine, {"strategy": Speculative.name, "draft_tokens": depth})
+    if engine.bundle.lossless:
+        ways["speculative, lookup"] = Way(engine, {"strategy": Speculative.name, "drafter": Lookup.name})
+    if engine.bundle.lossless or can_draft(engine.bundle):
         ways["auto"] = Way(engine, {"strategy": Auto.name})
-        if _allows_dynamo(engine):
-            ways["dynamo"] = Way(engine, {"strategy": Dynamo.name})
+    if _allows_dynamo(engine):
+        ways["dynamo"] = Way(engine, {"strategy": Dynamo.name})
     return _take_turns(ways, trials, seconds)
 
 
@@ -270,7 +274,17 @@ def _summary(name: str, samples: Sequence[Sample], plain: Sequence[Sample]) -> S
         ratio=_interval((tokens * plain_seconds) / (seconds * plain_tokens)),
         acceptance=[float(rate) for rate in accepted[:depth] / proposed[:depth]],
         between_tokens=Quantiles(p50, p90, p99, len(gaps)),
+        drafters=_by_drafter([sample.statistics for sample in samples]),
     )
+
+
+def _by_drafter(texts: Sequence[Statistics]) -> dict[str, list[int]]:
+    """See `StrategyRun.drafters`."""
+    names = sorted({name for text in texts for name in text.proposed_by})
+    return {
+        name: [sum(text.proposed_by[name] for text in texts), sum(text.accepted_by[name] for text in texts)]
+        for name in names
+    }
 
 
 def _decoded(statistics: Statistics) -> tuple[int, float]:
