@@ -101,7 +101,7 @@ def card_text(name: str, stage: dict[str, Any]) -> str:
     return f"""# {heads} further token heads for {model.title}
 
 They draft for the model that goes by the name `{name}`: `dynamo-export -m {name}` puts them into its bundle. The model
-itself is not here. It comes from {model.origin} ({model.licence}, by {model.author}), and stays as it is.
+itself is not here, and stays as it is: {model.origin}.
 
 - Text: {corpus["documents"]:,} texts that the model wrote itself (`dynamo-train texts`): {corpus["train_tokens"]:,}
   tokens, and {corpus["held_out_tokens"]:,} that are held out (SHA-256 `{corpus["sha256"][:16]}…`).
