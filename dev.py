@@ -82,8 +82,12 @@ def check(environment: Environment) -> None:
 def docs(environment: Environment) -> None:
     """Write a page of every module's docstrings into build/api, which is not in version control."""
     environment.install(f"{TESTED},docs")
-    packages = [f"dynamo_{folder}" for folder in PACKAGES]
-    environment.run("pdoc", "--docformat", "google", "--output-directory", ROOT / "build/api", *packages)
+    modules = []  # by name: of a package with `__all__`, pdoc shows no others
+    for folder in PACKAGES:
+        files = sorted((ROOT / folder / f"dynamo_{folder}").rglob("*.py"))
+        names = [".".join(file.relative_to(ROOT / folder).with_suffix("").parts) for file in files]
+        modules += [name.removesuffix(".__init__") for name in names if not name.endswith(".__main__")]
+    environment.run("pdoc", "--docformat", "google", "--output-directory", ROOT / "build/api", *modules)
 
 
 def main() -> None:
