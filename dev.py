@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Set up this repository and run it: `python3 dev.py demo` or `python3 dev.py test`.  Needs Python alone.
+"""Set up this repository and run it: `python3 dev.py demo`, `test`, `check` or `docs`.  Needs Python alone.
 
-Both make a virtual environment (`.venv`, or --venv) with the versions of constraints.txt and install the
+All make a virtual environment (`.venv`, or --venv) with the versions of constraints.txt and install the
 project into it, then go on in there.
 """
 
@@ -15,6 +15,8 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+TESTED = "cpu,export,train,profile,eval,mauve,harness,bench,dev"
+PACKAGES = ("runtime", "model", "train", "export", "quantize", "graph", "evaluate")
 PROMPT = "class Stack:\n    def __init__(self):\n"
 
 
@@ -61,18 +63,40 @@ def demo(environment: Environment) -> None:
 
 def test(environment: Environment) -> None:
     """Run the test suite, but for what is marked slow."""
-    environment.install("cpu,export,train,profile,eval,mauve,harness,bench,dev")
+    environment.install(TESTED)
     os.environ["OMP_NUM_THREADS"] = "1"  # every core runs tests of its own
     environment.run("python", "-m", "pytest", "--numprocesses", "auto")
+
+
+def check(environment: Environment) -> None:
+    """Hold the code against its contracts, and what is written against the code: what needs no test to run."""
+    environment.install(TESTED)
+    environment.run("ruff", "check", ".")
+    environment.run("ruff", "format", "--check", ".")
+    environment.run("mypy")
+    environment.run("lint-imports", "--no-cache")  # which package may import which
+    environment.run("python", ROOT / "benchmarks/devices.py", "--check")  # docs/devices.md
+    environment.run("python", ROOT / "benchmarks/architectures.py", "--check")  # docs/architectures.md
+
+
+def docs(environment: Environment) -> None:
+    """Write a page of every module's docstrings into build/api, which is not in version control."""
+    environment.install(f"{TESTED},docs")
+    modules = []  # by name: of a package with `__all__`, pdoc shows no others
+    for folder in PACKAGES:
+        files = sorted((ROOT / folder / f"dynamo_{folder}").rglob("*.py"))
+        names = [".".join(file.relative_to(ROOT / folder).with_suffix("").parts) for file in files]
+        modules += [name.removesuffix(".__init__") for name in names if not name.endswith(".__main__")]
+    environment.run("pdoc", "--docformat", "google", "--output-directory", ROOT / "build/api", *modules)
 
 
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=("demo", "test"))
+    parser.add_argument("job", choices=("demo", "test", "check", "docs"))
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="default: .venv in the repository")
     arguments = parser.parse_args()
-    jobs = {"demo": demo, "test": test}
+    jobs = {"demo": demo, "test": test, "check": check, "docs": docs}
     jobs[arguments.job](Environment(arguments.venv.resolve()))
 
 

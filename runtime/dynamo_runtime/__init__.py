@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .device.profile import Profile
     from .drafting import NO_GUESS, NOTHING, Ask, Combined, Drafter, Guesses, Passed
     from .engine import Engine
+    from .origins import Origin, Span
     from .parameters import SamplingParameters
     from .providers import Backend
     from .registry import register_drafter
@@ -62,6 +63,7 @@ __all__ = [
     "Guesses",
     "Last",
     "LogitsProcessor",
+    "Origin",
     "OutputError",
     "ParameterError",
     "Passed",
@@ -71,6 +73,7 @@ __all__ = [
     "ProviderError",
     "SamplingParameters",
     "Session",
+    "Span",
     "Speculative",
     "Statistics",
     "Step",
@@ -109,10 +112,12 @@ _MODULES = {
     "NONE": "step",
     "NOTHING": "drafting",
     "NO_GUESS": "drafting",
+    "Origin": "origins",
     "Passed": "drafting",
     "Profile": "device.profile",
     "SamplingParameters": "parameters",
     "Session": "session",
+    "Span": "origins",
     "Speculative": "strategies",
     "Statistics": "statistics",
     "Step": "step",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .errors import ParameterError
+from .origins import OWN, Origin
 from .parameters import check_kind
 from .sampling import Context
 from .scores import negative_log_likelihood
@@ -23,9 +24,10 @@ class Round:
     """What one forward pass gave.
 
     Attributes:
-        tokens: Final tokens.
+        tokens: Final tokens: accepted drafts that the pass was fed, the token of its own, and behind that the guesses
+            that were let through on the spot (see `Turn.weighed`).
         proposed: Draft tokens that were judged.
-        accepted: Those of them, from the first, that are among `tokens`.
+        verified: How many of `tokens` are drafts that the pass was fed.
         log_probabilities: Of the final tokens that have none yet, in order, as far as the pass tells; empty unless they
             are wanted.
         sources: Of the drafts that the pass was fed: names of their drafters.
@@ -33,9 +35,24 @@ class Round:
 
     tokens: list[int]
     proposed: int
-    accepted: int
+    verified: int
     log_probabilities: list[float] = field(default_factory=list)
     sources: Sequence[str] = ()
+
+    @property
+    def accepted(self) -> int:
+        """Draft tokens that are among `tokens`: all but the pass's own."""
+        return len(self.tokens) - 1
+
+    def accepted_of(self, taken: int) -> int:
+        """Draft tokens among the first `taken` tokens."""
+        return taken if taken <= self.verified else taken - 1
+
+    def origin(self, place: int) -> Origin:
+        """Where the token at a place of `tokens` comes from."""
+        if place < self.verified:
+            return Origin(place + 1, self.sources[place])
+        return OWN if place == self.verified else Origin(place)
 
 
 def reuse_prefix(session: Session, prompt: Sequence[int]) -> int:
@@ -105,7 +122,7 @@ def decode(
             logs = log_probabilities(step, context.tokens[-unscored - len(final) :][:told])
             unscored = len(turn.tokens) - 1
         sources = [draft.source for draft in drafts]
-        yield Round(final, len(drafts) + turn.weighed, turn.accepted + len(turn.tokens) - 1, logs, sources)
+        yield Round(final, len(drafts) + turn.weighed, turn.accepted, logs, sources)
 
 
 def _check(turn: Turn, drafts: int, vocab_size: int, strategy: Strategy) -> None:

@@ -47,6 +47,7 @@ class StreamOptions(SamplingOptions, total=False):
     logits_processors: Sequence[LogitsProcessor]
     ignore_eos: bool
     log_probabilities: bool
+    origins: bool
     show_special: bool
     plain_prompt: bool
     target_speedup: float | None
@@ -211,6 +212,7 @@ class Engine:
         logits_processors: Sequence[LogitsProcessor] = (),
         ignore_eos: bool = False,
         log_probabilities: bool = False,
+        origins: bool = False,
         show_special: bool = False,
         plain_prompt: bool = False,
         target_speedup: float | None = None,
@@ -237,6 +239,7 @@ class Engine:
             logits_processors: Functions (context tokens, logits [V]) -> logits [V], applied to every head.
             ignore_eos: Go on behind end-of-sequence tokens, for measurements of a fixed length.
             log_probabilities: Have what the base model makes of every token: see `Generation`.
+            origins: Have where every token comes from, a pass of its own or a draft: see `Generation`.
             show_special: Have special tokens in the text; the one that ends it is left out all the same.
             plain_prompt: What looks like a control token in the prompt is text.
             target_speedup: Times the speed of plain decoding that `dynamo` is to reach: the profile says with which
@@ -255,7 +258,7 @@ class Engine:
         """
         started = time.perf_counter()
         flags = {"ignore_eos": ignore_eos, "log_probabilities": log_probabilities, "show_special": show_special}
-        for name, flag in (flags | {"plain_prompt": plain_prompt, "wait": wait}).items():
+        for name, flag in (flags | {"origins": origins, "plain_prompt": plain_prompt, "wait": wait}).items():
             check_kind(name, flag, (bool, np.bool_), "true or false")
         if max_new_tokens is not None:
             max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
@@ -289,6 +292,7 @@ class Engine:
             np.random.default_rng(seed),
             Limits(limit, reason, stops, frozenset(() if ignore_eos else self.bundle.eos_token_ids), show_special),
             scored=log_probabilities,
+            traced=origins,
             prefill_chunk=self._prefill_chunk,
             started=started,
             wait=wait,

@@ -11,6 +11,7 @@ import numpy as np
 
 from .decoding import Round, decode, prefill, reuse_prefix, score_rest
 from .errors import EngineError
+from .origins import Attribution, Origin, Span
 from .sampling import Context
 from .session import Session
 from .statistics import Statistics
@@ -32,6 +33,8 @@ class Generation:
         finish_reason: "eos", "stop" (a stop string), "length" (`max_new_tokens`), "context" (the context is
             full) or "cancelled".
         statistics: What it cost.
+        origins: Where every token comes from; empty unless that was asked for.
+        spans: The text in stretches of one token, each with its origin; empty unless that was asked for.
     """
 
     text: str
@@ -39,6 +42,8 @@ class Generation:
     finish_reason: str
     statistics: Statistics
     log_probabilities: list[float] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ class TextStream(Iterator[str]):
         finish_reason: See `Generation`; empty while it runs, and if it was closed before its end.
         statistics: What it has cost so far; time in which the consumer kept it waiting is left out, and so is time
             in which it waited for the engine.
+        origins: See `Generation`, so far.
+        spans: See `Generation`, of `text`.
     """
 
     def __init__(
@@ -85,6 +92,7 @@ class TextStream(Iterator[str]):
         limits: Limits,
         *,
         scored: bool,
+        traced: bool = False,
         prefill_chunk: int,
         started: float,
         wait: bool = True,
@@ -98,6 +106,7 @@ class TextStream(Iterator[str]):
         self.finish_reason = ""
         self.statistics = Statistics(strategy.name, prompt_tokens=len(prompt))
         self._limits, self._scored, self._wait = limits, scored, wait
+        self._attribution = Attribution() if traced else None
         bundle = session.bundle
         self._detokenizer = Detokenizer(bundle.tokenizer, prompt, show_special=limits.show_special)
         self._special = bundle.control_tokens.texts
@@ -139,7 +148,19 @@ class TextStream(Iterator[str]):
         if not piece:
             raise StopIteration
         self.text += piece
+        if self._attribution is not None:
+            self._attribution.give_out(len(piece))
         return piece
+
+    @property
+    def origins(self) -> Sequence[Origin]:
+        """See above."""
+        return () if self._attribution is None else self._attribution.origins
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        """See above."""
+        return () if self._attribution is None else self._attribution.spans
 
     def __enter__(self) -> TextStream:
         return self
@@ -162,7 +183,8 @@ class TextStream(Iterator[str]):
     def result(self) -> Generation:
         """The generation as it stands."""
         reason = self.finish_reason or "cancelled"
-        return Generation(self.text, list(self.tokens), reason, self.statistics, list(self.log_probabilities))
+        told = list(self.log_probabilities), list(self.origins), list(self.spans)
+        return Generation(self.text, list(self.tokens), reason, self.statistics, *told)
 
     def _elapsed(self) -> float:
         return self._busy_s + time.perf_counter() - self._resumed
@@ -211,7 +233,13 @@ class TextStream(Iterator[str]):
         self.finish_reason, self._ticket.over = reason, True
         if not self.tokens:  # a character that the prompt has begun is none of ours
             return ""
-        return self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+        return self._show(self._detokenizer.flush()) + self._stops.flush()
+
+    def _show(self, text: str) -> str:
+        """Take text of the newest token; returns what can be given out."""
+        if self._attribution is not None:
+            self._attribution.hold(text)
+        return self._stops.push(text)
 
     def _score_to_the_end(self) -> None:
         """Have as many log-probabilities as tokens; the text may have ended inside the last round."""
@@ -225,6 +253,8 @@ class TextStream(Iterator[str]):
         piece, taken = "", 0
         self.log_probabilities += given.log_probabilities
         for token in given.tokens:
+            if self._attribution is not None:
+                self._attribution.origins.append(given.origin(taken))
             taken += 1
             self.tokens.append(token)
             if token in self._limits.end_tokens:
@@ -232,7 +262,7 @@ class TextStream(Iterator[str]):
                 piece += self._stops.push(self._special.get(token, ""), shown=False)
                 self.finish_reason = "eos"
             else:
-                piece += self._stops.push(self._detokenizer.push(token))
+                piece += self._show(self._detokenizer.push(token))
                 piece += self._stops.push(self._hidden.get(token, ""), shown=False)
                 if self._stops.stopped:
                     self.finish_reason = "stop"
@@ -240,7 +270,7 @@ class TextStream(Iterator[str]):
                     self.finish_reason = self._limits.reason
             if self.finish_reason:
                 break
-        accepted = min(given.accepted, taken)  # the text may end inside an accepted run
+        accepted = given.accepted_of(taken)  # the text may end inside an accepted run
         ort_s = self._session.ort_seconds - self._ort_before
         self.statistics.count_round(taken, given.proposed, accepted, self._elapsed(), ort_s, given.sources)
         return piece

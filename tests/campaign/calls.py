@@ -94,6 +94,7 @@ STREAM: dict[str, tuple[Any, ...]] = {
     "logits_processors": ([lambda tokens, logits: logits], [lambda tokens, logits: logits[:3]], [3]),
     "ignore_eos": (True,),
     "log_probabilities": (True,),
+    "origins": (True,),
     "show_special": (True,),
     "plain_prompt": (True,),
 }

@@ -12,12 +12,13 @@ from typing import Any
 from ..conversation import Conversation
 from ..errors import DynamoError, PromptError
 from ..stream import TextStream
+from .drafts import View
 from .ending import INTERRUPTED, fail, put_out, say
 
 EXIT, RESET = "/exit", "/reset"
 
 
-def converse(prog: str, conversation: Conversation, options: dict[str, Any]) -> int:
+def converse(prog: str, conversation: Conversation, options: dict[str, Any], view: View | None = None) -> int:
     """Answer line after line until there are no more; returns the command's exit code.
 
     At a terminal a question that cannot be answered is complained of, and Ctrl-C stops an answer; elsewhere both are
@@ -27,13 +28,14 @@ def converse(prog: str, conversation: Conversation, options: dict[str, Any]) -> 
         prog: Name of the command.
         conversation: What is gone on with.
         options: Of `Engine.stream`.
+        view: How tokens show where they come from; options then have `origins`.
     """
     check_stdin()
     if not sys.stdin.isatty():
-        return _take_turns(prog, conversation, options, _piped(), typed=False)
+        return _take_turns(prog, conversation, options, _piped(), view, typed=False)
     say(f"{prog}: Ctrl-C stops an answer, {RESET} begins anew, {EXIT} or Ctrl-D ends")
     with _on_interrupt(lambda number, frame: None):  # where neither a line nor an answer is under way
-        return _take_turns(prog, conversation, options, _typed(), typed=True)
+        return _take_turns(prog, conversation, options, _typed(), view, typed=True)
 
 
 def check_stdin() -> None:
@@ -47,7 +49,13 @@ def check_stdin() -> None:
 
 
 def _take_turns(
-    prog: str, conversation: Conversation, options: dict[str, Any], lines: Iterator[str], *, typed: bool
+    prog: str,
+    conversation: Conversation,
+    options: dict[str, Any],
+    lines: Iterator[str],
+    view: View | None,
+    *,
+    typed: bool,
 ) -> int:
     for line in lines:
         if line.strip() == EXIT:
@@ -56,7 +64,10 @@ def _take_turns(
             conversation.reset()
         elif line.strip():
             try:
-                interrupted = _answer(conversation.say(line, **options), typed)
+                stream = conversation.say(line, **options)
+                interrupted = _answer(stream, view, typed)
+                if view is not None:
+                    view.finish(f"> {line}\n", stream)
             except DynamoError as error:
                 if not typed:
                     raise
@@ -67,22 +78,27 @@ def _take_turns(
     return 0
 
 
-def write(stream: TextStream) -> bool:
-    """Write the pieces as they come; True if the user interrupted."""
+def write(stream: TextStream, view: View | None = None) -> bool:
+    """Write the pieces as they come; True if the user interrupted.
+
+    Args:
+        stream: The text.
+        view: How its tokens show where they come from.
+    """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", newline="")
     try:
-        for piece in stream:
+        for piece in stream if view is None else view.pieces(stream):
             put_out(piece)
     except KeyboardInterrupt:
         return True
     return False
 
 
-def _answer(stream: TextStream, typed: bool) -> bool:
+def _answer(stream: TextStream, view: View | None, typed: bool) -> bool:
     # Behind the pass that runs, so that cache and text are whole.
     with _on_interrupt(lambda number, frame: stream.cancel()) if typed else contextlib.nullcontext():
-        interrupted = write(stream)
+        interrupted = write(stream, view)
     put_out("\n")
     say(stream.statistics.line())
     return interrupted

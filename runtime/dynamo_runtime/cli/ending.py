@@ -51,10 +51,16 @@ def put_out(text: str) -> None:
         raise OutputError(f"cannot write the text: {error.strerror or error}") from error
 
 
-def say(lines: object) -> None:
-    """Write to stderr, with nothing in it that moves a cursor; where it cannot be written, it is not."""
+def say(lines: object, *, styled: bool = False) -> None:
+    """Write to stderr; where it cannot be written, it is not.
+
+    Args:
+        lines: What is said, with nothing in it that moves a cursor: that is shown escaped.
+        styled: Whether colours in it are our own, and to be shown as such.
+    """
+    text = str(lines)
     try:
-        print("\n".join(map(printable, str(lines).split("\n"))), file=sys.stderr)
+        print(text if styled else "\n".join(map(printable, text.split("\n"))), file=sys.stderr)
     except OSError:
         _lead_nowhere(sys.stderr)
 

@@ -33,6 +33,7 @@ from .arguments import (
     put,
 )
 from .conversation import check_stdin, converse, write
+from .drafts import View, given, view
 from .ending import INTERRUPTED, check_stdout, fail, nobody_reads, open_streams, put_out, say
 
 PROG = "dynamo-run"
@@ -97,6 +98,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_control(parser)
     parser.add_argument("--max-length", type=int, metavar="N", help="most tokens of prompt and text (default: context)")
+    parser.add_argument(
+        "--show-drafts",
+        nargs="?",
+        const="",
+        metavar="PAGE.html",
+        help="colour every token by how it came: a pass's own, an accepted draft by its depth, or lookup; where there "
+        "are no colours drafts are in brackets; a name that ends in .html has a page written beside the bare text",
+    )
     parser.add_argument("--verify", action="store_true", help="compare the sha256 of every file first")
     parser.add_argument(
         "--compare",
@@ -117,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     open_streams()
-    args = build_parser().parse_args(arguments)
+    args = build_parser().parse_args(given(sys.argv[1:] if arguments is None else arguments))
     try:
         check_stdout()
         return _run(args)
@@ -138,6 +147,7 @@ def _run(args: argparse.Namespace) -> int:
     if repeats < 1:
         raise PromptError(f"repeats must be at least 1, not {repeats}")
     check_chat(args)
+    shown = view(args.show_drafts)
     path, text = _bundle_and_prompt(args)
     text = _read_stdin() if text == "-" else text
     sampling = given_sampling(args)
@@ -147,9 +157,9 @@ def _run(args: argparse.Namespace) -> int:
     options = _options(args)
     ours = options | sampling | {"target_speedup": args.target_speedup, "drafter": args.drafter}
     if text is None:
-        return _converse(args, engine, ours | {"strategy": args.strategy})
+        return _converse(args, engine, ours | {"strategy": args.strategy}, shown)
     prompt = put(args, engine.bundle, text)
-    stream = engine.stream(prompt, strategy=args.strategy, **ours)
+    stream = engine.stream(prompt, strategy=args.strategy, origins=shown is not None, **ours)
     if args.target_speedup is not None:
         threshold = threshold_for(engine.profile, args.target_speedup)
         say(f"{PROG}: note: by its profile, a back-off threshold of {threshold:.3g}")
@@ -157,10 +167,12 @@ def _run(args: argparse.Namespace) -> int:
     if text is SAMPLE_PROMPT:  # which the user did not write
         put_out(text)
     _warn(engine, args.strategy)
-    interrupted = write(stream)
+    interrupted = write(stream, shown)
     if sys.stdout.isatty():
         say("")
     say(stream.statistics.line())
+    if shown is not None:
+        shown.finish(f"> {text}\n" if args.chat else text, stream)
     if interrupted:
         return INTERRUPTED
     if plain is not None:
@@ -187,12 +199,13 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return options | {"show_special": args.show_special, "plain_prompt": args.plain_prompt}
 
 
-def _converse(args: argparse.Namespace, engine: Engine, options: dict[str, Any]) -> int:
+def _converse(args: argparse.Namespace, engine: Engine, options: dict[str, Any], shown: View | None) -> int:
     if args.compare:
         raise PromptError("--compare runs one question: give it behind --chat")
     engine.chat_stream(asked("?", args.system), **options)  # before anybody types: can it be talked to, and so?
     _warn(engine, args.strategy)
-    return converse(PROG, Conversation(engine, args.system, trust_content=args.trust_content), options)
+    conversation = Conversation(engine, args.system, trust_content=args.trust_content)
+    return converse(PROG, conversation, options | {"origins": shown is not None}, shown)
 
 
 def _bundle_and_prompt(args: argparse.Namespace) -> tuple[str | Path, str | None]:
