@@ -6,6 +6,8 @@ import importlib.util
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,10 +78,9 @@ def write_counts(
         )
         counts.save(path)
         return [len(keys) for keys in counts.keys]
-    with tempfile.TemporaryDirectory(prefix="ngrams-", dir=work) as folder:
-        with _table(Path(folder), how, vocab_size, min_counts) as table:
-            table.count(streams.train, end_id)
-            return _written(table, path)
+    with _table(work, how, vocab_size, min_counts) as table:
+        table.count(streams.train, end_id)
+        return _written(table, path)
 
 
 def write_counts_of_corpus(
@@ -92,19 +93,17 @@ def write_counts_of_corpus(
     """
     from .ngram_spark import Cluster, count_on_spark, start
 
-    work.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="ngrams-", dir=work) as folder:
-        with _table(Path(folder), how, text.vocab_size, min_counts) as table:
-            spark = start(Cluster(how.master, how.settings))
-            try:
-                found = count_on_spark(spark, source, text, min_counts)
-                if not found.totals[0]:
-                    raise TrainingError(f"'{source}' leaves 0 training tokens: more files are needed")
-                table.totals = found.totals
-                table.fill(found.batches)
-            finally:
-                spark.stop()
-            return _written(table, path)
+    with _table(work, how, text.vocab_size, min_counts) as table:
+        spark = start(Cluster(how.master, how.settings))
+        try:
+            found = count_on_spark(spark, source, text, min_counts)
+            if not found.totals[0]:
+                raise TrainingError(f"'{source}' leaves 0 training tokens: more files are needed")
+            table.totals = found.totals
+            table.fill(found.batches)
+        finally:
+            spark.stop()
+        return _written(table, path)
 
 
 def engine_for(how: Counting, tokens: int) -> str:
@@ -125,8 +124,9 @@ def engine_for(how: Counting, tokens: int) -> str:
     return "duckdb"
 
 
-def _table(folder: Path, how: Counting, vocab_size: int, min_counts: list[int]) -> NgramTable:
-    """A table within what the limit leaves to DuckDB."""
+@contextmanager
+def _table(work: Path, how: Counting, vocab_size: int, min_counts: list[int]) -> Iterator[NgramTable]:
+    """A table within what the limit leaves to DuckDB; what it writes to disk goes with it."""
     held = psutil.Process().memory_info().rss
     memory = how.memory - held
     if memory < LEAST_MEMORY:
@@ -134,7 +134,12 @@ def _table(folder: Path, how: Counting, vocab_size: int, min_counts: list[int]) 
             f"a memory limit of {how.memory / 1e6:.0f} MB is too little: Python and its libraries take "
             f"{held / 1e6:.0f} MB, and counting needs {LEAST_MEMORY / 1e6:.0f} MB more"
         )
-    return NgramTable(folder, vocab_size, min_counts, memory=memory, threads=os.cpu_count() or 1)
+    work.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="ngrams-", dir=work) as folder,
+        NgramTable(Path(folder), vocab_size, min_counts, memory=memory, threads=os.cpu_count() or 1) as table,
+    ):
+        yield table
 
 
 def _written(table: NgramTable, path: Path) -> list[int]:

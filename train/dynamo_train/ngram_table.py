@@ -162,7 +162,7 @@ class NgramTable:
 
     def _column(self, query: str) -> Iterator[NDArray[np.int64]]:
         """The one column of a result, in pieces."""
-        for batch in self._database.execute(query).to_arrow_reader(BATCH):
+        for batch in self._database.sql(query).to_arrow_reader(BATCH):
             if batch.num_rows:
                 yield batch.column(0).to_numpy(zero_copy_only=False).astype(np.int64)
 
@@ -188,7 +188,7 @@ def _write_array(
     """Add an array [size] that comes in pieces as :func:`numpy.savez_compressed` adds a whole one."""
     with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (size,)}
-        np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
+        np.lib.format.write_array_header_1_0(file, header)
         _write_blocks(file, (piece.astype(dtype).tobytes() for piece in pieces), BLOCK)
 
 
