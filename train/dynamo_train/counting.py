@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_BYTES_PER_TOKEN = 40  # of numpy's counter at its peak, where most n-grams are new: docs/counting.md
+_BYTES_PER_TOKEN = 60  # of numpy's counter at its peak, where most n-grams are new: docs/counting.md
 _BYTES_AT_LEAST = 600 << 20
 
 
