@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -84,7 +85,7 @@ def count(engine: str, stream: Path, shards: Path, out: Path, limit: int, min_co
         kept = write_counts(
             streams, out, how, vocab_size=VOCAB, end_id=END, min_counts=min_counts, work=out.parent / "work"
         )
-    [peak] = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    [peak] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     print(json.dumps({"seconds": time.perf_counter() - began, "peak_bytes": 1024 * int(peak), "kept": kept}))
 
 
@@ -153,8 +154,8 @@ def cluster(folder: Path) -> Iterator[str]:
     import pyspark
 
     home = Path(pyspark.__file__).parent
-    environment = os.environ | {"SPARK_HOME": str(home), "SPARK_LOCAL_IP": "127.0.0.1", "PYSPARK_PYTHON": sys.executable}
     host, port = "127.0.0.1", _free_port()
+    environment = os.environ | {"SPARK_HOME": str(home), "SPARK_LOCAL_IP": host, "PYSPARK_PYTHON": sys.executable}
     url = f"spark://{host}:{port}"
     here = ["--host", host, "--webui-port", "0"]
     room = ["--cores", "2", "--memory", "2G", "--work-dir", str(folder / "worker")]
@@ -225,7 +226,7 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         f"Zipf text of {VOCAB} tokens, {results['machine']}:",
         "",
-        "| tokens | kept from | engine | limit | time | peak, process | peak, all processes | on disk | pairs | triples | file |",
+        "| tokens | kept from | engine | limit | time | peak, process | peak, all | on disk | pairs | triples | file |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     same: dict[tuple[int, str], set[str]] = {}
