@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,16 @@ def test_heads_and_counts_on_a_base(base: Path, data: list[str], tmp_path: Path)
     }
     with np.load(out / "cooccurrence.npz") as counts:
         assert counts["totals"][0] == record["heads"]["corpus"]["train_tokens"]
+    if find_spec("duckdb"):
+        in_memory = (out / "cooccurrence.npz").read_bytes()
+        (out / "cooccurrence.npz").unlink()
+        assert main(["counts", str(out), *data, "--min-counts", "1,1,1", "--engine", "duckdb"]) == 0
+        assert (out / "cooccurrence.npz").read_bytes() == in_memory
+
+
+def test_settings_of_another_engine(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["counts", str(tmp_path), *data, "--engine", "duckdb", "--master", "local[2]"]) == 1
+    assert "give --engine spark" in capsys.readouterr().err
 
 
 def test_a_frozen_bf16_base_stays_bf16(base: Path, data: list[str], tmp_path: Path) -> None:

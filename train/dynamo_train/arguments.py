@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 VALIDATION_TOKENS = 131_072
+ENGINES = ("memory", "duckdb", "spark")
+"""That count n-grams."""
+LOCAL = "local[*]"
+"""The master of Spark that is all cores of this machine."""
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _DATA_HELP = (
     "corpus: 'stdlib', 'package:NAME', a folder of text files, or a .txt, .jsonl or .parquet file (column 'text'); "
     "several are joined by '+'"
@@ -167,3 +173,19 @@ def not_negative(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
     return value
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as ``8GB`` or ``500M``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.strip().upper())
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"'{text}' is no size such as 8GB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def setting(text: str) -> tuple[str, str]:
+    """Name and value of a setting, ``NAME=VALUE``."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=VALUE")
+    return name, value

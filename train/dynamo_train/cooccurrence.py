@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 
 import numpy as np
@@ -77,16 +78,15 @@ def count_ngrams(
     Raises:
         TrainingError: ``min_counts`` has another length than ``order`` or falls.
     """
-    if len(min_counts) != order or list(min_counts) != sorted(min_counts):
-        raise TrainingError(f"{order} minimal counts that do not fall are needed, not {list(min_counts)}")
+    check_min_counts(min_counts, order)
     unigrams = np.zeros(vocab_size, dtype=np.int64)
-    for chunk in _chunks(tokens, 1, chunk_tokens):
+    for chunk in read_chunks(tokens, 1, chunk_tokens):
         unigrams += np.bincount(chunk, minlength=vocab_size)
     result = NgramCounts(unigrams, [], [], [len(tokens)], list(min_counts))
     for level in range(2, order + 1):
         keys, counts = np.empty(0, np.int64), np.empty(0, np.int64)
         total = 0
-        for chunk in _chunks(tokens, level, chunk_tokens):
+        for chunk in read_chunks(tokens, level, chunk_tokens):
             node, inside = _walk(chunk, result.keys, level, vocab_size, end_id)
             total += int(inside.sum())
             kept = node >= 0
@@ -99,6 +99,26 @@ def count_ngrams(
     return result
 
 
+def check_min_counts(min_counts: Sequence[int], order: int) -> None:
+    """Refuse what is no rule of what is kept.
+
+    Raises:
+        TrainingError: ``min_counts`` has another length than ``order`` or falls.
+    """
+    if len(min_counts) != order or list(min_counts) != sorted(min_counts):
+        raise TrainingError(f"{order} minimal counts that do not fall are needed, not {list(min_counts)}")
+
+
+def within_document(chunk: NDArray[np.int64], level: int, end_id: int | None) -> NDArray[np.bool_]:
+    """Which n-grams of ``level`` in ``chunk`` lie within one document: only their last token may end it."""
+    positions = len(chunk) - level + 1
+    inside = np.ones(positions, dtype=bool)
+    if end_id is not None:
+        for i in range(level - 1):
+            inside &= chunk[i : i + positions] != end_id
+    return inside
+
+
 def _walk(
     chunk: NDArray[np.int64],
     keys: list[NDArray[np.int64]],
@@ -107,11 +127,8 @@ def _walk(
     end_id: int | None,
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """For every n-gram of ``level`` in ``chunk``: the node of its prefix (-1: dropped), and if it counts."""
-    positions = len(chunk) - level + 1
-    inside = np.ones(positions, dtype=bool)
-    if end_id is not None:
-        for i in range(level - 1):
-            inside &= chunk[i : i + positions] != end_id
+    inside = within_document(chunk, level, end_id)
+    positions = len(inside)
     node = np.where(inside, chunk[:positions], -1)
     for i, level_keys in enumerate(keys, start=1):
         wanted = node * vocab + chunk[i : i + positions]
@@ -120,10 +137,19 @@ def _walk(
     return node, inside
 
 
-def _chunks(tokens: NDArray[np.unsignedinteger], order: int, size: int) -> Iterator[NDArray[np.int64]]:
-    """Cut a stream so that every n-gram of ``order`` lies in exactly one chunk."""
+def read_chunks(tokens: NDArray[np.unsignedinteger], order: int, size: int) -> Iterator[NDArray[np.int64]]:
+    """Cut a stream so that every n-gram of ``order`` lies in exactly one chunk; of a file only these are in memory."""
     for start in range(0, max(0, len(tokens) - order + 1), size):
-        yield tokens[start : start + size + order - 1].astype(np.int64)
+        stop = min(start + size + order - 1, len(tokens))
+        yield _read(tokens, start, stop).astype(np.int64)
+
+
+def _read(tokens: NDArray[np.unsignedinteger], start: int, stop: int) -> NDArray[np.unsignedinteger]:
+    """A piece of a stream; that of a mapped file is read, since pages of a map would stay with the process."""
+    if not (isinstance(tokens, np.memmap) and isinstance(tokens.base, mmap)):  # slices of maps have another base
+        return tokens[start:stop]
+    offset = tokens.offset + start * tokens.itemsize
+    return np.fromfile(tokens.filename, tokens.dtype, stop - start, offset=offset)
 
 
 def _add(

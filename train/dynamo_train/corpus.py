@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ def read_corpus(source: str) -> Iterator[Document]:
     """
     path = Path(source)
     documents: Iterator[Document]
-    if "+" in source and not path.exists():
-        documents = (document for part in source.split("+") for document in read_corpus(part))
+    if len(parts := _parts(source)) > 1:
+        documents = (document for part in parts for document in read_corpus(part))
     elif source == STANDARD_LIBRARY:
         documents = standard_library()
     elif source.startswith(PACKAGE):
@@ -68,6 +68,53 @@ def read_corpus(source: str) -> Iterator[Document]:
         raise TrainingError(f"'{source}' holds no text (files ending in {', '.join((*TEXT_SUFFIXES, *TABLES))} count)")
 
 
+@dataclass(frozen=True)
+class Shard:
+    """A part of a corpus that a process reads by itself.
+
+    Attributes:
+        source: a corpus that is not joined of others, see :func:`read_corpus`.
+        table: a file of rows in a folder, by its path in there; empty: all that is in no such file.
+    """
+
+    source: str
+    table: str = ""
+
+
+def shards_of(source: str) -> list[Shard]:
+    """Cut a corpus into shards: every ``.jsonl`` and ``.parquet`` file of a folder is one, and whatever else is named.
+
+    Args:
+        source: see :func:`read_corpus`.
+    """
+    shards = []
+    for part in _parts(source):
+        shards.append(Shard(part))
+        if Path(part).is_dir():
+            shards += [Shard(part, path.relative_to(part).as_posix()) for path in _tables(Path(part))]
+    return shards
+
+
+def read_shard(shard: Shard) -> Iterator[Document]:
+    """Read a shard: all shards of a corpus together give the documents of :func:`read_corpus`.
+
+    Raises:
+        TrainingError: as :func:`read_corpus`; a folder's shard may hold no text.
+        PromptError: a line of a ``.jsonl`` file has no text.
+    """
+    root = Path(shard.source)
+    if not root.is_dir():
+        yield from read_corpus(shard.source)
+    else:
+        documents = _rows_in(root, root / shard.table) if shard.table else text_files(root)
+        yield from (document for document in documents if document.text.strip())
+
+
+def _parts(source: str) -> list[str]:
+    """The corpora that a corpus is joined of."""
+    return source.split("+") if "+" in source and not Path(source).exists() else [source]
+
+
 def held_out_documents(source: str = STANDARD_LIBRARY, percent: float = HELD_OUT_PERCENT) -> list[Document]:
     """The documents of a corpus that training never sees."""
     return [document for document in read_corpus(source) if is_held_out(document, percent)]
@@ -87,12 +134,22 @@ def _package(name: str) -> Iterator[Document]:
 def _folder(root: Path) -> Iterator[Document]:
     """Text files, and then the rows of tables; those whose names begin with a dot or an underscore are no texts."""
     yield from text_files(root)
+    for path in _tables(root):
+        yield from _rows_in(root, path)
+
+
+def _tables(root: Path) -> Iterator[Path]:
     for path in sorted(root.rglob("*")):
         parts = path.relative_to(root).parts
         if path.suffix in TABLES and path.is_file() and not any(part.startswith((".", "_")) for part in parts):
-            for document in _rows(path):
-                name = "/".join((*parts[:-1], document.name))
-                yield replace(document, group=name, name=name)
+            yield path
+
+
+def _rows_in(root: Path, path: Path) -> Iterator[Document]:
+    """The rows of a table in a folder, named by its place in there."""
+    for document in _rows(path):
+        name = "/".join((*path.relative_to(root).parts[:-1], document.name))
+        yield replace(document, group=name, name=name)
 
 
 def _rows(path: Path) -> Iterator[Document]:

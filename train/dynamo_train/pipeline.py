@@ -30,6 +30,7 @@ from dynamo_runtime.version import __version__
 
 from . import cooccurrence
 from .corpus import read_corpus
+from .counting import Counting, write_counts, write_counts_of_corpus
 from .drafter import NewDrafter, Start
 from .errors import TrainingError
 from .loop import Outcome, train
@@ -161,32 +162,42 @@ def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe) -> N
             _write_record(folder, stages | {model.command: stage})
 
 
-def add_counts(job: Job, min_counts: list[int]) -> None:
+def add_counts(job: Job, min_counts: list[int], how: Counting | None = None) -> None:
     """Count the n-grams of the training tokens and put them into a checkpoint as its co-occurrence file.
 
     Args:
         job: text, and the checkpoint's folder.
         min_counts: see :func:`dynamo_train.cooccurrence.count_ngrams`.
+        how: by which engine; the file is the same.
 
     Raises:
-        TrainingError: the folder is no multi-token checkpoint, or there is something about the text.
+        TrainingError: the folder is no multi-token checkpoint, or there is something about text, memory or engine.
     """
-    checkpoint = job.out
-    if not drafters_of(checkpoint):
-        raise TrainingError(f"'{checkpoint}' is not a multi-token checkpoint folder")
-    streams, tokenizer = _streams_of(find_checkpoint(checkpoint), job)
-    counts = cooccurrence.count_ngrams(
-        streams.train,
-        len(min_counts),
-        vocab_size=json.loads((checkpoint / "config.json").read_text())["vocab_size"],
-        end_id=tokenizer.eos_token_id,
-        min_counts=min_counts,
-    )
-    temporary = checkpoint / f".{cooccurrence.FILE}"
-    counts.save(temporary)
-    temporary.replace(checkpoint / cooccurrence.FILE)
-    kept = ", ".join(f"{len(keys)} {level}-grams" for level, keys in enumerate(counts.keys, start=2))
-    logger.info("kept %s in %s", kept, checkpoint / cooccurrence.FILE)
+    folder, how = job.out, how or Counting()
+    if not drafters_of(folder):
+        raise TrainingError(f"'{folder}' is not a multi-token checkpoint folder")
+    checkpoint = find_checkpoint(folder)
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    temporary = folder / f".{cooccurrence.FILE}"
+    try:
+        if how.engine == "spark":
+            from .ngram_spark import Text
+
+            tokenizer = _ending_tokenizer(checkpoint)
+            backend, end_id = tokenizer.backend_tokenizer, tokenizer.eos_token_id
+            text = Text(backend.to_str(), vocab_size, end_id, job.held_out_percent)
+            kept = write_counts_of_corpus(job.source, text, temporary, how, min_counts, job.work)
+        else:
+            streams, tokenizer = _streams_of(checkpoint, job)
+            end_id = tokenizer.eos_token_id
+            kept = write_counts(
+                streams, temporary, how, vocab_size=vocab_size, end_id=end_id, min_counts=min_counts, work=job.work
+            )
+        temporary.replace(folder / cooccurrence.FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+    said = ", ".join(f"{number} {level}-grams" for level, number in enumerate(kept, start=2))
+    logger.info("kept %s in %s", said, folder / cooccurrence.FILE)
 
 
 def convert(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
@@ -233,12 +244,18 @@ def read_record(name: str | Path | Checkpoint) -> dict[str, Any]:
 
 def _streams_of(checkpoint: Checkpoint, job: Job) -> tuple[TokenStreams, Any]:
     """The corpus in the tokens of an existing model, and its tokenizer."""
-    tokenizer = load_tokenizer(checkpoint)
-    if tokenizer.eos_token_id is None:
-        raise TrainingError(f"the tokenizer of '{checkpoint.name}' has no end-of-text token to put between documents")
+    tokenizer = _ending_tokenizer(checkpoint)
     with PartialState().main_process_first():
         backend, end_id = tokenizer.backend_tokenizer, tokenizer.eos_token_id
         return tokenize_corpus(job.source, backend, end_id, job.held_out_percent, job.work / "tokens"), tokenizer
+
+
+def _ending_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of an existing model, which has a token that ends documents."""
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer.eos_token_id is None:
+        raise TrainingError(f"the tokenizer of '{checkpoint.name}' has no end-of-text token to put between documents")
+    return tokenizer
 
 
 def _refuse_existing(out: Path) -> None:

@@ -149,6 +149,17 @@ def own_tokens(document: Document, tokenizer: Tokenizer) -> list[int] | None:
     return found if tokenizer.decode(found, skip_special_tokens=False) == document.text else None
 
 
+def ids_of(document: Document, tokenizer: Tokenizer, end_id: int) -> tuple[list[int], bool]:
+    """A document in the tokens of training, its end included, and whether the tokenizer had to encode it."""
+    ids = own_tokens(document, tokenizer)
+    encoded = ids is None
+    if ids is None:
+        ids = tokenizer.encode(document.text, add_special_tokens=False).ids
+    if document.tokens is None or ids[-1:] != [end_id]:  # a model may have ended its text itself
+        ids = [*ids, end_id]
+    return ids, encoded
+
+
 def _tokenize(
     source: str, tokenizer: Tokenizer, end_id: int, percent: float, dtype: np.dtype, folder: Path
 ) -> CorpusRecord:
@@ -158,12 +169,8 @@ def _tokenize(
     try:
         for document in read_corpus(source):
             held = is_held_out(document, percent)
-            ids = own_tokens(document, tokenizer)
-            if ids is None:
-                foreign += document.tokens is not None
-                ids = tokenizer.encode(document.text, add_special_tokens=False).ids
-            if document.tokens is None or ids[-1:] != [end_id]:  # a model may have ended its text itself
-                ids = [*ids, end_id]
+            ids, encoded = ids_of(document, tokenizer, end_id)
+            foreign += encoded and document.tokens is not None
             np.asarray(ids, dtype=dtype).tofile(files[held])
             documents[held] += 1
             tokens[held] += len(ids)

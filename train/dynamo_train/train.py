@@ -16,6 +16,8 @@ from dynamo_runtime.cli.ending import open_streams
 from dynamo_runtime.errors import DynamoError
 
 from .arguments import (
+    ENGINES,
+    LOCAL,
     add_job,
     add_rate,
     add_recipe,
@@ -24,6 +26,8 @@ from .arguments import (
     not_negative,
     positive,
     recipe_of,
+    setting,
+    size,
     work_of,
 )
 from .errors import TrainingError
@@ -85,9 +89,13 @@ def _texts(arguments: argparse.Namespace) -> None:
 
 
 def _counts(arguments: argparse.Namespace) -> None:
+    from .counting import Counting
     from .pipeline import add_counts
 
-    add_counts(job_of(arguments), arguments.min_counts)
+    how = Counting(arguments.engine, arguments.memory_limit, arguments.master, dict(arguments.spark_setting))
+    if how.engine != "spark" and (how.settings or how.master != LOCAL):
+        raise TrainingError("--master and --spark-setting are Spark's: give --engine spark with them")
+    add_counts(job_of(arguments), arguments.min_counts, how)
 
 
 def _card(arguments: argparse.Namespace) -> None:
@@ -115,6 +123,36 @@ def _default(arguments: argparse.Namespace) -> None:
         from .known import train_known
 
         train_known(arguments.name, arguments.data, arguments.out, work_of(arguments))
+
+
+def _add_counts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, metavar="checkpoint")
+    add_job(parser, out=False)
+    parser.add_argument(
+        "--min-counts",
+        type=lambda text: [int(part) for part in text.split(",")],
+        default=[1, 1, 2],
+        metavar="1,1,2",
+        help="keep a 1-, 2-, 3-gram … that was seen at least so often (default: 1,1,2)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="numpy in memory, DuckDB out of core, or Spark on many machines; the file is the same "
+        "(default: memory where it fits, else duckdb)",
+    )
+    parser.add_argument(
+        "--memory-limit", type=size, metavar="8GB", help="what this process may take (default: half of the machine's)"
+    )
+    parser.add_argument("--master", default=LOCAL, metavar="URL", help="of Spark (default: all cores of this machine)")
+    parser.add_argument(
+        "--spark-setting",
+        type=setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="one of Spark's own, such as spark.executor.memory=8g; may be repeated",
+    )
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:
@@ -172,15 +210,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=_drafter, drafter=drafter)
 
     counts = commands.add_parser("counts", help="count n-grams for the co-occurrence mask of a checkpoint")
-    counts.add_argument("out", type=Path, metavar="checkpoint")
-    add_job(counts, out=False)
-    counts.add_argument(
-        "--min-counts",
-        type=lambda text: [int(part) for part in text.split(",")],
-        default=[1, 1, 2],
-        metavar="1,1,2",
-        help="keep a 1-, 2-, 3-gram … that was seen at least so often (default: 1,1,2)",
-    )
+    _add_counts(counts)
     counts.set_defaults(run=_counts)
 
     texts = commands.add_parser("texts", help="have an exported bundle write the text that its heads are trained on")
