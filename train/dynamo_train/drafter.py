@@ -50,6 +50,11 @@ class NewDrafter(ABC):
     freezes_base: ClassVar[bool] = False
     keeps: bool = False
 
+    @property
+    def reads_states(self) -> bool:
+        """Whether it is trained on what the base said, which does not run itself."""
+        return False
+
     @abstractmethod
     def objective(self, start: Start, recipe: Recipe) -> Objective:
         """The drafter on a base, with the losses it is trained by.

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import LinearCrossEntropyOptions
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -20,6 +23,7 @@ from dynamo_model.output import Output
 from dynamo_model.parallel import scale_gradient
 
 from .recipe import Recipe
+from .spread import summed
 from .tokens import TokenStreams, batch, validation_batches
 
 CAPPED_LOGITS = 1 << 25
@@ -70,10 +74,13 @@ class Objective(nn.Module):
 
     @abstractmethod
     def figures(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        """Held-out figures of batches as :meth:`held_out` makes them; called without gradient."""
+        """Held-out figures of batches as :meth:`held_out` makes them, which may differ between processes.
+
+        Called without gradient, by all processes; what is summed over batches has to be :func:`summed` over them.
+        """
 
     def validate(self, batches: Iterable[NDArray[np.int64]]) -> dict[str, float]:
-        """Measure on held-out text.
+        """Measure on held-out text; every process reads a part of it, and returns the figures of all.
 
         Args:
             batches: of :meth:`held_out`.
@@ -82,7 +89,9 @@ class Objective(nn.Module):
             Figures by name; early stopping looks at the last one, and lower is better.
         """
         device = next(self.parameters()).device
-        training = self.training
+        state, training = PartialState(), self.training
+        if not isinstance(self, FSDPModule):  # of which every pass is one of all processes
+            batches = islice(batches, state.process_index, None, state.num_processes)
         self.eval()
         try:
             with torch.no_grad():
@@ -173,6 +182,7 @@ class HeadsCLM(Objective):
             known = log_likelihoods != -math.inf
             total += log_likelihoods.where(known, 0.0).sum((1, 2))
             count += known.sum((1, 2))
+        total, count = summed(total, count)
         nll = (-total / count).tolist()
         result = {} if self.draft_vocabulary is None else {"coverage": (count[1:].mean() / count[0]).item()}
         result |= {f"ppl_{i + 1}": math.exp(value) for i, value in enumerate(nll)}

@@ -48,6 +48,11 @@ class TokenHeads(NewDrafter):
     model = MultiTokenModel
     title = "Heads"
 
+    @property
+    def reads_states(self) -> bool:
+        """See :class:`NewDrafter`."""
+        return self.cache
+
     def objective(self, start: Start, recipe: Recipe) -> Objective:
         """See :class:`NewDrafter`."""
         if self.cache and not recipe.freeze_base:

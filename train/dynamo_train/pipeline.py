@@ -35,6 +35,7 @@ from .errors import TrainingError
 from .loop import Outcome, train
 from .objective import NextTokenCLM, Objective
 from .recipe import Recipe
+from .spread import PLAIN, Memory
 from .tokens import END_OF_TEXT, TokenStreams, sha256_of, tokenize_corpus, train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -72,18 +73,20 @@ class BaseShape:
     context_length: int
 
 
-def train_base(job: Job, shape: BaseShape, recipe: Recipe) -> None:
+def train_base(job: Job, shape: BaseShape, recipe: Recipe, memory: Memory = PLAIN) -> None:
     """Train a tokenizer and a small GPT-NeoX base from scratch and write an ordinary HF model.
 
     Args:
         job: text and folders.
         shape: of the model.
         recipe: of the training.
+        memory: how the model is kept while it is trained.
 
     Raises:
         TrainingError: something about the text, the recipe or the folders; see :func:`dynamo_train.loop.train`.
     """
     _refuse_existing(job.out)
+    memory.check()
     with PartialState().main_process_first():
         tokenizer = _own_tokenizer(job, shape.vocab_size)
         end_id = tokenizer.token_to_id(END_OF_TEXT)
@@ -104,7 +107,7 @@ def train_base(job: Job, shape: BaseShape, recipe: Recipe) -> None:
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     objective = NextTokenCLM(model)
-    outcome = train(objective, streams, recipe, job.work / "run")
+    outcome = train(objective, streams, recipe, job.work / "run", memory=memory)
     if PartialState().is_main_process:
         with _new_folder(job.out) as folder:
             model.save_pretrained(folder)
@@ -114,7 +117,7 @@ def train_base(job: Job, shape: BaseShape, recipe: Recipe) -> None:
             _write_record(folder, {BASE: _stage(streams, recipe, objective, outcome)})
 
 
-def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe) -> None:
+def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe, memory: Memory = PLAIN) -> None:
     """Put a drafter on a base, train it, and write both; drafters beside a frozen base are taken along.
 
     Of a drafter that goes on from the one beside the base, the record tells the earlier training as ``before``.
@@ -124,12 +127,16 @@ def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe) -> N
         job: text and folders.
         drafter: what is put on it.
         recipe: of the training; ``freeze_base`` leaves the base bit-identical.
+        memory: how the model is kept while it is trained.
 
     Raises:
         CheckpointError: the base does not load or could not be exported, or the drafter cannot be put on it.
         TrainingError: something about the text, the recipe or the folders; see :func:`dynamo_train.loop.train`.
     """
     _refuse_existing(job.out)
+    memory.check()
+    if memory.shard and drafter.reads_states:
+        raise TrainingError("--shard divides a base that runs, which it does not with --cache: leave one of them out")
     if drafter.freezes_base:
         recipe = replace(recipe, freeze_base=True)
     checkpoint = find_checkpoint(base)
@@ -145,7 +152,7 @@ def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe) -> N
     objective = drafter.objective(Start(checkpoint, loaded, lambda: text()[0], job.work), recipe)
     model: Any = objective.model
     streams, tokenizer = text()
-    outcome = train(objective, streams, recipe, job.work / "run")
+    outcome = train(objective, streams, recipe, job.work / "run", memory=memory)
     if PartialState().is_main_process:
         with _new_folder(job.out) as folder:
             if recipe.freeze_base:

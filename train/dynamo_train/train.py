@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import traceback
 from dataclasses import fields
@@ -17,10 +18,12 @@ from dynamo_runtime.errors import DynamoError
 
 from .arguments import (
     add_job,
+    add_memory,
     add_rate,
     add_recipe,
     count,
     job_of,
+    memory_of,
     not_negative,
     positive,
     recipe_of,
@@ -36,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     open_streams()
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    level = logging.WARNING if int(os.environ.get("RANK", 0)) else logging.INFO  # of several processes one tells
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
@@ -64,7 +68,7 @@ def _base(arguments: argparse.Namespace) -> None:
     from .pipeline import BaseShape, train_base
 
     shape = BaseShape(**{each.name: getattr(arguments, each.name) for each in fields(BaseShape)})
-    train_base(job_of(arguments), shape, recipe_of(arguments))
+    train_base(job_of(arguments), shape, recipe_of(arguments), memory_of(arguments))
 
 
 def _drafter(arguments: argparse.Namespace) -> None:
@@ -72,7 +76,7 @@ def _drafter(arguments: argparse.Namespace) -> None:
 
     make = arguments.drafter.load()
     drafter = make(**{each.name: getattr(arguments, each.name) for each in fields(make)})
-    train_drafter(arguments.base, job_of(arguments), drafter, recipe_of(arguments))
+    train_drafter(arguments.base, job_of(arguments), drafter, recipe_of(arguments), memory_of(arguments))
 
 
 def _texts(arguments: argparse.Namespace) -> None:
@@ -155,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     add_job(base)
     add_recipe(base, optimizer="muon", length=1024, sequences=16)
     add_rate(base, 3e-3, freeze_base=False)
+    add_memory(base)
     base.add_argument("--hidden-size", type=count, default=256)
     base.add_argument("--layers", type=count, default=6)
     base.add_argument("--attention-heads", type=count, default=4)
