@@ -110,23 +110,24 @@ class Case:
 
 
 FROZEN = {"freeze_base": True}
+UNCLIPPED = {"clip": 0.0}  # so that the optimizer's state tells how large gradients were
 SHARDED = Memory(shard=True)
 CASES = {
-    "heads": Case(heads),
+    "heads": Case(heads, UNCLIPPED),
     "frozen": Case(heads, FROZEN),
     "cached": Case(cached, FROZEN),
     "joint": Case(joint),
     "look-ahead": Case(look_ahead, FROZEN),
     "bf16": Case(heads, {"precision": "bf16"}, tolerance=5e-3),
     "activations": Case(heads, memory=Memory(checkpoint_activations=True)),
-    "sharded heads": Case(heads, memory=SHARDED),
+    "sharded heads": Case(heads, UNCLIPPED, SHARDED),
     "sharded frozen": Case(heads, FROZEN, Memory(shard=True, checkpoint_activations=True)),
     "sharded joint": Case(joint, memory=Memory(shard=True, checkpoint_activations=True)),
     "sharded look-ahead": Case(look_ahead, FROZEN, SHARDED),
     "sharded bf16": Case(heads, {"precision": "bf16"}, SHARDED, tolerance=5e-3),
     "sharded muon": Case(heads, {"optimizer": "muon"}, SHARDED, tolerance=1e-3),
 }
-RESUMED = {"heads": Case(heads), "sharded heads": Case(heads, memory=SHARDED)}
+RESUMED = {name: CASES[name] for name in ("heads", "sharded heads")}
 """Begun by one process and ended by several, and the other way round."""
 
 

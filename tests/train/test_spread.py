@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,11 +61,13 @@ def assert_alike(one: Path, two: Path, tolerance: float) -> None:
         assert theirs["loss"] == pytest.approx(ours["loss"], abs=tolerance)
         assert theirs.keys() == ours.keys()
         assert all(theirs[key] == pytest.approx(ours[key], rel=tolerance) for key in ours if key.startswith("ppl"))
-    a, b = (load_file(folder / "checkpoint" / state.MODEL) for folder in (one, two))
-    assert a.keys() == b.keys()
-    for key, tensor in a.items():  # AdamW's first steps go by the sign of gradients, those that are roundings included
-        assert b[key].shape == tensor.shape
-        assert (b[key].double() - tensor.double()).abs().mean() < tolerance, key
+    for file in (state.MODEL, state.OPTIMIZER):
+        a, b = (load_file(folder / "checkpoint" / file) for folder in (one, two))
+        assert a.keys() == b.keys()
+        for key, tensor in a.items():  # on average: AdamW's first steps go by signs, where gradients are roundings too
+            assert b[key].shape == tensor.shape
+            apart, size = (each.double().abs().mean() for each in (b[key].double() - tensor.double(), tensor))
+            assert apart <= 10 * tolerance * size + 1e-9, key
 
 
 @pytest.mark.slow
@@ -122,7 +125,8 @@ def test_activations_that_are_computed_twice_change_nothing(tmp_path: Path) -> N
     for memory in (PLAIN, Memory(checkpoint_activations=True)):
         calls: list[int] = []
         objective = spread_cases.heads(tmp_path, spread_cases.RECIPE)
-        objective.model.heads[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))  # type: ignore[union-attr]
+        first: Any = objective.get_submodule("model.heads.0.input_layernorm")
+        first.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         folder = tmp_path / str(len(counts))
         loop.train(objective, spread_cases.streams(), spread_cases.RECIPE, folder, memory=memory)
         counts.append(len(calls))

@@ -97,10 +97,8 @@ def save(
         for number, state in optimizer.state_dict()["state"].items()
         for name, tensor in state.items()
     }
-    for tensors, file in ((_tensors(objective), MODEL), (states, OPTIMIZER)):
-        found = _whole(tensors)
-        if folder is not None:
-            save_file(found, folder / file)
+    _save_whole(_tensors(objective), folder, MODEL)
+    _save_whole(states, folder, OPTIMIZER)
     everyone = _of_all_processes(random)
     if folder is None:
         return
@@ -215,10 +213,11 @@ def _set_random(states: Sequence[Mapping[str, Tensor]], seed: int, step: int) ->
         torch.cuda.set_rng_state(mine["cuda"])
 
 
-def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of which every process may hold a part, in the main process; nothing in others."""
+def _save_whole(tensors: Mapping[str, Tensor], folder: Path | None, file: str) -> None:
+    """Write tensors of which every process may hold a part, in the process that has a folder."""
     found = {name: whole(tensor.detach()) for name, tensor in tensors.items()}
-    return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
+    if folder is not None:
+        save_file({name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}, folder / file)
 
 
 def _optimizer_states(
