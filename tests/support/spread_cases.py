@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -25,11 +24,11 @@ from dynamo_train.look_ahead import LookAheadCLM
 from dynamo_train.objective import Objective
 from dynamo_train.parallel import ModifiedCLM
 from dynamo_train.recipe import Recipe
-from dynamo_train.spread import PLAIN, Memory
+from dynamo_train.spread import PLAIN, Memory, processes
 from dynamo_train.states import cache_states
 from dynamo_train.tokens import CorpusRecord, TokenStreams
 
-VOCAB = 31
+VOCAB = 40
 PROCESSES = 2
 SHAPES = "shapes.json"
 RECIPE = Recipe(
@@ -137,8 +136,8 @@ def interrupted(process: int) -> Iterator[None]:
     calls = iter(range(1000))
 
     def interrupt(module: torch.nn.Module, _: object) -> None:
-        own = RECIPE.sequences // RECIPE.micro_batch // PartialState().num_processes
-        if isinstance(module, Objective) and next(calls) == own and PartialState().process_index == process:
+        own = RECIPE.sequences // RECIPE.micro_batch // processes().num_processes
+        if isinstance(module, Objective) and next(calls) == own and processes().process_index == process:
             signal.raise_signal(signal.SIGINT)
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(interrupt)
@@ -153,13 +152,13 @@ def interrupted(process: int) -> Iterator[None]:
 def shapes() -> dict[str, list[list[int]]]:
     """Of every parameter of a sharded model: the whole, and the part of this process."""
     objective = heads(Path(), RECIPE)
-    spread.shard(objective, PartialState().device)
+    spread.shard(objective, processes().device)
     parameters: dict[str, Any] = dict(objective.named_parameters())
     return {name: [list(each.shape), list(each.to_local().shape)] for name, each in parameters.items()}
 
 
 def main(work: Path) -> None:
-    state = PartialState()
+    state = processes()
     assert state.num_processes == PROCESSES
     for name, case in CASES.items():
         case.run(work / name)

@@ -39,7 +39,8 @@ def job_of(arguments: argparse.Namespace) -> Job:
     """What :func:`add_job` added."""
     from .pipeline import Job
 
-    return Job(arguments.out, arguments.data, arguments.held_out_percent, work_of(arguments))
+    stream = getattr(arguments, "stream", False)
+    return Job(arguments.out, arguments.data, arguments.held_out_percent, work_of(arguments), stream)
 
 
 def work_of(arguments: argparse.Namespace) -> Path:

@@ -87,12 +87,16 @@ def _package(name: str) -> Iterator[Document]:
 def _folder(root: Path) -> Iterator[Document]:
     """Text files, and then the rows of tables; those whose names begin with a dot or an underscore are no texts."""
     yield from text_files(root)
-    for path in sorted(root.rglob("*")):
-        parts = path.relative_to(root).parts
-        if path.suffix in TABLES and path.is_file() and not any(part.startswith((".", "_")) for part in parts):
-            for document in _rows(path):
-                name = "/".join((*parts[:-1], document.name))
-                yield replace(document, group=name, name=name)
+    for path in tables_of(root):
+        for document in _rows(path):
+            name = "/".join((*path.relative_to(root).parts[:-1], document.name))
+            yield replace(document, group=name, name=name)
+
+
+def tables_of(root: Path) -> list[Path]:
+    """The files below a folder whose rows are texts, in order."""
+    files = [path for path in sorted(root.rglob("*")) if path.suffix in TABLES and path.is_file()]
+    return [path for path in files if not any(part.startswith((".", "_")) for part in path.relative_to(root).parts)]
 
 
 def _rows(path: Path) -> Iterator[Document]:
@@ -116,7 +120,7 @@ def _table(path: Path, kind: str) -> Iterator[Document]:
         for row in datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True):
             if not isinstance(row.get("text"), str):
                 raise TrainingError(f"row {i} of '{path}' has no text in a column named 'text'")
-            yield Document(f"{path.name}:{i}", f"{path.name}:{i}", row["text"], _token_ids(row.get("tokens")))
+            yield Document(f"{path.name}:{i}", f"{path.name}:{i}", row["text"], token_ids(row.get("tokens")))
             i += 1
     except TrainingError:
         raise
@@ -127,7 +131,7 @@ def _table(path: Path, kind: str) -> Iterator[Document]:
         datasets.logging.set_verbosity(verbosity)
 
 
-def _token_ids(column: Any) -> tuple[int, ...] | None:
+def token_ids(column: Any) -> tuple[int, ...] | None:
     """Tokens in a row; None if there are none, or something else is called so."""
     if isinstance(column, list) and column and all(isinstance(each, int) for each in column):
         return tuple(column)

@@ -55,6 +55,11 @@ class NewDrafter(ABC):
         """Whether it is trained on what the base said, which does not run itself."""
         return False
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether it reads the text before it is trained on it."""
+        return False
+
     @abstractmethod
     def objective(self, start: Start, recipe: Recipe) -> Objective:
         """The drafter on a base, with the losses it is trained by.

@@ -25,7 +25,7 @@ from .errors import TrainingError
 from .objective import Objective
 from .optimizers import cosine_schedule, make_optimizers
 from .recipe import Recipe
-from .spread import PLAIN, Memory, spread, unshard
+from .spread import PLAIN, Memory, of_all, processes, spread, unshard
 from .tokens import TokenStreams
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ def train(
         TrainingError: ``folder`` holds another run's checkpoint or a damaged one, or the loss is no longer finite.
         OutputError: another process trains in ``folder``, or it cannot be written.
     """
+    processes()  # before accelerate looks for them itself
     copies = DistributedDataParallelKwargs(broadcast_buffers=False)  # which training does not change
     accelerator = Accelerator(mixed_precision=recipe.precision, kwargs_handlers=[copies])
     set_seed(recipe.seed, device_specific=True)
@@ -153,7 +154,7 @@ class _Run:
             self._accelerator.wait_for_everyone()
             self._folder.mkdir(parents=True, exist_ok=True)
             self._resume()
-            self._random = state.random_state()
+            self._note_place()
             self._held = held.pop_all()
         return self
 
@@ -172,6 +173,9 @@ class _Run:
                     "remove it, name another --work, or go back to what it was"
                 )
             state.restore(self._place.folder, self._objective, self._plain, self._schedules, self._recipe.seed)
+            if self._streams.text is not None:
+                positions = dict(enumerate(progress.get("text", [])))
+                self._streams.text.go_on(positions.get(self._accelerator.process_index, ""))
             self.step, self.validations = progress["step"], progress["validations"]
             logger.info("resuming at step %d", self.step)
         if self._accelerator.is_main_process:
@@ -201,16 +205,24 @@ class _Run:
         if every and self.step % every == 0 and self.step < self._recipe.steps:
             figures = _validate(self._objective, self._streams, self._recipe)
             self.validations.append(list(figures.values())[-1])
-            bar.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+            if self._accelerator.is_main_process:
+                bar.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
             metrics |= figures
         if self._accelerator.is_main_process:
             with (self._folder / METRICS).open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
+        self._note_place()
+
+    def _note_place(self) -> None:
+        """What a step that is broken off must not have used up: random numbers and text."""
         self._random = state.random_state()
+        self._position = self._streams.text.position() if self._streams.text is not None else None
 
     def save(self) -> None:
         """Put a checkpoint in the place of the last one."""
         progress = {"fingerprint": self._fingerprint, "step": self.step, "validations": self.validations}
+        if self._position is not None:
+            progress["text"] = of_all(self._position)
         new = self._place.new() if self._accelerator.is_main_process else None
         state.save(new, self._objective, self._plain, self._schedules, self._random, progress)
         if new is not None:
@@ -266,8 +278,7 @@ def _backward(
 ) -> torch.Tensor:
     """The gradients of this process' share of a batch; returns the mean of every loss."""
     plain: Objective = accelerator.unwrap_model(objective)
-    inputs = plain.batch(streams, step, recipe)
-    share = np.split(inputs, accelerator.num_processes)[accelerator.process_index]
+    share = plain.share(streams, step, recipe)
     micro_batches = np.split(share, len(share) // recipe.micro_batch)
     total = torch.zeros(plain.n_losses, device=accelerator.device)
     for i, micro in enumerate(micro_batches):

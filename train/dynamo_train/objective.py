@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -23,7 +22,7 @@ from dynamo_model.output import Output
 from dynamo_model.parallel import scale_gradient
 
 from .recipe import Recipe
-from .spread import summed
+from .spread import processes, summed
 from .tokens import TokenStreams, batch, validation_batches
 
 CAPPED_LOGITS = 1 << 25
@@ -50,6 +49,13 @@ class Objective(nn.Module):
         return batch(
             streams.train, step, sequences=recipe.sequences, length=recipe.length, extra=self.extra, seed=recipe.seed
         )
+
+    def share(self, streams: TokenStreams, step: int, recipe: Recipe) -> NDArray[np.int64]:
+        """The part of :meth:`batch` that falls to this process; of a text that is streamed, what comes next."""
+        state = processes()
+        if streams.text is not None:
+            return streams.text.take(recipe.sequences // state.num_processes, recipe.length, self.extra)
+        return np.split(self.batch(streams, step, recipe), state.num_processes)[state.process_index]
 
     def held_out(self, streams: TokenStreams, recipe: Recipe) -> list[NDArray[np.int64]]:
         """What :meth:`figures` takes, batch by batch; of at most as many tokens as the recipe allows a validation."""
@@ -89,7 +95,7 @@ class Objective(nn.Module):
             Figures by name; early stopping looks at the last one, and lower is better.
         """
         device = next(self.parameters()).device
-        state, training = PartialState(), self.training
+        state, training = processes(), self.training
         if not isinstance(self, FSDPModule):  # of which every pass is one of all processes
             batches = islice(batches, state.process_index, None, state.num_processes)
         self.eval()

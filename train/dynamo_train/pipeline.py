@@ -16,7 +16,6 @@ from typing import Any
 
 import tokenizers
 import torch
-from accelerate import PartialState
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedTokenizerFast
 
@@ -35,7 +34,8 @@ from .errors import TrainingError
 from .loop import Outcome, train
 from .objective import NextTokenCLM, Objective
 from .recipe import Recipe
-from .spread import PLAIN, Memory
+from .spread import PLAIN, Memory, processes
+from .stream import stream_text
 from .tokens import END_OF_TEXT, TokenStreams, sha256_of, tokenize_corpus, train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -54,12 +54,14 @@ class Job:
         source: the corpus, see :func:`dynamo_train.corpus.read_corpus`.
         held_out_percent: share of the corpus kept for validation.
         work: tokens and checkpoints; the same job again goes on from the last checkpoint there.
+        stream: tokenize the text while it is trained on, see :mod:`dynamo_train.stream`, not before.
     """
 
     out: Path
     source: str
     held_out_percent: float
     work: Path
+    stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def train_base(job: Job, shape: BaseShape, recipe: Recipe, memory: Memory = PLAI
     """
     _refuse_existing(job.out)
     memory.check()
-    with PartialState().main_process_first():
+    with processes().main_process_first():
         tokenizer = _own_tokenizer(job, shape.vocab_size)
         end_id = tokenizer.token_to_id(END_OF_TEXT)
         assert end_id is not None  # the tokenizer was trained with it
@@ -108,7 +110,7 @@ def train_base(job: Job, shape: BaseShape, recipe: Recipe, memory: Memory = PLAI
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     objective = NextTokenCLM(model)
     outcome = train(objective, streams, recipe, job.work / "run", memory=memory)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         with _new_folder(job.out) as folder:
             model.save_pretrained(folder)
             PreTrainedTokenizerFast(
@@ -137,6 +139,8 @@ def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe, memo
     memory.check()
     if memory.shard and drafter.reads_states:
         raise TrainingError("--shard divides a base that runs, which it does not with --cache: leave one of them out")
+    if job.stream and drafter.reads_ahead:
+        raise TrainingError("--stream reads a text once, as it is trained on: not with --cache or --draft-vocab")
     if drafter.freezes_base:
         recipe = replace(recipe, freeze_base=True)
     checkpoint = find_checkpoint(base)
@@ -147,13 +151,13 @@ def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe, memo
         raise TrainingError(
             f"sequences of {recipe.length} do not fit the base's context of {config.max_position_embeddings} tokens"
         )
-    text = cache(lambda: _streams_of(checkpoint, job))  # made by the first who asks
+    text = cache(lambda: _streams_of(checkpoint, job, recipe.validation_tokens))  # made by the first who asks
     torch.manual_seed(recipe.seed)
     objective = drafter.objective(Start(checkpoint, loaded, lambda: text()[0], job.work), recipe)
     model: Any = objective.model
     streams, tokenizer = text()
     outcome = train(objective, streams, recipe, job.work / "run", memory=memory)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         with _new_folder(job.out) as folder:
             if recipe.freeze_base:
                 for file in (*(each.file for each in DRAFTERS.values()), cooccurrence.FILE):
@@ -238,13 +242,17 @@ def read_record(name: str | Path | Checkpoint) -> dict[str, Any]:
     return json.loads(path.read_text()) if path is not None else {}
 
 
-def _streams_of(checkpoint: Checkpoint, job: Job) -> tuple[TokenStreams, Any]:
+def _streams_of(checkpoint: Checkpoint, job: Job, validation_tokens: int = 0) -> tuple[TokenStreams, Any]:
     """The corpus in the tokens of an existing model, and its tokenizer."""
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer.eos_token_id is None:
         raise TrainingError(f"the tokenizer of '{checkpoint.name}' has no end-of-text token to put between documents")
-    with PartialState().main_process_first():
-        backend, end_id = tokenizer.backend_tokenizer, tokenizer.eos_token_id
+    state, backend, end_id = processes(), tokenizer.backend_tokenizer, tokenizer.eos_token_id
+    if job.stream:
+        where = state.process_index, state.num_processes
+        percent = job.held_out_percent
+        return stream_text(job.source, backend, end_id, percent, validation_tokens, *where), tokenizer
+    with state.main_process_first():
         return tokenize_corpus(job.source, backend, end_id, job.held_out_percent, job.work / "tokens"), tokenizer
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather, pad_across_processes, parse_flag_from_env, reduce
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -40,7 +40,7 @@ class Memory:
         Raises:
             TrainingError: there is one process.
         """
-        if self.shard and PartialState().num_processes == 1:
+        if self.shard and processes().num_processes == 1:
             raise TrainingError(
                 "--shard divides a model among processes, and there is one: start several, as with "
                 "`torchrun --nproc-per-node 8 -m dynamo_train.train …`"
@@ -49,6 +49,14 @@ class Memory:
 
 PLAIN = Memory()
 """A whole copy in every process, and activations as they come."""
+
+
+def processes() -> PartialState:
+    """This process among all of a run.
+
+    On processors accelerate looks for others only if it is told that it runs there; else each would be the main one.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def spread(objective: nn.Module, accelerator: Accelerator, memory: Memory) -> nn.Module:
@@ -91,7 +99,7 @@ def shard(objective: nn.Module, device: torch.device) -> None:
     A decoder layer is whole while it runs; what is outside of layers (embeddings, final norm, what else is new) while
     the objective does.
     """
-    mesh = init_device_mesh(device.type, (PartialState().num_processes,))
+    mesh = init_device_mesh(device.type, (processes().num_processes,))
     for layer in _layers(objective):
         fully_shard(layer, mesh=mesh)
     fully_shard(objective, mesh=mesh, reshard_after_forward=True)
@@ -125,7 +133,7 @@ def whole(tensor: Tensor) -> Tensor | None:
     A part is moved to the processor's memory, as the whole need not fit into an accelerator's.
     """
     found = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
-    return found if PartialState().is_main_process else None
+    return found if processes().is_main_process else None
 
 
 def part_as(tensor: Tensor, example: Tensor) -> Tensor:
@@ -138,10 +146,21 @@ def part_as(tensor: Tensor, example: Tensor) -> Tensor:
 
 def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Sums over all processes, in the processor's memory."""
-    state = PartialState()
+    state = processes()
     if state.num_processes == 1:
         return tensors
     return tuple(reduce(tensor.to(state.device), "sum").cpu() for tensor in tensors)
+
+
+def of_all(text: str) -> list[str]:
+    """What every process has to say."""
+    state, data = processes(), text.encode()
+    if state.num_processes == 1:
+        return [text]
+    sizes = gather(torch.tensor([len(data)], device=state.device)).tolist()
+    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(state.device)
+    rows = gather(pad_across_processes(mine[None], dim=1)).cpu()
+    return [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def _layers(objective: nn.Module) -> Iterator[Any]:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from accelerate import PartialState
 from accelerate.utils import gather
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,7 +24,7 @@ from dynamo_runtime.version import __version__
 
 from .errors import TrainingError
 from .objective import Objective
-from .spread import part_as, whole
+from .spread import part_as, processes, whole
 from .tokens import TokenStreams
 
 logger = logging.getLogger(__name__)
@@ -179,7 +178,7 @@ def random_state() -> dict[str, Tensor]:
 
 def _of_all_processes(random: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Random states by process and name."""
-    device = PartialState().device
+    device = processes().device
     found = {name: gather(state[None].to(device)).cpu() for name, state in random.items()}
     return {f"{rank}.{name}": state.clone() for name, states in found.items() for rank, state in enumerate(states)}
 
@@ -197,7 +196,7 @@ def _random_states(stored: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def _set_random(states: Sequence[Mapping[str, Tensor]], seed: int, step: int) -> None:
-    process = PartialState()
+    process = processes()
     if len(states) != process.num_processes:
         logger.info(
             "the checkpoint is of %d process(es) and this is a run of %d: the result is another one by roundings, "

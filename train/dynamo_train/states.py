@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -33,6 +32,7 @@ from dynamo_runtime.files import write_whole
 
 from .errors import TrainingError
 from .recipe import Recipe
+from .spread import processes
 from .state import sha256
 from .tokens import TokenStreams
 
@@ -130,7 +130,7 @@ class StateCache:
             batch: windows at once.
             bar: advanced by the tokens read.
         """
-        state, done = PartialState(), self.windows - self.missing()
+        state, done = processes(), self.windows - self.missing()
         if done == self.windows:
             return
         state.wait_for_everyone()  # now all have seen what was there
@@ -223,7 +223,7 @@ def cache_states(
     size = embedding.weight.shape[1]
     texts = {"train": streams.train, "held-out": streams.held_out[: recipe.validation_tokens or None]}
     caches = [StateCache(folder / name, text, recipe.length, size, made_of) for name, text in texts.items()]
-    state = PartialState()
+    state = processes()
     if missing := sum(cache.missing() for cache in caches):
         folder.mkdir(parents=True, exist_ok=True)
         needed, free = sum(cache.nbytes for cache in caches), shutil.disk_usage(folder).free

@@ -173,6 +173,11 @@ def _parser() -> argparse.ArgumentParser:
             "base", help=f"the base model: a folder, a GGUF file, a Hub id, or smollm2{drafter.base_help}"
         )
         add_job(command)
+        command.add_argument(
+            "--stream",
+            action="store_true",
+            help="tokenize DATA while it is trained on: .parquet or .jsonl shards, or OWNER/NAME on the Hub",
+        )
         drafter.add_arguments(command)
         command.set_defaults(run=_drafter, drafter=drafter)
 
