@@ -16,7 +16,7 @@ from dynamo_train.cooccurrence import count_ngrams
 from dynamo_train.corpus import Shard, read_corpus, read_shard, shards_of
 from dynamo_train.counting import Counting, write_counts_of_corpus
 from dynamo_train.ngram_spark import NONE, Text, count_shards
-from dynamo_train.tokens import ids_of
+from dynamo_train.tokens import encode
 
 WORDS = ["the", "a", "model", "drafts", "tokens", "and", "verifies", "them"]
 END, PERCENT = 0, 20.0
@@ -55,7 +55,7 @@ def tokens_of(source: str, text: Text) -> np.ndarray:
     """The training tokens of a corpus read as one."""
     tokenizer = Tokenizer.from_str(text.tokenizer)
     kept = (document for document in read_corpus(source) if not is_held_out(document, PERCENT))
-    return np.concatenate([ids_of(document, tokenizer, END)[0] for document in kept]).astype(np.uint16)
+    return np.concatenate([encode(document, tokenizer, END)[0] for document in kept]).astype(np.uint16)
 
 
 def test_shards_together_are_the_corpus(corpus: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from dynamo_runtime.corpus import HELD_OUT_PERCENT
 if TYPE_CHECKING:
     from .pipeline import Job
     from .recipe import Recipe
+    from .spread import Memory
 
 VALIDATION_TOKENS = 131_072
 ENGINES = ("memory", "duckdb", "spark")
@@ -44,7 +45,8 @@ def job_of(arguments: argparse.Namespace) -> Job:
     """What :func:`add_job` added."""
     from .pipeline import Job
 
-    return Job(arguments.out, arguments.data, arguments.held_out_percent, work_of(arguments))
+    stream = getattr(arguments, "stream", False)
+    return Job(arguments.out, arguments.data, arguments.held_out_percent, work_of(arguments), stream)
 
 
 def work_of(arguments: argparse.Namespace) -> Path:
@@ -78,6 +80,28 @@ def add_recipe(parser: argparse.ArgumentParser, *, optimizer: str, length: int, 
     parser.add_argument(
         "--early-stop", action="store_true", help="end at the first validation that is no better than the last"
     )
+
+
+def add_memory(parser: argparse.ArgumentParser, *, activations: bool = True) -> None:
+    """Add how a model is kept in memory; without ``activations`` for one whose layers cannot run twice."""
+    parser.add_argument(
+        "--shard",
+        action="store_true",
+        help="in several processes: keep a part of every parameter, gradient and optimizer state in each (FSDP2)",
+    )
+    if activations:
+        parser.add_argument(
+            "--checkpoint-activations",
+            action="store_true",
+            help="run decoder layers once more on the way back, which takes less memory and a third more time",
+        )
+
+
+def memory_of(arguments: argparse.Namespace) -> Memory:
+    """What :func:`add_memory` added."""
+    from .spread import Memory
+
+    return Memory(arguments.shard, getattr(arguments, "checkpoint_activations", False))
 
 
 def add_rate(parser: argparse.ArgumentParser, default: float, *, freeze_base: bool) -> None:

@@ -24,6 +24,7 @@ from dynamo_model.parallel import Penultimate
 
 from .objective import Objective, base_embeddings
 from .recipe import Recipe
+from .spread import summed
 from .states import Said, StateCache
 from .tokens import TokenStreams, window_numbers
 
@@ -121,6 +122,9 @@ class CachedHeads(Objective):
                 chain = chain & (choices == labels)
                 hits[head - 2] += chain.sum()
                 chances[head - 2] += chain.numel()
+        hits, chances, greedy_hits, greedy_chances, nll, count = summed(
+            hits, chances, greedy_hits, greedy_chances, nll, count
+        )
         accepted, greedy = (hits / chances).tolist(), (greedy_hits / greedy_chances.clamp(min=1)).tolist()
         result = {f"accepted_{i}": share for i, share in enumerate(accepted, start=1)}
         result["tokens_a_pass"] = 1 + sum(accepted)

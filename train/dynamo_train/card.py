@@ -144,6 +144,12 @@ def _training(checkpoint: Path) -> list[str]:
 def _text(stage: dict[str, Any]) -> str:
     """What a stage was trained on, and what of it was held out."""
     corpus = stage["corpus"]
+    if "shards" in corpus:
+        return (
+            f"`{corpus['source']}`, {corpus['shards']} shards, streamed (SHA-256 of their names and sizes "
+            f"`{corpus['sha256'][:16]}…`); {corpus['held_out_percent']:g} % of the documents are held out by the hash "
+            "of their text"
+        )
     parts = corpus["source"].split("+")
     packages = [f"`{part.removeprefix(PACKAGE)}`" for part in parts if part.startswith(PACKAGE)]
     names = [f"the standard library of Python {stage['python']}"] if STANDARD_LIBRARY in parts else []
@@ -175,9 +181,11 @@ def _runs(stage: dict[str, Any]) -> str:
 
 def _run(stage: dict[str, Any]) -> str:
     recipe, steps = stage["recipe"], stage["steps"]
-    epochs = steps * recipe["sequences"] * recipe["length"] / stage["corpus"]["train_tokens"]
+    tokens = steps * recipe["sequences"] * recipe["length"]
+    known = stage["corpus"].get("train_tokens")
+    read = f"{tokens / known:.1f} epochs" if known else f"{tokens / 1e6:.1f} M tokens"
     early = "" if steps == recipe["steps"] else f", stopped early of {recipe['steps']:,}"
     return (
-        f"{steps:,} steps{early}, of {recipe['sequences']} × {recipe['length']} tokens ({epochs:.1f} epochs), "
+        f"{steps:,} steps{early}, of {recipe['sequences']} × {recipe['length']} tokens ({read}), "
         f"{recipe['optimizer']}, {recipe['precision']} autocast"
     )

@@ -91,7 +91,7 @@ def shards_of(source: str) -> list[Shard]:
     for part in _parts(source):
         shards.append(Shard(part))
         if Path(part).is_dir():
-            shards += [Shard(part, path.relative_to(part).as_posix()) for path in _tables(Path(part))]
+            shards += [Shard(part, path.relative_to(part).as_posix()) for path in tables_of(Path(part))]
     return shards
 
 
@@ -134,15 +134,14 @@ def _package(name: str) -> Iterator[Document]:
 def _folder(root: Path) -> Iterator[Document]:
     """Text files, and then the rows of tables; those whose names begin with a dot or an underscore are no texts."""
     yield from text_files(root)
-    for path in _tables(root):
+    for path in tables_of(root):
         yield from _rows_in(root, path)
 
 
-def _tables(root: Path) -> Iterator[Path]:
-    for path in sorted(root.rglob("*")):
-        parts = path.relative_to(root).parts
-        if path.suffix in TABLES and path.is_file() and not any(part.startswith((".", "_")) for part in parts):
-            yield path
+def tables_of(root: Path) -> list[Path]:
+    """The files below a folder whose rows are texts, in order."""
+    files = [path for path in sorted(root.rglob("*")) if path.suffix in TABLES and path.is_file()]
+    return [path for path in files if not any(part.startswith((".", "_")) for part in path.relative_to(root).parts)]
 
 
 def _rows_in(root: Path, path: Path) -> Iterator[Document]:
@@ -173,7 +172,7 @@ def _table(path: Path, kind: str) -> Iterator[Document]:
         for row in datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True):
             if not isinstance(row.get("text"), str):
                 raise TrainingError(f"row {i} of '{path}' has no text in a column named 'text'")
-            yield Document(f"{path.name}:{i}", f"{path.name}:{i}", row["text"], _token_ids(row.get("tokens")))
+            yield Document(f"{path.name}:{i}", f"{path.name}:{i}", row["text"], token_ids(row.get("tokens")))
             i += 1
     except TrainingError:
         raise
@@ -184,7 +183,7 @@ def _table(path: Path, kind: str) -> Iterator[Document]:
         datasets.logging.set_verbosity(verbosity)
 
 
-def _token_ids(column: Any) -> tuple[int, ...] | None:
+def token_ids(column: Any) -> tuple[int, ...] | None:
     """Tokens in a row; None if there are none, or something else is called so."""
     if isinstance(column, list) and column and all(isinstance(each, int) for each in column):
         return tuple(column)

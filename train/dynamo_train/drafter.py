@@ -50,6 +50,16 @@ class NewDrafter(ABC):
     freezes_base: ClassVar[bool] = False
     keeps: bool = False
 
+    @property
+    def reads_states(self) -> bool:
+        """Whether it is trained on what the base said, which does not run itself."""
+        return False
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether it reads the text before it is trained on it."""
+        return False
+
     @abstractmethod
     def objective(self, start: Start, recipe: Recipe) -> Objective:
         """The drafter on a base, with the losses it is trained by.

@@ -16,6 +16,7 @@ from dynamo_model import CPModel
 from .drafter import NewDrafter, Start
 from .objective import Objective, base_embeddings, label_nll
 from .recipe import Recipe
+from .spread import summed
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ class JointCLM(Objective):
         ``PPL_1:m = exp(-(1/(mT)) Σ_t log Σ_α w_α Π_{s≤m} p_α^(s)(x_{t+s}))``: the factors behind m sum to 1.
         ``gate_min`` is the smallest component's mean gate weight: 1/r if all are used alike, 0 if one is dead.
         """
-        n, count = self.model.n_tokens, 0
-        first_nll = torch.zeros((), dtype=torch.float64)
+        n = self.model.n_tokens
+        first_nll, count = torch.zeros(2, dtype=torch.float64)
         log_joint = torch.zeros(n, dtype=torch.float64)
         gates = torch.zeros(self.model.rank, dtype=torch.float64)
         for tokens in batches:
@@ -115,7 +116,8 @@ class JointCLM(Objective):
             log_joint += prefixes.double().sum((0, 1)).cpu()
             gates += log_w.exp().double().sum((0, 1)).cpu()
             count += prefixes[..., 0].numel()
-        result = {"ppl_1": math.exp(first_nll.item() / count), "gate_min": gates.min().item() / count}
+        first_nll, count, log_joint, gates = summed(first_nll, count, log_joint, gates)
+        result = {"ppl_1": math.exp(first_nll / count), "gate_min": (gates.min() / count).item()}
         for m, value in enumerate((-log_joint / count).tolist(), start=1):
             if m > 1:
                 result[f"ppl_1:{m}"] = math.exp(value / m)

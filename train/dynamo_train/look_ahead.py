@@ -19,6 +19,7 @@ from .drafter import NewDrafter, Start
 from .errors import TrainingError
 from .objective import Objective, base_embeddings, label_nll
 from .recipe import Recipe
+from .spread import summed
 
 
 @dataclass(frozen=True)
@@ -140,12 +141,13 @@ class LookAheadCLM(Objective):
 
     def figures(self, batches: Iterable[Tensor]) -> dict[str, float]:
         """PPL_2 … PPL_{L+1} at the anchors, PPL_{1+i} being ``[LA]_i``'s, and PPL_2:{L+1} of all of them together."""
-        depth, count = self.model.n_look_ahead, 0
-        total = torch.zeros(depth, dtype=torch.float64)
+        depth = self.model.n_look_ahead
+        total, count = torch.zeros(depth, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for tokens in batches:
             nll = self.nll(tokens, self.choose_anchors(tokens))
             total += nll.double().sum((0, 1)).cpu()
             count += nll[..., 0].numel()
+        total, count = summed(total, count)
         mean = (total / count).tolist()
         result = {f"ppl_{i}": math.exp(value) for i, value in enumerate(mean, start=2)}
         if depth > 1:

@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from tqdm import tqdm
 
 from dynamo_runtime.files import WholeFolder, write_whole
@@ -25,6 +25,7 @@ from .errors import TrainingError
 from .objective import Objective
 from .optimizers import cosine_schedule, make_optimizers
 from .recipe import Recipe
+from .spread import PLAIN, Memory, of_all, processes, spread, unshard
 from .tokens import TokenStreams
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,12 @@ def train(
     recipe: Recipe,
     folder: Path,
     *,
+    memory: Memory = PLAIN,
     checkpoint_every: int = 200,
 ) -> Outcome:
     """Train to the end of the recipe, from the last checkpoint in ``folder`` if there is one.
+
+    All processes call it; the main one writes, and has the whole of a sharded model in the end.
 
     Args:
         objective: holds the model, which is trained in place.
@@ -56,6 +60,7 @@ def train(
         recipe: what to do.
         folder: checkpoints and ``metrics.jsonl``; a checkpoint of a run that differs in anything that decides its
             result is refused.
+        memory: how the model is kept.
         checkpoint_every: steps between checkpoints; an interrupt (Ctrl-C) writes one as well.
 
     Returns:
@@ -65,14 +70,16 @@ def train(
         TrainingError: ``folder`` holds another run's checkpoint or a damaged one, or the loss is no longer finite.
         OutputError: another process trains in ``folder``, or it cannot be written.
     """
-    set_seed(recipe.seed)
-    accelerator = Accelerator(mixed_precision=recipe.precision)
+    processes()  # before accelerate looks for them itself
+    copies = DistributedDataParallelKwargs(broadcast_buffers=False)  # which training does not change
+    accelerator = Accelerator(mixed_precision=recipe.precision, kwargs_handlers=[copies])
+    set_seed(recipe.seed, device_specific=True)
     if recipe.sequences % (recipe.micro_batch * accelerator.num_processes):
         raise TrainingError(
             f"{recipe.sequences} sequences a batch do not divide into micro-batches of {recipe.micro_batch} "
             f"on {accelerator.num_processes} process(es)"
         )
-    with _Run(accelerator, objective, streams, recipe, folder) as run:
+    with _Run(accelerator, objective, streams, recipe, folder, memory) as run, _Interrupts(accelerator) as interrupts:
         bar = tqdm(
             total=recipe.steps,
             initial=run.step,
@@ -83,7 +90,7 @@ def train(
         try:
             while run.step < recipe.steps and not (recipe.early_stop and _stalled(run.validations)):
                 losses = run.backward()
-                with _undisturbed():
+                with interrupts.held():
                     run.update(losses, bar)
                 if run.step % checkpoint_every == 0 and run.step < recipe.steps:
                     run.save()
@@ -93,7 +100,10 @@ def train(
         finally:
             bar.close()
         run.save()
-        return Outcome(run.step, _validate(objective, streams, recipe))
+        outcome = Outcome(run.step, _validate(objective, streams, recipe))
+        if memory.shard:
+            unshard(objective)
+        return outcome
 
 
 class _Run:
@@ -105,12 +115,19 @@ class _Run:
     """
 
     def __init__(
-        self, accelerator: Accelerator, objective: Objective, streams: TokenStreams, recipe: Recipe, folder: Path
+        self,
+        accelerator: Accelerator,
+        objective: Objective,
+        streams: TokenStreams,
+        recipe: Recipe,
+        folder: Path,
+        memory: Memory,
     ) -> None:
         self.step, self.validations = 0, list[float]()
         self._accelerator, self._streams, self._recipe, self._folder = accelerator, streams, recipe, folder
         self._objective = objective
-        self._fingerprint = state.fingerprint(objective, streams, recipe, accelerator.num_processes)
+        self._fingerprint = state.fingerprint(objective, streams, recipe)
+        self._prepared = spread(objective.train(), accelerator, memory)
         optimizers = make_optimizers(
             objective,
             kind=recipe.optimizer,
@@ -118,7 +135,7 @@ class _Run:
             heads_lr=recipe.heads_lr,
             weight_decay=recipe.weight_decay,
         )
-        self._prepared, *self._optimizers = accelerator.prepare(objective.train(), *optimizers)
+        self._optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
         self._plain = [optimizer.optimizer for optimizer in self._optimizers]
         self._schedules = [cosine_schedule(optimizer, recipe.steps, recipe.warmup) for optimizer in self._plain]
         self._place = WholeFolder(folder / "checkpoint")
@@ -137,7 +154,7 @@ class _Run:
             self._accelerator.wait_for_everyone()
             self._folder.mkdir(parents=True, exist_ok=True)
             self._resume()
-            self._random = state.random_state()
+            self._note_place()
             self._held = held.pop_all()
         return self
 
@@ -155,8 +172,10 @@ class _Run:
                     f"{self._folder} holds another run: {'; '.join(found[:3])}{more}: "
                     "remove it, name another --work, or go back to what it was"
                 )
-            rank = self._accelerator.process_index
-            state.restore(self._place.folder, self._objective, self._plain, self._schedules, rank)
+            state.restore(self._place.folder, self._objective, self._plain, self._schedules, self._recipe.seed)
+            if self._streams.text is not None:
+                positions = dict(enumerate(progress.get("text", [])))
+                self._streams.text.go_on(positions.get(self._accelerator.process_index, ""))
             self.step, self.validations = progress["step"], progress["validations"]
             logger.info("resuming at step %d", self.step)
         if self._accelerator.is_main_process:
@@ -186,38 +205,64 @@ class _Run:
         if every and self.step % every == 0 and self.step < self._recipe.steps:
             figures = _validate(self._objective, self._streams, self._recipe)
             self.validations.append(list(figures.values())[-1])
-            bar.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+            if self._accelerator.is_main_process:
+                bar.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
             metrics |= figures
         if self._accelerator.is_main_process:
             with (self._folder / METRICS).open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
+        self._note_place()
+
+    def _note_place(self) -> None:
+        """What a step that is broken off must not have used up: random numbers and text."""
         self._random = state.random_state()
+        self._position = self._streams.text.position() if self._streams.text is not None else None
 
     def save(self) -> None:
         """Put a checkpoint in the place of the last one."""
-        random = gather_object([self._random])
-        if self._accelerator.is_main_process:
-            progress = {"fingerprint": self._fingerprint, "step": self.step, "validations": self.validations}
-            new = self._place.new()
-            state.save(new, self._objective, self._plain, self._schedules, random, progress)
+        progress = {"fingerprint": self._fingerprint, "step": self.step, "validations": self.validations}
+        if self._position is not None:
+            progress["text"] = of_all(self._position)
+        new = self._place.new() if self._accelerator.is_main_process else None
+        state.save(new, self._objective, self._plain, self._schedules, self._random, progress)
+        if new is not None:
             self._place.put(new)
         self._accelerator.wait_for_everyone()
 
 
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ctrl-C waits for the end: half an optimizer step is nothing to go on from."""
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+class _Interrupts:
+    """Ctrl-C, which waits where half a step would be left; of several processes all end behind the same step."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator, self._came = accelerator, False
+        self._holding = self._together = accelerator.num_processes > 1
+
+    def __enter__(self) -> _Interrupts:
+        """Take the signal, in the thread that alone gets any."""
+        self._taken = threading.current_thread() is threading.main_thread()
+        if self._taken:
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Give it back."""
+        if self._taken:
+            signal.signal(signal.SIGINT, self._before)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """An interrupt comes at the end; of several processes to all, if it came to one."""
+        self._holding = True
         yield
-        return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
+        self._holding = self._together
+        came = torch.tensor(float(self._came), device=self._accelerator.device)
+        if self._accelerator.reduce(came, "sum"):
+            raise KeyboardInterrupt
+
+    def _handle(self, *_: Any) -> None:
+        self._came = True
+        if not self._holding:
+            raise KeyboardInterrupt
 
 
 def _cut(metrics: Path, step: int) -> None:
@@ -233,14 +278,14 @@ def _backward(
 ) -> torch.Tensor:
     """The gradients of this process' share of a batch; returns the mean of every loss."""
     plain: Objective = accelerator.unwrap_model(objective)
-    inputs = plain.batch(streams, step, recipe)
-    share = np.split(inputs, accelerator.num_processes)[accelerator.process_index]
+    share = plain.share(streams, step, recipe)
     micro_batches = np.split(share, len(share) // recipe.micro_batch)
     total = torch.zeros(plain.n_losses, device=accelerator.device)
     for i, micro in enumerate(micro_batches):
-        last = i + 1 == len(micro_batches)
-        with accelerator.no_sync(objective) if not last else accelerator.autocast():
-            losses = objective(torch.from_numpy(micro).to(accelerator.device))
+        last = i + 1 == len(micro_batches)  # sharded gradients are reduced every time: whole ones would not fit
+        with accelerator.no_sync(objective) if not last else nullcontext():
+            with accelerator.autocast():
+                losses = objective(torch.from_numpy(micro).to(accelerator.device))
             accelerator.backward(losses.sum() / len(micro_batches))
         total += losses.detach() / len(micro_batches)
     if recipe.clip:

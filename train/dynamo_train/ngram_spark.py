@@ -26,7 +26,7 @@ from dynamo_runtime.corpus import is_held_out
 from .cooccurrence import NgramCounts, count_ngrams
 from .corpus import Shard, read_shard, shards_of
 from .errors import TrainingError
-from .tokens import ids_of
+from .tokens import encode
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -181,7 +181,7 @@ def _blocks(shard: Shard, tokenizer: Tokenizer, text: Text) -> Iterator[NDArray[
     block: list[int] = []
     for document in read_shard(shard):
         if not is_held_out(document, text.held_out_percent):
-            block += ids_of(document, tokenizer, text.end_id)[0]
+            block += encode(document, tokenizer, text.end_id)[0]
         if len(block) >= BLOCK_TOKENS:
             yield np.array(block, np.uint32)
             block = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import LinearCrossEntropyOptions
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -20,6 +22,7 @@ from dynamo_model.output import Output
 from dynamo_model.parallel import scale_gradient
 
 from .recipe import Recipe
+from .spread import processes, summed
 from .tokens import TokenStreams, batch, validation_batches
 
 CAPPED_LOGITS = 1 << 25
@@ -47,6 +50,13 @@ class Objective(nn.Module):
             streams.train, step, sequences=recipe.sequences, length=recipe.length, extra=self.extra, seed=recipe.seed
         )
 
+    def share(self, streams: TokenStreams, step: int, recipe: Recipe) -> NDArray[np.int64]:
+        """The part of :meth:`batch` that falls to this process; of a text that is streamed, what comes next."""
+        state = processes()
+        if streams.text is not None:
+            return streams.text.take(recipe.sequences // state.num_processes, recipe.length, self.extra)
+        return np.split(self.batch(streams, step, recipe), state.num_processes)[state.process_index]
+
     def held_out(self, streams: TokenStreams, recipe: Recipe) -> list[NDArray[np.int64]]:
         """What :meth:`figures` takes, batch by batch; of at most as many tokens as the recipe allows a validation."""
         return validation_batches(
@@ -70,10 +80,13 @@ class Objective(nn.Module):
 
     @abstractmethod
     def figures(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        """Held-out figures of batches as :meth:`held_out` makes them; called without gradient."""
+        """Held-out figures of batches as :meth:`held_out` makes them, which may differ between processes.
+
+        Called without gradient, by all processes; what is summed over batches has to be :func:`summed` over them.
+        """
 
     def validate(self, batches: Iterable[NDArray[np.int64]]) -> dict[str, float]:
-        """Measure on held-out text.
+        """Measure on held-out text; every process reads a part of it, and returns the figures of all.
 
         Args:
             batches: of :meth:`held_out`.
@@ -82,7 +95,9 @@ class Objective(nn.Module):
             Figures by name; early stopping looks at the last one, and lower is better.
         """
         device = next(self.parameters()).device
-        training = self.training
+        state, training = processes(), self.training
+        if not isinstance(self, FSDPModule):  # of which every pass is one of all processes
+            batches = islice(batches, state.process_index, None, state.num_processes)
         self.eval()
         try:
             with torch.no_grad():
@@ -173,6 +188,7 @@ class HeadsCLM(Objective):
             known = log_likelihoods != -math.inf
             total += log_likelihoods.where(known, 0.0).sum((1, 2))
             count += known.sum((1, 2))
+        total, count = summed(total, count)
         nll = (-total / count).tolist()
         result = {} if self.draft_vocabulary is None else {"coverage": (count[1:].mean() / count[0]).item()}
         result |= {f"ppl_{i + 1}": math.exp(value) for i, value in enumerate(nll)}

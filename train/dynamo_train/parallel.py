@@ -48,6 +48,16 @@ class TokenHeads(NewDrafter):
     model = MultiTokenModel
     title = "Heads"
 
+    @property
+    def reads_states(self) -> bool:
+        """See :class:`NewDrafter`."""
+        return self.cache
+
+    @property
+    def reads_ahead(self) -> bool:
+        """See :class:`NewDrafter`."""
+        return self.cache or self.draft_vocab is not None
+
     def objective(self, start: Start, recipe: Recipe) -> Objective:
         """See :class:`NewDrafter`."""
         if self.cache and not recipe.freeze_base:

@@ -16,7 +16,6 @@ from typing import Any
 
 import tokenizers
 import torch
-from accelerate import PartialState
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedTokenizerFast
 
@@ -36,6 +35,8 @@ from .errors import TrainingError
 from .loop import Outcome, train
 from .objective import NextTokenCLM, Objective
 from .recipe import Recipe
+from .spread import PLAIN, Memory, processes
+from .stream import stream_text
 from .tokens import END_OF_TEXT, TokenStreams, sha256_of, tokenize_corpus, train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -54,12 +55,14 @@ class Job:
         source: the corpus, see :func:`dynamo_train.corpus.read_corpus`.
         held_out_percent: share of the corpus kept for validation.
         work: tokens and checkpoints; the same job again goes on from the last checkpoint there.
+        stream: tokenize the text while it is trained on, see :mod:`dynamo_train.stream`, not before.
     """
 
     out: Path
     source: str
     held_out_percent: float
     work: Path
+    stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,19 +76,21 @@ class BaseShape:
     context_length: int
 
 
-def train_base(job: Job, shape: BaseShape, recipe: Recipe) -> None:
+def train_base(job: Job, shape: BaseShape, recipe: Recipe, memory: Memory = PLAIN) -> None:
     """Train a tokenizer and a small GPT-NeoX base from scratch and write an ordinary HF model.
 
     Args:
         job: text and folders.
         shape: of the model.
         recipe: of the training.
+        memory: how the model is kept while it is trained.
 
     Raises:
         TrainingError: something about the text, the recipe or the folders; see :func:`dynamo_train.loop.train`.
     """
     _refuse_existing(job.out)
-    with PartialState().main_process_first():
+    memory.check()
+    with processes().main_process_first():
         tokenizer = _own_tokenizer(job, shape.vocab_size)
         end_id = tokenizer.token_to_id(END_OF_TEXT)
         assert end_id is not None  # the tokenizer was trained with it
@@ -105,8 +110,8 @@ def train_base(job: Job, shape: BaseShape, recipe: Recipe) -> None:
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     objective = NextTokenCLM(model)
-    outcome = train(objective, streams, recipe, job.work / "run")
-    if PartialState().is_main_process:
+    outcome = train(objective, streams, recipe, job.work / "run", memory=memory)
+    if processes().is_main_process:
         with _new_folder(job.out) as folder:
             model.save_pretrained(folder)
             PreTrainedTokenizerFast(
@@ -115,7 +120,7 @@ def train_base(job: Job, shape: BaseShape, recipe: Recipe) -> None:
             _write_record(folder, {BASE: _stage(streams, recipe, objective, outcome)})
 
 
-def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe) -> None:
+def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe, memory: Memory = PLAIN) -> None:
     """Put a drafter on a base, train it, and write both; drafters beside a frozen base are taken along.
 
     Of a drafter that goes on from the one beside the base, the record tells the earlier training as ``before``.
@@ -125,12 +130,18 @@ def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe) -> N
         job: text and folders.
         drafter: what is put on it.
         recipe: of the training; ``freeze_base`` leaves the base bit-identical.
+        memory: how the model is kept while it is trained.
 
     Raises:
         CheckpointError: the base does not load or could not be exported, or the drafter cannot be put on it.
         TrainingError: something about the text, the recipe or the folders; see :func:`dynamo_train.loop.train`.
     """
     _refuse_existing(job.out)
+    memory.check()
+    if memory.shard and drafter.reads_states:
+        raise TrainingError("--shard divides a base that runs, which it does not with --cache: leave one of them out")
+    if job.stream and drafter.reads_ahead:
+        raise TrainingError("--stream reads a text once, as it is trained on: not with --cache or --draft-vocab")
     if drafter.freezes_base:
         recipe = replace(recipe, freeze_base=True)
     checkpoint = find_checkpoint(base)
@@ -141,13 +152,13 @@ def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe) -> N
         raise TrainingError(
             f"sequences of {recipe.length} do not fit the base's context of {config.max_position_embeddings} tokens"
         )
-    text = cache(lambda: _streams_of(checkpoint, job))  # made by the first who asks
+    text = cache(lambda: _streams_of(checkpoint, job, recipe.validation_tokens))  # made by the first who asks
     torch.manual_seed(recipe.seed)
     objective = drafter.objective(Start(checkpoint, loaded, lambda: text()[0], job.work), recipe)
     model: Any = objective.model
     streams, tokenizer = text()
-    outcome = train(objective, streams, recipe, job.work / "run")
-    if PartialState().is_main_process:
+    outcome = train(objective, streams, recipe, job.work / "run", memory=memory)
+    if processes().is_main_process:
         with _new_folder(job.out) as folder:
             if recipe.freeze_base:
                 for file in (*(each.file for each in DRAFTERS.values()), cooccurrence.FILE):
@@ -242,11 +253,15 @@ def read_record(name: str | Path | Checkpoint) -> dict[str, Any]:
     return json.loads(path.read_text()) if path is not None else {}
 
 
-def _streams_of(checkpoint: Checkpoint, job: Job) -> tuple[TokenStreams, Any]:
+def _streams_of(checkpoint: Checkpoint, job: Job, validation_tokens: int = 0) -> tuple[TokenStreams, Any]:
     """The corpus in the tokens of an existing model, and its tokenizer."""
     tokenizer = _ending_tokenizer(checkpoint)
-    with PartialState().main_process_first():
-        backend, end_id = tokenizer.backend_tokenizer, tokenizer.eos_token_id
+    state, backend, end_id = processes(), tokenizer.backend_tokenizer, tokenizer.eos_token_id
+    if job.stream:
+        where = state.process_index, state.num_processes
+        percent = job.held_out_percent
+        return stream_text(job.source, backend, end_id, percent, validation_tokens, *where), tokenizer
+    with state.main_process_first():
         return tokenize_corpus(job.source, backend, end_id, job.held_out_percent, job.work / "tokens"), tokenizer
 
 

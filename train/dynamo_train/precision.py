@@ -6,7 +6,8 @@ import time
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
+
+from .spread import processes
 
 FASTER = 1.5
 """So many times as fast must products in bfloat16 be; in between, the rest of a step eats the gain."""
@@ -24,7 +25,7 @@ def fastest_precision() -> str:
 
 def _seconds(dtype: torch.dtype) -> float:
     """The fastest of some products of a decoder layer's size."""
-    device = PartialState().device
+    device = processes().device
     rows, weight = (torch.ones(shape, _SIZE, dtype=dtype, device=device) for shape in (_ROWS, _SIZE))
     best = float("inf")
     for _ in range(_REPEATS):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_model import MAX_HEADS, MAX_LOOK_AHEAD, MAX_RANK
 
-from .arguments import add_rate, add_rates, add_recipe, count, not_negative
+from .arguments import add_memory, add_rate, add_rates, add_recipe, count, not_negative
 
 if TYPE_CHECKING:
     from .drafter import NewDrafter
@@ -83,6 +83,7 @@ def _parallel(parser: argparse.ArgumentParser) -> None:
         help="go on from the heads that BASE has, which are as many, not from new ones",
     )
     add_rates(parser)
+    add_memory(parser)
 
 
 def _joint(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +110,7 @@ def _joint(parser: argparse.ArgumentParser) -> None:
         help="weight of the loss that keeps all components in use (default: %(default)s)",
     )
     add_rates(parser)
+    add_memory(parser)
 
 
 def _look_ahead(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +127,7 @@ def _look_ahead(parser: argparse.ArgumentParser) -> None:
         "--anchors", type=count, default=64, help="positions a sequence that are trained on (default: %(default)s)"
     )
     add_rate(parser, 1e-2, freeze_base=True)
+    add_memory(parser, activations=False)  # they read the cache, which a second run would write to
 
 
 DRAFTERS: dict[str, DrafterCommand] = {

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from accelerate.utils import gather
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,20 +24,25 @@ from dynamo_runtime.version import __version__
 
 from .errors import TrainingError
 from .objective import Objective
+from .spread import part_as, processes, whole
 from .tokens import TokenStreams
+
+logger = logging.getLogger(__name__)
 
 PROGRESS, MODEL, OPTIMIZER, RANDOM = "progress.json", "model.safetensors", "optimizer.safetensors", "random.safetensors"
 _OF_A_PATH = ("_name_or_path", "transformers_version")  # in configurations; says nothing of the result
 
 
-def fingerprint(objective: Objective, streams: TokenStreams, recipe: Any, processes: int) -> dict[str, Any]:
+def fingerprint(objective: Objective, streams: TokenStreams, recipe: Any) -> dict[str, Any]:
     """Everything that decides the result of a run, to be taken before its first step.
+
+    Over how many processes a batch is divided is not in it: a step is the same but for the order of sums, and for the
+    random numbers of dropout.
 
     Args:
         objective: the model as it starts, base and what is new, and what it is trained by.
         streams: the tokens.
         recipe: of the training.
-        processes: over how many a batch is divided.
     """
     config = getattr(objective.model, "config", None)
     shape = config.to_dict() if config is not None else {}
@@ -47,7 +55,6 @@ def fingerprint(objective: Objective, streams: TokenStreams, recipe: Any, proces
         "weights": sha256(_tensors(objective)),
         "corpus": corpus,
         "tokenizer": streams.tokenizer,
-        "processes": processes,
         "versions": {"dynamo-edge": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
     return json.loads(json.dumps(whole, default=str))
@@ -66,34 +73,35 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str =
 
 
 def save(
-    folder: Path,
+    folder: Path | None,
     objective: Objective,
     optimizers: Sequence[Optimizer],
     schedules: Sequence[LRScheduler],
-    random: Sequence[Mapping[str, Tensor]],
+    random: Mapping[str, Tensor],
     progress: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint into an empty folder.
+    """Write a checkpoint into an empty folder; the same one whether the model is sharded or not.
 
     Args:
-        folder: where to.
+        folder: where to; None in the processes that are not the main one, which have to call it as well.
         objective: whose weights.
         optimizers: their states, with ``schedules``, one for each.
         schedules: of the learning rates.
-        random: from `random_state`, of every process.
+        random: from `random_state`, of this process.
         progress: what else there is to say, as JSON.
     """
-    save_file({name: tensor.detach().contiguous() for name, tensor in _tensors(objective).items()}, folder / MODEL)
     states = {
-        f"{i}.{number}.{name}": tensor.contiguous()
+        f"{i}.{number}.{name}": tensor
         for i, optimizer in enumerate(optimizers)
         for number, state in optimizer.state_dict()["state"].items()
         for name, tensor in state.items()
     }
-    save_file(states, folder / OPTIMIZER)
-    save_file(
-        {f"{rank}.{name}": state for rank, each in enumerate(random) for name, state in each.items()}, folder / RANDOM
-    )
+    _save_whole(_tensors(objective), folder, MODEL)
+    _save_whole(states, folder, OPTIMIZER)
+    everyone = _of_all_processes(random)
+    if folder is None:
+        return
+    save_file(everyone, folder / RANDOM)
     rates = [{"steps": schedule.last_epoch, "rates": schedule.get_last_lr()} for schedule in schedules]
     (folder / PROGRESS).write_text(json.dumps({**progress, "schedules": rates, "states": len(states)}))
 
@@ -125,9 +133,12 @@ def restore(
     objective: Objective,
     optimizers: Sequence[Optimizer],
     schedules: Sequence[LRScheduler],
-    rank: int,
+    seed: int,
 ) -> None:
     """Take up what `save` wrote.
+
+    Random numbers go on where they were if there were as many processes, and else begin anew, by ``seed``, step and
+    process.
 
     Raises:
         TrainingError: it is damaged, or belongs to something else.
@@ -141,23 +152,16 @@ def restore(
         if len(found) != progress["states"]:
             raise ValueError("states of an optimizer are missing or too much")
         states = _optimizer_states(found, optimizers)
-        random = {
-            name.partition(".")[2]: state
-            for name, state in load_file(folder / RANDOM).items()
-            if name.partition(".")[0] == str(rank)
-        }
-        _check(random, random_state())
+        random = _random_states(load_file(folder / RANDOM))
         rates = [(int(each["steps"]), [float(rate) for rate in each["rates"]]) for each in progress["schedules"]]
         if [len(each) for _, each in rates] != [len(optimizer.param_groups) for optimizer in optimizers]:
             raise ValueError("learning rates of other parameters")
-        torch.set_rng_state(random["cpu"])
-        if "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"])
+        _set_random(random, seed, progress["step"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise TrainingError(f"{folder} is damaged ({error}): remove it to start over") from error
     with torch.no_grad():
         for name, tensor in ours.items():
-            tensor.copy_(stored[name])
+            tensor.copy_(part_as(stored[name], tensor))
     for optimizer, schedule, state, (steps, each) in zip(optimizers, schedules, states, rates, strict=True):
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict(
@@ -170,6 +174,49 @@ def random_state() -> dict[str, Tensor]:
     """The random numbers that training draws from: torch's, on this process' devices."""
     cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def _of_all_processes(random: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Random states by process and name."""
+    device = processes().device
+    found = {name: gather(state[None].to(device)).cpu() for name, state in random.items()}
+    return {f"{rank}.{name}": state.clone() for name, states in found.items() for rank, state in enumerate(states)}
+
+
+def _random_states(stored: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Of every process.
+
+    Raises:
+        ValueError: they are none of this machine's.
+    """
+    ranks = len({name.partition(".")[0] for name in stored})
+    expected = random_state()
+    _check(stored, {f"{rank}.{name}": state for rank in range(max(1, ranks)) for name, state in expected.items()})
+    return [{name: stored[f"{rank}.{name}"] for name in expected} for rank in range(ranks)]
+
+
+def _set_random(states: Sequence[Mapping[str, Tensor]], seed: int, step: int) -> None:
+    process = processes()
+    if len(states) != process.num_processes:
+        logger.info(
+            "the checkpoint is of %d process(es) and this is a run of %d: the result is another one by roundings, "
+            "and by dropout if there is any",
+            *(len(states), process.num_processes),
+        )
+        drawn = np.random.SeedSequence([seed, step, process.process_index]).generate_state(1, np.uint32)
+        torch.manual_seed(int(drawn[0]))
+        return
+    mine = states[process.process_index]
+    torch.set_rng_state(mine["cpu"])
+    if "cuda" in mine:
+        torch.cuda.set_rng_state(mine["cuda"])
+
+
+def _save_whole(tensors: Mapping[str, Tensor], folder: Path | None, file: str) -> None:
+    """Write tensors of which every process may hold a part, in the process that has a folder."""
+    found = {name: whole(tensor.detach()) for name, tensor in tensors.items()}
+    if folder is not None:
+        save_file({name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}, folder / file)
 
 
 def _optimizer_states(
@@ -190,7 +237,7 @@ def _optimizer_states(
             found = {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}
             if found:  # none before a parameter's first gradient
                 _check(found, each)
-                states[-1][number] = found
+                states[-1][number] = {name: part_as(value, each[name]) for name, value in found.items()}
     if sum(len(state) for each in states for state in each.values()) != len(stored):
         raise ValueError("states of other parameters")
     return states

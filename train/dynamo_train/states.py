@@ -13,7 +13,6 @@ import copy
 import json
 import logging
 import math
-import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -34,6 +32,7 @@ from dynamo_runtime.files import write_whole
 
 from .errors import TrainingError
 from .recipe import Recipe
+from .spread import processes
 from .state import sha256
 from .tokens import TokenStreams
 
@@ -124,30 +123,38 @@ class StateCache:
     def fill(self, model: MultiTokenModel, batch: int, bar: tqdm) -> None:
         """Have the base read what is missing; goes on where an interrupted run ended.
 
+        All processes call it, and each reads batches of its own.
+
         Args:
             model: whose base it is, in the precision that it is to run in.
             batch: windows at once.
             bar: advanced by the tokens read.
         """
-        done = self.windows - self.missing()
+        state, done = processes(), self.windows - self.missing()
         if done == self.windows:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
+        state.wait_for_everyone()  # now all have seen what was there
+        if state.is_main_process:
+            self._truncate(done)
+        state.wait_for_everyone()
         with ExitStack() as stack:
-            files = {name: stack.enter_context(self._path(name).open("r+b" if done else "wb")) for name in self._rows}
-            for name, file in files.items():
-                file.truncate(done * self._window_bytes(name))
-                file.seek(0, os.SEEK_END)
-            for start in range(done, self.windows, batch):
-                texts = self._texts(range(start, min(start + batch, self.windows)))
-                said = _say(model, texts) | {"tokens": texts.numpy()}
-                for name, (_, dtype) in self._rows.items():
-                    files[name].write(said[name].astype(dtype).tobytes())
-                bar.update(len(texts) * self.length)
-                if (start - done) // batch % _NOTE_EVERY == 0 or start + batch >= self.windows:
+            files = {name: stack.enter_context(self._path(name).open("r+b")) for name in self._rows}
+            for number, start in enumerate(range(done, self.windows, batch * state.num_processes)):
+                end = min(start + batch * state.num_processes, self.windows)
+                mine = range(start, end)[batch * state.process_index :][:batch]
+                if mine:
+                    texts = self._texts(mine)
+                    said = _say(model, texts) | {"tokens": texts.numpy()}
+                    for name, (_, dtype) in self._rows.items():
+                        files[name].seek(mine.start * self._window_bytes(name))
+                        files[name].write(said[name].astype(dtype).tobytes())
+                bar.update((end - start) * self.length)
+                if number % _NOTE_EVERY == 0 or end == self.windows:
                     for file in files.values():
                         file.flush()
-                    self._note(start + len(texts))
+                    state.wait_for_everyone()
+                    if state.is_main_process:
+                        self._note(end)
 
     def read(self, windows: NDArray[np.int64]) -> Said:
         """What the base says of some windows, by their numbers."""
@@ -164,6 +171,14 @@ class StateCache:
         """Windows of the stream, each with the token behind it, int64 [windows, length + 1]."""
         rows = [self._tokens[start * self.length : (start + 1) * self.length + 1] for start in windows]
         return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    def _truncate(self, windows: int) -> None:
+        """Leave so many windows in every file, and say so: behind them, what is there has holes until it is noted."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._note(windows)
+        for name in self._rows:
+            with self._path(name).open("r+b" if windows else "wb") as file:
+                file.truncate(windows * self._window_bytes(name))
 
     def _note(self, windows: int) -> None:
         write_whole(self._folder / RECORD, json.dumps(self._made_of | {"windows": windows}, indent=1) + "\n")
@@ -208,19 +223,24 @@ def cache_states(
     size = embedding.weight.shape[1]
     texts = {"train": streams.train, "held-out": streams.held_out[: recipe.validation_tokens or None]}
     caches = [StateCache(folder / name, text, recipe.length, size, made_of) for name, text in texts.items()]
-    state = PartialState()
-    if state.is_main_process and (missing := sum(cache.missing() for cache in caches)):
+    state = processes()
+    if missing := sum(cache.missing() for cache in caches):
         folder.mkdir(parents=True, exist_ok=True)
         needed, free = sum(cache.nbytes for cache in caches), shutil.disk_usage(folder).free
         there = sum(file.stat().st_size for file in folder.glob("*/*.bin"))
         if needed - there > free:
             raise TrainingError(f"the states take {needed / 1e9:.1f} GB, and {folder} has room for {free / 1e9:.1f} GB")
         windows = sum(cache.windows for cache in caches)
-        logger.info("the states of %d tokens take %.2f GB in %s", windows * recipe.length, needed / 1e9, folder)
+        if state.is_main_process:
+            logger.info("the states of %d tokens take %.2f GB in %s", windows * recipe.length, needed / 1e9, folder)
         reader: Any = copy.deepcopy(base)
-        model = MultiTokenModel(reader.to(dtype).eval(), 2)
+        model = MultiTokenModel(reader.to(state.device, dtype).eval(), 2)
         with tqdm(
-            total=windows * recipe.length, initial=(windows - missing) * recipe.length, desc="states", unit="token"
+            total=windows * recipe.length,
+            initial=(windows - missing) * recipe.length,
+            desc="states",
+            unit="token",
+            disable=not state.is_main_process,
         ) as bar:
             for cache in caches:
                 cache.fill(model, recipe.micro_batch, bar)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,9 @@ from dynamo_runtime.version import __version__
 
 from .corpus import read_corpus
 from .errors import TrainingError
+
+if TYPE_CHECKING:
+    from .stream import StreamRecord, TextStream
 
 END_OF_TEXT = "<|endoftext|>"
 RECORD = "tokens.json"
@@ -60,16 +64,18 @@ class TokenStreams:
     """Training and held-out tokens of a corpus, memory-mapped; documents end with the end-of-text token.
 
     Attributes:
-        train: token ids [tokens].
+        train: token ids [tokens]; none of a text that is streamed.
         held_out: token ids [tokens].
         record: what they were made from.
         tokenizer: sha256 of what made them.
+        text: what is trained on instead, if it is streamed.
     """
 
     train: NDArray[np.unsignedinteger]
     held_out: NDArray[np.unsignedinteger]
-    record: CorpusRecord
+    record: CorpusRecord | StreamRecord
     tokenizer: str = ""
+    text: TextStream | None = None
 
 
 def sha256_of(source: str) -> str:
@@ -78,6 +84,11 @@ def sha256_of(source: str) -> str:
     for document in read_corpus(source):
         digest.update(_bytes(document))
     return digest.hexdigest()
+
+
+def sha256_of_tokenizer(tokenizer: Tokenizer, end_id: int) -> str:
+    """Of all that decides how a text is tokenized."""
+    return hashlib.sha256(f"{end_id} {tokenizer.to_str()}".encode()).hexdigest()
 
 
 def tokenize_corpus(source: str, tokenizer: Tokenizer, end_id: int, percent: float, folder: Path) -> TokenStreams:
@@ -97,7 +108,7 @@ def tokenize_corpus(source: str, tokenizer: Tokenizer, end_id: int, percent: flo
         OutputError: the folder cannot be written, or another process writes it.
     """
     content = sha256_of(source)
-    how = hashlib.sha256(f"{end_id} {tokenizer.to_str()}".encode()).hexdigest()
+    how = sha256_of_tokenizer(tokenizer, end_id)
     stamp = hashlib.sha256(f"{content} {how} {percent} {__version__}".encode()).hexdigest()
     dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32)
     if _record(folder, stamp, dtype) is None:
@@ -149,15 +160,13 @@ def own_tokens(document: Document, tokenizer: Tokenizer) -> list[int] | None:
     return found if tokenizer.decode(found, skip_special_tokens=False) == document.text else None
 
 
-def ids_of(document: Document, tokenizer: Tokenizer, end_id: int) -> tuple[list[int], bool]:
-    """A document in the tokens of training, its end included, and whether the tokenizer had to encode it."""
-    ids = own_tokens(document, tokenizer)
-    encoded = ids is None
-    if ids is None:
-        ids = tokenizer.encode(document.text, add_special_tokens=False).ids
+def encode(document: Document, tokenizer: Tokenizer, end_id: int) -> tuple[list[int], bool]:
+    """The tokens of a document with the one that ends it, and whether they are those that it came with."""
+    own = own_tokens(document, tokenizer)
+    ids = own if own is not None else tokenizer.encode(document.text, add_special_tokens=False).ids
     if document.tokens is None or ids[-1:] != [end_id]:  # a model may have ended its text itself
         ids = [*ids, end_id]
-    return ids, encoded
+    return ids, own is not None
 
 
 def _tokenize(
@@ -169,8 +178,8 @@ def _tokenize(
     try:
         for document in read_corpus(source):
             held = is_held_out(document, percent)
-            ids, encoded = ids_of(document, tokenizer, end_id)
-            foreign += encoded and document.tokens is not None
+            ids, own = encode(document, tokenizer, end_id)
+            foreign += document.tokens is not None and not own
             np.asarray(ids, dtype=dtype).tofile(files[held])
             documents[held] += 1
             tokens[held] += len(ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import traceback
 from dataclasses import fields
@@ -19,10 +20,12 @@ from .arguments import (
     ENGINES,
     LOCAL,
     add_job,
+    add_memory,
     add_rate,
     add_recipe,
     count,
     job_of,
+    memory_of,
     not_negative,
     positive,
     recipe_of,
@@ -40,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     open_streams()
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    level = logging.WARNING if int(os.environ.get("RANK", 0)) else logging.INFO  # of several processes one tells
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
@@ -68,7 +72,7 @@ def _base(arguments: argparse.Namespace) -> None:
     from .pipeline import BaseShape, train_base
 
     shape = BaseShape(**{each.name: getattr(arguments, each.name) for each in fields(BaseShape)})
-    train_base(job_of(arguments), shape, recipe_of(arguments))
+    train_base(job_of(arguments), shape, recipe_of(arguments), memory_of(arguments))
 
 
 def _drafter(arguments: argparse.Namespace) -> None:
@@ -76,7 +80,7 @@ def _drafter(arguments: argparse.Namespace) -> None:
 
     make = arguments.drafter.load()
     drafter = make(**{each.name: getattr(arguments, each.name) for each in fields(make)})
-    train_drafter(arguments.base, job_of(arguments), drafter, recipe_of(arguments))
+    train_drafter(arguments.base, job_of(arguments), drafter, recipe_of(arguments), memory_of(arguments))
 
 
 def _texts(arguments: argparse.Namespace) -> None:
@@ -193,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     add_job(base)
     add_recipe(base, optimizer="muon", length=1024, sequences=16)
     add_rate(base, 3e-3, freeze_base=False)
+    add_memory(base)
     base.add_argument("--hidden-size", type=count, default=256)
     base.add_argument("--layers", type=count, default=6)
     base.add_argument("--attention-heads", type=count, default=4)
@@ -206,6 +211,11 @@ def _parser() -> argparse.ArgumentParser:
             "base", help=f"the base model: a folder, a GGUF file, a Hub id, or smollm2{drafter.base_help}"
         )
         add_job(command)
+        command.add_argument(
+            "--stream",
+            action="store_true",
+            help="tokenize DATA while it is trained on: .parquet or .jsonl shards, or OWNER/NAME on the Hub",
+        )
         drafter.add_arguments(command)
         command.set_defaults(run=_drafter, drafter=drafter)
 

@@ -1,0 +1,172 @@
+"""How a run is spread over processes and fits into their memory, which decides nothing of its result but roundings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather, pad_across_processes, parse_flag_from_env, reduce
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a run does to need less memory; a checkpoint goes on with any other choice.
+
+    Attributes:
+        shard: keep a part of every parameter, gradient and optimizer state in each process (FSDP2: Zhao et al. 2023,
+            arXiv 2304.11277), not a copy.
+        checkpoint_activations: of a decoder layer keep what goes in alone, and run it once more on the way back (Chen
+            et al. 2016, arXiv 1604.06174).
+    """
+
+    shard: bool = False
+    checkpoint_activations: bool = False
+
+    def check(self) -> None:
+        """Find out before the work begins whether a model can be sharded.
+
+        Raises:
+            TrainingError: there is one process.
+        """
+        if self.shard and processes().num_processes == 1:
+            raise TrainingError(
+                "--shard divides a model among processes, and there is one: start several, as with "
+                "`torchrun --nproc-per-node 8 -m dynamo_train.train …`"
+            )
+
+
+PLAIN = Memory()
+"""A whole copy in every process, and activations as they come."""
+
+
+def processes() -> PartialState:
+    """This process among all of a run.
+
+    On processors accelerate looks for others only if it is told that it runs there; else each would be the main one.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
+def spread(objective: nn.Module, accelerator: Accelerator, memory: Memory) -> nn.Module:
+    """Put a model on the device of every process, whole or in parts.
+
+    Args:
+        objective: losses and model, changed in place; sharded parameters are others than before.
+        accelerator: of the run.
+        memory: how.
+
+    Returns:
+        What is called in place of the objective, so that gradients are means over all processes.
+    """
+    if memory.checkpoint_activations:
+        checkpoint_activations(objective)
+    if not memory.shard:
+        prepared: nn.Module = accelerator.prepare(objective)
+        return prepared
+    shard(objective, accelerator.device)
+    return objective
+
+
+def checkpoint_activations(objective: nn.Module) -> None:
+    """Have every decoder layer, further heads' included, run once more on the way back; in training mode alone.
+
+    Raises:
+        TrainingError: the layers are of a kind that transformers does not do this for.
+    """
+    layers = list(_layers(objective))
+    if not layers:
+        raise TrainingError("the layers of this base cannot run twice: leave --checkpoint-activations out")
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def shard(objective: nn.Module, device: torch.device) -> None:
+    """Keep a part of every parameter in each process, cut along its first dimension.
+
+    A decoder layer is whole while it runs; what is outside of layers (embeddings, final norm, what else is new) while
+    the objective does.
+    """
+    mesh = init_device_mesh(device.type, (processes().num_processes,))
+    for layer in _layers(objective):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(objective, mesh=mesh, reshard_after_forward=True)
+    register_fsdp_forward_method(objective, "figures")
+    if device.type == "cpu":  # gloo sums, but knows no mean
+        for module in _sharded(objective):
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def unshard(objective: nn.Module) -> None:
+    """Put whole parameters in the place of sharded ones, in the main process' memory; the others keep their parts.
+
+    Every process has to call it, and nothing can be trained behind it.
+    """
+    found: dict[DTensor, nn.Parameter | None] = {}  # a parameter that is tied stays so
+    for module in _sharded(objective):
+        module.reshard()
+    for owner in objective.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if isinstance(parameter, DTensor):
+                if parameter not in found:
+                    tensor = whole(parameter.detach())
+                    found[parameter] = nn.Parameter(tensor, parameter.requires_grad) if tensor is not None else None
+                if found[parameter] is not None:
+                    setattr(owner, name, found[parameter])
+
+
+def whole(tensor: Tensor) -> Tensor | None:
+    """A tensor of which every process may hold a part, in the main process; None in others. Every process has to ask.
+
+    A part is moved to the processor's memory, as the whole need not fit into an accelerator's.
+    """
+    found = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+    return found if processes().is_main_process else None
+
+
+def part_as(tensor: Tensor, example: Tensor) -> Tensor:
+    """Of a whole tensor, which every process has, the part that a process holds of another one of its shape."""
+    if not isinstance(example, DTensor):
+        return tensor
+    mesh = example.device_mesh
+    return distribute_tensor(tensor.to(example.device), mesh, example.placements, src_data_rank=None)
+
+
+def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Sums over all processes, in the processor's memory."""
+    state = processes()
+    if state.num_processes == 1:
+        return tensors
+    return tuple(reduce(tensor.to(state.device), "sum").cpu() for tensor in tensors)
+
+
+def of_all(text: str) -> list[str]:
+    """What every process has to say."""
+    state, data = processes(), text.encode()
+    if state.num_processes == 1:
+        return [text]
+    sizes = gather(torch.tensor([len(data)], device=state.device)).tolist()
+    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(state.device)
+    rows = gather(pad_across_processes(mine[None], dim=1)).cpu()
+    return [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def _layers(objective: nn.Module) -> Iterator[Any]:
+    """Decoder layers of a base and of what is new."""
+    return (module for module in objective.modules() if isinstance(module, GradientCheckpointingLayer))
+
+
+def _sharded(objective: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in objective.modules() if isinstance(module, FSDPModule))
