@@ -12,6 +12,8 @@ from dynamo_train.objective import Objective
 from dynamo_train.recipe import Recipe
 from dynamo_train.tokens import CorpusRecord, TokenStreams
 
+torch.set_num_threads(1)  # models are tiny, and threads that wait for each other cost more than they do
+
 
 @pytest.fixture
 def recipe() -> Recipe:

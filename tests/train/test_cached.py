@@ -268,7 +268,7 @@ def base(tmp_path: Path) -> Path:
 @pytest.fixture
 def data(tmp_path: Path) -> list[str]:
     """Documents enough for a held-out part."""
-    rows = [json.dumps({"text": "the cat sat on the mat and " * 8 + str(i)}) for i in range(60)]
+    rows = [json.dumps({"text": "the cat sat on the mat and " * 8 + str(i)}) for i in range(24)]
     (tmp_path / "text.jsonl").write_text("\n".join(rows) + "\n")
     return ["--data", str(tmp_path / "text.jsonl")]
 

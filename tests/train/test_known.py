@@ -58,7 +58,7 @@ def test_from_text_to_packed_drafters(tmp_path: Path, monkeypatch: pytest.Monkey
     base = checkpoints.save_plain(tmp_path / "base", checkpoints.CONFIGS["neox"])
     said = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     (base / "tokenizer_config.json").write_text(json.dumps(said))
-    rows = [json.dumps({"text": "the cat sat on the mat and " * 8 + str(i)}) for i in range(60)]
+    rows = [json.dumps({"text": "the cat sat on the mat and " * 8 + str(i)}) for i in range(24)]
     (tmp_path / "text.jsonl").write_text("\n".join(rows) + "\n")
     ours = KNOWN_DRAFTERS["smollm2"]
     recipe = replace(ours.recipe, steps=2, sequences=2, micro_batch=2, length=16, precision="no")
