@@ -117,7 +117,7 @@ def count_on_spark(spark: SparkSession, source: str, text: Text, min_counts: Seq
     """
     with _one_line():
         kept = _counted(spark, source, text, min_counts).persist()
-        totals = dict(kept.where(f"x1 = {NONE}").select("level", "n").toLocalIterator())
+        totals: dict[int, int] = dict(kept.where(f"x1 = {NONE}").select("level", "n").toLocalIterator())
     return Found([totals.get(level, 0) for level in range(1, len(min_counts) + 1)], _batches(kept))
 
 
