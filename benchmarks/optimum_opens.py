@@ -4,7 +4,7 @@
     optimum/bin/python benchmarks/optimum_opens.py BUNDLE …
 
 An environment of its own, since optimum-onnx 0.1 needs an older transformers than the export.  A bundle counts as
-opened if all tokens agree, with the cache and, where there is one, without it; the status is 1 if one does not.
+opened if all tokens agree, with the cache as Optimum keeps it; the status is 1 if one does not.
 """
 
 from __future__ import annotations
