@@ -24,13 +24,15 @@ from dynamo_model.sources import find_checkpoint
 from dynamo_runtime.files import write_whole
 from dynamo_runtime.tables import Table
 from dynamo_train.drafter import Start
+from dynamo_train.known import KNOWN_DRAFTERS
 from dynamo_train.loop import train
 from dynamo_train.parallel import TokenHeads
 from dynamo_train.precision import fastest_precision
 from dynamo_train.recipe import Recipe
 from dynamo_train.tokens import tokenize_corpus
 
-STANDARD = TokenHeads(4, draft_vocab=8192, condition=True, init="copied", cache=True, loss="kl")
+SMOLLM2 = KNOWN_DRAFTERS["smollm2"]
+STANDARD = SMOLLM2.heads
 VARIANTS: dict[str, tuple[TokenHeads, dict[str, Any]]] = {
     "KL, copied layers, told": (STANDARD, {}),
     "… cross-entropy": (replace(STANDARD, loss="ce"), {}),
@@ -54,22 +56,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="regular expression for names of variants")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    recipe = Recipe(
+    recipe = replace(
+        SMOLLM2.recipe,
         steps=arguments.steps,
         sequences=arguments.sequences,
-        length=arguments.length,
         micro_batch=arguments.sequences,
-        optimizer="adamw",
-        base_lr=0.0,
-        heads_lr=1e-3,
-        shared_gradient_scale=1.0,
-        freeze_base=True,
-        weight_decay=0.1,
-        warmup=0.01,
-        clip=1.0,
+        length=arguments.length,
         precision=fastest_precision(),
-        seed=0,
-        validation_tokens=131_072,
+        validate_every=0,
     )
     rows = {}
     for name, (heads, changes) in VARIANTS.items():
