@@ -34,9 +34,9 @@ class Document:
     Attributes:
         group: what is held out as one: the top-level package or module, folder or row the text belongs to.
         name: the text's own name, unique in the corpus.
-        text: its content.
-        tokens: what it was written in, where a model wrote it; only a tokenizer that decodes them to the text may take
-            them.
+        text: its content; empty where there are tokens alone.
+        tokens: what it was written in, where a model wrote it; only a tokenizer that decodes them to the text, if there
+            is one, may take them.
     """
 
     group: str

@@ -25,7 +25,7 @@ def test_the_card_says_what_the_record_says() -> None:
     figures = {"accepted_1": 0.5, "accepted_2": 0.25, "tokens_a_pass": 1.75, "greedy_1": 0.6, "greedy_2": 0.55}
     figures |= {"greedy_tokens_a_pass": 1.93, "coverage": 0.965, "ppl_1": 4.5, "ppl_2": 20.0, "ppl_3": 40.0}
     corpus = {"documents": 1234, "train_tokens": 2_000_000, "held_out_tokens": 56_789, "sha256": "ab" * 32}
-    recipe = {"sequences": 8, "length": 500, "optimizer": "adamw"}
+    recipe = {"sequences": 8, "length": 500, "optimizer": "adamw", "heads_lr": 1e-3}
     stage = {"corpus": corpus, "recipe": recipe, "steps": 1000, "figures": figures, "draft_vocabulary": 8192}
     card = card_text("smollm2", stage)
     assert card.startswith("# 2 further token heads for SmolLM2-135M-Instruct")
@@ -42,7 +42,8 @@ def test_the_card_says_what_the_record_says() -> None:
     ("arguments", "message"),
     [
         (["smollm2"], "give --data CORPUS: text of smollm2's own"),
-        (["--data", "stdlib"], "the embedded model has a text of its own: leave --data out"),
+        (["--data", "stdlib"], "the embedded model has a text and steps of its own: leave --data"),
+        (["--steps", "9"], "the embedded model has a text and steps of its own: leave --data"),
     ],
 )
 def test_what_is_missing_or_too_much_is_one_line(
@@ -61,12 +62,12 @@ def test_from_text_to_packed_drafters(tmp_path: Path, monkeypatch: pytest.Monkey
     rows = [json.dumps({"text": "the cat sat on the mat and " * 8 + str(i)}) for i in range(24)]
     (tmp_path / "text.jsonl").write_text("\n".join(rows) + "\n")
     ours = KNOWN_DRAFTERS["smollm2"]
-    recipe = replace(ours.recipe, steps=2, sequences=2, micro_batch=2, length=16, precision="no")
+    recipe = replace(ours.recipe, steps=200, sequences=2, micro_batch=2, length=16, precision="no")
     small = replace(ours, heads=replace(ours.heads, n_heads=3, draft_vocab=40), recipe=recipe)
     monkeypatch.setitem(KNOWN_DRAFTERS, str(base), small)
     monkeypatch.setitem(known.KNOWN, str(base), KNOWN["smollm2"])
     out = tmp_path / "out"
-    train_known(str(base), str(tmp_path / "text.jsonl"), out, tmp_path / "work")
+    train_known(str(base), str(tmp_path / "text.jsonl"), out, tmp_path / "work", steps=2)
     assert sorted(path.name for path in out.iterdir()) == [
         "README.md",
         "cooccurrence.npz",

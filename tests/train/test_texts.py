@@ -379,6 +379,21 @@ def test_ends_and_columns(tmp_path: Path) -> None:
     assert document == Document("words.parquet:0", "words.parquet:0", "a b")
 
 
+def test_tokens_alone_are_a_corpus(tmp_path: Path) -> None:
+    """A table without a text column is read as it is, unless the tokenizer has no such tokens."""
+    tokenizer = handmade.train_tokenizer()
+    ids = tokenizer.encode("def fib").ids
+    pq.write_table(pa.table({"tokens": [ids] * 40}), tmp_path / "alone.parquet")
+    made = tokenize_corpus(str(tmp_path / "alone.parquet"), tokenizer, 0, 20, tmp_path / "tokens")
+    assert np.concatenate([made.train, made.held_out]).tolist() == [*ids, 0] * 40
+    pq.write_table(pa.table({"tokens": [[*ids, 320]]}), tmp_path / "other.parquet")
+    with pytest.raises(TrainingError, match=r"'other.parquet:0' is tokens of another tokenizer, and has no text"):
+        tokenize_corpus(str(tmp_path / "other.parquet"), tokenizer, 0, 20, tmp_path / "none")
+    pq.write_table(pa.table({"body": ["a"]}), tmp_path / "body.parquet")
+    with pytest.raises(TrainingError, match="has no text in a column named 'text', and no tokens"):
+        list(read_corpus(str(tmp_path / "body.parquet")))
+
+
 def test_folders_hold_tables_and_texts(tmp_path: Path) -> None:
     """Text files as ever, then rows of tables by the file they are in; hidden files and records are none."""
     for name, text in {

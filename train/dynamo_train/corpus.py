@@ -35,8 +35,8 @@ def read_corpus(source: str) -> Iterator[Document]:
     Args:
         source: ``stdlib``, ``package:NAME`` (the Python files of an installed package), a ``.jsonl``, ``.parquet`` or
             ``.txt`` file, or a folder of such and other text files; rows of the first two have a ``text`` column and
-            those of ``.parquet`` may have ``tokens``, a text file is one document.  Several are joined by ``+``:
-            ``stdlib+package:numpy``.
+            those of ``.parquet`` may have ``tokens`` besides or instead, a text file is one document.  Several are
+            joined by ``+``: ``stdlib+package:numpy``.
 
     Raises:
         TrainingError: there is no such thing, or no text in it.
@@ -61,7 +61,7 @@ def read_corpus(source: str) -> Iterator[Document]:
         )
     empty = True
     for document in documents:
-        if document.text.strip():
+        if document.tokens or document.text.strip():
             empty = False
             yield document
     if empty:
@@ -107,7 +107,7 @@ def read_shard(shard: Shard) -> Iterator[Document]:
         yield from read_corpus(shard.source)
     else:
         documents = _rows_in(root, root / shard.table) if shard.table else text_files(root)
-        yield from (document for document in documents if document.text.strip())
+        yield from (document for document in documents if document.tokens or document.text.strip())
 
 
 def _parts(source: str) -> list[str]:
@@ -170,9 +170,12 @@ def _table(path: Path, kind: str) -> Iterator[Document]:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said below, once
     try:
         for row in datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True):
-            if not isinstance(row.get("text"), str):
-                raise TrainingError(f"row {i} of '{path}' has no text in a column named 'text'")
-            yield Document(f"{path.name}:{i}", f"{path.name}:{i}", row["text"], token_ids(row.get("tokens")))
+            text, tokens = row.get("text"), token_ids(row.get("tokens"))
+            if not isinstance(text, str):
+                if tokens is None:
+                    raise TrainingError(f"row {i} of '{path}' has no text in a column named 'text', and no tokens")
+                text = ""
+            yield Document(f"{path.name}:{i}", f"{path.name}:{i}", text, tokens)
             i += 1
     except TrainingError:
         raise

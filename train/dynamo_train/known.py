@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,26 @@ class KnownDrafters:
         heads: its heads.
         recipe: of their training, on the model's own text.
         min_counts: of the n-grams that are kept, see :func:`dynamo_train.cooccurrence.count_ngrams`.
+        took: what the training of those that ship took, states of the text left out.
     """
 
     heads: TokenHeads
     recipe: Recipe
     min_counts: list[int]
+    took: str
 
 
 KNOWN_DRAFTERS = {
     "smollm2": KnownDrafters(
         heads=TokenHeads(4, draft_vocab=8192, condition=True, init="copied", cache=True, loss="kl"),
         recipe=Recipe(
-            steps=1000,
-            sequences=8,
+            steps=12_000,
+            sequences=32,
             length=512,
-            micro_batch=8,
+            micro_batch=32,
             optimizer="adamw",
             base_lr=0.0,
-            heads_lr=1e-3,
+            heads_lr=4e-3,
             shared_gradient_scale=1.0,
             freeze_base=True,
             weight_decay=0.1,
@@ -50,16 +52,17 @@ KNOWN_DRAFTERS = {
             clip=1.0,
             precision="bf16",
             seed=0,
-            validate_every=100,
+            validate_every=1000,
             validation_tokens=131_072,
         ),
-        min_counts=[1, 2],
+        min_counts=[1, 2, 4],
+        took="4.5 minutes on one NVIDIA H200",
     ),
 }
 """By the names of :data:`dynamo_model.sources.KNOWN`."""
 
 
-def train_known(name: str, data: str, out: Path, work: Path) -> None:
+def train_known(name: str, data: str, out: Path, work: Path, steps: int | None = None) -> None:
     """Train what ships for a known model, and pack it; the same call again goes on where it stopped.
 
     Args:
@@ -67,6 +70,7 @@ def train_known(name: str, data: str, out: Path, work: Path) -> None:
         data: text of the model's own, as `dynamo-train texts` writes it.
         out: the new folder: drafters at 8 bits, n-gram counts, record and card.
         work: tokens, states and checkpoints.
+        steps: of the training, if not those of the recipe.
 
     Raises:
         CheckpointError: the model's package cannot be had.
@@ -75,7 +79,8 @@ def train_known(name: str, data: str, out: Path, work: Path) -> None:
     known, trained = KNOWN_DRAFTERS[name], work / "heads"
     job = Job(trained, data, HELD_OUT_PERCENT, work)
     if not trained.exists():
-        pipeline.train_drafter(name, job, known.heads, known.recipe)
+        recipe = known.recipe if steps is None else replace(known.recipe, steps=steps)
+        pipeline.train_drafter(name, job, known.heads, recipe)
     pipeline.add_counts(job, known.min_counts)
     stage = pipeline.read_record(trained)[TokenHeads.model.command]
     write_whole(trained / CARD_FILE, card_text(name, stage))
@@ -109,7 +114,7 @@ itself is not here, and stays as it is: {model.origin}.
   tokens ({figures["coverage"]:.1%} of held-out ones); stored at 8 bits.
 - Training: on what the frozen model says of the text, for {stage["steps"]:,} steps of {recipe["sequences"]} ×
   {recipe["length"]} tokens, which are {seen / 1e6:.1f} M tokens or {seen / corpus["train_tokens"]:.1f} epochs, with
-  {recipe["optimizer"]}.
+  {recipe["optimizer"]} at a learning rate of {recipe["heads_lr"]:g}; of those that ship {KNOWN_DRAFTERS[name].took}.
 - `dynamo-train default {name} --data CORPUS --out FOLDER` rebuilds this folder.
 
 {Table("How often a draft is right, on held-out text", columns, rows).markdown()}

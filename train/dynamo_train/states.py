@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from dynamo_model import MultiTokenModel
-from dynamo_model.output import logits_of
+from dynamo_model.output import Output
 from dynamo_runtime.files import write_whole
 
 from .errors import TrainingError
@@ -255,8 +255,10 @@ def _say(model: MultiTokenModel, tokens: Tensor) -> dict[str, NDArray]:
     first, given = model.penultimate(tokens[:, :-1])
     labels = tokens[:, 1:].flatten().split(_ROWS)
     ids, log_p, label_log_p = [], [], []
+    head = model.output_embedding
+    weight, bias = (None if each is None else each.float() for each in (head.weight, head.bias))
     for states, theirs in zip(first.flatten(0, 1).split(_ROWS), labels, strict=True):
-        logits = logits_of(model.base, states).float()
+        logits = Output.of(model.base)(states.float(), weight, bias)  # logits in bfloat16 would tie
         mass = logits.logsumexp(-1, keepdim=True)
         best = logits.topk(TOP)
         ids.append(best.indices)

@@ -135,7 +135,7 @@ class TextStream:
                 self._begin(self._epoch + 1)
                 continue
             document = document_of(row)
-            if document.text.strip() and not is_held_out(document, self._percent):
+            if (document.tokens or document.text.strip()) and not is_held_out(document, self._percent):
                 self._empty = False
                 return place, self._encode(document)
 
@@ -221,7 +221,7 @@ def stream_text(
 
 def _held_out(rows: IterableDataset, encode: Callable[[Document], Ids], percent: float) -> Iterator[Ids]:
     for document in map(document_of, rows):
-        if document.text.strip() and is_held_out(document, percent):
+        if (document.tokens or document.text.strip()) and is_held_out(document, percent):
             yield encode(document)
 
 

@@ -152,12 +152,22 @@ def _bytes(document: Document) -> bytes:
 
 
 def own_tokens(document: Document, tokenizer: Tokenizer) -> list[int] | None:
-    """The tokens that a document came with, if they are a tokenizer's: it decodes them to the document's text."""
+    """The tokens that a document came with, if they are a tokenizer's: it decodes them to the document's text.
+
+    Of a document that is tokens alone nothing else can be known than that the tokenizer has such tokens.
+
+    Raises:
+        TrainingError: it has not, and there is no text to encode instead.
+    """
     tokens = document.tokens
-    if tokens is None or min(tokens) < 0 or max(tokens) >= tokenizer.get_vocab_size():
+    known = tokens is not None and min(tokens) >= 0 and max(tokens) < tokenizer.get_vocab_size()
+    if tokens and not document.text and not known:
+        raise TrainingError(f"'{document.name}' is tokens of another tokenizer, and has no text to encode instead")
+    if tokens is None or not known:
         return None
     found = list(tokens)
-    return found if tokenizer.decode(found, skip_special_tokens=False) == document.text else None
+    same = not document.text or tokenizer.decode(found, skip_special_tokens=False) == document.text
+    return found if same else None
 
 
 def encode(document: Document, tokenizer: Tokenizer, end_id: int) -> tuple[list[int], bool]:

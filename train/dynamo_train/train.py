@@ -116,8 +116,8 @@ def _pack(arguments: argparse.Namespace) -> None:
 
 def _default(arguments: argparse.Namespace) -> None:
     if arguments.name == EMBEDDED:
-        if arguments.data is not None:
-            raise TrainingError(f"the {EMBEDDED} model has a text of its own: leave --data out")
+        if arguments.data is not None or arguments.steps is not None:
+            raise TrainingError(f"the {EMBEDDED} model has a text and steps of its own: leave --data and --steps out")
         from .default import train_default
 
         train_default(arguments.out, work_of(arguments))
@@ -126,7 +126,7 @@ def _default(arguments: argparse.Namespace) -> None:
     else:
         from .known import train_known
 
-        train_known(arguments.name, arguments.data, arguments.out, work_of(arguments))
+        train_known(arguments.name, arguments.data, arguments.out, work_of(arguments), arguments.steps)
 
 
 def _add_counts(parser: argparse.ArgumentParser) -> None:
@@ -246,6 +246,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the model that is embedded, or the heads of a model that is known by name (default: %(default)s)",
     )
     default.add_argument("--data", help="for the heads: text of the model's own")
+    default.add_argument("--steps", type=count, help="for the heads: fewer or more steps than those that ship had")
     default.add_argument("--out", type=Path, required=True, help="new folder for the result")
     default.add_argument("--work", type=Path, help="tokens and checkpoints (default: OUT-work)")
     default.set_defaults(run=_default)
