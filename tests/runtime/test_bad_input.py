@@ -383,7 +383,7 @@ def test_no_or_two_onnxruntimes(multi: Path, capsys, monkeypatch, installed: lis
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--temperature", "warm"], ["--adaptive-threshold", "median"], ["--no-such-flag"]]
+    "arguments", [["--temperature", "warm"], ["--first-token", "last"], ["--no-such-flag"]]
 )
 def test_what_argparse_refuses_is_one_line_too(multi: Path, capsys, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
