@@ -77,6 +77,8 @@ def check(environment: Environment) -> None:
     environment.run("lint-imports", "--no-cache")  # which package may import which
     environment.run("python", ROOT / "benchmarks/devices.py", "--check")  # docs/devices.md
     environment.run("python", ROOT / "benchmarks/architectures.py", "--check")  # docs/architectures.md
+    environment.run("python", ROOT / "benchmarks/readme.py", "--check")  # the table in README.md
+    environment.run("python", ROOT / "benchmarks/picture.py", "--check")  # docs/images/drafts.svg
 
 
 def docs(environment: Environment) -> None:

@@ -145,6 +145,12 @@ def drawn(found: dict[str, Any]) -> str:
     )
 
 
+def load_results() -> dict[str, Any]:
+    """What the results file says."""
+    loaded: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return loaded
+
+
 def main() -> None:
     """Decode, and draw or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -155,11 +161,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.bundle:
         try:
-            found = decode(arguments.bundle, arguments.prompt, arguments.new_tokens)
+            decoded = decode(arguments.bundle, arguments.prompt, arguments.new_tokens)
         except DynamoError as error:
             sys.exit(f"picture: error: {error}")
-        write_whole(RESULTS, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    picture = drawn(json.loads(RESULTS.read_text(encoding="utf-8")))
+        write_whole(RESULTS, json.dumps(decoded, indent=1, ensure_ascii=False) + "\n")
+    picture = drawn(load_results())
     if not arguments.check:
         write_whole(PICTURE, picture)
     elif not PICTURE.is_file() or PICTURE.read_text(encoding="utf-8") != picture:
