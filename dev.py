@@ -16,7 +16,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 TESTED = "cpu,export,train,profile,eval,mauve,harness,bench,dev"
-PACKAGES = ("runtime", "model", "train", "export", "quantize", "graph", "evaluate")
 PROMPT = "class Stack:\n    def __init__(self):\n"
 
 
@@ -84,12 +83,7 @@ def check(environment: Environment) -> None:
 def docs(environment: Environment) -> None:
     """Write a page of every module's docstrings into build/api, which is not in version control."""
     environment.install(f"{TESTED},docs")
-    modules = []  # by name: of a package with `__all__`, pdoc shows no others
-    for folder in PACKAGES:
-        files = sorted((ROOT / folder / f"dynamo_{folder}").rglob("*.py"))
-        names = [".".join(file.relative_to(ROOT / folder).with_suffix("").parts) for file in files]
-        modules += [name.removesuffix(".__init__") for name in names if not name.endswith(".__main__")]
-    environment.run("pdoc", "--docformat", "google", "--output-directory", ROOT / "build/api", *modules)
+    environment.run("python", ROOT / "docs/api.py", ROOT / "build/api")
 
 
 def main() -> None:
