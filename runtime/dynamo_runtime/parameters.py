@@ -19,17 +19,13 @@ _MOST = (1 << 31) - 1  # of whole numbers: all of any vocabulary
 TARGET = frozenset({"temperature", "top_k", "top_p", "min_p", "repetition_penalty"})
 """Parameters of plain decoding's choice of a token."""
 
-DYNAMO_ONLY = frozenset(
-    {
-        "backoff_threshold",
-        "cooccurrence_weight",
-        "adaptive_threshold",
-        "otsu_zeros",
-        "normalize_joint",
-        "premask_test",
-        "first_token",
-    }
-)
+READINGS_OF_THE_PAPER = frozenset({"adaptive_threshold", "otsu_zeros", "normalize_joint", "premask_test"})
+"""Parameters that choose between readings of Algorithm 1 where the paper is silent.
+
+No command has a flag for them, as none helps to decode: `dynamo-eval ablation` compares them (docs/sampling.md).
+"""
+
+DYNAMO_ONLY = READINGS_OF_THE_PAPER | {"backoff_threshold", "cooccurrence_weight", "first_token"}
 """Parameters of the paper's Algorithm 1."""
 
 DRAFTS_ONLY = frozenset({"draft_tokens", "draft_choice", "draft_cooccurrence_weight", "draft_confidence"})
@@ -92,16 +88,16 @@ class SamplingParameters:
             one token, 0 gives n wherever a counted n-gram exists.
         cooccurrence_weight: α_c in [0, 1], exponent of the mask: 1 all of it, 0 none, with n-grams never seen
             allowed.
-        adaptive_threshold: "blur" (Otsu's threshold of the blurred joint), "otsu" (of the joint itself) or
-            "none".
+        first_token: "joint" as in the paper, where an n-gram is drawn as a whole, or "base": the first token is drawn
+            from f^1 alone, as plain decoding does, and the joint is of the n-grams that begin with it.
+        adaptive_threshold: A reading of the paper, as are the next three: "blur" (Otsu's threshold of the blurred
+            joint), "otsu" (of the joint itself) or "none".
         otsu_zeros: Whether the zeros of the joint belong to Otsu's population, as the dark pixels of an image
             do.
         normalize_joint: Whether the joint is normalised over the top-k grid after the mask.
         premask_test: When the probability of an n-gram *before* the mask must reach the threshold too: "sole"
             (when one n-gram alone survives the mask and so has J = 1 however unlikely it was), "all", or
             "none".
-        first_token: "joint" as in the paper, where an n-gram is drawn as a whole, or "base": the first token is drawn
-            from f^1 alone, as plain decoding does, and the joint is of the n-grams that begin with it.
         draft_tokens: Most drafts a pass of `speculative`; 0 means as many as the bundle predicts.
         draft_choice: How `speculative` picks a draft: "argmax" of what the drafter thinks likely, which gives the
             very text of `autoregressive` under the same seed, or a "sample" of it.
@@ -117,11 +113,11 @@ class SamplingParameters:
     repetition_penalty: float = 1.0
     backoff_threshold: float = 0.5
     cooccurrence_weight: float = 1.0
+    first_token: str = "joint"
     adaptive_threshold: str = "blur"
     otsu_zeros: bool = True
     normalize_joint: bool = True
     premask_test: str = "sole"
-    first_token: str = "joint"
     draft_tokens: int = 0
     draft_choice: str = "argmax"
     draft_cooccurrence_weight: float = 0.5
@@ -204,11 +200,11 @@ class SamplingOptions(TypedDict, total=False):
     repetition_penalty: float | None
     backoff_threshold: float | None
     cooccurrence_weight: float | None
+    first_token: str | None
     adaptive_threshold: str | None
     otsu_zeros: bool | None
     normalize_joint: bool | None
     premask_test: str | None
-    first_token: str | None
     draft_tokens: int | None
     draft_choice: str | None
     draft_cooccurrence_weight: float | None

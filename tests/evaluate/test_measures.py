@@ -9,10 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dynamo_evaluate.commands.run import build_parser as eval_parser
 from dynamo_evaluate.errors import EvaluationError
 from dynamo_evaluate.measures import base_nll, distinct_share, measure, parsing_share
 from dynamo_evaluate.settings import ABLATION, READINGS, curve, parse_thresholds, possible
 from dynamo_runtime import Engine
+from dynamo_runtime.cli import run
+from dynamo_runtime.parameters import READINGS_OF_THE_PAPER
 
 
 def test_distinct_share() -> None:
@@ -76,6 +79,15 @@ def test_ablation_is_the_papers() -> None:
     assert named["Otsu, blur, ε_b 0.5"] == {
         "cooccurrence_weight": 0.0, "adaptive_threshold": "blur", "backoff_threshold": 0.5
     }  # fmt: skip
+
+
+def test_readings_of_the_paper_are_compared_but_have_no_flags() -> None:
+    compared = {name for changes in (ABLATION | READINGS).values() for name in changes}
+    assert compared == READINGS_OF_THE_PAPER | {"cooccurrence_weight", "first_token"}
+    generate = ["generate", "BUNDLE", "--out", "run.jsonl"]
+    for parser, given in ((run.build_parser(), []), (eval_parser(), generate)):
+        flags = vars(parser.parse_args(given))
+        assert {"cooccurrence_weight", "first_token"} <= flags.keys() and not READINGS_OF_THE_PAPER & flags.keys()
 
 
 def test_what_a_bundle_cannot_run_is_left_out(engines: tuple[Engine, Engine]) -> None:

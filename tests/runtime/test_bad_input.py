@@ -382,9 +382,7 @@ def test_no_or_two_onnxruntimes(multi: Path, capsys, monkeypatch, installed: lis
     assert_refused(capsys, [str(multi), "x"], message)
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--temperature", "warm"], ["--adaptive-threshold", "median"], ["--no-such-flag"]]
-)
+@pytest.mark.parametrize("arguments", [["--temperature", "warm"], ["--first-token", "last"], ["--no-such-flag"]])
 def test_what_argparse_refuses_is_one_line_too(multi: Path, capsys, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([str(multi), "x", *arguments])

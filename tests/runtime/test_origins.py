@@ -205,6 +205,7 @@ def test_pages_that_cannot_be_written(multi: Path, tmp_path: Path, capsys: pytes
 
 
 def test_what_follows_the_flag_is_a_prompt_unless_it_is_a_page() -> None:
+    assert drafts.given([]) == []
     for order in (["--show-drafts", "x", "y"], ["x", "y", "--show-drafts"]):
         args = run.build_parser().parse_args(drafts.given(order))
         assert (args.show_drafts, args.bundle, args.prompt) == ("", "x", "y")

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from ..bundle import Bundle
 from ..chat import asked
 from ..errors import ParameterError, printable
-from ..parameters import ADAPTIVE, DRAFT_CHOICES, FIRST_TOKENS, PREMASK_TESTS, SamplingParameters
+from ..parameters import DRAFT_CHOICES, FIRST_TOKENS, SamplingParameters
 from ..providers import OPTIMIZATIONS, Backend
 from ..version import __version__
 
@@ -35,15 +35,12 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def add_dynamo(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the flags of strategy dynamo but the back-off threshold; returns their group."""
+    """Add the flags of strategy dynamo but the back-off threshold; returns their group.
+
+    Python has more: `parameters.READINGS_OF_THE_PAPER`.
+    """
     group = parser.add_argument_group("strategy dynamo (the paper's Algorithm 1)")
     group.add_argument("--cooccurrence-weight", type=float, metavar="A", help="α_c: 1 full mask, 0 none")
-    group.add_argument("--adaptive-threshold", choices=ADAPTIVE, help="Otsu's threshold of the (blurred) joint")
-    group.add_argument("--otsu-zeros", action=argparse.BooleanOptionalAction, help="zeros in Otsu's population")
-    group.add_argument(
-        "--normalize-joint", action=argparse.BooleanOptionalAction, help="joint sums to 1 after the mask"
-    )
-    group.add_argument("--premask-test", choices=PREMASK_TESTS, help="which n-grams must reach ε before the mask too")
     group.add_argument(
         "--first-token", choices=FIRST_TOKENS, help="joint: drawn with the others, as in the paper; base: as plain does"
     )

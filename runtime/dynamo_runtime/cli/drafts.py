@@ -159,7 +159,7 @@ def view(argument: str | None) -> View | None:
 
 def given(arguments: Sequence[str]) -> list[str]:
     """A command line on which `--show-drafts` is not followed by something else than a page: a prompt, perhaps."""
-    following = [*arguments[1:], ""]
+    following = [*arguments, ""][1:]
     return [
         f"{argument}=" if argument == "--show-drafts" and not after.endswith(PAGE) else argument
         for argument, after in zip(arguments, following, strict=True)

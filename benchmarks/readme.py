@@ -1,0 +1,117 @@
+"""The table of README that says when drafting pays, from the results files.
+
+    python benchmarks/readme.py [--check]
+
+It is put between the comments `<!-- begin: … -->` and `<!-- end -->`.  With --check nothing is written, and the exit
+status is 1 if README is not what would be written.  A new line of the table is a line in `lines`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dynamo_evaluate.cells import SPEED, TOKENS_PER_PASS
+from dynamo_runtime.files import write_whole
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- begin: python benchmarks/readme.py -->\n", "<!-- end -->\n"
+HEADER = ("model", "text", "greedy", "÷ plain", "T 0.7", "÷ plain", "same text")
+SMOLLM2, EMBEDDED, WIDENED = "SmolLM2-135M, int8", "embedded, 7 M, int8", "widened, 160M's layers, "
+TASKS = {"chat": "chat", "code": "code", "prose": "a story", "edit": "editing", "json": "JSON from a text"}
+THRESHOLD = "dynamo, ε_b 0.5"
+NONE = "–"
+
+
+def load(name: str) -> dict[str, Any]:
+    """A results file."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def cells(tokens_per_pass: float, speed: Sequence[float]) -> list[str]:
+    """Tokens a pass, and speed over plain with its interval."""
+    value, low, high = speed
+    return [f"{tokens_per_pass:.2f}", f"{value:.2f} [{low:.2f}, {high:.2f}]"]
+
+
+def of_tasks(model: str, results: str, way: str = "auto") -> list[list[str]]:
+    """A line a task, of results of `benchmarks/tasks.py`."""
+    found = {(r["task"], r["decoding"]): r for r in load(results)["rows"] if r["way"] == way}
+    lines = []
+    for task, name in TASKS.items():
+        rows = [found[task, decoding] for decoding in ("greedy", "T 0.7")]
+        figures = [cell for row in rows for cell in cells(row["tokens_per_pass"][0], row["speed_ratio"])]
+        same = sum(row["prompts"] - row["different_texts"] for row in rows)
+        lines.append([model, name, *figures, f"{same} of {sum(row['prompts'] for row in rows)}"])
+    return lines
+
+
+def of_auto(model: str, results: str) -> list[str]:
+    """Strategy `auto` on Python, of results of `benchmarks/auto.py`; it verifies all that it drafts."""
+    rows = [load(results)["rows"][text]["auto"] for text in ("greedy", "sampled")]
+    figures = [cell for row in rows for cell in cells(row["tokens_per_pass"][0], row["ratio"])]
+    return [model, "Python", *figures, "yes"]
+
+
+def of_dynamo(model: str, results: str) -> list[str]:
+    """Strategy `dynamo` with `--first-token base`, of a report of `dynamo-eval`."""
+    outcome = load(f"quality/{results}-base")["outcomes"][THRESHOLD]
+    speed = outcome[SPEED]
+    figures = cells(outcome[TOKENS_PER_PASS]["value"], [speed[each] for each in ("value", "low", "high")])
+    return [model, "Python, `dynamo`", NONE, NONE, *figures, "no"]
+
+
+def lines() -> list[list[str]]:
+    """The table's, without its header."""
+    return [
+        *of_tasks(SMOLLM2, "tasks_smollm2"),
+        of_auto(EMBEDDED, "auto_embedded_int8"),
+        of_dynamo(EMBEDDED, "embedded-int8"),
+        *(of_dynamo(WIDENED + precision, f"widened-{precision}") for precision in ("int8", "fp32")),
+    ]
+
+
+def table() -> str:
+    """Markdown, with what it was measured on."""
+    rows = [HEADER, ["---"] * len(HEADER), *lines()]
+    tasks = load("tasks_smollm2")
+    prompts = max(row["prompts"] for row in tasks["rows"])
+    size = f"Of SmolLM2 {prompts} prompts a task × at most {tasks['new_tokens']} tokens."
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{text}\n\n{size}\n{tasks['machine']}.\n"
+
+
+def with_table(text: str) -> str:
+    """README with the table as it is now.
+
+    Raises:
+        SystemExit: It has no place for the table.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        sys.exit(f"{README} has no lines {BEGIN.strip()} and {END.strip()}")
+    return f"{before}{begin}{table()}{end}{after}"
+
+
+def main() -> None:
+    """Write the table, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README is out of date")
+    arguments = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
+    if not arguments.check:
+        write_whole(README, with_table(text))
+    elif with_table(text) != text:
+        sys.exit(f"{README} is out of date: run python benchmarks/readme.py")
+
+
+if __name__ == "__main__":
+    main()
