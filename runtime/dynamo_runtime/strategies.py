@@ -399,16 +399,19 @@ def _running(name: str, bundle: Bundle) -> type[Autoregressive] | type[Dynamo] |
     return strategy
 
 
-def refusal(name: str, bundle: Bundle, given: Mapping[str, Any] | None = None) -> str | None:
+def refusal(
+    name: str, bundle: Bundle, given: Mapping[str, Any] | None = None, drafter: str | Drafter | None = None
+) -> str | None:
     """Why a strategy cannot run on a bundle; None if it can.
 
     Args:
         name: Of the strategy.
         bundle: What is to run.
         given: Sampling parameters that the caller names.
+        drafter: See `make_strategy`.
     """
     try:
-        make_strategy(name, bundle, parameters_for(name, bundle, given))
+        make_strategy(name, bundle, parameters_for(name, bundle, given), drafter=drafter)
     except ParameterError as error:
         return str(error)
     return None
