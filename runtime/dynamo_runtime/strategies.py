@@ -221,8 +221,8 @@ class Auto(Speculative):
         planner = self._planner
         passed = self._judge(step, context, drafts, rng)
         token, accepted, past = passed.final[-1:], passed.accepted, len(context.tokens)
-        if drafts and planner is not None:
-            planner.acceptances.add([draft.confidence for draft in drafts], accepted)
+        if planner is not None:
+            planner.judged([draft.confidence for draft in drafts], accepted)
         chain = self._repeated(passed, drafts)
         if planner is None:
             return Turn(token, accepted, chain.drafts)
