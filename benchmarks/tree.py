@@ -11,10 +11,11 @@ and the text is plain decoding's.  Trees and chains are chosen by every other pr
 the rest.
 
 Times are medians on this machine behind --past positions, whole calls: passes over chains by the bundle's graph, passes
-over trees by a copy whose attention is told positions and what rows must not see, the drafter's layers by the positions
-they read, its runs by the rows they are about, and moving the keys and values of the rows that stand.  A round is the
-sum of what it is made of.  They are measured by themselves with `--times FILE --prompts 0`, for a machine that is idle
-for a minute only, and read from FILE where there is one.
+over trees by a copy whose attention is told positions and what rows must not see (scaled so that one row costs the
+same, as two loads of one graph differ by some per cent), the drafter's layers by the positions they read, its runs by
+the rows they are about, and moving the keys and values of the rows that stand.  A round is the sum of what it is made
+of.  Times are measured by themselves with `--times FILE --prompts 0`, for a machine that is idle for a minute only, and
+read from FILE where there is one.
 
 A row behind a masked sibling adds up the same numbers in other places, so it may say something else: "flips" runs the
 tree, the chain to each of its rows, and passes over one token, and compares the most probable tokens.
@@ -132,7 +133,7 @@ class Times:
 
     Attributes:
         chains: Passes over 1, 2, … rows.
-        trees: The same over trees; the first is a chain's.
+        trees: The same over trees, as if one row of a tree cost what one of a chain does.
         layers: The drafter's layers, by the positions they read: see `LAYERS`.
         drafts: Its runs about 1, 2, … rows; empty where one run of the layers makes all drafts.
         keeping: Moving keys and values of accepted rows.
@@ -204,7 +205,8 @@ def measure_times(engine: Engine, passes: TreePasses, past: int, rows: int, seco
             spent[kinds[number]] += block[1:]
     medians = {name: [float(np.median(spent[name, place])) for place in range(len(runs[name]))] for name in runs}
     engine.reset()
-    trees = [medians["chains"][0], *medians["trees"][1:]]
+    loads = medians["chains"][0] / medians["trees"][0]
+    trees = [each * loads for each in medians["trees"]]
     return Times(medians["chains"], trees, medians["layers"], medians.get("drafts", []), medians["keeping"][0])
 
 
