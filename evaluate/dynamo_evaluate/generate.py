@@ -93,7 +93,7 @@ class Experiment:
         """Of `Engine.generate`."""
         limits = {"max_new_tokens": self.max_new_tokens, "ignore_eos": self.ignore_eos}
         sampling = read_by(setting.strategy, {**self.sampling, **setting.sampling})
-        return {**limits, **sampling, "strategy": setting.strategy}
+        return {**limits, **sampling, "strategy": setting.strategy, "drafter": setting.drafter}
 
     def read(self, engine: Engine, turns: Sequence[str], answers: Sequence[str]) -> tuple[list[int], str]:
         """What the model reads before it answers the last turn: as tokens, and as the text that it goes on with.

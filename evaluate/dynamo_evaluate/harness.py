@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dynamo_runtime import Engine
 from dynamo_runtime.errors import PromptError
 from dynamo_runtime.scoring import score_base
-from dynamo_runtime.strategies import check_reads
+from dynamo_runtime.strategies import check_reads, refusal
 
 from .errors import EvaluationError
 
@@ -39,6 +39,7 @@ class DynamoLM(TemplateLM):
         self,
         bundle: str | None = None,
         strategy: str = "auto",
+        drafter: str | None = None,
         max_length: int | str | None = None,
         max_gen_toks: int | str = 256,
         add_bos_token: bool | None = None,
@@ -51,6 +52,7 @@ class DynamoLM(TemplateLM):
         Args:
             bundle: Its ONNX file or folder.
             strategy: Of `Engine.stream`, for `generate_until`.
+            drafter: See `Engine.stream`.
             max_length: Most positions; None means the model's context length.
             max_gen_toks: Most new tokens where a task does not say.
             add_bos_token: Whether every text begins with special tokens; None means as the tokenizer does.
@@ -69,7 +71,9 @@ class DynamoLM(TemplateLM):
         self._engine = Engine(bundle, max_length=length, **backend)
         self._engine.bundle.parameters(options)  # are there such parameters?
         check_reads(strategy, options, self._engine.bundle)
-        self._strategy, self._sampling = strategy, options
+        if why := refusal(strategy, self._engine.bundle, options, drafter):
+            raise EvaluationError(f"{bundle}: {why}")
+        self._strategy, self._sampling, self._drafter = strategy, options, drafter
         self._max_gen_toks, self._add_bos_token = int(max_gen_toks), add_bos_token
         self._draws = 0
 
@@ -180,6 +184,7 @@ class DynamoLM(TemplateLM):
             result = self._engine.generate(
                 tokens or [self.prefix_token_id],
                 strategy=self._strategy,
+                drafter=self._drafter,
                 max_new_tokens=limit,
                 stop=stop,
                 seed=self._draws,

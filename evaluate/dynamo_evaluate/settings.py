@@ -46,6 +46,7 @@ class Setting:
         variant: Settings of one variant lie on one curve; "" if it is on none.
         threshold: ε_b, of a curve's settings.
         sampling: Sampling parameters on top of those that all settings share.
+        drafter: Of a strategy that drafts; None for what it takes by itself.
     """
 
     name: str
@@ -54,11 +55,12 @@ class Setting:
     variant: str = ""
     threshold: float | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    drafter: str | None = None
 
     @property
     def record(self) -> dict[str, Any]:
-        """For a results file."""
-        return asdict(self)
+        """For a results file; without a drafter that was not named, so that a file from before goes on."""
+        return {name: value for name, value in asdict(self).items() if name != "drafter" or value is not None}
 
 
 def parse_thresholds(texts: Sequence[str]) -> list[float]:
@@ -107,7 +109,7 @@ def possible(settings: Sequence[Setting], bundle: Bundle, shared: Mapping[str, A
     """
     found, refused = [], []
     for setting in settings:
-        if why := refusal(setting.strategy, bundle, {**shared, **setting.sampling}):
+        if why := refusal(setting.strategy, bundle, {**shared, **setting.sampling}, setting.drafter):
             refused.append(f"{setting.name}: {why}")
         else:
             found.append(setting)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .device.profile import Profile
     from .drafting import NO_GUESS, NOTHING, Ask, Combined, Drafter, Guesses, Passed
     from .engine import Engine
+    from .lookup import Lookup
     from .origins import Origin, Span
     from .parameters import SamplingParameters
     from .providers import Backend
@@ -63,6 +64,7 @@ __all__ = [
     "Guesses",
     "Last",
     "LogitsProcessor",
+    "Lookup",
     "Origin",
     "OutputError",
     "ParameterError",
@@ -109,6 +111,7 @@ _MODULES = {
     "LAST": "step",
     "Last": "step",
     "LogitsProcessor": "sampling",
+    "Lookup": "lookup",
     "NONE": "step",
     "NOTHING": "drafting",
     "NO_GUESS": "drafting",

@@ -221,8 +221,8 @@ class Auto(Speculative):
         planner = self._planner
         passed = self._judge(step, context, drafts, rng)
         token, accepted, past = passed.final[-1:], passed.accepted, len(context.tokens)
-        if drafts and planner is not None:
-            planner.acceptances.add([draft.confidence for draft in drafts], accepted)
+        if planner is not None:
+            planner.judged([draft.confidence for draft in drafts], accepted)
         chain = self._repeated(passed, drafts)
         if planner is None:
             return Turn(token, accepted, chain.drafts)
@@ -399,16 +399,19 @@ def _running(name: str, bundle: Bundle) -> type[Autoregressive] | type[Dynamo] |
     return strategy
 
 
-def refusal(name: str, bundle: Bundle, given: Mapping[str, Any] | None = None) -> str | None:
+def refusal(
+    name: str, bundle: Bundle, given: Mapping[str, Any] | None = None, drafter: str | Drafter | None = None
+) -> str | None:
     """Why a strategy cannot run on a bundle; None if it can.
 
     Args:
         name: Of the strategy.
         bundle: What is to run.
         given: Sampling parameters that the caller names.
+        drafter: See `make_strategy`.
     """
     try:
-        make_strategy(name, bundle, parameters_for(name, bundle, given))
+        make_strategy(name, bundle, parameters_for(name, bundle, given), drafter=drafter)
     except ParameterError as error:
         return str(error)
     return None

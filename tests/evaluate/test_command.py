@@ -74,12 +74,17 @@ def test_perplexity_of_what_ships(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_generate_report_and_resume(pair: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "g.jsonl"
-    command = ["generate", str(pair.multi), "--prompts", "paper", "--also", "auto", "--out", str(out), *SMALL]
+    command = ["generate", str(pair.multi), "--prompts", "paper", "--out", str(out), *SMALL]
+    assert main([*command, "--drafter", "lookup"]) == 1
+    assert "--drafter is for --also auto and --also speculative" in complaint(capsys)
+    command += ["--also", "auto", "--drafter", "lookup"]
     assert main(command) == 0  # plain is the bundle beside it
     shown = capsys.readouterr()
     assert "same-quality speed-up" in shown.out and "3 prompts (paper) × 2 seeds" in " ".join(shown.out.split())
     assert "note" not in shown.err
     lines = out.read_text().splitlines(keepends=True)
+    drafting = [setting for setting in json.loads(lines[0])["settings"] if "drafter" in setting]
+    assert [(each["name"], each["drafter"]) for each in drafting] == [("auto, lookup", "lookup")]
     out.write_text("".join(lines[:9]))
     assert main(command) == 0
     assert sorted(json.loads(line)["setting"] for line in out.read_text().splitlines()[1:]) == sorted(

@@ -86,6 +86,9 @@ def test_greedy_texts_of_lossless_strategies(pair: Any, theirs: HFLM, strategy: 
     model = DynamoLM(str(pair.multi), strategy=strategy, threads=1, provider="cpu")
     expected = theirs.generate_until(requests("generate_until", asked), disable_tqdm=True)
     assert model.generate_until(requests("generate_until", asked), disable_tqdm=True) == expected
+    if strategy != "autoregressive":
+        model = DynamoLM(str(pair.multi), strategy=strategy, drafter="lookup", threads=1, provider="cpu")
+        assert model.generate_until(requests("generate_until", asked[:2]), disable_tqdm=True) == expected[:2]
 
 
 def test_dynamo_and_sampling(pair: Any) -> None:
@@ -97,6 +100,8 @@ def test_dynamo_and_sampling(pair: Any) -> None:
         model.generate_until(requests("generate_until", [("def", {"max_gen_toks": 96})]), disable_tqdm=True)
     with pytest.raises(EvaluationError, match="which bundle"):
         DynamoLM()
+    with pytest.raises(EvaluationError, match="unknown drafter 'heads'"):
+        DynamoLM(str(pair.multi), drafter="heads")
     with pytest.raises(ParameterError, match="unknown parameter temprature"):
         DynamoLM(str(pair.multi), temprature=1.0)
 

@@ -19,7 +19,7 @@ from dynamo_runtime.cli.arguments import (
     given_sampling,
 )
 from dynamo_runtime.registry import can_draft
-from dynamo_runtime.strategies import STRATEGIES, Autoregressive, Dynamo, read_by, refusal
+from dynamo_runtime.strategies import STRATEGIES, Autoregressive, Dynamo, Speculative, read_by, refusal
 
 from ..errors import EvaluationError
 from ..prompts import fingerprint, load_prompts
@@ -44,7 +44,7 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
 
 def _add_ablation(parser: argparse.ArgumentParser) -> None:
     _add_generation(parser, ["0.1:0.9:0.2"], 3)
-    parser.set_defaults(also=[])
+    parser.set_defaults(also=[], drafter=None)
 
 
 def _add_generation(parser: argparse.ArgumentParser, thresholds: list[str], seeds: int) -> None:
@@ -103,7 +103,7 @@ def _work(args: argparse.Namespace) -> None:
     resolved = multi.bundle.parameters(given_sampling(args))
     shared = asdict(resolved)  # named for every setting, so that plain and dynamo choose by the same
     settings = curve(parse_thresholds(args.thresholds), ABLATION | READINGS if args.command == "ablation" else None)
-    settings += [Setting(name, name) for name in dict.fromkeys(args.also)]
+    settings += _also(args)
     settings, refused = possible(settings, multi.bundle, shared)
     read = {name for setting in settings for name in read_by(setting.strategy, shared)}
     if unread := sorted(set(given_sampling(args)) - read):
@@ -135,6 +135,23 @@ def _work(args: argparse.Namespace) -> None:
     with Results.start(args.out, header, overwrite=args.overwrite) as results:
         generate.run(shapes.check(results), multi, plain, experiment)
     print_summary(results)
+
+
+def _also(args: argparse.Namespace) -> list[Setting]:
+    """The strategies beside the grid; those that draft with the drafter that was named.
+
+    Raises:
+        EvaluationError: None of them drafts, and one was named.
+    """
+    drafting = [name for name in args.also if issubclass(STRATEGIES[name], Speculative)]
+    if args.drafter is not None and not drafting:
+        raise EvaluationError("no setting drafts: --drafter is for --also auto and --also speculative")
+    return [
+        Setting(f"{name}, {args.drafter}", name, drafter=args.drafter)
+        if args.drafter is not None and name in drafting
+        else Setting(name, name)
+        for name in dict.fromkeys(args.also)
+    ]
 
 
 def _engines(args: argparse.Namespace) -> tuple[Engine, Engine]:

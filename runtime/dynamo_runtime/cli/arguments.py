@@ -48,8 +48,14 @@ def add_dynamo(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def add_drafts(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the sampling flags of the strategies that draft; returns their group."""
+    """Add the sampling flags of the strategies that draft, and whose drafts they are; returns their group."""
     group = parser.add_argument_group("strategies auto and speculative (drafts that the first head verifies)")
+    group.add_argument(
+        "--drafter",
+        metavar="NAME",
+        help="lookup (what followed in the text before; any bundle), the bundle's own by its kind (parallel, cp, "
+        "lookahead), or both (default: auto both or whichever there is, speculative the bundle's own or else lookup)",
+    )
     group.add_argument("--draft-tokens", type=int, metavar="N", help="most drafts a pass (default: all there are)")
     group.add_argument(
         "--draft-choice", choices=DRAFT_CHOICES, help="argmax (same seed, same text as autoregressive) or sample"

@@ -78,12 +78,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group = add_drafts(parser)
     group.add_argument(
-        "--drafter",
-        metavar="NAME",
-        help="lookup (what followed in the text before; any bundle), the bundle's own by its kind (parallel, cp, "
-        "lookahead), or both (default: auto both or whichever there is, speculative the bundle's own or else lookup)",
-    )
-    group.add_argument(
         "--draft-corpus",
         metavar="FILE",
         help="text or .jsonl file of earlier texts, in which lookup looks besides; indexed once",

@@ -52,7 +52,8 @@ class Planner:
         self._looked = 0  # drafts looked at behind this pass
         self._patience: float = 1
         self._behind = 0  # positions that heads have not seen when a stretch without them begins: at first the prompt
-        self._lost = 0.0  # milliseconds that drafting cost and did not give; below 0 what it gave more
+        self._paid = 0.0  # milliseconds of a round with drafts beyond a plain pass, until it has been judged
+        self._lost = 0.0  # of them, those that gave no tokens; below 0 what drafting gave more
         self._turn_to(0)
         # Rate ρ and gain of drafting, as if every draft were as usual: the best fixed setting, always.
         usual = self._usual()
@@ -130,6 +131,19 @@ class Planner:
         self._waited += 1
         self.drafting = self._waited >= self._patience
 
+    def judged(self, confidences: Sequence[float], accepted: int) -> None:
+        """Learn what became of the drafts of a pass, whoever made them, and settle what they cost.
+
+        Args:
+            confidences: Of the drafts.
+            accepted: Those of them that stand.
+        """
+        self.acceptances.add(confidences, accepted)
+        if self._paid:
+            plain = self._cost_off[0]
+            self._lost = max(self._lost + self._paid - accepted * plain, -self._tuning.savings * plain)
+            self._paid = 0.0
+
     def plan(self, confidences: Sequence[float], past: int, instead: float = 0.0) -> None:
         """After a pass that was to yield drafts, decide about the next.
 
@@ -158,23 +172,27 @@ class Planner:
         steady = max(1 - self._tuning.steady, 1 / (self._tuning.first_passes + self._looks))
         self._tokens += steady * (expected - self._tokens)
         self._time += steady * (cost - self._time)
-        self.drafting = self._goes_on(gain)
+        self.drafting = self._goes_on()
+        self._paid = cost - (1 - instead) * self._cost_off[0]
         self._waited = self._behind = 0
         if not self.drafting:
             self._patience = self._wait()
 
-    def _goes_on(self, gain: float) -> bool:
-        """Whether to draft again, after a round with drafts of some gain.
+    def _goes_on(self) -> bool:
+        """Whether to draft again.
 
         What drafts gain varies from round to round, and coming back costs a wait and a look: drafting that has paid, or
-        just begun, is given up when it has lost some time, and not by a few bad rounds. A look has to convince.
+        just begun, is given up when it has lost some time, and not by a few bad rounds. What counts as lost is what the
+        drafts did not give, not what was expected of them: as long as little is known, that is hope. Where there would
+        be no look again, though, it is given up by what is expected alone. A look has to convince.
         """
-        pays, plain = self._pays(), self._cost_off[0]
+        pays = self._pays()
         if self._waited:
-            self._lost = 0.0 if pays else math.inf
-        else:
-            self._lost = max(self._lost + self._missing(gain) / self.rate, -self._tuning.savings * plain)
-        return pays or self._lost < self._tuning.trial * plain
+            self._lost = 0.0
+            return pays
+        if pays and math.isinf(self._wait()):
+            return True
+        return self._lost < (self._tuning.doubt if pays else self._tuning.trial) * self._cost_off[0]
 
     def _usual(self) -> list[tuple[float, float, float]]:
         """Tokens and milliseconds a round of fixed settings by what is known, and those of them beyond a look.
@@ -221,11 +239,7 @@ class Planner:
 
     def _pays(self) -> bool:
         """Whether having drafts gains more than yielding them costs."""
-        return self._missing(self._gain) < 0
-
-    def _missing(self, gain: float) -> float:
-        """Tokens that a round with drafts gives less than are to be had elsewhere in its time."""
-        return self.rate * (self._cost_of_a_look(self._tokens) - self._cost_off[0]) - gain
+        return self._gain > self.rate * (self._cost_of_a_look(self._tokens) - self._cost_off[0])
 
     def _wait(self) -> float:
         """Plain tokens before the next look at what drafting would gain, which is not to cost much of their time.

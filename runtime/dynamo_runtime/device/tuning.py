@@ -31,7 +31,9 @@ class Tuning:
         dearest_look: Share of the time since the last look that a look may cost at most. Heads have to catch up on all
             that they have not seen, so a longer wait does not make up for it: there is no look if it costs more. By
             hand.
-        trial: Plain passes' time that drafting may lose before it is given up. By hand.
+        trial: Plain passes' time that drafting may lose before it is given up, where it is not expected to pay. By
+            hand.
+        doubt: The same where it still is expected to pay. By hand.
         savings: The same, of what it gained before. By hand.
         nearly_greedy: A temperature below which sampling is more like choosing the most probable token. By hand.
         past_step: Positions for which one set of costs serves. By hand.
@@ -67,6 +69,7 @@ class Tuning:
     longest_wait: int = 512
     dearest_look: float = 0.02
     trial: float = 0.9
+    doubt: float = 2.0
     savings: float = 5.0
     nearly_greedy: float = 0.35
     past_step: int = 64
