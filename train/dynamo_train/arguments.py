@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .spread import Memory
 
 VALIDATION_TOKENS = 131_072
+SHUFFLED = 10_000
+"""Documents of a text that is streamed: 50 MB of it at 5 kB each."""
 ENGINES = ("memory", "duckdb", "spark")
 """That count n-grams."""
 LOCAL = "local[*]"
@@ -45,8 +47,24 @@ def job_of(arguments: argparse.Namespace) -> Job:
     """What :func:`add_job` added."""
     from .pipeline import Job
 
-    stream = getattr(arguments, "stream", False)
-    return Job(arguments.out, arguments.data, arguments.held_out_percent, work_of(arguments), stream)
+    how = getattr(arguments, "stream", False), getattr(arguments, "shuffle", 1)
+    return Job(arguments.out, arguments.data, arguments.held_out_percent, work_of(arguments), *how)
+
+
+def add_stream(parser: argparse.ArgumentParser) -> None:
+    """Add what a text is that nobody tokenizes before the training."""
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="tokenize DATA while it is trained on: .parquet or .jsonl shards, or OWNER/NAME on the Hub",
+    )
+    parser.add_argument(
+        "--shuffle",
+        type=count,
+        default=SHUFFLED,
+        metavar="DOCUMENTS",
+        help="of --stream: so many are in memory, and shuffled; 1 takes all in its order (default: %(default)s)",
+    )
 
 
 def work_of(arguments: argparse.Namespace) -> Path:
