@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import spread_cases
-from support.spread_cases import CASES, PROCESSES, RESUMED
+from support.spread_cases import CASES, PROCESSES, RESUMED, STOPPED
 
 from dynamo_train import TrainingError, loop, state
 from dynamo_train.spread import PLAIN, Memory
@@ -108,6 +108,14 @@ def test_checkpoints_go_on_in_another_number_of_processes(
         RESUMED[name].run(two / f"down {name}", PLAIN)
     assert "the checkpoint is of 2 process(es) and this is a run of 1" in caplog.text
     assert_alike(one / "heads", two / f"down {name}", 1e-4)
+
+
+@pytest.mark.slow
+def test_a_stopped_stream_of_two_processes_ends_bit_equal(runs: tuple[Path, Path]) -> None:
+    whole, resumed = (runs[1] / name for name in ("streamed", STOPPED))
+    assert metrics(resumed) == metrics(whole)
+    for file in (state.MODEL, state.OPTIMIZER):
+        assert (resumed / "checkpoint" / file).read_bytes() == (whole / "checkpoint" / file).read_bytes()
 
 
 @pytest.mark.slow
