@@ -171,7 +171,9 @@ def test_an_interrupted_run_ends_bit_equal(recipe: Recipe, tmp_path: Path) -> No
                 raise KeyboardInterrupt
 
         objective.register_forward_pre_hook(interrupt)
-        loop.train(objective, open_text(source, order=Order(10, recipe.seed)), recipe, tmp_path / folder, checkpoint_every=2)
+        loop.train(
+            objective, open_text(source, order=Order(10, recipe.seed)), recipe, tmp_path / folder, checkpoint_every=2
+        )
         return model.state_dict()
 
     whole = train("whole")
