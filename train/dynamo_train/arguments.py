@@ -101,11 +101,16 @@ def add_recipe(parser: argparse.ArgumentParser, *, optimizer: str, length: int, 
 
 
 def add_memory(parser: argparse.ArgumentParser, *, activations: bool = True) -> None:
-    """Add how a model is kept in memory; without ``activations`` for one whose layers cannot run twice."""
+    """Add how a model is kept in memory and run; without ``activations`` for one whose layers cannot run twice."""
     parser.add_argument(
         "--shard",
         action="store_true",
         help="in several processes: keep a part of every parameter, gradient and optimizer state in each (FSDP2)",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="have torch compile decoder layers: the first steps take longer, the others less; needs a C++ compiler",
     )
     if activations:
         parser.add_argument(
@@ -119,7 +124,7 @@ def memory_of(arguments: argparse.Namespace) -> Memory:
     """What :func:`add_memory` added."""
     from .spread import Memory
 
-    return Memory(arguments.shard, getattr(arguments, "checkpoint_activations", False))
+    return Memory(arguments.shard, getattr(arguments, "checkpoint_activations", False), arguments.compile)
 
 
 def add_rate(parser: argparse.ArgumentParser, default: float, *, freeze_base: bool) -> None:
