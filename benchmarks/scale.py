@@ -174,7 +174,7 @@ def _bytes(tensors: list[Tensor]) -> int:
 
 
 def _saved(objective: nn.Module, batch: Tensor) -> tuple[int, Tensor]:
-    """Bytes that the way forward keeps of its tokens for the way back, every storage once: no weight, no copy of one."""
+    """Bytes that the way forward keeps of its tokens for the way back, every storage once; no weights."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -284,19 +284,15 @@ def main() -> None:
         return
     if not arguments.table:
         old = json.loads(arguments.json.read_text()) if arguments.merge and arguments.json.is_file() else {}
-        found = old.get("variants", {})
+        results = {"machine": describe_machine(), "products": {}, "variants": old.get("variants", {})}
+        results["products"] = {precision: product_rate(precision) for precision in PRECISIONS}
         for name in variants():
             if re.search(arguments.only, name):
                 command = [sys.executable, __file__, "--variant", name, "--steps", str(arguments.steps)]
                 said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                found[name] = json.loads(said.splitlines()[-1])
-                print(name, json.dumps(found[name]), flush=True)
-        results = {
-            "machine": describe_machine(),
-            "products": {precision: product_rate(precision) for precision in PRECISIONS},
-            "variants": found,
-        }
-        write_whole(arguments.json, json.dumps(results, indent=1) + "\n")
+                results["variants"][name] = json.loads(said.splitlines()[-1])
+                print(name, json.dumps(results["variants"][name]), flush=True)
+                write_whole(arguments.json, json.dumps(results, indent=1) + "\n")
     print(table(json.loads(arguments.json.read_text())))
 
 

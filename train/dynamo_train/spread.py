@@ -21,7 +21,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .errors import TrainingError
 
-
 COMPILERS = ("g++", "clang++", "cl")
 """That torch looks for, behind $CXX."""
 
