@@ -1,7 +1,7 @@
 r"""Tokens a second and memory of training heads, by part, against the arithmetic of docs/scale.md.
 
     python benchmarks/scale.py --only 'bf16$' --merge
-    python benchmarks/scale.py --table
+    python benchmarks/scale.py --table --docs
 
 A small GPT-NeoX base with random weights and two further heads is trained for some steps: all of it, with a frozen base
 and on cached states, in float32 and under autocast to bfloat16, as it is and with its decoder layers compiled
@@ -43,6 +43,8 @@ from dynamo_train.states import cache_states
 from dynamo_train.tokens import CorpusRecord, TokenStreams
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
+PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
+BEGIN, END = "<!-- benchmarks/scale.py --table --docs -->", "<!-- end -->"
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 HEADS = 3
 PAPER_RATE, PAPER_TOKENS = 9.93e9 / (896 * 3600), 9.93e9
@@ -275,6 +277,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--merge", action="store_true", help="add to the results there, in place of those alike")
     parser.add_argument("--table", action="store_true", help="measure nothing: print the tables of --json")
+    parser.add_argument("--docs", action="store_true", help="put the tables into docs/scale.md as well")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
@@ -293,7 +296,11 @@ def main() -> None:
                 results["variants"][name] = json.loads(said.splitlines()[-1])
                 print(name, json.dumps(results["variants"][name]), flush=True)
                 write_whole(arguments.json, json.dumps(results, indent=1) + "\n")
-    print(table(json.loads(arguments.json.read_text())))
+    found = table(json.loads(arguments.json.read_text()))
+    print(found)
+    if arguments.docs:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        write_whole(PAGE, f"{before}{BEGIN}\n{found}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":
