@@ -101,7 +101,7 @@ def variants() -> list[str]:
 
 def recipe_of(precision: str) -> Recipe:
     """Of a batch that goes through the model at once."""
-    rates = {"base_lr": 1e-4, "heads_lr": 1e-4, "shared_gradient_scale": 1.0, "freeze_base": False}
+    rates: dict[str, Any] = {"base_lr": 1e-4, "heads_lr": 1e-4, "shared_gradient_scale": 1.0, "freeze_base": False}
     return Recipe(
         steps=1, sequences=SEQUENCES, length=LENGTH, micro_batch=SEQUENCES, optimizer="adamw", weight_decay=0.1,
         warmup=0.01, clip=1.0, precision=PRECISIONS[precision], seed=0, **rates,
