@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dynamo_model import CPModel, LookAheadModel, MultiTokenModel
@@ -26,11 +29,13 @@ from dynamo_train.parallel import ModifiedCLM
 from dynamo_train.recipe import Recipe
 from dynamo_train.spread import PLAIN, Memory, processes
 from dynamo_train.states import cache_states
+from dynamo_train.stream import Order, TextStream, stream_text
 from dynamo_train.tokens import CorpusRecord, TokenStreams
 
 VOCAB = 40
 PROCESSES = 2
 SHAPES = "shapes.json"
+STOPPED = "streamed, stopped, gone on"
 RECIPE = Recipe(
     steps=4,
     sequences=8,
@@ -55,6 +60,39 @@ def streams() -> TokenStreams:
     train, held_out = (np.cumsum(rng.integers(1, 3, n)) % VOCAB for n in (400, 100))
     record = CorpusRecord("test", 2, 1, 500, 400, 100, 6.0, "0" * 64)
     return TokenStreams(train.astype(np.uint16), held_out.astype(np.uint16), record)
+
+
+class Together:
+    """What several processes are given of a text, as one batch."""
+
+    def __init__(self, parts: list[TextStream]) -> None:
+        self._parts = parts
+
+    def take(self, rows: int, length: int, extra: int) -> np.ndarray:
+        return np.concatenate([part.take(rows // len(self._parts), length, extra) for part in self._parts])
+
+    def position(self) -> str:
+        return ""
+
+
+def streamed(work: Path) -> TokenStreams:
+    """A process' part of a text in shards, shuffled in blocks; a single process has the parts of all."""
+    state, folder = processes(), work / "text"
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(0)
+        for shard in range(4):
+            texts = (np.cumsum(rng.integers(1, 3, rng.integers(3, 30))) % (VOCAB - 1) + 1 for _ in range(12))
+            rows = [json.dumps({"text": " ".join(map(str, text))}) for text in texts]
+            (folder / f"{shard}.jsonl").write_text("\n".join(rows))
+    state.wait_for_everyone()
+    tokenizer = Tokenizer(WordLevel({str(word): word for word in range(VOCAB)}, "0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    every = state.num_processes == 1
+    numbers = range(PROCESSES) if every else [state.process_index]
+    found = [stream_text(str(folder), tokenizer, 0, 20.0, 100, i, PROCESSES, Order(5, 1)) for i in numbers]
+    parts: Any = [each.text for each in found]
+    return replace(found[0], text=Together(parts) if every else parts[0])
 
 
 def base() -> PreTrainedModel:
@@ -98,13 +136,14 @@ class Case:
     changes: dict[str, Any] = field(default_factory=dict)
     memory: Memory = PLAIN
     tolerance: float = 1e-4
+    streams: Callable[[Path], TokenStreams] = lambda _: streams()
 
     def run(self, work: Path, memory: Memory | None = None) -> Objective:
         """Train, or go on, as far as nobody interrupts."""
         AcceleratorState._reset_state()  # its precision is one for life otherwise
         recipe = replace(RECIPE, **self.changes)
         objective = self.make(work, recipe)
-        loop.train(objective, streams(), recipe, work, memory=self.memory if memory is None else memory)
+        loop.train(objective, self.streams(work), recipe, work, memory=self.memory if memory is None else memory)
         return objective
 
 
@@ -117,6 +156,7 @@ CASES = {
     "cached": Case(cached, FROZEN),
     "joint": Case(joint),
     "look-ahead": Case(look_ahead, FROZEN),
+    "streamed": Case(heads, UNCLIPPED, streams=streamed),
     "bf16": Case(heads, {"precision": "bf16"}, tolerance=5e-3),
     "activations": Case(heads, memory=Memory(checkpoint_activations=True)),
     "sharded heads": Case(heads, UNCLIPPED, SHARDED),
@@ -166,6 +206,9 @@ def main(work: Path) -> None:
         case.run(work / f"up {name}")
         with interrupted(process=1):
             case.run(work / f"down {name}")
+    with interrupted(process=0):
+        CASES["streamed"].run(work / STOPPED)
+    CASES["streamed"].run(work / STOPPED)
     found = shapes()
     if state.is_main_process:
         (work / SHAPES).write_text(json.dumps(found))

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import socket
+import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pyarrow
@@ -12,10 +15,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dynamo_runtime.corpus import is_held_out
+from dynamo_train import TrainingError
 from dynamo_train.cooccurrence import count_ngrams
 from dynamo_train.corpus import Shard, read_corpus, read_shard, shards_of
 from dynamo_train.counting import Counting, write_counts_of_corpus
-from dynamo_train.ngram_spark import NONE, Text, count_shards
+from dynamo_train.ngram_spark import NONE, Cluster, Text, count_shards, start
 from dynamo_train.tokens import encode
 
 WORDS = ["the", "a", "model", "drafts", "tokens", "and", "verifies", "them"]
@@ -86,6 +90,81 @@ def test_workers_count_what_is_in_a_shard(corpus: Path, text: Text, monkeypatch:
         expected.update((level, *gram, *behind) for gram in inside)
         expected[(level, NONE, NONE, NONE)] = len(inside)
     assert found == expected
+
+
+@pytest.fixture
+def pyspark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """One that need not be installed, and whose sessions do not start."""
+    names = ("pyspark", "pyspark.errors", "pyspark.sql", "py4j", "py4j.protocol")
+    modules = {name: ModuleType(name) for name in names}
+
+    class PySparkException(Exception):
+        pass
+
+    class Py4JError(Exception):
+        pass
+
+    class Builder:
+        def appName(self, _: str) -> "Builder":
+            return self
+
+        master = appName
+
+        def config(self, *_: str) -> "Builder":
+            return self
+
+        def getOrCreate(self) -> None:
+            raise Py4JError("An error occurred\njava.lang.IllegalStateException: and a hundred lines")
+
+    modules["pyspark.errors"].PySparkException = PySparkException
+    modules["pyspark.sql"].SparkSession = type("SparkSession", (), {"builder": Builder()})
+    modules["py4j.protocol"].Py4JError = Py4JError
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return modules["pyspark"]
+
+
+@pytest.fixture
+def java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "jdk" / "bin" / "java"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path / "jdk"))
+
+
+def said_by(master: str) -> str:
+    with pytest.raises(TrainingError) as error:
+        start(Cluster(master))
+    (line,) = str(error.value).splitlines()
+    return line
+
+
+def test_no_pyspark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "py4j", None)
+    monkeypatch.setitem(sys.modules, "pyspark", None)
+    assert "needs pyspark: pip install 'dynamo-edge[cpu,train,spark]'" in said_by("local[1]")
+
+
+def test_no_java(pyspark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    line = said_by("local[1]")
+    assert "needs Java 17 or 21, and there is no `java` on the PATH" in line and "--engine duckdb" in line
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path / "jdk"))
+    assert f"JAVA_HOME, '{tmp_path / 'jdk'}', has no bin/java" in said_by("local[1]")
+
+
+def test_no_master(pyspark: ModuleType, java: None) -> None:
+    with socket.socket() as taken:  # a port at which nobody listens
+        taken.bind(("127.0.0.1", 0))
+        url = f"spark://127.0.0.1:{taken.getsockname()[1]}"
+        line = said_by(url)
+        assert f"no Spark master answers at '{url}'" in line and "start it, or give --master the URL" in line
+    assert "no Spark master answers at 'spark://host'" in said_by("spark://host")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        line = said_by(f"{url},127.0.0.1:{other.getsockname()[1]}")
+    assert "Spark does not start at" in line and "An error occurred" in line, "of two masters one answers"
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import spread_cases
-from support.spread_cases import CASES, PROCESSES, RESUMED
+from support.spread_cases import CASES, PROCESSES, RECIPE, RESUMED, STOPPED
 
-from dynamo_train import TrainingError, loop, state
+from dynamo_train import TrainingError, loop, spread, state
 from dynamo_train.spread import PLAIN, Memory
 from dynamo_train.train import main
 
@@ -111,6 +112,14 @@ def test_checkpoints_go_on_in_another_number_of_processes(
 
 
 @pytest.mark.slow
+def test_a_stopped_stream_of_two_processes_ends_bit_equal(runs: tuple[Path, Path]) -> None:
+    whole, resumed = (runs[1] / name for name in ("streamed", STOPPED))
+    assert metrics(resumed) == metrics(whole)
+    for file in (state.MODEL, state.OPTIMIZER):
+        assert (resumed / "checkpoint" / file).read_bytes() == (whole / "checkpoint" / file).read_bytes()
+
+
+@pytest.mark.slow
 def test_parameters_are_sharded(runs: tuple[Path, Path]) -> None:
     """Along the first dimension, the first process having the larger part."""
     shapes = json.loads((runs[1] / spread_cases.SHAPES).read_text())
@@ -132,6 +141,53 @@ def test_activations_that_are_computed_twice_change_nothing(tmp_path: Path) -> N
         counts.append(len(calls))
     assert_alike(tmp_path / "0", tmp_path / "1", 1e-6)
     assert counts[1] == counts[0] + spread_cases.RECIPE.steps * 4, "once more for each of four micro-batches a step"
+
+
+def test_compiled_layers_train_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer is compiled, and what is trained has the names and values of what is not."""
+    compiled = []
+
+    def note(function: Any, **how: Any) -> Any:
+        compiled.append(function.__self__)
+        return lambda *args, **kwargs: function(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", note)
+    for memory in (PLAIN, Memory(compile=True, checkpoint_activations=True)):
+        objective = spread_cases.heads(tmp_path, spread_cases.RECIPE)
+        folder = tmp_path / str(memory.compile)
+        loop.train(objective, spread_cases.streams(), spread_cases.RECIPE, folder, memory=memory)
+    assert_alike(tmp_path / "False", tmp_path / "True", 1e-6)
+    model: Any = objective.model
+    assert compiled == [*model.base.base_model.layers, *model.heads]
+
+
+@pytest.mark.slow
+def test_torch_compiles_layers(tmp_path: Path) -> None:
+    """The real one, of which the first step's losses are those of layers as they are."""
+    pytest.importorskip("torch._inductor")
+    if not any(map(shutil.which, spread.COMPILERS)):
+        pytest.skip("there is no C++ compiler")
+    batch = torch.from_numpy(spread_cases.heads(tmp_path, RECIPE).batch(spread_cases.streams(), 0, RECIPE))
+    found = []
+    for compiled in (False, True):
+        objective = spread_cases.heads(tmp_path, RECIPE)
+        if compiled:
+            spread.compile_layers(objective)
+        losses = objective(batch)
+        losses.sum().backward()
+        found.append([losses.detach(), *(each.grad for each in objective.parameters())])
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    flags = ["base", "--data", "stdlib", "--out", str(tmp_path / "out"), "--steps", "2", "--compile"]
+    assert main(flags) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--compile needs a C++ compiler, and there is none: install one (apt install g++)" in line
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", [["base"], ["lookahead", "nowhere"]])

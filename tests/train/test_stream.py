@@ -19,7 +19,7 @@ from dynamo_runtime.corpus import Document, is_held_out
 from dynamo_train import TrainingError, loop
 from dynamo_train.parallel import ModifiedCLM
 from dynamo_train.recipe import Recipe
-from dynamo_train.stream import StreamRecord, stream_text
+from dynamo_train.stream import STORED, Order, StreamRecord, stream_text
 from dynamo_train.tokens import TokenStreams
 from dynamo_train.train import main
 
@@ -41,8 +41,10 @@ def write(folder: Path, kind: str, shards: int = 4) -> str:
     return str(folder)
 
 
-def open_text(source: str, process: int = 0, processes: int = 1, held_out: int = 50) -> TokenStreams:
-    return stream_text(source, train_tokenizer(), 0, PERCENT, held_out, process, processes)
+def open_text(
+    source: str, process: int = 0, processes: int = 1, held_out: int = 50, order: Order = STORED
+) -> TokenStreams:
+    return stream_text(source, train_tokenizer(), 0, PERCENT, held_out, process, processes, order)
 
 
 def packed(texts: list[str]) -> list[int]:
@@ -93,16 +95,53 @@ def test_held_out_text_is_the_same_for_all_and_never_trained_on(tmp_path: Path) 
     for process in range(2):
         streams = open_text(source, process, 2)
         np.testing.assert_array_equal(streams.held_out, whole[:50])
-        assert streams.record == StreamRecord(source, 4, 2, 50, PERCENT, streams.record.sha256)
+        assert streams.record == StreamRecord(source, 4, 2, 50, PERCENT, streams.record.sha256, 1)
     moved = write(tmp_path / "other", "jsonl")
     assert open_text(moved).record.sha256 == streams.record.sha256, "where it lies does not matter"
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_stream_goes_on_in_the_middle(kind: str, tmp_path: Path) -> None:
+def documents_of(tokens: np.ndarray) -> list[tuple[int, ...]]:
+    """What stands between ends of text in sequences that overlap by one token; the last is broken off."""
+    flat = tokens[:, :-1].reshape(-1).tolist()
+    ends = [i for i, token in enumerate(flat) if token == 0]
+    return [tuple(flat[a + 1 : b]) for a, b in zip([-1, *ends], ends, strict=False)]
+
+
+def test_every_epoch_has_the_same_documents_in_an_order_of_its_own(tmp_path: Path) -> None:
+    source = write(tmp_path / "text", "parquet")
+    tokenizer = train_tokenizer()
+    kept = [text for text in TEXTS if not is_held_out(Document(text, "", text), PERCENT)]
+    stored = [tuple(tokenizer.encode(text, add_special_tokens=False).ids) for text in kept]
+    orders = []
+    for order in (Order(5, 1), Order(5, 1), Order(5, 2), Order(1000, 1)):
+        text = open_text(source, order=order).text
+        assert text is not None
+        found = documents_of(text.take(len(packed(TEXTS)), 2, 1))
+        first, second = found[: len(stored)], found[len(stored) : 2 * len(stored)]
+        assert sorted(first) == sorted(second) == sorted(stored)
+        orders += [first, second]
+    assert orders[:2] == orders[2:4], "the same seed, another order"
+    assert len({tuple(each) for each in [stored, *orders]}) == 7, "two orders are alike"
+    moved = [abs(found - place) for place, found in enumerate(map(stored.index, orders[-1]))]
+    assert np.mean(moved) > len(stored) / 5, "nothing is mixed"  # a random order's mean is a third
+
+
+def test_a_block_holds_documents_that_stand_together(tmp_path: Path) -> None:
+    source = write(tmp_path / "text", "jsonl", 1)
+    text = open_text(source, order=Order(8, 0)).text
+    assert text is not None
+    tokens = packed(TEXTS)
+    stored = documents_of(np.array([*tokens, 0])[None])
+    found = documents_of(text.take(len(tokens), 1, 1))
+    for start in range(0, len(stored), 8):
+        assert sorted(found[start : start + 8]) == sorted(stored[start : start + 8])
+
+
+@pytest.mark.parametrize(("kind", "order"), [("jsonl", STORED), ("parquet", Order(7, 1)), ("jsonl", Order(99, 1))])
+def test_a_stream_goes_on_in_the_middle(kind: str, order: Order, tmp_path: Path) -> None:
     """From every place, in the first epoch and in the second, and from the very beginning."""
     source = write(tmp_path / "text", kind)
-    stream = open_text(source, 1, 2).text
+    stream = open_text(source, 1, 2, order=order).text
     assert stream is not None
     positions, taken = [], []
     for _ in range(52):
@@ -110,7 +149,7 @@ def test_a_stream_goes_on_in_the_middle(kind: str, tmp_path: Path) -> None:
         taken.append(stream.take(3, 16, 2))
     assert sum(each.size for each in taken) > 1.2 * len(packed(TEXTS)) / 2, "not a whole epoch"
     for at in (0, 1, 19, 30, 50):
-        other = open_text(source, 1, 2).text
+        other = open_text(source, 1, 2, order=order).text
         assert other is not None
         other.go_on(positions[at])
         for expected in taken[at:]:
@@ -132,7 +171,9 @@ def test_an_interrupted_run_ends_bit_equal(recipe: Recipe, tmp_path: Path) -> No
                 raise KeyboardInterrupt
 
         objective.register_forward_pre_hook(interrupt)
-        loop.train(objective, open_text(source), recipe, tmp_path / folder, checkpoint_every=2)
+        loop.train(
+            objective, open_text(source, order=Order(10, recipe.seed)), recipe, tmp_path / folder, checkpoint_every=2
+        )
         return model.state_dict()
 
     whole = train("whole")

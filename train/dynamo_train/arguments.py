@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .spread import Memory
 
 VALIDATION_TOKENS = 131_072
+SHUFFLED = 10_000
+"""Documents of a text that is streamed: 50 MB of it at 5 kB each."""
 ENGINES = ("memory", "duckdb", "spark")
 """That count n-grams."""
 LOCAL = "local[*]"
@@ -45,8 +47,24 @@ def job_of(arguments: argparse.Namespace) -> Job:
     """What :func:`add_job` added."""
     from .pipeline import Job
 
-    stream = getattr(arguments, "stream", False)
-    return Job(arguments.out, arguments.data, arguments.held_out_percent, work_of(arguments), stream)
+    how = getattr(arguments, "stream", False), getattr(arguments, "shuffle", 1)
+    return Job(arguments.out, arguments.data, arguments.held_out_percent, work_of(arguments), *how)
+
+
+def add_stream(parser: argparse.ArgumentParser) -> None:
+    """Add what a text is that nobody tokenizes before the training."""
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="tokenize DATA while it is trained on: .parquet or .jsonl shards, or OWNER/NAME on the Hub",
+    )
+    parser.add_argument(
+        "--shuffle",
+        type=count,
+        default=SHUFFLED,
+        metavar="DOCUMENTS",
+        help="of --stream: so many are in memory, and shuffled; 1 takes all in its order (default: %(default)s)",
+    )
 
 
 def work_of(arguments: argparse.Namespace) -> Path:
@@ -83,11 +101,16 @@ def add_recipe(parser: argparse.ArgumentParser, *, optimizer: str, length: int, 
 
 
 def add_memory(parser: argparse.ArgumentParser, *, activations: bool = True) -> None:
-    """Add how a model is kept in memory; without ``activations`` for one whose layers cannot run twice."""
+    """Add how a model is kept in memory and run; without ``activations`` for one whose layers cannot run twice."""
     parser.add_argument(
         "--shard",
         action="store_true",
         help="in several processes: keep a part of every parameter, gradient and optimizer state in each (FSDP2)",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="have torch compile decoder layers: the first steps take longer, the others less; needs a C++ compiler",
     )
     if activations:
         parser.add_argument(
@@ -101,7 +124,7 @@ def memory_of(arguments: argparse.Namespace) -> Memory:
     """What :func:`add_memory` added."""
     from .spread import Memory
 
-    return Memory(arguments.shard, getattr(arguments, "checkpoint_activations", False))
+    return Memory(arguments.shard, getattr(arguments, "checkpoint_activations", False), arguments.compile)
 
 
 def add_rate(parser: argparse.ArgumentParser, default: float, *, freeze_base: bool) -> None:

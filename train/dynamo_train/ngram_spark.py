@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -86,21 +89,52 @@ def start(cluster: Cluster) -> SparkSession:
         TrainingError: it is not installed, there is no Java, or the master does not answer.
     """
     try:
+        from py4j.protocol import Py4JError
         from pyspark.errors import PySparkException
         from pyspark.sql import SparkSession
     except ModuleNotFoundError:
         raise TrainingError("counting on Spark needs pyspark: pip install 'dynamo-edge[cpu,train,spark]'") from None
+    _check_java()
+    _check_master(cluster.master)
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = SparkSession.builder.appName("dynamo-train counts").master(cluster.master)
     for name, value in ({"spark.ui.showConsoleProgress": "false"} | cluster.settings).items():
         builder = builder.config(name, value)
     try:
         return builder.getOrCreate()
-    except (PySparkException, RuntimeError, OSError) as error:
+    except (PySparkException, Py4JError, RuntimeError, OSError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise TrainingError(
-            f"Spark does not start at '{cluster.master}': {said} (it needs Java 17 or 21, and a master that answers)"
+            f"Spark does not start at '{cluster.master}': {said} (it needs Java 17 or 21; what Java said is above)"
         ) from error
+
+
+def _check_java() -> None:
+    """Find Java where Spark looks for it, which else fails without saying what it misses."""
+    home = os.environ.get("JAVA_HOME")
+    if shutil.which("java", path=str(Path(home, "bin")) if home else None) is None:
+        where = f"JAVA_HOME, '{home}', has no bin/java" if home else "there is no `java` on the PATH and no JAVA_HOME"
+        raise TrainingError(
+            f"Spark needs Java 17 or 21, and {where}: install one (apt install openjdk-17-jre-headless), or count "
+            "without Spark (--engine duckdb)"
+        )
+
+
+def _check_master(master: str, seconds: float = 5) -> None:
+    """Knock at a standalone master, or several of which one answers; Spark would try for a minute, and say much."""
+    if not master.startswith("spark://"):
+        return
+    said = ""
+    for address in master.removeprefix("spark://").split(","):
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), seconds).close()
+            return
+        except (OSError, ValueError, OverflowError) as error:
+            said = str(error)
+    raise TrainingError(
+        f"no Spark master answers at '{master}' ({said}): start it, or give --master the URL that its log and page name"
+    )
 
 
 def count_on_spark(spark: SparkSession, source: str, text: Text, min_counts: Sequence[int]) -> Found:

@@ -36,7 +36,7 @@ from .loop import Outcome, train
 from .objective import NextTokenCLM, Objective
 from .recipe import Recipe
 from .spread import PLAIN, Memory, processes
-from .stream import stream_text
+from .stream import Order, stream_text
 from .tokens import END_OF_TEXT, TokenStreams, sha256_of, tokenize_corpus, train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class Job:
         held_out_percent: share of the corpus kept for validation.
         work: tokens and checkpoints; the same job again goes on from the last checkpoint there.
         stream: tokenize the text while it is trained on, see :mod:`dynamo_train.stream`, not before.
+        shuffled: documents of such a text that are shuffled among themselves.
     """
 
     out: Path
@@ -63,6 +64,7 @@ class Job:
     held_out_percent: float
     work: Path
     stream: bool = False
+    shuffled: int = 1
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe, memo
         raise TrainingError(
             f"sequences of {recipe.length} do not fit the base's context of {config.max_position_embeddings} tokens"
         )
-    text = cache(lambda: _streams_of(checkpoint, job, recipe.validation_tokens))  # made by the first who asks
+    text = cache(lambda: _streams_of(checkpoint, job, recipe))  # made by the first who asks
     torch.manual_seed(recipe.seed)
     objective = drafter.objective(Start(checkpoint, loaded, lambda: text()[0], job.work), recipe)
     model: Any = objective.model
@@ -253,14 +255,14 @@ def read_record(name: str | Path | Checkpoint) -> dict[str, Any]:
     return json.loads(path.read_text()) if path is not None else {}
 
 
-def _streams_of(checkpoint: Checkpoint, job: Job, validation_tokens: int = 0) -> tuple[TokenStreams, Any]:
+def _streams_of(checkpoint: Checkpoint, job: Job, recipe: Recipe | None = None) -> tuple[TokenStreams, Any]:
     """The corpus in the tokens of an existing model, and its tokenizer."""
     tokenizer = _ending_tokenizer(checkpoint)
     state, backend, end_id = processes(), tokenizer.backend_tokenizer, tokenizer.eos_token_id
-    if job.stream:
-        where = state.process_index, state.num_processes
-        percent = job.held_out_percent
-        return stream_text(job.source, backend, end_id, percent, validation_tokens, *where), tokenizer
+    if job.stream and recipe is not None:
+        text = job.source, backend, end_id, job.held_out_percent, recipe.validation_tokens
+        order = Order(job.shuffled, recipe.seed)
+        return stream_text(*text, state.process_index, state.num_processes, order), tokenizer
     with state.main_process_first():
         return tokenize_corpus(job.source, backend, end_id, job.held_out_percent, job.work / "tokens"), tokenizer
 

@@ -1,7 +1,9 @@
-"""How a run is spread over processes and fits into their memory, which decides nothing of its result but roundings."""
+"""How a run is spread over processes, and how it saves memory and time; nothing of its result but roundings."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,27 +21,37 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .errors import TrainingError
 
+COMPILERS = ("g++", "clang++", "cl")
+"""That torch looks for, behind $CXX."""
+
 
 @dataclass(frozen=True)
 class Memory:
-    """What a run does to need less memory; a checkpoint goes on with any other choice.
+    """What a run does to need less memory and time; a checkpoint goes on with any other choice.
 
     Attributes:
         shard: keep a part of every parameter, gradient and optimizer state in each process (FSDP2: Zhao et al. 2023,
             arXiv 2304.11277), not a copy.
         checkpoint_activations: of a decoder layer keep what goes in alone, and run it once more on the way back (Chen
             et al. 2016, arXiv 1604.06174).
+        compile: have torch translate decoder layers into one kernel for many operations (Ansel et al. 2024,
+            DOI 10.1145/3620665.3640366), which takes its time in the first steps.
     """
 
     shard: bool = False
     checkpoint_activations: bool = False
+    compile: bool = False
 
     def check(self) -> None:
-        """Find out before the work begins whether a model can be sharded.
+        """Find out before the work begins whether a model can be sharded, and compiled.
 
         Raises:
-            TrainingError: there is one process.
+            TrainingError: there is one process, or no C++ compiler.
         """
+        if self.compile and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))):
+            raise TrainingError(
+                "--compile needs a C++ compiler, and there is none: install one (apt install g++), or leave it out"
+            )
         if self.shard and processes().num_processes == 1:
             raise TrainingError(
                 "--shard divides a model among processes, and there is one: start several, as with "
@@ -48,7 +60,7 @@ class Memory:
 
 
 PLAIN = Memory()
-"""A whole copy in every process, and activations as they come."""
+"""A whole copy in every process, activations as they come, and layers as they are."""
 
 
 def processes() -> PartialState:
@@ -72,6 +84,8 @@ def spread(objective: nn.Module, accelerator: Accelerator, memory: Memory) -> nn
     """
     if memory.checkpoint_activations:
         checkpoint_activations(objective)
+    if memory.compile:
+        compile_layers(objective)
     if not memory.shard:
         prepared: nn.Module = accelerator.prepare(objective)
         return prepared
@@ -91,6 +105,21 @@ def checkpoint_activations(objective: nn.Module) -> None:
     for layer in layers:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def compile_layers(objective: nn.Module) -> None:
+    """Have torch compile every decoder layer, further heads' included, when it first runs; names stay as they are.
+
+    A layer and not the model: all layers are alike and share what is compiled, and hooks between them stay.
+
+    Raises:
+        TrainingError: the layers are of a kind that transformers has no common class for.
+    """
+    layers = list(_layers(objective))
+    if not layers:
+        raise TrainingError("the layers of this base cannot be told apart: leave --compile out")
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=False)
 
 
 def shard(objective: nn.Module, device: torch.device) -> None:

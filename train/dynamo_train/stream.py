@@ -1,18 +1,24 @@
 """Text that is tokenized and packed while it is trained on, for corpora that no disk holds.
 
-Documents are read in the order of their shards, which had better be a random one.  Every process reads its own: whole
-shards if their number divides by that of the processes, else every n-th document.  They are put end to end, each with
-the token that ends a text, and cut into sequences.
+Every process reads documents of its own: whole shards if their number divides by that of the processes, else every n-th
+document.  Shards come in a random order, another one in every epoch, and documents are shuffled within blocks of as
+many as memory may hold.  They are put end to end, each with the token that ends a text, and cut into sequences.
+
+A block is a function of where it begins, and so a run goes on exactly where it was, at the price of reading a block
+once more.  The shuffle buffer of ``datasets`` mixes farther, but its state leaves out what is in the buffer: a run that
+goes on from it sees other documents.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +39,23 @@ Ids = list[int]
 
 
 @dataclass(frozen=True)
+class Order:
+    """In which order documents come.
+
+    Attributes:
+        block: documents that are shuffled among themselves, and are in memory together; 1 leaves all as it is stored.
+        seed: of the orders of shards and documents.
+    """
+
+    block: int = 1
+    seed: int = 0
+
+
+STORED = Order()
+"""As it is stored, in every epoch."""
+
+
+@dataclass(frozen=True)
 class StreamRecord:
     """What is known of a text that nobody has read to its end.
 
@@ -43,6 +66,7 @@ class StreamRecord:
         held_out_tokens: that were read for validations.
         held_out_percent: share of the documents that are never trained on, by the hash of their text.
         sha256: of the names and sizes of the files, or of the dataset's own fingerprint.
+        block: documents that are shuffled among themselves.
     """
 
     source: str
@@ -51,6 +75,7 @@ class StreamRecord:
     held_out_tokens: int
     held_out_percent: float
     sha256: str
+    block: int
 
 
 class TextStream:
@@ -60,10 +85,13 @@ class TextStream:
         dataset: with a column ``text``; the process' own part.
         encode: token ids of a document, with the token that ends it.
         percent: share of the documents that is left out, see :class:`StreamRecord`.
+        order: in which they come.
     """
 
-    def __init__(self, dataset: IterableDataset, encode: Callable[[Document], Ids], percent: float) -> None:
-        self._dataset, self._encode, self._percent = dataset, encode, percent
+    def __init__(
+        self, dataset: IterableDataset, encode: Callable[[Document], Ids], percent: float, order: Order = STORED
+    ) -> None:
+        self._unread, self._encode, self._percent, self._order = dataset, encode, percent, order
         self._pieces: deque[tuple[dict[str, Any], Ids]] = deque()  # documents, each with where it stands
         self._used = 0  # tokens of the first of them that are behind
         self._begin(0)
@@ -95,8 +123,7 @@ class TextStream:
 
     def position(self) -> str:
         """Where :meth:`take` goes on, as JSON."""
-        place = self._pieces[0][0] if self._pieces else self._place()
-        return json.dumps({"place": place, "used": self._used})
+        return json.dumps({"place": self._pieces[0][0] if self._pieces else self._place(), "used": self._used})
 
     def go_on(self, position: str) -> None:
         """Go on at a :meth:`position` of the same text.
@@ -106,38 +133,63 @@ class TextStream:
         """
         try:
             found = json.loads(position)
-            self._begin(found["place"]["epoch"], found["place"])
+            place = found["place"]
+            self._begin(place["epoch"], place["block"], place["rows"])
             self._pieces.clear()
-            self._used = found["used"]
+            self._given, self._used = place["given"], found["used"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TrainingError(
                 "the checkpoint does not say where its text goes on: remove it to start over"
             ) from error
 
-    def _begin(self, epoch: int, place: dict[str, Any] | None = None) -> None:
-        self._epoch, self._empty = epoch, place is None
-        self._dataset.set_epoch(epoch)
-        if place is not None:
-            self._dataset.load_state_dict(place)
+    def _begin(self, epoch: int, block: int = 0, rows: dict[str, Any] | None = None) -> None:
+        """Stand before a block that begins at some rows, None being the first of an epoch."""
+        self._epoch, self._block, self._start, self._empty = epoch, block, rows, rows is None
+        self._documents: deque[Document] = deque()  # of the block before, what is left
+        self._given = 0  # documents of the block that are behind
+        self._dataset = copy.deepcopy(self._unread)  # one that went on somewhere does so in every epoch
+        self._dataset.set_epoch(self._order_of_shards(epoch))
+        if rows is not None:
+            self._dataset.load_state_dict(rows)
         self._rows = iter(self._dataset)
 
+    def _order_of_shards(self, epoch: int) -> int:
+        """A number by which ``datasets`` orders shards, the same for all processes; 0 leaves them as they are."""
+        if self._order.block == 1:
+            return 0
+        return int(np.random.default_rng([self._order.seed, epoch]).integers(1, 1 << 31))
+
     def _place(self) -> dict[str, Any]:
-        """Of the next document; a copy, as the dataset changes its own."""
-        return json.loads(json.dumps(self._dataset.state_dict()))
+        """Of the next document."""
+        return {"epoch": self._epoch, "block": self._block, "rows": self._start, "given": self._given}
 
     def _next(self) -> tuple[dict[str, Any], Ids]:
-        while True:
-            place = self._place()
-            row = next(self._rows, None)
-            if row is None:
+        while not self._documents:
+            if not self._read_block():
                 if self._empty:
                     raise TrainingError("there is no text to train on: more documents, or fewer processes, are needed")
                 self._begin(self._epoch + 1)
-                continue
-            document = document_of(row)
-            if (document.tokens or document.text.strip()) and not is_held_out(document, self._percent):
-                self._empty = False
-                return place, self._encode(document)
+        place = self._place()
+        document = self._documents.popleft()
+        self._given += 1
+        if not self._documents:
+            self._block, self._given, self._start = self._block + 1, 0, self._dataset.state_dict()
+        return place, self._encode(document)
+
+    def _read_block(self) -> bool:
+        """Put the block that comes next in order, without those of its documents that are behind; False at the end."""
+        kept = (each for each in map(document_of, self._rows) if _is_trained_on(each, self._percent))
+        block = list(islice(kept, self._order.block))
+        if block and self._order.block > 1:
+            numbers = np.random.default_rng([self._order.seed, self._epoch, self._block]).permutation(len(block))
+            block = [block[number] for number in numbers]
+        self._documents.extend(block[self._given :])
+        self._empty = self._empty and not block
+        return bool(block)
+
+
+def _is_trained_on(document: Document, percent: float) -> bool:
+    return bool(document.tokens or document.text.strip()) and not is_held_out(document, percent)
 
 
 def document_of(row: dict[str, Any]) -> Document:
@@ -183,7 +235,14 @@ def open_shards(source: str) -> tuple[IterableDataset, str]:
 
 
 def stream_text(
-    source: str, tokenizer: Tokenizer, end_id: int, percent: float, held_out_tokens: int, process: int, processes: int
+    source: str,
+    tokenizer: Tokenizer,
+    end_id: int,
+    percent: float,
+    held_out_tokens: int,
+    process: int,
+    processes: int,
+    order: Order = STORED,
 ) -> TokenStreams:
     """What a process trains on, and the first held-out tokens, which are the same for all.
 
@@ -195,6 +254,7 @@ def stream_text(
         held_out_tokens: at most so many are read; 0 for all.
         process: this one's number.
         processes: how many there are.
+        order: in which documents are trained on.
 
     Raises:
         TrainingError: there is no such text, or nothing of it is held out.
@@ -213,10 +273,10 @@ def stream_text(
     if not found:
         raise TrainingError(f"nothing of '{source}' is held out: it needs more text, or another --held-out-percent")
     held_out = np.array(found[: held_out_tokens or None], dtype=np.uint32)
-    record = StreamRecord(source, rows.num_shards, processes, len(held_out), percent, sha256)
+    record = StreamRecord(source, rows.num_shards, processes, len(held_out), percent, sha256, order.block)
     mine = split_dataset_by_node(open_shards(source)[0], process, processes)
     how = sha256_of_tokenizer(tokenizer, end_id)
-    return TokenStreams(held_out[:0], held_out, record, how, TextStream(mine, encode_one, percent))
+    return TokenStreams(held_out[:0], held_out, record, how, TextStream(mine, encode_one, percent, order))
 
 
 def _held_out(rows: IterableDataset, encode: Callable[[Document], Ids], percent: float) -> Iterator[Ids]:

@@ -23,6 +23,7 @@ from .arguments import (
     add_memory,
     add_rate,
     add_recipe,
+    add_stream,
     count,
     job_of,
     memory_of,
@@ -211,11 +212,7 @@ def _parser() -> argparse.ArgumentParser:
             "base", help=f"the base model: a folder, a GGUF file, a Hub id, or smollm2{drafter.base_help}"
         )
         add_job(command)
-        command.add_argument(
-            "--stream",
-            action="store_true",
-            help="tokenize DATA while it is trained on: .parquet or .jsonl shards, or OWNER/NAME on the Hub",
-        )
+        add_stream(command)
         drafter.add_arguments(command)
         command.set_defaults(run=_drafter, drafter=drafter)
 
