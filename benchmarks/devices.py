@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
 from pathlib import Path
+
+from page import wrapped
 
 from dynamo_runtime.device.costs import MadeCurve
 from dynamo_runtime.device.profile import Profile
@@ -23,7 +24,6 @@ from dynamo_runtime.tables import MISSING, Table, interval, number, ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 4  # of the pass whose cost the overview shows
-WIDTH = 120
 INTRO = f"""# What devices make of it
 
 Bundles measured with `dynamo-profile` on the machines below, each by itself. Times are medians unless they say
@@ -51,14 +51,7 @@ def document(profiles: list[Profile]) -> str:
     """The whole page."""
     sections = [f"## {_machine(p)}: {p.bundle.name}, {p.bundle.precision}\n\n{report.markdown(p)}\n" for p in profiles]
     page = "\n".join([INTRO, overview(profiles).markdown() + "\n", *sections])
-    return "".join(f"{_wrapped(line)}\n" for line in page.splitlines())
-
-
-def _wrapped(line: str) -> str:
-    """A line of prose in lines that can be read; a row of a table and a heading stay one."""
-    if line.startswith(("|", "#")):
-        return line
-    return textwrap.fill(line, WIDTH, break_long_words=False, break_on_hyphens=False)
+    return wrapped(page)
 
 
 def overview(profiles: list[Profile]) -> Table:

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from page import wrapped
+
 from dynamo_runtime.files import write_whole
 from dynamo_runtime.tables import Table
 
@@ -160,7 +162,7 @@ def document(content: dict[str, Any]) -> str:
         "benchmarks/tree_page.py` writes this page."
     )
     note = f"> {content['note']}\n" if "note" in content else ""
-    return "\n".join([INTRO, *([note] if note else []), verdict(content), *tables, conditions, "", how, ""])
+    return wrapped("\n".join([INTRO, *([note] if note else []), verdict(content), *tables, conditions, "", how]))
 
 
 def main(argv: list[str] | None = None) -> int:
