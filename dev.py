@@ -77,6 +77,7 @@ def check(environment: Environment) -> None:
     environment.run("lint-imports", "--no-cache")  # which package may import which
     environment.run("python", ROOT / "benchmarks/devices.py", "--check")  # docs/devices.md
     environment.run("python", ROOT / "benchmarks/architectures.py", "--check")  # docs/architectures.md
+    environment.run("python", ROOT / "benchmarks/peers_page.py", "--check")  # docs/peers.md
 
 
 def docs(environment: Environment) -> None:

@@ -51,14 +51,15 @@ HOW_TO_GET = {
 PRECISIONS = {"int8": (8, ("Q8_0",)), "int4": (4, ("Q4_0", "Q4_1"))}
 """Bits of a weight, and llama.cpp's forms of it; the first drafts too."""
 SERVER_FLAGS = ["-c", "4096", "-np", "1", "--no-webui"]
-SIMPLE = ("--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", "3", "--spec-ngram-simple-size-m", "8")
+SIMPLE = "--spec-type ngram-simple --spec-ngram-simple-size-n 3 --spec-ngram-simple-size-m 8"
+MOD = "--spec-type ngram-mod --spec-ngram-mod-n-match 4 --spec-ngram-mod-n-min 2 --spec-ngram-mod-n-max 8"
 DRAFTING = {
     "ngram-mod, its default": ["--spec-default"],
-    "ngram-simple": [*SIMPLE],
-    "ngram-cache": ["--spec-type", "ngram-cache"],
+    "ngram-mod, short": MOD.split(),
+    "ngram-simple, short": SIMPLE.split(),
 }
-"""llama-server's ways to draft without a draft model; ngram-simple's own size, a match of 12 tokens, rarely drafts."""
-GENAI_DRAFTING = {"n-gram": {"ngram_size": 3, "max_draft_tokens": 8, "cooldown": True}}
+"""llama-server's ways to draft without a draft model: as it comes, and with sizes that draft in short answers too."""
+GENAI_DRAFTING = {"n-gram": {"ngram_size": 4, "max_draft_tokens": 8}}
 NOT_LOSSLESS = ("dynamo, T 0.7",)
 DYNAMO = {"strategy": "dynamo", "temperature": 0.7, "top_k": 50, "repetition_penalty": 1.0, "backoff_threshold": 0.5}
 PREFILL, SHORT, LONG = 512, 64, 1024  # tokens

@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -210,13 +211,14 @@ def summary(content: Row) -> str:
                         ahead.append(text)
                     elif found[1] > 1:
                         behind.append(text)
-        lines.append(f"- **{precision}, plain, our time a token over a peer's.** Sooner than {_listed(ahead)}.")
-        lines[-1] += f" Later than {_listed(behind)}. What is in neither list cannot be told apart."
+        line = f"- **{precision}, plain, our time a token over a peer's.** Faster than {_listed(ahead)}."
+        line += f" Slower than {_listed(behind)}. What is in neither list cannot be told apart."
+        lines.append(textwrap.fill(line, 116, subsequent_indent="  "))
     return "\n".join(lines)
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names) if names else "nobody"
+    return "; ".join(names) if names else "nobody"
 
 
 def document(content: Row) -> str:
@@ -229,8 +231,9 @@ def document(content: Row) -> str:
 The same checkpoint, the same prompts and the same numbers of tokens; every peer in a process of its own, asked in turn
 in an order that rotates. At fixed lengths {conditions["rounds"]} rounds, for answers {conditions["prompts"]} prompts
 of each task with at most {conditions["new_tokens"]} tokens; brackets hold 95 % bootstrap intervals over rounds or
-prompts. A ratio of times below 1, and one of tokens/s above 1, says that we are faster. This page is written by `python benchmarks/peers_page.py` from
-`benchmarks/results/peers_smollm2.json`, which `benchmarks/peers.py` measures; it says how to get every peer.
+prompts. A ratio of times below 1, and one of tokens/s above 1, says that we are faster. This page is written by
+`python benchmarks/peers_page.py` from `benchmarks/results/peers_smollm2.json`, which `benchmarks/peers.py` measures;
+that script says how to get every peer.
 
 ![Time a token: plain at fixed lengths, and the best of every peer by task]({PICTURE})
 
@@ -255,11 +258,12 @@ EXPLAINED = """
   column of the texts says how alike they are, not who is right.
 - **int4 of this checkpoint** does not keep the limits of `dynamo-quantize` (its weights come from a file of 4 bits
   already) and was written with `--allow-degraded`; it is here for its speed.
-- **Drafting.** onnxruntime-genai drafts n-grams of the text, with its `cooldown`; llama.cpp by `ngram-mod`, the
-  `--spec-default`, which wants 24 tokens to match and drafts at least 48, by `ngram-simple` with sizes that suit
-  answers, and by `ngram-cache`. Drafts are accepted where they are the greedy choice, so a text that is not the
-  peer's own plain one comes from kernels whose logits depend on the width of a pass. `lookup` is our drafter
-  without a plan: as far as a match is long, in every pass.
+- **Drafting.** onnxruntime-genai drafts n-grams of the text. llama.cpp does so by `ngram-mod`: as `--spec-default`
+  sets it, which wants 24 tokens to match and drafts at least 48, and with short matches and drafts; and by
+  `ngram-simple` with short ones. Its `ngram-mod` remembers earlier answers of the same process, which may help it
+  where they are alike. Drafts are accepted where they are the greedy choice, so a text that is not the peer's own
+  plain one comes from kernels whose logits depend on the width of a pass. `lookup` is our drafter without a plan:
+  as far as a match is long, in every pass.
 - **Where we lose.** Plain decoding beside llama.cpp is a matter of kernels. Ours are onnxruntime's: a pass costs a
   fixed sum for its few hundred operators, which a small model feels most, and quantizes every row's activations
   anew at each product. Behind short texts that shows; behind long ones the KV cache decides, where 8 bits read less
