@@ -4,7 +4,7 @@ r"""One peer of `benchmarks/peers.py` in a process of its own: jobs come and ans
 
 KIND is `dynamo`, `genai`, `transformers` or `llama.cpp`; PYTHON is the interpreter that has the peer, and needs nothing
 else.  MODEL is a bundle, a folder of onnxruntime-genai, a checkpoint or a GGUF file; for llama.cpp the options name
-the `server` program and its `flags`.
+the `server` program and its `flags`, and with `own_threads` genai runs on as many threads as it takes by itself.
 
 The first line out says that the model is loaded: {"version", "load_s"}.  A job is {"prompt": [token ids], "new_tokens":
 n, "way": {options of the decoding}, "to_the_end": whether an end-of-sequence token ends it}, and what it gives
@@ -89,7 +89,8 @@ class Genai(Peer):
         self._genai = importlib.import_module("onnxruntime_genai")
         started = time.perf_counter()
         config = self._genai.Config(model)
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+        if not options.get("own_threads"):
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
         self._model = self._genai.Model(config)
         self.load_s = time.perf_counter() - started
         self.version = self._genai.__version__

@@ -175,6 +175,8 @@ def genai_peers(precision: str, plain: Path, own: Callable[[], Path], python: st
     flags = f"do_sample=False; n-gram: {drafting}"
     for name, model in (("genai, our bundle", plain), ("genai, its own builder's", own())):
         yield Peer(precision, name, "genai", model, python, {}, ways, flags)
+    name, flags = "genai, our bundle, its own threads", "do_sample=False, intra_op_num_threads not set"
+    yield Peer(precision, name, "genai", plain, python, {"own_threads": True}, {PLAIN: {}}, flags)
 
 
 def llama_peers(precision: str, forms: dict[str, Path], server: Path) -> Iterator[Peer]:

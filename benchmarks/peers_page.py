@@ -251,6 +251,8 @@ EXPLAINED = """
   a user of theirs waits for. Loading is from opening the model to the first job that could be taken, without
   imports; llama-server's has its start in it. Peak memory is of the whole process, Python and libraries included,
   and pages of a mapped file count.
+- **Threads.** All are told the same number. onnxruntime-genai's own number is another one where `genai_config.json`
+  does not name it, which is what "its own threads" shows.
 - **Bits.** 8 bits are blocks of 64 with ours and with onnxruntime-genai's builder, and of 32 in Q8_0 (8.5 bits a
   weight). 4 bits are blocks of 32 everywhere; the output embedding, a fifth of this model, is in 8 bits with us, in
   4 with onnxruntime-genai's builder, and in 6 (Q6_K) in llama.cpp's files. The KV cache is int8 with us, fp32 with
@@ -291,7 +293,7 @@ def plot(content: Row, path: Path) -> None:
         left.set_yticks([row_place + 0.2 for row_place in range(len(rows))], [row["peer"] for row in rows])
         left.invert_yaxis()
         left.set(xlabel="ms a token, plain", title=precision)
-        left.legend()
+        left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
         names = list(dict.fromkeys(row["peer"] for row in of(content["answers"], precision=precision)))
         for place, name in enumerate(names):
             best = [best_of(content, precision, name, task) for task in tasks]
