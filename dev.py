@@ -79,6 +79,7 @@ def check(environment: Environment) -> None:
     environment.run("python", ROOT / "benchmarks/readme.py", "--check")  # the table in README.md
     environment.run("python", ROOT / "benchmarks/picture.py", "--check")  # docs/images/drafts.svg
     environment.run("python", ROOT / "benchmarks/tree_page.py", "--check")  # docs/trees.md
+    environment.run("python", ROOT / "benchmarks/peers_page.py", "--check")  # docs/peers.md
 
 
 def docs(environment: Environment) -> None:
