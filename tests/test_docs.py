@@ -16,7 +16,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 PATH = re.compile(r"`((?:benchmarks|docs|evaluate|examples|export|graph|model|quantize|runtime|tests|train)/[\w/.]*)`")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 WIDTH = 120
-NOT_YET_WRAPPED = {"counting.md", "profiling.md", "scale.md", "speculative.md", "training.md"}
+NOT_YET_WRAPPED = {"profiling.md", "speculative.md", "training.md"}
 
 
 def page_name(page: Path) -> str:
