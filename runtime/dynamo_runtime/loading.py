@@ -32,10 +32,11 @@ def fast_loading() -> Iterator[None]:
 def untiled_attention() -> Iterator[None]:
     """Sessions created inside work out attention in whole rows of scores rather than in tiles ("flash attention").
 
-    onnxruntime's tiles keep running sums in memory that begins where the number of rows puts it, which for 1, 2, 3, 5, 6
-    and 7 rows is across the lines of the cache: with a cache in int8 a third of attention's time behind long texts.
-    Untiled, every row's sums begin at a line's start.  Scores take heads · rows · capacity · 4 bytes, so a prompt is
-    to be fed in chunks.  The op has no attribute for it; a user who has set the variable is asked no questions.
+    onnxruntime's tiles keep running sums in memory that begins where the number of rows puts it.  For most numbers of
+    rows that is across the lines of the processor's cache, and costs a fifth to two fifths of attention's time behind
+    long texts if the KV cache is in int8 (docs/rows.md).  Untiled, every row's sums begin at a line's start.  Scores
+    take heads · rows · capacity · 4 bytes, so a prompt is to be fed in chunks.  The op has no attribute for it; a user
+    who has set the variable is asked no questions.
     """
     if _UNTILED in os.environ:
         yield
