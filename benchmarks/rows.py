@@ -2,7 +2,7 @@
 
     dynamo-export -m smollm2 --quantize int8
     python benchmarks/rows.py [SECTION …] [--bundle BUNDLE] [--json FILE]
-    python benchmarks/rows.py --tables JSON
+    python benchmarks/rows.py --tables JSON [--page docs/rows.md]
 
 Sections, all of them by default; figures of others that are in the JSON file are kept:
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -54,6 +55,7 @@ OPTIONS: dict[str, dict[str, str]] = {
     "no denormals": {"session.set_denormal_as_zero": "1"},
     "no arena": {"enable_cpu_mem_arena": "False"},
     "no memory pattern": {"enable_mem_pattern": "False"},
+    "as the runtime loads it, once more": {},
 }
 
 Key = tuple[Any, ...]
@@ -211,16 +213,26 @@ def _passes(
     return {name: _summary(taken, name, next(iter(sessions))) for name in sessions}
 
 
-def tables(record: dict[str, Any]) -> Iterator[str]:
-    """The tables of docs/rows.md, of the sections that are there."""
+def tables(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The tables of docs/rows.md by section, as far as there are figures, and then how they were taken."""
     widths = [f"m = {m}" for m in WIDTHS]
     for row_of, section in ((_attention_row, "attention"), (_product_row, "products"), (_pass_row, "passes")):
         if section in record:
             titles, rows = row_of(record[section])
-            yield _table([*titles[:-1], *widths, titles[-1]], rows)
+            yield section, _table([*titles[:-1], *widths, titles[-1]], rows)
     if "options" in record:
         rows = [[row["way"], *_cells(row["ratio"])] for row in record["options"]]
-        yield _table(["options, ÷ as the runtime loads it", *widths], rows)
+        yield "options", _table(["session's options, ÷ as the runtime loads it", *widths], rows)
+    rounds = ", ".join(f"{section} {record[f'{section}_rounds']}" for section in SECTIONS if section in record)
+    yield "conditions", f"{record['bundle']}. Rounds: {rounds}. {record['machine']}."
+
+
+def fill(page: str, record: dict[str, Any]) -> str:
+    """A page with its tables between their marks, `<!-- section -->` and `<!-- end -->`."""
+    for section, table in tables(record):
+        marked = re.compile(rf"(<!-- {section} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        page = marked.sub(lambda found, table=table: found[1] + table + found[2], page)  # type: ignore[misc]
+    return page
 
 
 def _cells(by_width: Mapping[str, float]) -> list[str]:
@@ -296,6 +308,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="default: 20")
     parser.add_argument("--json", type=Path, help="keep the figures")
     parser.add_argument("--tables", type=Path, metavar="JSON", help="print the tables of kept figures only")
+    parser.add_argument("--page", type=Path, help="put the tables into this page, between its marks")
     arguments = parser.parse_args()
     if unknown := set(arguments.sections) - set(SECTIONS):
         parser.error(f"unknown section {min(unknown)!r}: choose {', '.join(SECTIONS)}")
@@ -312,9 +325,9 @@ def main() -> None:
             record[f"{section}_rounds"] = arguments.rounds
             if arguments.json:
                 arguments.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    print("\n\n".join(tables(record)))
-    rounds = ", ".join(f"{section} {record[f'{section}_rounds']}" for section in SECTIONS if section in record)
-    print(f"\nRounds: {rounds}. {record['bundle']}. {record['machine']}.")
+    print("\n\n".join(table for _, table in tables(record)))
+    if arguments.page:
+        arguments.page.write_text(fill(arguments.page.read_text(), record))
 
 
 if __name__ == "__main__":

@@ -304,7 +304,7 @@ class Products:
     """All products of a model in one graph, none waiting for another."""
 
     def __init__(self, shapes: Shapes, way: Product, threads: int):
-        """Weights are random; where others have 4 bits the output embedding has 8, in blocks of 128, as in int4."""
+        """Weights are random; where others have 4 bits the output embedding has 8, in blocks of 64."""
         self.rng = np.random.default_rng(0)
         self.nodes: list[NodeProto] = []
         self.weights: dict[str, np.ndarray] = {}
@@ -319,7 +319,7 @@ class Products:
             name, given = f"y{number}", f"x{k}"
             if way.form is not None:
                 last = number == len(products) - 1 and way.form.bits == 4
-                self._blocks(name, given, k, n, Format(8, 128) if last else way.form)
+                self._blocks(name, given, k, n, Format(8, 64) if last else way.form)
             elif way.dynamic:
                 self.weights |= {f"{name}.w": self._integers(INT8, (k, n)), f"{name}.s": self._scales((n,))}
                 self._node("DynamicQuantizeMatMul", [given, f"{name}.w", f"{name}.s"], name)
