@@ -230,8 +230,8 @@ def tables(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def fill(page: str, record: dict[str, Any]) -> str:
     """A page with its tables between their marks, `<!-- section -->` and `<!-- end -->`."""
     for section, table in tables(record):
-        marked = re.compile(rf"(<!-- {section} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-        page = marked.sub(lambda found, table=table: found[1] + table + found[2], page)  # type: ignore[misc]
+        marked = re.compile(rf"(<!-- {section} -->\n).*?(<!-- end -->)", re.DOTALL)
+        page = marked.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", page)  # type: ignore[misc]
     return page
 
 
