@@ -51,7 +51,8 @@ def test_tables_go_between_their_marks() -> None:
     """What stood there goes, what stands around stays, and a section without figures is left alone."""
     found = [{"way": "a", "threads": 1, "past": 64, "ratio": {str(m): 1.5 for m in rows.WIDTHS}}]
     record = {"options": found, "options_rounds": 3, "bundle": "b", "machine": "c"}
-    page = "<!-- conditions -->\n<!-- end -->\none\n<!-- options -->\nold\n<!-- end -->\ntwo\n<!-- passes -->\nkept\n<!-- end -->\n"
+    page = "<!-- conditions -->\n<!-- end -->\none\n<!-- options -->\nold\n<!-- end -->\n"
+    page += "two\n<!-- passes -->\nkept\n<!-- end -->\n"
     filled = rows.fill(page, record)
     assert "-->\none\n<!-- options -->\n| session's options" in filled and "old" not in filled
     assert "| a | 1.50 |" in filled and "two\n<!-- passes -->\nkept\n<!-- end -->\n" in filled
