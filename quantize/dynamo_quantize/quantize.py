@@ -199,7 +199,7 @@ def write_bundle(
             parts={str(part): names for part, names in parts.items()},
             kv_cache=scheme.kv_cache if scheme.kv_cache != "fp32" else scheme.activations,
             calibration={"text": name, "tokens": sum(map(len, texts))} if texts else None,
-            lossless=not scheme.dynamic,
+            lossless=scheme.lossless,
             versions={name: version(name) for name in ("dynamo-edge", "onnx", "onnxruntime")},
         ),
         files=list_files(folder),
@@ -233,7 +233,7 @@ def _pass_gates(full: Bundle, small: Bundle, scheme: Scheme, samples: gates.Samp
     reference = gates.measure(full, samples)
     log.info("measured the bundle in full precision")
     found = gates.measure(small, samples, reference)
-    rows = gates.judge(reference, found, scheme.limits, lossless=not scheme.dynamic)
+    rows = gates.judge(reference, found, scheme.limits, lossless=scheme.lossless)
     print(gates.table(rows, samples.name))
     failed = [row for row in rows if not row.passed]
     if failed and not allow_degraded:
@@ -244,7 +244,7 @@ def _pass_gates(full: Bundle, small: Bundle, scheme: Scheme, samples: gates.Samp
         )
     assert small.quantization is not None
     flipped = any(row.gate == "width" for row in failed)
-    quantization = replace(small.quantization, lossless=not scheme.dynamic and not flipped, degraded=bool(failed))
+    quantization = replace(small.quantization, lossless=scheme.lossless and not flipped, degraded=bool(failed))
     write_report(small.folder, gates={"limits_percent": asdict(scheme.limits)} | gates.as_json(rows, samples))
     replace(small, quantization=quantization, files=list_files(small.folder)).write_manifest()
     return gates.summary(rows)

@@ -16,6 +16,7 @@ PRECISIONS = ("fp32", "int8", "int4")  # of a part
 ALGORITHMS = ("rtn", "gptq")  # of 4-bit parts; 8-bit parts are always rounded to nearest
 KV_CACHES = ("fp32", "int8")
 BLOCK_SIZES = (16, 32, 64, 128)
+_WIDEST_ALIKE = {8: 64, 4: 32}  # blocks, by bits, whose products come out alike in passes of every width
 
 
 class Part(StrEnum):
@@ -73,12 +74,21 @@ class Scheme:
         gptq = self.algorithm == "gptq" and any(form and form.bits == 4 for form in self.formats.values())
         return gptq or self.kv_cache == "int8"
 
+    @property
+    def lossless(self) -> bool:
+        """Whether the scheme undertakes that passes of every width say the same; if not, changes are counted only.
+
+        Behind the output embedding nothing is rounded any more, and the input embedding is looked up.
+        """
+        inside = (form for part, form in self.formats.items() if part not in (Part.OUTPUT, Part.INPUT))
+        return not self.dynamic and all(form is None or form.block_size <= _WIDEST_ALIKE[form.bits] for form in inside)
+
 
 _NOTHING: dict[Part, Format | None] = dict.fromkeys(Part)
 _LITTLE = Limits(perplexity=2.0, tokens_per_pass=4.0)
 _MORE = Limits(perplexity=8.0, tokens_per_pass=8.0)
 # The widest blocks that are computed alike in passes of different width; they are faster than blocks of 32.
-_INT8 = Format(8, 64)
+_INT8 = Format(8, _WIDEST_ALIKE[8])
 # Within int4, where every bit counts. Blocks of 128 are not computed alike in passes of different width, by a last bit;
 # behind the output embedding, and only there, nothing is rounded any more that this could change.
 _INT8_SMALL = Format(8, 128)

@@ -16,7 +16,7 @@ from .session import Session
 from .step import NONE, At, Last, Step
 from .strategies import Strategy, Turn
 
-PREFILL_CHUNK = 512
+PREFILL_CHUNK = 256
 
 
 @dataclass(frozen=True)

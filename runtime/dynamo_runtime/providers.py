@@ -10,6 +10,7 @@ from types import ModuleType, NoneType
 from typing import Any, TypedDict
 
 from .errors import BundleError, ParameterError, ProviderError
+from .loading import fast_loading
 from .parameters import check_kind, whole
 from .quiet import hush
 from .wire import without_ends
@@ -167,7 +168,8 @@ class Backend:
             if without:
                 options.add_session_config_entry(_WEIGHTS_FOLDER, str(graph.parent))
                 model = without_ends(graph.read_bytes(), without)
-            return ort.InferenceSession(model, options, providers=[*providers, f"CPU{_SUFFIX}"])
+            with fast_loading():
+                return ort.InferenceSession(model, options, providers=[*providers, f"CPU{_SUFFIX}"])
         except Exception as error:  # onnxruntime raises many classes that share no base
             if name != "cpu" and "EP_FAIL" in str(error):
                 raise ProviderError(f"execution provider {name} could not be started: {error}") from error

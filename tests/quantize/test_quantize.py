@@ -182,9 +182,11 @@ def test_a_perplexity_that_really_rises(export: ExportOf, text: Path, tmp_path: 
 
 
 @pytest.mark.usefixtures("without_gates")
-def test_dynamic_is_not_lossless(export: ExportOf, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scheme", "options"), [("int8-dynamic", Options()), ("int8", Options(block_size=128))])
+def test_what_is_not_lossless(scheme: str, options: Options, export: ExportOf, text: Path, tmp_path: Path) -> None:
     """Whatever the gates say."""
-    graph = quantize_bundle(export("cp").folder, tmp_path / "m.onnx", "int8-dynamic", gate_text=text)
+    source = export("cp").folder
+    graph = quantize_bundle(source, tmp_path / "m.onnx", scheme, options, calibration=text, gate_text=text)
     assert not load_bundle(graph).lossless and not load_bundle(graph).degraded
 
 

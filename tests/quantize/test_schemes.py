@@ -46,6 +46,24 @@ def test_parts_of_their_own() -> None:
     assert resolve("int8-dynamic", Options(parts={"output": "fp32"})).formats[Part.OUTPUT] is None
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "lossless"),
+    [
+        ("int8", {}, True),
+        ("int4", {}, True),  # whose output embedding alone has blocks of 128
+        ("fp16", {}, True),
+        ("int8-dynamic", {}, False),
+        ("int8", {"block_size": 32}, True),
+        ("int8", {"block_size": 128}, False),
+        ("int4", {"block_size": 64}, False),
+        ("int4", {"block_size": 64, "parts": dict.fromkeys(("stem", "first_head", "heads"), "int8")}, True),
+    ],
+)
+def test_what_undertakes_to_be_lossless(name: str, options: dict[str, Any], lossless: bool) -> None:
+    """Blocks of 64 at 8 bits and of 32 at 4, inside the model; wider ones only where nothing is rounded behind them."""
+    assert resolve(name, Options(**options)).lossless == lossless
+
+
 def test_blocks_and_zero_points() -> None:
     """A block size is everybody's; zero points are the 4-bit parts'."""
     found = resolve("int4", Options(block_size=64, symmetric=False))
