@@ -132,7 +132,7 @@ def test_an_interrupted_run_ends_bit_equal(recipe: Recipe, tmp_path: Path) -> No
                 raise KeyboardInterrupt
 
         objective.register_forward_pre_hook(interrupt)
-        loop.train(objective, open_text(source), recipe, tmp_path / folder, checkpoint_every=2)
+        loop.train(objective, open_text(source), recipe, tmp_path / folder, checkpoint_every=2, checkpoint_seconds=0)
         return model.state_dict()
 
     whole = train("whole")
