@@ -11,7 +11,7 @@ from typing import Any
 
 from dynamo_graph.files import write_report
 from dynamo_graph.read import pass_bytes, places
-from dynamo_graph.staging import Target
+from dynamo_graph.staging import Destination
 from dynamo_graph.write import write_model
 from dynamo_model.sources import Checkpoint
 from dynamo_quantize import check_request, quantize_into
@@ -64,26 +64,26 @@ def export_bundle(
         The `.onnx` file in its place.
 
     Raises:
-        WriteError: The checkpoint, the arguments or the target do not allow it, or the graph fails a gate; nothing is
+        WriteError: The checkpoint, the arguments or the destination do not allow it, or the graph fails a gate; nothing is
             left behind.
     """
-    with Target(Path(output), overwrite) as target:
+    with Destination(Path(output), overwrite) as destination:
         if quantize is not None:
             check_request(quantize, **quantization)
         checkpoint = find_source(model)
         try:
-            staged = _stage(target, checkpoint, heads, drafter, context_length, external_data, parity_length)
+            staged = _stage(destination, checkpoint, heads, drafter, context_length, external_data, parity_length)
         except OSError as error:
             raise ExportError(f"cannot write the bundle: {error.strerror or error}; nothing was written") from error
         if quantize is not None:
-            return quantize_into(target, staged, quantize, external_data=external_data, **quantization)
-        target.move_in(staged)
-        log.info("the bundle is in %s", target.folder)
-    return target.folder / target.graph
+            return quantize_into(destination, staged, quantize, external_data=external_data, **quantization)
+        destination.move_in(staged)
+        log.info("the bundle is in %s", destination.folder)
+    return destination.folder / destination.graph
 
 
 def _stage(
-    target: Target,
+    destination: Destination,
     checkpoint: Checkpoint,
     heads: int | None,
     drafter: str | None,
@@ -95,12 +95,12 @@ def _stage(
     clock = _Clock()
     subject = _load(checkpoint, heads, drafter, context_length)
     topology = subject.exported.topology
-    if topology.layers and target.graph == DRAFTER:
+    if topology.layers and destination.graph == DRAFTER:
         raise ExportError(f"{DRAFTER} is what the graph of further heads is called: choose another name for the base's")
     what = f"{type(subject.base).__name__}, {topology.kind}, {topology.n_tokens} token(s) a pass"
     clock.lap(f"loaded {checkpoint.label}: {what}")
-    staged = target.stage()
-    bundle = write_rest(checkpoint, staged, target.graph, subject)
+    staged = destination.stage()
+    bundle = write_rest(checkpoint, staged, destination.graph, subject)
     cases, left_out = parity.reference(subject, parity_length)
     clock.lap("ran the torch model")
     built = build_graphs(subject)

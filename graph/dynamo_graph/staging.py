@@ -17,7 +17,7 @@ from .files import read_json
 log = logging.getLogger("dynamo_graph")
 
 
-class Target:
+class Destination:
     """The folder that becomes a bundle, as a whole; `with` keeps other writers out while the bundle is made.
 
     A folder holds at most one bundle, because a bundle *is* a folder, and nothing else: it is replaced as a whole, and
@@ -57,7 +57,7 @@ class Target:
         if not os.access(beside, os.W_OK | os.X_OK):
             raise WriteError(f"cannot write to {beside}, where the bundle is made before it moves to {self.folder}")
 
-    def __enter__(self) -> Target:
+    def __enter__(self) -> Destination:
         """Keeps other writers out, and checks what can be checked before the work begins.
 
         Raises:

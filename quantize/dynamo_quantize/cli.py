@@ -166,7 +166,7 @@ def guarded(work: Callable[[], None], name: str, debug: bool = False) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         work()
-    except KeyboardInterrupt as interrupt:  # its message is what was on disk when the target was left
+    except KeyboardInterrupt as interrupt:  # its message is what was on disk when the destination was left
         print(f"{name}: interrupted, {interrupt or 'nothing was written'}", file=sys.stderr)
         return 130
     except Exception as error:

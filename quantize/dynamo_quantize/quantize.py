@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dynamo_graph.files import read_json, read_report, version, write_json, write_report
 from dynamo_graph.read import pass_bytes
-from dynamo_graph.staging import Target
+from dynamo_graph.staging import Destination
 from dynamo_runtime.bundle import Bundle, list_files, load_bundle
 from dynamo_runtime.corpus import read_documents
 from dynamo_runtime.errors import DynamoError
@@ -65,14 +65,14 @@ def quantize_bundle(
         The `.onnx` file in its place.
 
     Raises:
-        WriteError: The bundle, the arguments or the target do not allow it, or a gate failed; nothing is left behind.
+        WriteError: The bundle, the arguments or the destination do not allow it, or a gate failed; nothing is left behind.
     """
     resolve(scheme, options or Options())  # what means nothing is said first
     if Path(output).absolute().parent.resolve() == _folder(source):
         raise QuantizeError(f"{source} is the bundle that is to be quantized: choose another folder for the new one")
-    with Target(Path(output), overwrite) as target:
+    with Destination(Path(output), overwrite) as destination:
         return quantize_into(
-            target,
+            destination,
             source,
             scheme,
             options,
@@ -84,7 +84,7 @@ def quantize_bundle(
 
 
 def quantize_into(
-    target: Target,
+    destination: Destination,
     source: str | Path,
     scheme: str,
     options: Options | None = None,
@@ -94,7 +94,7 @@ def quantize_into(
     allow_degraded: bool = False,
     external_data: bool = False,
 ) -> Path:
-    """The same into a target that is entered already; arguments as of `quantize_bundle`.
+    """The same into a destination that is entered already; arguments as of `quantize_bundle`.
 
     Raises:
         WriteError: As `quantize_bundle`.
@@ -112,28 +112,28 @@ def quantize_into(
         raise QuantizeError(
             f"{bundle.folder} is {bundle.precision} already: quantize the bundle in fp32 that it came from"
         )
-    if target.graph in bundle.graphs[1:]:
+    if destination.graph in bundle.graphs[1:]:
         raise QuantizeError(
-            f"{target.graph} is what the graph of further heads is called: choose another name for the base's"
+            f"{destination.graph} is what the graph of further heads is called: choose another name for the base's"
         )
     try:
-        staged = target.stage()
+        staged = destination.stage()
         spoken = own_words(bundle) if calibration is None or gate_text is None else []
         # Before the work begins, as the text may not do. Calibration and gates get every other conversation each.
         samples = _samples(bundle, gate_text, spoken[1::2])
         log.info(
             "quantizing to %s%s", scheme, ": reading the calibration text takes a while" if wanted.calibrated else ""
         )
-        small = write_bundle(bundle, wanted, staged, target.graph, calibration, external_data, spoken[::2])
+        small = write_bundle(bundle, wanted, staged, destination.graph, calibration, external_data, spoken[::2])
         log.info("wrote it; running both bundles through the gates")
         lost = _pass_gates(bundle, small, wanted, samples, allow_degraded)
     except DynamoError as error:
         raise QuantizeError(str(error)) from error
     except OSError as error:
         raise QuantizeError(f"cannot write the bundle: {error.strerror or error}; nothing was written") from error
-    target.move_in(staged)
-    log.info("the %s bundle is in %s: %s", scheme, target.folder, lost)
-    return target.folder / target.graph
+    destination.move_in(staged)
+    log.info("the %s bundle is in %s: %s", scheme, destination.folder, lost)
+    return destination.folder / destination.graph
 
 
 def _folder(bundle: str | Path) -> Path:
