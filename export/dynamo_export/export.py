@@ -23,7 +23,7 @@ from .beside import DRAFTER, write_rest
 from .build import build_graphs
 from .compare import Row, table
 from .errors import ExportError
-from .graph import Subject, inspect
+from .graph import InspectedModel, inspect
 from .registry import exported
 from .source import find_source, load_model
 
@@ -93,17 +93,17 @@ def _stage(
 ) -> Path:
     """Makes the bundle in a folder of its own and proves it; arguments as of `export_bundle`."""
     clock = _Clock()
-    subject = _load(checkpoint, heads, drafter, context_length)
-    topology = subject.exported.topology
+    inspected = _load(checkpoint, heads, drafter, context_length)
+    topology = inspected.exported.topology
     if topology.layers and destination.graph == DRAFTER:
         raise ExportError(f"{DRAFTER} is what the graph of further heads is called: choose another name for the base's")
-    what = f"{type(subject.base).__name__}, {topology.kind}, {topology.n_tokens} token(s) a pass"
+    what = f"{type(inspected.base).__name__}, {topology.kind}, {topology.n_tokens} token(s) a pass"
     clock.lap(f"loaded {checkpoint.label}: {what}")
     staged = destination.stage()
-    bundle = write_rest(checkpoint, staged, destination.graph, subject)
-    cases, left_out = parity.reference(subject, parity_length)
+    bundle = write_rest(checkpoint, staged, destination.graph, inspected)
+    cases, left_out = parity.reference(inspected, parity_length)
     clock.lap("ran the torch model")
-    built = build_graphs(subject)
+    built = build_graphs(inspected)
     clock.lap(f"traced {sum(len(graph.graph) for graph in built.graphs)} nodes")
     files = write_model(built.base, staged / bundle.graph, external_data)
     if built.drafter is not None and bundle.drafter is not None:
@@ -113,7 +113,7 @@ def _stage(
         files += write_model(built.drafter, staged / DRAFTER, external_data, shared)
     clock.lap(f"wrote {sum(f.stat().st_size for f in files) / 1e6:.1f} MB of graph and weights")
     built.weights.clear()
-    del built, subject  # the session's weights come instead of torch's
+    del built, inspected  # the session's weights come instead of torch's
     gc.collect()
     bundle = replace(bundle, pass_bytes=pass_bytes(bundle), files=list_files(staged))
     bundle.write_manifest()
@@ -136,7 +136,7 @@ class _Clock:
         self.last = now
 
 
-def _load(checkpoint: Checkpoint, heads: int | None, kind: str | None, context_length: int | None) -> Subject:
+def _load(checkpoint: Checkpoint, heads: int | None, kind: str | None, context_length: int | None) -> InspectedModel:
     base, drafter = load_model(checkpoint, heads, kind)
     longest = getattr(base.config, "max_position_embeddings", None)
     if not isinstance(longest, int) or longest < 2:

@@ -32,8 +32,8 @@ OPSET = 20
 
 
 @dataclass
-class Subject:
-    """What is exported, and how it is expressed.
+class InspectedModel:
+    """A model whose every part can be expressed as a graph, and how: what `inspect` found.
 
     Attributes:
         exported: The model.
@@ -55,7 +55,7 @@ class Subject:
         return self.exported.base
 
 
-def inspect(exported: Exported, context_length: int) -> Subject:
+def inspect(exported: Exported, context_length: int) -> InspectedModel:
     """Finds out whether and how the model can be expressed.
 
     Raises:
@@ -65,21 +65,21 @@ def inspect(exported: Exported, context_length: int) -> Subject:
         found = preflight(exported.base, context_length, exported.topology.layers)
     except CheckpointError as error:
         raise ExportError(str(error)) from error
-    return Subject(exported, context_length, found.attention, found.rotary, found.output)
+    return InspectedModel(exported, context_length, found.attention, found.rotary, found.output)
 
 
 class Traced(nn.Module):
     """The module that is traced: graph inputs in, states and present caches out."""
 
-    def __init__(self, subject: Subject, emitter: Emitter) -> None:
+    def __init__(self, inspected: InspectedModel, emitter: Emitter) -> None:
         super().__init__()
-        self.model = subject.exported.layered
-        self.subject = subject
+        self.model = inspected.exported.layered
+        self.inspected = inspected
         self.emitter = emitter
-        if subject.rotary.inside:
-            cos, sin = subject.rotary.half()
+        if inspected.rotary.inside:
+            cos, sin = inspected.rotary.half()
             self.cos_cache, self.sin_cache = nn.Buffer(cos), nn.Buffer(sin)
-            emitter.interleaved = subject.rotary.interleaved
+            emitter.interleaved = inspected.rotary.interleaved
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, past: list[tuple[Tensor, Tensor]]
@@ -104,20 +104,20 @@ class Traced(nn.Module):
         )
         emitter.total = total.to(torch.int32).reshape(())
         inputs: dict[str, Any] = {"past_key_values": PassThroughCache()}
-        if self.subject.rotary.inside:
+        if self.inspected.rotary.inside:
             emitter.cos, emitter.sin = self.cos_cache, self.sin_cache
         else:  # the rows are the last positions that the mask covers
             seq = input_ids.shape[1]
             inputs["position_ids"] = (lengths - seq)[:, None] + torch.arange(seq)
         stem: list[Tensor] = []
-        decoder: Any = self.subject.base.base_model
+        decoder: Any = self.inspected.base.base_model
         handle = decoder.layers[-1].register_forward_pre_hook(lambda _, args: stem.append(args[0]))
         try:
-            all_states = self.subject.exported.states(input_ids, **inputs)
+            all_states = self.inspected.exported.states(input_ids, **inputs)
         finally:
             handle.remove()
         presents = [x for layer in sorted(emitter.present) for x in emitter.present[layer]]
-        return (*all_states, *(stem if self.subject.exported.topology.layers else []), *presents)
+        return (*all_states, *(stem if self.inspected.exported.topology.layers else []), *presents)
 
 
 @contextmanager
@@ -166,16 +166,16 @@ class Graphs:
     weights: WeightStore
 
 
-def trace(subject: Subject) -> Graphs:
+def trace(inspected: InspectedModel) -> Graphs:
     """Traces the model with `torch.onnx.export`, and cuts the layers of further heads off it.
 
     Raises:
         ExportError: It cannot be traced.
     """
-    layers = subject.attention
+    layers = inspected.attention
     emitter = Emitter(layers)
     first = layers[0]
-    module = Traced(subject, emitter).eval()
+    module = Traced(inspected, emitter).eval()
     empty = torch.zeros(2, first.kv_heads, 8, first.head_size)
     past = [(empty.clone(), empty.clone()) for _ in layers]
     ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 5, dtype=torch.long)
@@ -189,11 +189,11 @@ def trace(subject: Subject) -> Graphs:
     with ExitStack() as stack:
         stack.enter_context(quiet())
         stack.enter_context(torch.no_grad())
-        stack.enter_context(output_embedding_aside(subject.base))
-        stack.enter_context(subject.exported.tracing())
-        stack.enter_context(rms_norms_fused(subject.exported.layered))
-        stack.enter_context(rotary_replaced(subject.base, subject.rotary))
-        stack.enter_context(emitting(subject.exported.layered, emitter))
+        stack.enter_context(output_embedding_aside(inspected.base))
+        stack.enter_context(inspected.exported.tracing())
+        stack.enter_context(rms_norms_fused(inspected.exported.layered))
+        stack.enter_context(rotary_replaced(inspected.base, inspected.rotary))
+        stack.enter_context(emitting(inspected.exported.layered, emitter))
         try:
             program = torch.onnx.export(
                 module,
@@ -206,10 +206,10 @@ def trace(subject: Subject) -> Graphs:
             )
         except Exception as error:  # the exporter's own, or whatever the model's code raises while it is traced
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ExportError(f"{type(subject.base).__name__} cannot be traced: {reason}") from error
+            raise ExportError(f"{type(inspected.base).__name__} cannot be traced: {reason}") from error
     assert program is not None
     model = program.model
-    exported = subject.exported
+    exported = inspected.exported
     further = exported.topology.layers
     _name_ends(model, exported.n_states, bool(further))
     store = WeightStore()

@@ -92,7 +92,7 @@ def export(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Callable[[st
                 if name == "plain":
                     _by_command(made[name], text, patch)
                 else:  # parity is the matter of tests/export
-                    patch.setattr(pipeline.parity, "reference", lambda subject, length: ([], []))
+                    patch.setattr(pipeline.parity, "reference", lambda inspected, length: ([], []))
                     export_bundle(folder / "fp32" / "model.onnx", checkpoint)
         return made[name]
 
