@@ -21,7 +21,7 @@ from dynamo_runtime.errors import DynamoError
 from . import parity
 from .beside import DRAFTER, write_rest
 from .build import build_graphs
-from .compare import Row, table
+from .deviation import Deviation, table
 from .errors import ExportError
 from .graph import InspectedModel, inspect
 from .registry import exported
@@ -148,7 +148,7 @@ def _load(checkpoint: Checkpoint, heads: int | None, kind: str | None, context_l
     return inspect(model, context)
 
 
-def _gate(staged: Path, cases: list[parity.Case], left_out: list[str]) -> list[Row]:
+def _gate(staged: Path, cases: list[parity.Case], left_out: list[str]) -> list[Deviation]:
     try:
         bundle = load_bundle(staged)
     except DynamoError as error:

@@ -17,7 +17,7 @@ from dynamo_runtime.session import Session
 from dynamo_runtime.step import Step
 from dynamo_runtime.topology import Plain, Topology
 
-from .compare import Case, Passed, Values
+from .deviation import Case, PassOutputs, Values
 from .drafting import DraftEnd
 from .errors import ExportError
 
@@ -144,6 +144,6 @@ class Exported:
         return tuple(array[:, None] for array in (step.logits(), *step.topk()))
 
     @staticmethod
-    def runs(session: Session, case: Case) -> Iterator[tuple[str, Iterable[Passed]]]:
+    def runs(session: Session, case: Case) -> Iterator[tuple[str, Iterable[PassOutputs]]]:
         """Ways of running a case that only such a bundle has, by name."""
         return iter(())

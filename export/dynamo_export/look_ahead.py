@@ -13,7 +13,7 @@ from dynamo_runtime.look_ahead import LookAhead
 from dynamo_runtime.session import Session
 from dynamo_runtime.step import Last
 
-from .compare import Case, Passed, Values, between
+from .deviation import Case, PassOutputs, Values, between
 from .exported import Exported
 
 
@@ -57,13 +57,13 @@ class ExportedLookAhead(Exported):
         other[-count:] = ids
 
     @staticmethod
-    def runs(session: Session, case: Case) -> Iterator[tuple[str, Iterable[Passed]]]:
+    def runs(session: Session, case: Case) -> Iterator[tuple[str, Iterable[PassOutputs]]]:
         """As the runtime does: look ahead behind a text, drop that, look ahead behind more text, and so on."""
         upto = min(case.fork + len(session.bundle.look_ahead), len(case.tokens))
         yield "look-ahead", _look_ahead(session, case, upto)
 
 
-def _look_ahead(session: Session, case: Case, upto: int) -> Iterator[Passed]:
+def _look_ahead(session: Session, case: Case, upto: int) -> Iterator[PassOutputs]:
     fork, start = case.fork, case.start
     session.cache.reset()
     for tokens, expected, at, end in (

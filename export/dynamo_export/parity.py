@@ -24,7 +24,7 @@ from dynamo_runtime.errors import DynamoError
 from dynamo_runtime.session import Session
 from dynamo_runtime.step import ALL, NONE, At, Last
 
-from .compare import TOLERANCE, Case, Passed, Row, Values, between, compare
+from .deviation import TOLERANCE, Case, PassOutputs, Deviation, Values, between, deviations
 from .errors import ExportError
 from .graph import InspectedModel
 from .registry import EXPORTS
@@ -147,7 +147,7 @@ def torch_values(inspected: InspectedModel, tokens: np.ndarray, start: int, impl
         return inspected.exported.values(torch.from_numpy(tokens)[None], start)
 
 
-def gate(bundle: Bundle, cases: list[Case]) -> list[Row]:
+def gate(bundle: Bundle, cases: list[Case]) -> list[Deviation]:
     """Runs the bundle every way the runtime may, and compares.
 
     Args:
@@ -160,19 +160,19 @@ def gate(bundle: Bundle, cases: list[Case]) -> list[Row]:
     Raises:
         ExportError: The bundle does not even run.
     """
-    rows: list[Row] = []
+    rows: list[Deviation] = []
     put_out = partial(EXPORTS[bundle.topology.kind].put_out, bundle)
     try:
         session = Session(bundle, provider="cpu")
         for case in tqdm(cases, desc="parity", unit="case", leave=False, disable=None):
             for run, steps in _runs(session, case):
-                rows += compare(case, run, steps, put_out)
+                rows += deviations(case, run, steps, put_out)
     except (DynamoError, RuntimeError) as error:  # the second is onnxruntime's, when a pass fails
         raise ExportError(f"the exported bundle does not run: {error}") from error
     return rows
 
 
-def _runs(session: Session, case: Case) -> Iterator[tuple[str, Iterable[Passed]]]:
+def _runs(session: Session, case: Case) -> Iterator[tuple[str, Iterable[PassOutputs]]]:
     """Every way of running one case; the name says how many tokens a pass takes."""
     length, start, fork = len(case.tokens), case.start, case.fork
     topology = session.bundle.topology
@@ -202,7 +202,7 @@ def _runs(session: Session, case: Case) -> Iterator[tuple[str, Iterable[Passed]]
 
 def _steps(
     session: Session, tokens: np.ndarray, expected: Values, begin: int, start: int, size: int
-) -> Iterator[Passed]:
+) -> Iterator[PassOutputs]:
     """Continues at `begin` with `size` tokens a pass, and asks for rows in turn in the three ways there are.
 
     All rows of everything; what is the default, the last; all of the first head's and one of the further heads', as
@@ -223,7 +223,7 @@ def _steps(
             yield step, between(expected, first, last)
 
 
-def _skipping(session: Session, case: Case, begin: int, size: int) -> Iterator[Passed]:
+def _skipping(session: Session, case: Case, begin: int, size: int) -> Iterator[PassOutputs]:
     """Leaves the further heads out of most passes, rolling back among them, and has them catch up in the others."""
     tokens, expected, start = case.tokens, case.expected, case.start
     at, turn = begin, 0
@@ -238,7 +238,7 @@ def _skipping(session: Session, case: Case, begin: int, size: int) -> Iterator[P
         at, turn = session.cache.length, turn + 1
 
 
-def as_json(rows: list[Row], cases: list[Case], left_out: list[str]) -> dict[str, Any]:
+def as_json(rows: list[Deviation], cases: list[Case], left_out: list[str]) -> dict[str, Any]:
     """The table for the report."""
     return {
         "tolerance": TOLERANCE,
