@@ -24,7 +24,7 @@ from dynamo_runtime.errors import DynamoError
 from dynamo_runtime.session import Session
 from dynamo_runtime.step import ALL, NONE, At, Last
 
-from .deviation import TOLERANCE, Case, PassOutputs, Deviation, Values, between, deviations
+from .deviation import TOLERANCE, Case, Deviation, PassOutputs, Values, between, deviations
 from .errors import ExportError
 from .graph import InspectedModel
 from .registry import EXPORTS
