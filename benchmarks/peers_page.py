@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from page import wrapped
 from peers import NOT_LOSSLESS
 from ratios import Interval, interval, speed_ratio
 
@@ -240,7 +241,7 @@ that script says how to get every peer.
 {summary(content)}
 """
     tables = [aims(content), lengths(content), best_table(content), speeds(content), texts(content), who(content)]
-    return "\n".join([intro, "\n\n".join(table.markdown() for table in tables), "", EXPLAINED])
+    return wrapped("\n".join([intro, "\n\n".join(table.markdown() for table in tables), "", EXPLAINED]))
 
 
 EXPLAINED = """

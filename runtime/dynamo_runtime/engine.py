@@ -27,7 +27,7 @@ from .parameters import SamplingOptions, SamplingParameters, check_kind, whole
 from .providers import Backend, BackendOptions, log
 from .sampling import LogitsProcessor
 from .session import Session
-from .strategies import TARGET_SPEEDUP, Auto, Strategy, check_reads, make_strategy, parameters_for
+from .strategies import TARGET_SPEEDUP, Auto, Strategy, check_reads, is_lossless, make_strategy, parameters_for
 from .stream import Generation, Limits, TextStream
 from .text import as_text
 from .turns import Ticket
@@ -118,6 +118,11 @@ class Engine:
         check_kind("profile", profile, (Profile, NoneType), "a Profile")
         self._profile = profile
         self.knowledge = Knowledge.of(self.bundle, profile)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether verified text is plain decoding's: by the bundle, and as far as a profile has tested the device."""
+        return is_lossless(self.bundle, self.knowledge)
 
     def _kept_profile(self) -> Profile | None:
         try:
@@ -359,7 +364,7 @@ class Engine:
     ) -> Strategy:
         """A strategy by name, with what it reads of the parameters."""
         names = {*named, *(parameters.named if parameters else ())}
-        check_reads(name, names, self.bundle)
+        check_reads(name, names, self.bundle, self.knowledge)
         if {TARGET_SPEEDUP, "backoff_threshold"} <= names:
             raise ParameterError("a target speed-up chooses the back-off threshold: give one of them")
         named = dict(named)

@@ -370,7 +370,8 @@ def make_strategy(
     """A strategy by name.
 
     Args:
-        name: One of `STRATEGIES`. "auto" is "autoregressive" where nothing can be drafted without changing the text.
+        name: One of `STRATEGIES`. "auto" is "autoregressive" where nothing can be drafted without changing the text: on
+            bundles that say so, and on devices where the width test failed.
         bundle: What it runs on.
         parameters: Of all strategies.
         processors: Of the logits.
@@ -381,7 +382,7 @@ def make_strategy(
     Raises:
         ParameterError: There is none of that name, or it does not fit the bundle or the parameters.
     """
-    strategy = _running(name, bundle)
+    strategy = _running(name, bundle, knowledge)
     if issubclass(strategy, Auto):
         return strategy(bundle, parameters, processors, drafter, knowledge, corpus)
     if issubclass(strategy, Speculative):
@@ -391,10 +392,17 @@ def make_strategy(
     return strategy(bundle, parameters, processors)
 
 
-def _running(name: str, bundle: Bundle) -> type[Autoregressive] | type[Dynamo] | type[Speculative]:
-    """The strategy of that name; of "auto" what it comes down to on a bundle."""
+def is_lossless(bundle: Bundle, knowledge: Knowledge | None) -> bool:
+    """Whether verified text is that of plain decoding, by the bundle and as far as the device was tested."""
+    return bundle.lossless and (knowledge is None or knowledge.widths_hold)
+
+
+def _running(
+    name: str, bundle: Bundle, knowledge: Knowledge | None
+) -> type[Autoregressive] | type[Dynamo] | type[Speculative]:
+    """The strategy of that name; of "auto" what it comes down to on a bundle and device."""
     strategy = _named(name)
-    if issubclass(strategy, Auto) and not bundle.lossless:
+    if issubclass(strategy, Auto) and not is_lossless(bundle, knowledge):
         return Autoregressive
     return strategy
 
@@ -417,18 +425,19 @@ def refusal(
     return None
 
 
-def check_reads(name: str, named: Collection[str], bundle: Bundle) -> None:
+def check_reads(name: str, named: Collection[str], bundle: Bundle, knowledge: Knowledge | None = None) -> None:
     """See that a strategy reads what the caller named: what it does not read would silently do nothing.
 
     Args:
         name: Of the strategy.
         named: Names of parameters.
         bundle: What it is to run on.
+        knowledge: Of the device.
 
     Raises:
         ParameterError: There is no such strategy, or it does not read one of them.
     """
-    running = _running(name, bundle)
+    running = _running(name, bundle, knowledge)
     for unread in sorted(set(named) - set(running.reads)):
         readers = [each.name for each in STRATEGIES.values() if unread in each.reads]
         if name in readers:

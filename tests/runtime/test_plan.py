@@ -14,7 +14,7 @@ from dynamo_runtime import load_bundle
 from dynamo_runtime.device.acceptance import Acceptances, bin_of, middle_of
 from dynamo_runtime.device.costs import Curve, Knowledge, MadeCurve, Prior
 from dynamo_runtime.device.plan import Planner, threshold_for
-from dynamo_runtime.device.profile import Backoff
+from dynamo_runtime.device.records import Backoff
 from dynamo_runtime.device.tuning import Tuning
 from dynamo_runtime.drafting import NOTHING, Ask, Guesses, Passed, Proposer
 from dynamo_runtime.errors import ParameterError

@@ -11,7 +11,8 @@ from support import profiles
 
 from dynamo_runtime import load_bundle
 from dynamo_runtime.device.costs import Curve, Knowledge, MadeCurve
-from dynamo_runtime.device.profile import DrafterRuns, Profile, cached_path, profiles_folder
+from dynamo_runtime.device.profile import Profile, cached_path, profiles_folder
+from dynamo_runtime.device.records import DrafterRuns
 from dynamo_runtime.errors import ProfileError
 from dynamo_runtime.manifest import FileRecord
 
@@ -34,6 +35,10 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a drafter without runs": (lambda p: p["drafter"].update(drafts=[]), "drafter: it does not say"),
     "a run that costs nothing": (lambda p: p["drafter"]["drafts"][0]["time"].update(p50=0.0), "not more than 0"),
     "no positions": (lambda p: p["drafter"]["layers"][0].update(positions=0), "drafter: positions or past"),
+    "more changed than compared": (lambda p: p["widths"].update(changed=225), "widths: rows, compared or changed"),
+    "nothing compared": (lambda p: p["widths"].update(compared=0, changed=0), "widths: rows, compared or changed"),
+    "a width of one": (lambda p: p["widths"].update(rows=1), "widths: rows, compared or changed"),
+    "a difference below 0": (lambda p: p["widths"].update(difference=-1.0), "widths: a logit is less than 0"),
     "a depth below 0": (lambda p: p["drafter"]["drafts"][0].update(depth=-1), "drafter: depth"),
 }
 
@@ -50,19 +55,21 @@ def test_no_value_is_believed(tmp_path: Path, damage: str) -> None:
     assert message in str(error.value) and len(str(error.value)) < len(str(path)) + 200
 
 
-def test_a_profile_of_the_first_schema(tmp_path: Path) -> None:
-    """It has nothing of a drafter's graph, is planned with as before, and is of this schema when it is kept again."""
+@pytest.mark.parametrize(("version", "lacks"), [(1, ("drafter", "widths")), (2, ("widths",))])
+def test_a_profile_of_an_older_schema(tmp_path: Path, version: int, lacks: tuple[str, ...]) -> None:
+    """It lacks what came later, is planned with as before, and is of this schema when it is kept again."""
     content = json.loads(profiles.full().to_json())
-    del content["drafter"]
+    for section in lacks:
+        del content[section]
     path = tmp_path / "profile.json"
-    path.write_text(json.dumps(content | {"schema_version": 1}))
+    path.write_text(json.dumps(content | {"schema_version": version}))
     found = Profile.load(path)
-    assert found == profiles.full()
+    assert found == profiles.full(widths=None)
     curve = Curve.of(found)
     assert curve.making is None and curve.resume(64) == pytest.approx(0.733)
     assert curve.step(2, True, 64) == pytest.approx(profiles.cost(2, 64, True))
     found.save(path)
-    assert json.loads(path.read_text())["schema_version"] == 2
+    assert json.loads(path.read_text())["schema_version"] == 3
 
 
 @pytest.mark.parametrize(

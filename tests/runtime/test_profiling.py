@@ -239,6 +239,7 @@ def test_everything_is_measured(measured: Profile, multi: Path) -> None:
     assert sum(each.seen for each in measured.acceptance) > 0
     assert all(each.accepted <= each.seen for each in measured.acceptance)
     assert measured.overhead > 0
+    assert measured.widths is not None and measured.widths.holds and measured.widths.pasts == [32, 512]
 
 
 def test_a_profile_reads_back_as_it_was_written(measured: Profile, tmp_path: Path) -> None:
@@ -387,7 +388,7 @@ def test_the_command_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [
         (["/nowhere"], "/nowhere does not exist"),
         (["--compare", "{old}"], "two profiles or more"),
-        (["--compare", "{old}", "{old}"], "has schema version 0, this program reads 1 and 2"),
+        (["--compare", "{old}", "{old}"], "has schema version 0, this program reads 1 to 3"),
         (["--compare", "{list}", "{list}"], "it is not a JSON object"),
         (["--compare", "{broken}", "{broken}"], "is not a profile"),
         (["--compare", "{half}", "{half}"], "is not a whole profile"),

@@ -14,7 +14,8 @@ import devices
 import pytest
 from support import profiles
 
-from dynamo_runtime.device.profile import Pass, Profile
+from dynamo_runtime.device.profile import Profile
+from dynamo_runtime.device.records import Pass
 from dynamo_runtime.errors import ProfileError
 from dynamo_runtime.profiling import report
 from dynamo_runtime.profiling.page import page

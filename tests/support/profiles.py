@@ -3,7 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from dynamo_runtime.device.profile import (
+from dynamo_runtime.device.profile import Profile
+from dynamo_runtime.device.records import (
     Acceptance,
     Backoff,
     Conditions,
@@ -11,17 +12,17 @@ from dynamo_runtime.device.profile import (
     DrafterRuns,
     DraftRun,
     Floor,
-    Interval,
     LayersRun,
     Operator,
     Pass,
     Prefill,
-    Profile,
     Quantiles,
     Resume,
     StrategyRun,
     Subject,
+    Widths,
 )
+from dynamo_runtime.interval import Interval
 
 ROWS, PASTS = range(1, 9), (64, 512, 1984)
 POSITIONS, CATCH_UP = (1, 2, 4, 8), (32, 128)
@@ -141,6 +142,7 @@ def full(scale: float = 1.0, **changes: Any) -> Profile:
             Backoff(threshold, 3 - 2 * threshold, interval(1.7 - 0.75 * threshold**2, 0.025))
             for threshold in (0.1, 0.3, 0.5, 0.7, 0.9)
         ],
+        widths=Widths(8, [64, 512], 224, 0, 0.0, 31.5),
     )
     return replace(made, **changes)
 

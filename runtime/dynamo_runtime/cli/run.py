@@ -269,11 +269,16 @@ def _warn(engine: Engine, strategy: str) -> None:
         )
     if bundle.degraded:
         say(f"{PROG}: note: this bundle failed its quality gates when it was quantized")
+    if engine.lossless or strategy not in (Auto.name, Speculative.name):
+        return
     if strategy == Speculative.name and not bundle.lossless:
         say(
             f"{PROG}: note: {bundle.precision} makes a pass depend on how many tokens it carries, so this is "
             "not exactly the text of autoregressive"
         )
+    elif bundle.lossless:
+        follows = "nothing is drafted" if strategy == Auto.name else "this is not exactly the text of autoregressive"
+        say(f"{PROG}: note: on this device a pass depends on how many tokens it carries (dynamo-profile), so {follows}")
 
 
 def _read_stdin() -> str:

@@ -8,7 +8,8 @@ from typing import NamedTuple, Protocol
 
 from ..bundle import Bundle
 from .acceptance import Acceptances, Counts, bin_of
-from .profile import DrafterRuns, Profile
+from .profile import Profile
+from .records import DrafterRuns
 from .tuning import DEFAULT, Tuning
 
 Points = Sequence[tuple[float, float]]
@@ -220,10 +221,12 @@ class Knowledge(NamedTuple):
     Attributes:
         costs: Of passes.
         drafts: What became of drafts where a sampled token decides (False), and where the most probable one does.
+        widths_hold: Whether passes over several tokens say what passes over one say, as far as is known.
     """
 
     costs: Costs
     drafts: Mapping[bool, Counts]
+    widths_hold: bool = True
 
     def acceptances(self, depth: int, temperature: float, tuning: Tuning = DEFAULT) -> Acceptances:
         """What is expected of up to `depth` drafts when decoding at a temperature."""
@@ -237,7 +240,7 @@ class Knowledge(NamedTuple):
         drafts: dict[bool, dict[tuple[int, int], tuple[int, int]]] = {False: {}, True: {}}
         for each in profile.acceptance:
             drafts[each.greedy][each.depth, bin_of(each.confidence)] = each.seen, each.accepted
-        return Knowledge(Curve.of(profile), drafts)
+        return Knowledge(Curve.of(profile), drafts, profile.widths is None or profile.widths.holds)
 
 
 def _reading_ms(bundle: Bundle, tuning: Tuning) -> tuple[float, float]:

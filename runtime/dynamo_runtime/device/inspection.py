@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..providers import cores, import_onnxruntime
-from .profile import Device
+from .records import Device
 
 _INTERESTING_FLAGS = {
     "avx2": "AVX2",

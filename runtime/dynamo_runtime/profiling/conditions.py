@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..device.inspection import cores, optional
-from ..device.profile import Conditions
+from ..device.records import Conditions
 
 _BUSY, _DRIFT = 0.1, 0.1  # more of either, and the machine was not idle
 

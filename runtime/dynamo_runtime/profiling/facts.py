@@ -35,6 +35,28 @@ def _temperature(profile: Profile) -> str:
     return "" if temperature is None else f"{temperature:.0f} °C"
 
 
+def _widths(profile: Profile) -> str:
+    """What the width test found, in a few words."""
+    widths = profile.widths
+    if widths is None:
+        return ""
+    if widths.exact:
+        return f"the same bit for bit in passes over 1 to {widths.rows} tokens ({widths.compared:,} rows)"
+    differ = f"differ by up to {widths.difference:.1e} (largest {widths.largest:.3g})"
+    if widths.holds:
+        return f"{differ}, which is rounding; no first choice of {widths.compared:,} changes"
+    return f"{differ}, {widths.changed:,} first choices of {widths.compared:,} change"
+
+
+def _widths_measured(profile: Profile) -> dict[str, float] | None:
+    """The figures of the width test, by their names."""
+    widths = profile.widths
+    if widths is None:
+        return None
+    figures = {"difference": widths.difference, "largest": widths.largest}
+    return figures | {"compared": widths.compared, "changed": widths.changed}
+
+
 # In the order that spreadsheets have them in, which differs from the tables' where a place is given.
 FACTS = (
     Fact(DEVICE, "CPU", lambda p: p.device.processor, row=("device", "processor", "", ""), compared=True),
@@ -151,6 +173,7 @@ FACTS = (
     Fact(
         BUNDLE, "precision", lambda p: p.bundle.precision, row=("bundle", "precision", "", ""), compared=True, place=4
     ),
+    Fact(BUNDLE, "logits by width", _widths_measured, _widths, ("bundle", "logits by width", "", ""), place=6),
     Fact(BUNDLE, "architecture", lambda p: p.bundle.model_type, row=("bundle", "model type", "", ""), place=1),
     Fact(
         BUNDLE,

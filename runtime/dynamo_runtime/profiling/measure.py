@@ -14,7 +14,8 @@ import numpy as np
 from ..bundle import Bundle
 from ..device.acceptance import bin_of, middle_of
 from ..device.inspection import cores, inspect_device
-from ..device.profile import Acceptance, Conditions, Profile, Subject
+from ..device.profile import Profile
+from ..device.records import Acceptance, Conditions, Subject
 from ..engine import Engine
 from ..errors import ProfileError
 from ..providers import Backend
@@ -23,6 +24,7 @@ from .conditions import memory, watched
 from .passes import POSITIONS, ROWS, DrafterTimer, PassTimer, measure_operators, measure_prefill
 from .roofline import read_bandwidth, roofline
 from .trials import QUICK_THRESHOLDS, THRESHOLDS, Trials, encoded, look_outside, run_backoff, run_strategies
+from .widths import FARTHEST, STRETCH, measure_widths
 
 Progress = Callable[[str, float], None]
 """Told the stage at work and how much of the whole is done, in [0, 1]."""
@@ -199,6 +201,13 @@ def _passes(bench: Bench, profile: Profile, seconds: float) -> Profile:
     return replace(profile, passes=passes, roofline=roofline(bench.engine.bundle, session, passes, profile.bandwidth))
 
 
+def _widths(bench: Bench, profile: Profile, seconds: float) -> Profile:
+    session, text = bench.engine.session, [token for each in bench.texts for token in each]
+    pasts = [past for past in bench.effort.pasts if past <= FARTHEST]
+    found = measure_widths(session, text, _fitting(pasts, session, STRETCH), seconds)
+    return replace(profile, widths=found)
+
+
 def _prefill(bench: Bench, profile: Profile, seconds: float) -> Profile:
     lengths = _fitting(bench.effort.prompts, bench.engine.session, 2)
     prefill = measure_prefill(bench.engine, lengths, seconds)
@@ -242,7 +251,8 @@ def _backoff(bench: Bench, profile: Profile, seconds: float) -> Profile:
 
 STAGES = (
     Stage("memory bandwidth", 0.03, 0.03, _bandwidth),
-    Stage("passes", 0.06, 0.3, _passes),
+    Stage("passes", 0.06, 0.28, _passes),
+    Stage("widths", 0.34, 0.02, _widths),
     Stage("prompts", 0.36, 0.1, _prefill),
     Stage("further heads", 0.46, 0.05, _heads),
     Stage("operators", 0.5, 0.0, _operators),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..device.profile import DrafterRuns, DraftRun, LayersRun, Operator, Pass, Prefill, Quantiles, Resume
+from ..device.records import DrafterRuns, DraftRun, LayersRun, Operator, Pass, Prefill, Quantiles, Resume
 from ..engine import Engine
 from ..session import Session
 from ..step import ALL, NONE

@@ -7,7 +7,8 @@ import io
 import textwrap
 from collections.abc import Sequence
 
-from ..device.profile import Conditions, Profile, StrategyRun
+from ..device.profile import Profile
+from ..device.records import Conditions, StrategyRun
 from ..errors import printable
 from ..tables import MISSING, NAME_WIDTH, WIDTH, Table, in_spreadsheet, percent
 from .facts import BUNDLE, CONDITIONS, CONSTANTS, DEVICE, FACTS
@@ -35,6 +36,11 @@ def caveats(profile: Profile) -> list[str]:
         found.append(f"NOT IDLE: do not rely on these figures. {_disturbance(profile.conditions)}")
     if profile.quick:
         found.append("QUICK RUN: fewer repetitions, so the figures are rough.")
+    if profile.widths is not None and not profile.widths.holds:
+        found.append(
+            "PASSES DEPEND ON THEIR WIDTH: over several tokens this device computes other logits than over one, so "
+            "auto drafts nothing, and speculative does not write plain decoding's text."
+        )
     return found
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from ..bundle import Bundle
-from ..device.profile import Floor, Pass
+from ..device.records import Floor, Pass
 from ..session import Session
 from .passes import rounds
 

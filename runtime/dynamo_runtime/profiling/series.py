@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..device.profile import Acceptance, DraftRun, Floor, LayersRun, Pass, Profile, StrategyRun
+from ..device.profile import Profile
+from ..device.records import Acceptance, DraftRun, Floor, LayersRun, Pass, StrategyRun
 from ..tables import MISSING, interval, number, percent, ratio
 from .figures import Figure, Grid, Listing, Series
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
-from ..device.profile import Backoff, DrafterRuns, Quantiles, StrategyRun
+from ..device.records import Backoff, DrafterRuns, Quantiles, StrategyRun
 from ..engine import Engine
 from ..errors import ProfileError
 from ..interval import Interval
@@ -201,9 +201,9 @@ def run_strategies(trials: Trials, seconds: float) -> list[StrategyRun]:
         for depth in range(1, engine.bundle.topology.n_tokens):
             name = f"speculative, {depth} draft{'s' * (depth > 1)}"
             ways[name] = Way(engine, {"strategy": Speculative.name, "draft_tokens": depth})
-    if engine.bundle.lossless:
+    if engine.lossless:
         ways["speculative, lookup"] = Way(engine, {"strategy": Speculative.name, "drafter": Lookup.name})
-    if engine.bundle.lossless or can_draft(engine.bundle):
+    if engine.lossless or can_draft(engine.bundle):
         ways["auto"] = Way(engine, {"strategy": Auto.name})
     if _allows_dynamo(engine):
         ways["dynamo"] = Way(engine, {"strategy": Dynamo.name})

@@ -1,0 +1,199 @@
+"""Are passes of all widths the same on other processors?  The width test under emulators, which need not be fast.
+
+    dynamo-export FOLDER/fp32/model.onnx --heads 0         # the embedded model
+    python benchmarks/processors.py make FOLDER            # every scheme of it, and what full precision says
+    python benchmarks/processors.py run FOLDER "this machine (AVX-512, VNNI)"
+    python benchmarks/processors.py run FOLDER "Haswell (AVX2)" -- qemu-x86_64 -cpu Haswell PYTHON
+    python benchmarks/processors.py run FOLDER "Cortex-A76" -- qemu-aarch64 -L ROOT -cpu cortex-a76 ROOT/usr/bin/python3
+    python benchmarks/processors.py table                  # writes the tables of docs/exactness.md
+
+The command behind `--` is an emulator with a Python that has numpy and onnxruntime; it is given this file to run.
+Passes over 2 … 8 tokens are compared with passes over one as `dynamo-profile` does it, behind two pasts, at one thread.
+As passes may agree and all be wrong, logits of passes over one token and over eight are held against those of the fp32
+bundle as this machine computes it: the root of the mean square of what they differ by, over the standard deviation of
+a row. Rounding weights has its part in that; what a processor adds is the ratio to the first one of the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "runtime"))  # of the Python that an emulator runs, which has nothing installed
+
+RESULTS, PAGE = ROOT / "benchmarks/results/processors.json", ROOT / "docs/exactness.md"
+BEGIN, END = "<!-- tables of benchmarks/processors.py -->\n", "<!-- end of tables -->\n"
+PASTS, SCORED, WIDE = (32, 256), 48, 8
+ONE, SEVERAL = "error_one", "error_several"
+WRONG = 1.5  # times the error of the first processor: beyond what adding in another order makes
+FULL = "fp32"
+SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "int8": ("int8", {}),
+    "int8, blocks of 32": ("int8", {"block_size": 32}),
+    "int8, blocks of 128": ("int8", {"block_size": 128}),
+    "int8, cache in fp32": ("int8", {"kv_cache": "fp32"}),
+    "int4": ("int4", {"algorithm": "rtn"}),
+    "int4, blocks of 16": ("int4", {"algorithm": "rtn", "block_size": 16}),
+    "int4, blocks of 64": ("int4", {"algorithm": "rtn", "block_size": 64}),
+    "int4, zero points": ("int4", {"algorithm": "rtn", "symmetric": False}),
+    "int4, output too": ("int4", {"algorithm": "rtn", "parts": {"output": "int4"}}),
+    "int8-dynamic": ("int8-dynamic", {}),
+}
+
+
+def folder_of(work: Path, name: str) -> Path:
+    """Where the bundle of a scheme lies."""
+    return work / name.replace(", ", "-").replace(" ", "-")
+
+
+def make(work: Path) -> None:
+    """Write bundles without gates, the text, and the logits of the fp32 bundle."""
+    from dynamo_quantize.quantize import write_bundle
+    from dynamo_quantize.schemes import Options, resolve
+    from dynamo_quantize.texts import pieces
+    from dynamo_runtime import load_bundle
+
+    full = load_bundle(work / FULL)
+    text = pieces(full, None, 1, full.context_length, held_out=True)[0]
+    (work / "text.json").write_text(json.dumps(text))
+    np.save(work / "reference.npy", logits_of(full, text, 1))
+    for name, (scheme, options) in SCHEMES.items():
+        folder = folder_of(work, name)
+        folder.mkdir()
+        print(name, file=sys.stderr)
+        write_bundle(full, resolve(scheme, Options(**options)), folder).write_manifest()
+
+
+def logits_of(bundle: Any, text: list[int], width: int) -> np.ndarray:
+    """Logits [SCORED, V] of a text's beginning from passes over `width` tokens."""
+    from dynamo_runtime.session import Session
+    from dynamo_runtime.step import ALL, NONE
+
+    session = Session(bundle, provider="cpu", threads=1)
+    parts = [text[at : at + width] for at in range(0, SCORED, width)]
+    return np.concatenate([session.step(part, rows=ALL, heads=NONE).logits() for part in parts])
+
+
+def test(work: Path) -> None:
+    """Run the width test on every bundle and print a line of JSON for each: what an emulator is told to do."""
+    from dataclasses import asdict
+
+    from dynamo_runtime.bundle import load_bundle
+    from dynamo_runtime.profiling.widths import measure_widths
+    from dynamo_runtime.session import Session
+
+    text, reference = json.loads((work / "text.json").read_text()), np.load(work / "reference.npy")
+    for name in (FULL, *SCHEMES):
+        bundle = load_bundle(folder_of(work, name))
+        widths = measure_widths(Session(bundle, provider="cpu", threads=1), text, PASTS, 0.0)
+        found: dict[str, Any] = {"scheme": name, **asdict(widths), "exact": widths.exact, "holds": widths.holds}
+        for key, width in ((ONE, 1), (SEVERAL, WIDE)):
+            found[key] = error(logits_of(bundle, text, width), reference)
+        print(json.dumps(found), flush=True)
+
+
+def error(logits: np.ndarray, reference: np.ndarray) -> float:
+    """Root mean square of the difference, over the standard deviation of a row's logits."""
+    return float(np.sqrt(((logits - reference) ** 2).mean() / reference.var(axis=-1).mean()))
+
+
+def run(work: Path, name: str, command: list[str]) -> None:
+    """Have `test` run by a command, and keep what it finds under a name."""
+    called = [*(command or [sys.executable]), str(Path(__file__).resolve()), "test", str(work.resolve())]
+    process = subprocess.Popen(called, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    rows = {}
+    for line in process.stdout:
+        row = json.loads(line)
+        rows[row.pop("scheme")] = row
+        print(line, end="", flush=True)
+    if process.wait():
+        sys.exit(f"{' '.join(called)} ends with status {process.returncode}")
+    record = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"processors": {}}
+    record["processors"][name] = {"command": " ".join([Path(each).name for each in command]), "schemes": rows}
+    if not command:
+        from machine import describe_machine
+
+        from dynamo_runtime.providers import import_onnxruntime
+
+        record["machine"] = f"{describe_machine()}; onnxruntime {import_onnxruntime().__version__}"
+    RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """A cell of the first table."""
+    if row["exact"]:
+        return "exact"
+    if row["holds"]:
+        return f"rounding ({row['difference']:.0e})"
+    return f"**no** ({row['difference']:.2g}; {row['changed']} of {row['compared']})"
+
+
+def errors(row: dict[str, Any], first: dict[str, Any]) -> str:
+    """A cell of the second table: what passes over one token and over several are off by, in units of the first's."""
+    of = first[ONE] or 1.0
+    ratios = [row[key] / of for key in (ONE, SEVERAL)]
+    if not first[ONE]:  # full precision, which is what all are held against
+        return f"{max(row[ONE], row[SEVERAL]):.0e}"
+    shown = f"{ratios[0]:.2f}, {ratios[1]:.2f}"
+    return f"**{shown}**" if max(ratios) > WRONG else shown
+
+
+def tables(record: dict[str, Any]) -> str:
+    """Both tables, and what they were made with, in Markdown."""
+    names = list(record["processors"])
+    first = record["processors"][names[0]]["schemes"]
+    lines = []
+    for title, cell in (
+        ("Passes over 2 … 8 tokens against passes over one", lambda s, row: verdict(row)),
+        ("Error of passes over 1 and over 8 tokens", lambda s, row: errors(row, first[s])),
+    ):
+        lines += [f"| {title} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for scheme in first:
+            rows = [record["processors"][name]["schemes"][scheme] for name in names]
+            lines.append(f"| {scheme} | " + " | ".join(cell(scheme, row) for row in rows) + " |")
+        lines.append("")
+    commands = [f"{name}: `{each['command']}`" for name, each in record["processors"].items() if each["command"]]
+    return "\n".join([*lines, f"Not emulated: {record['machine']}. {'; '.join(commands)}.", ""])
+
+
+def write_page() -> None:
+    """Put the tables into the page, between their marks."""
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(
+        before + BEGIN + "\n" + tables(json.loads(RESULTS.read_text())) + "\n" + END + after, encoding="utf-8"
+    )
+
+
+def main() -> None:
+    """Do what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["make", "run", "test", "table"])
+    parser.add_argument("folder", nargs="?", type=Path, help="of the bundles")
+    parser.add_argument("name", nargs="?", help="of the processor")
+    place = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    arguments, command = parser.parse_args(sys.argv[1:place]), sys.argv[place + 1 :]
+    folder, task = arguments.folder, arguments.task
+    if task == "table":
+        write_page()
+    elif folder is None or (task == "run" and not arguments.name):
+        parser.error(f"{task} needs the folder of the bundles{' and a name' * (task == 'run')}")
+    elif task == "run":
+        run(folder, arguments.name, command)
+    elif task == "make":
+        make(folder)
+    else:
+        test(folder)
+
+
+if __name__ == "__main__":
+    main()
