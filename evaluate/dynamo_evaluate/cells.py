@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from .bootstrap import Quotient
 from .errors import EvaluationError
 from .generate import GENERATION
 from .results import Record, Results
-from .statistics import Quotient
 
 SPEED, TOKENS_PER_PASS = "speed", "tokens_per_pass"
 AXES = {SPEED: "tokens/s ÷ plain", TOKENS_PER_PASS: "tokens per pass"}

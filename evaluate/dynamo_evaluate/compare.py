@@ -8,17 +8,17 @@ from typing import Any
 from dynamo_runtime.interval import Interval
 from dynamo_runtime.tables import MISSING, Table
 
+from .bootstrap import Draws, Quotient, interval
 from .cells import AXES, MEASURES, SPEED, TOKENS_PER_PASS, Cells
 from .errors import EvaluationError
 from .perplexity_tables import Figures, change, figures
 from .results import Results, flat
 from .settings import PLAIN
-from .statistics import Draws, Quotient, interval
 
 _NOT_COMPARED = ("dynamo_eval", "command", "texts", "settings", "documents")
 
 
-def compare(a: Results, b: Results) -> list[Table]:
+def compare_results(a: Results, b: Results) -> list[Table]:
     """What differs between two runs: what they were run on, and every figure that both have.
 
     Raises:

@@ -13,10 +13,10 @@ from dynamo_runtime.registry import TOPOLOGIES
 from dynamo_runtime.tables import MISSING, Table, number
 from dynamo_runtime.tables import interval as with_ends
 
+from .bootstrap import Draws, Quotient, interval
 from .errors import EvaluationError
 from .perplexity import DOCUMENT
 from .results import Record, Results, machine_line
-from .statistics import Draws, Quotient, interval
 
 
 @dataclass(frozen=True)

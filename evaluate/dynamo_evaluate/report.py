@@ -12,10 +12,10 @@ from dynamo_runtime.interval import Interval
 from dynamo_runtime.tables import MISSING, WIDTH, Table, in_markdown, percent
 from dynamo_runtime.tables import interval as with_ends
 
+from .bootstrap import SameQuality, widening
 from .cells import AXES, MEASURES, SPEED, TOKENS_PER_PASS, VERDICTS, WIN_RATE
 from .results import machine_line
 from .settings import PLAIN
-from .statistics import SameQuality, widening
 from .summary import ALL, Outcome, Summary, fastest_inside, variants
 
 INSIDE = "✓"

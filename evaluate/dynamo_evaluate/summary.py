@@ -11,11 +11,22 @@ import numpy as np
 
 from dynamo_runtime.interval import Interval
 
+from .bootstrap import (
+    Draws,
+    Ends,
+    Estimates,
+    QualityCurve,
+    Quotient,
+    SameQuality,
+    fit_curve,
+    interval,
+    same_quality,
+    spread,
+)
 from .cells import AXES, MEASURES, SPEED, TOKENS_PER_PASS, WIN_RATE, Cells
 from .errors import EvaluationError
 from .results import Results
 from .settings import PLAIN
-from .statistics import Curve, Draws, Ends, Estimates, Quotient, SameQuality, interval, same_quality, spread, trace
 
 DEGREE = 2
 ALL = "all"
@@ -66,7 +77,7 @@ class Summary:
     plain_speed: float
     plain: Mapping[str, tuple[float, float]]
     outcomes: Mapping[str, Outcome]
-    curves: Mapping[tuple[str, str], Mapping[str, Curve]]
+    curves: Mapping[tuple[str, str], Mapping[str, QualityCurve]]
     same: Mapping[tuple[str, str], Mapping[str, SameQuality]]
 
 
@@ -172,7 +183,7 @@ def _with_measure(members: Sequence[str], estimates: Mapping[str, Mapping[str, _
     return [name for name in members if measure in estimates[name] and np.isfinite(estimates[name][measure].value)]
 
 
-def _curve(points: Sequence[Mapping[str, _Estimate]], axis: str, measure: str, ends: Ends, degree: int) -> Curve:
+def _curve(points: Sequence[Mapping[str, _Estimate]], axis: str, measure: str, ends: Ends, degree: int) -> QualityCurve:
     """One measure of quality against speed, through some settings."""
     speed, quality = (
         Estimates(
@@ -181,7 +192,7 @@ def _curve(points: Sequence[Mapping[str, _Estimate]], axis: str, measure: str, e
         )
         for figure in (axis, measure)
     )
-    return trace(speed, quality, ends, degree)
+    return fit_curve(speed, quality, ends, degree)
 
 
 def of_generations(results: Results) -> Mapping[str, Any]:

@@ -152,7 +152,7 @@ class Ends:
 
 
 @dataclass(frozen=True)
-class Curve:
+class QualityCurve:
     """Quality against speed: a regression through the settings, and where it is as good as plain.
 
     Attributes:
@@ -174,7 +174,7 @@ class Curve:
     inside_replicates: np.ndarray
 
 
-def trace(speed: Estimates, quality: Estimates, plain: Ends, degree: int) -> Curve:
+def fit_curve(speed: Estimates, quality: Estimates, plain: Ends, degree: int) -> QualityCurve:
     """Fit quality against speed.
 
     The band comes from curves fitted to the replicates, so settings that share their prompts are not taken for
@@ -200,7 +200,7 @@ def trace(speed: Estimates, quality: Estimates, plain: Ends, degree: int) -> Cur
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a place that no replicate reaches has no band
         band = np.nanquantile(np.where(within, fits, np.nan), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return Curve(polynomial, places, fitted, band[0], band[1], _between(fitted, *plain.values), inside)
+    return QualityCurve(polynomial, places, fitted, band[0], band[1], _between(fitted, *plain.values), inside)
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class SameQuality:
     share: float
 
 
-def same_quality(curves: Sequence[Curve]) -> SameQuality:
+def same_quality(curves: Sequence[QualityCurve]) -> SameQuality:
     """The largest speed at which every one of some curves, over the same settings, is inside plain's quality."""
     places = curves[0].places
     inside = np.all([curve.inside for curve in curves], axis=0)
