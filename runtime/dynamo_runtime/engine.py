@@ -93,7 +93,7 @@ class Engine:
             prefill_chunk: Most prompt tokens per forward pass: bounds the memory of long prompts.
             profile: What strategy "auto" plans with; None for what `dynamo-profile` has kept of this device and bundle,
                 if anything.
-            draft_corpus: A file of earlier texts, in which the drafter "lookup" looks besides: see `load_earlier`.
+            draft_corpus: A file of earlier texts, which the drafter "lookup" searches too: see `load_earlier`.
             **options: Fields of `Backend` (provider, threads, …), in place of those in `backend`.
 
         Raises:

@@ -82,7 +82,7 @@ def make_sources(
         drafter: See `make_drafter`; "lookup" is the text alone, "both" that and the bundle's own. None is the bundle's
             own, or the text where it has none.
         all_there_are: Whether None is "both" where that can be, as it is with a corpus.
-        corpus: Earlier texts, which "lookup" looks through besides.
+        corpus: Earlier texts, which "lookup" searches too.
 
     Raises:
         ParameterError: See `make_drafter`.

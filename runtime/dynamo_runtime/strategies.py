@@ -250,7 +250,7 @@ class Auto(Speculative):
 
     def _worth(self, confidences: Sequence[float]) -> bool:
         assert self._planner is not None  # else nothing is proposed
-        return self._planner.worth(confidences) and super()._worth(confidences)  # the plan counts what is looked at
+        return self._planner.worth(confidences) and super()._worth(confidences)  # the plan counts drafts made
 
 
 class Dynamo:

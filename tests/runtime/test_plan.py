@@ -59,9 +59,9 @@ class Device:
         assert self.making is None
         return self.resumed * skipped
 
-    def made(self, unseen: float, looks: float) -> float:
+    def made(self, unseen: float, drafts: float) -> float:
         """What the drafter's graph costs in a round."""
-        return self.making.begin(unseen, 0) + self.making.further * looks if self.making else 0.0
+        return self.making.begin(unseen, 0) + self.making.further * drafts if self.making else 0.0
 
 
 @dataclass
@@ -92,15 +92,15 @@ def decode(planner: Planner, device: Device, text: Text, rounds: int, rng: np.ra
         planner.judged([confidence for confidence, _ in drafts], accepted)
         tokens += 1 + accepted
         unseen += 1 + accepted
-        drafts, looks = [], 0
+        drafts, made = [], 0
         if planner.drafting:
             while len(drafts) < DEPTH and planner.further([confidence for confidence, _ in drafts]):
                 following = text.draft(rng)
-                looks += 1
+                made += 1
                 if not planner.worth([*(confidence for confidence, _ in drafts), following[0]]):
                     break
                 drafts.append(following)
-            spent += device.made(unseen, looks)
+            spent += device.made(unseen, made)
             unseen = 0
             planner.plan([confidence for confidence, _ in drafts], past)
         else:
@@ -111,7 +111,7 @@ def decode(planner: Planner, device: Device, text: Text, rounds: int, rng: np.ra
 def best_fixed(device: Device, text: Text) -> float:
     """Tokens a time of the best setting that never changes: no drafts and no heads, or d drafts above a confidence.
 
-    By full enumeration over what the next drafts may look like.
+    By full enumeration over what the next drafts may turn out to be.
     """
     rates = [1.0 / device.step(1, False, 0)]
     kinds = [(0.9, text.good, text.share), (0.3, text.bad, 1 - text.share)]
@@ -208,8 +208,8 @@ def test_nothing_is_drafted_where_every_row_costs_a_pass() -> None:
     assert tokens / spent > 0.98
 
 
-def test_looking_again_costs_little() -> None:
-    """However dear a look is, and whatever coming back costs, the waits between looks make up for it."""
+def test_probing_costs_little() -> None:
+    """Whatever a probe and coming back cost, the waits between probes make up for it."""
     for device in (Device(1.0, 0.1), Device(1.0, 1.0), Device(1.0, 0.1, resumed=0.004)):
         tokens, spent = decode(
             Planner(device, Acceptances(DEPTH), HEADS), device, Text(0, 0, 1), 3000, np.random.default_rng(3)
@@ -264,7 +264,7 @@ def test_a_chain_ends_before_a_run_that_is_not_worth_it(run: float, asked: int) 
     assert len(proposed(planner, drafter)) == drafter.asked == asked
 
 
-def test_every_draft_is_looked_at_where_that_costs_nothing() -> None:
+def test_every_draft_is_made_where_that_costs_nothing() -> None:
     """One run is for all of them; whether they are fed is settled by what they turn out to be."""
     known = {(depth, b): (1000, 950 * (b == 4)) for depth in range(1, DEPTH + 1) for b in range(5)}
     for making in (None, Graph(0.1)):
@@ -293,7 +293,7 @@ def test_no_drafter_of_ones_own_is_charged_for_the_bundles_graph() -> None:
     assert free.drafting and free.further([0.9])
 
 
-def test_there_is_no_look_where_catching_up_costs_more_than_looks_may() -> None:
+def test_there_is_no_probe_where_catching_up_costs_more_than_probes_may() -> None:
     for position, rounds, share in ((0.015, 3000, 0.97), (0.1, 1000, 0.999)):
         device = Device(1.0, making=Graph(0.3, position=position))
         tokens, spent = decode(
@@ -303,7 +303,7 @@ def test_there_is_no_look_where_catching_up_costs_more_than_looks_may() -> None:
 
 
 def test_the_prompt_has_to_be_caught_up_on_too() -> None:
-    """The first look behind a long prompt waits until it has cost less than looks may, or there is none."""
+    """The first probe behind a long prompt waits until it costs less than probes may, or there is none."""
     waits = []
     for prompt in (10, 100, 2000):
         planner = Planner(Device(1.0, making=Graph(0.3, position=0.005)), Acceptances(DEPTH), HEADS)

@@ -51,7 +51,7 @@ KINDS = (_OWN, *_BY_DEPTH, _LOOKUP)
 
 
 def kind_of(origin: Origin) -> Kind:
-    """What a token looks like."""
+    """How a token is shown."""
     if origin.depth == OWN.depth:
         return _OWN
     return _LOOKUP if origin.source == Lookup.name else _BY_DEPTH[min(origin.depth, _DEEPEST) - 1]
@@ -129,7 +129,7 @@ class View:
             shown = len(stream.spans)
 
     def finish(self, prompt: str, stream: TextStream) -> None:
-        """Say what the looks meant, or write the page.
+        """Say what the colours meant, or write the page.
 
         Raises:
             OutputError: The page cannot be written.

@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--draft-corpus",
         metavar="FILE",
-        help="text or .jsonl file of earlier texts, in which lookup looks besides; indexed once",
+        help="text or .jsonl file of earlier texts, which lookup searches too; indexed once",
     )
     parser.add_argument("--seed", type=int, help="for reproducible draws")
     parser.add_argument(

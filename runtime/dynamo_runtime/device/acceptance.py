@@ -41,8 +41,8 @@ class Record:
         self.accepted = self.accepted * self.tuning.memory + accepted
 
 
-class _Looks:
-    """How often drafts at one depth are of each bin of confidence: of all that were looked at, fed or not."""
+class _BinShares:
+    """How often drafts at one depth are of each bin of confidence: of all that were made, fed or not."""
 
     def __init__(self, known: Sequence[float], tuning: Tuning):
         """Begin with what is known.
@@ -101,7 +101,7 @@ class Acceptances:
             self._known_rate(tuning.accepted, [n for (at, _), n in known.items() if at == d]) for d in depths
         ]
 
-        self._looks = [_Looks([known.get((d, b), (0, 0))[0] for b in bins], tuning) for d in depths]
+        self._bin_shares = [_BinShares([known.get((d, b), (0, 0))[0] for b in bins], tuning) for d in depths]
 
     def of(self, depth: int, confidence: float) -> float:
         """Of a draft of this confidence at this depth, given that those before it are right."""
@@ -121,13 +121,13 @@ class Acceptances:
 
     def kinds(self, depth: int) -> list[tuple[float, float]]:
         """What a draft at this depth may turn out to be: share and expected acceptance by bins, from the lowest up."""
-        return [(share, self._rate(depth, index)) for index, share in enumerate(self._looks[depth - 1].shares())]
+        return [(share, self._rate(depth, index)) for index, share in enumerate(self._bin_shares[depth - 1].shares())]
 
-    def look(self, depth: int, confidence: float) -> None:
+    def observe(self, depth: int, confidence: float) -> None:
         """Count a draft whose confidence is known, whether or not it is fed."""
         if isinstance(confidence, Expected):
             return
-        self._looks[depth - 1].add(bin_of(confidence, self._tuning.bins))
+        self._bin_shares[depth - 1].add(bin_of(confidence, self._tuning.bins))
 
     def add(self, confidences: Sequence[float], accepted: int) -> None:
         """Count judged drafts: the first `accepted` were right, the next was not, of the others nothing is known."""

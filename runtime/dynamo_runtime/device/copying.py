@@ -1,6 +1,6 @@
 """How many tokens of a repeat to feed: what the rows of a pass cost against how often such tokens are right.
 
-What the text itself says is known for nothing, so there is nothing to begin and nothing to look at: every pass may be
+What the text itself says is known for nothing, so there is nothing to begin and nothing to probe: every pass may be
 fed some of it. A repeat is a stretch of passes that are much alike, so the best length is the one with the most tokens
 a millisecond, if those are more than are to be had without it.
 """

@@ -21,7 +21,7 @@ class Making(Protocol):
 
     @property
     def further(self) -> float:
-        """A run for every draft that is looked at, the first among them; 0 where one run is for all of them."""
+        """A run for every draft that is made, the first among them; 0 where one run is for all of them."""
 
     def begin(self, unseen: float, past: int) -> float:
         """What is to be paid before any draft: layers over `unseen` positions, in a text of about `past`.

@@ -140,7 +140,7 @@ FACTS = (
     ),
     Fact(
         CONDITIONS,
-        "drift, dearest ÷ cheapest",
+        "drift, slowest ÷ quickest",
         lambda p: p.conditions.drift,
         lambda p: f"{p.conditions.drift:.2f}",
         ("conditions", "drift", "", "ratio"),

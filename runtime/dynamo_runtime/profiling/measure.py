@@ -23,7 +23,7 @@ from ..session import Session
 from .conditions import memory, watched
 from .passes import POSITIONS, ROWS, DrafterTimer, PassTimer, measure_operators, measure_prefill
 from .roofline import read_bandwidth, roofline
-from .trials import QUICK_THRESHOLDS, THRESHOLDS, Trials, encoded, look_outside, run_backoff, run_strategies
+from .trials import QUICK_THRESHOLDS, THRESHOLDS, Trials, encoded, time_outside, run_backoff, run_strategies
 from .widths import FARTHEST, STRETCH, measure_widths
 
 Progress = Callable[[str, float], None]
@@ -230,7 +230,7 @@ def _operators(bench: Bench, profile: Profile, seconds: float) -> Profile:
 
 def _strategies(bench: Bench, profile: Profile, seconds: float) -> Profile:
     trials = bench.trials(profile)
-    outside = look_outside(trials, profile.drafter)
+    outside = time_outside(trials, profile.drafter)
     found = replace(
         profile,
         drafting=outside.drafting,

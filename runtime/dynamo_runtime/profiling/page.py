@@ -72,7 +72,7 @@ class Curve:
     color: int | None = None
 
     @property
-    def look(self) -> dict[str, Any]:
+    def style(self) -> dict[str, Any]:
         """Colour and marker, for matplotlib."""
         number = self.profile if self.color is None else self.color
         return {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)]}
@@ -232,9 +232,9 @@ def _lines(
     def draw(axes: Axes) -> list[Artist]:
         for curve in curves:
             x, y, *band = zip(*curve.points, strict=True)
-            axes.plot(x, y, linestyle=curve.line, **curve.look)
+            axes.plot(x, y, linestyle=curve.line, **curve.style)
             if band:
-                axes.fill_between(x, band[0], band[1], color=curve.look["color"], alpha=0.2, linewidth=0)
+                axes.fill_between(x, band[0], band[1], color=curve.style["color"], alpha=0.2, linewidth=0)
         peaks = [max(y for _, y, *_ in curve.points) for curve in curves]
         if min(peaks) > 0 and max(peaks) / min(peaks) > WIDE_RANGE:
             axes.set_yscale("log")
@@ -261,11 +261,11 @@ def _keys(curves: list[Curve], named: Named) -> list[Artist]:
     from matplotlib.lines import Line2D
 
     several = len(named) > 1
-    profiles = {curve.profile: curve.look for curve in curves} if several else {}
-    kinds = {curve.kind: (curve.line, {"color": "0.35"} if several else curve.look) for curve in curves}
+    profiles = {curve.profile: curve.style for curve in curves} if several else {}
+    kinds = {curve.kind: (curve.line, {"color": "0.35"} if several else curve.style) for curve in curves}
     return [
-        *(Line2D([], [], label=_short(named[i][0]), **look) for i, look in profiles.items()),
-        *(Line2D([], [], label=kind, linestyle=line, **look) for kind, (line, look) in kinds.items()),
+        *(Line2D([], [], label=_short(named[i][0]), **style) for i, style in profiles.items()),
+        *(Line2D([], [], label=kind, linestyle=line, **style) for kind, (line, style) in kinds.items()),
     ]
 
 

@@ -128,7 +128,7 @@ def encoded(engine: Engine, prompts: Sequence[str | Sequence[int]] | None) -> li
     return [engine.encode(prompt)[:room] for prompt in (PROMPTS if prompts is None else prompts)]
 
 
-def look_outside(trials: Trials, drafter: DrafterRuns | None = None) -> Outside:
+def time_outside(trials: Trials, drafter: DrafterRuns | None = None) -> Outside:
     """What plain decoding and drafting do between passes, and how good the drafts are.
 
     Args:
