@@ -25,7 +25,7 @@ class Round:
 
     Attributes:
         tokens: Final tokens: accepted drafts that the pass was fed, the token of its own, and behind that the guesses
-            that were let through on the spot (see `Turn.weighed`).
+            that were let through on the spot (see `Turn.proposed`).
         proposed: Draft tokens that were judged.
         verified: How many of `tokens` are drafts that the pass was fed.
         log_probabilities: Of the final tokens that have none yet, in order, as far as the pass tells; empty unless they
@@ -122,7 +122,7 @@ def decode(
             logs = log_probabilities(step, context.tokens[-unscored - len(final) :][:told])
             unscored = len(turn.tokens) - 1
         sources = [draft.source for draft in drafts]
-        yield Round(final, len(drafts) + turn.weighed, turn.accepted, logs, sources)
+        yield Round(final, len(drafts) + turn.proposed, turn.accepted, logs, sources)
 
 
 def _check(turn: Turn, drafts: int, vocab_size: int, strategy: Strategy) -> None:

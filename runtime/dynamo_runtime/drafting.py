@@ -313,7 +313,7 @@ class Proposer:
 
 
 def masked(candidates: Candidates, before: int, counts: Cooccurrence, alpha: float) -> Candidates:
-    """Candidates weighed by how much more often than by chance they were counted behind the token `before`.
+    """Candidates weighted by how much more often than by chance they were counted behind the token `before`.
 
     If none of them ever was, they stay as they are.
 

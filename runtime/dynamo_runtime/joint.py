@@ -85,7 +85,7 @@ class JointHead(Topology):
 class JointDrafter:
     """Draws from the mixture token by token.
 
-    With every token that is chosen the components are weighed anew by how likely each had made it,
+    With every token that is chosen the components are weighted anew by how likely each had made it,
     ``w_α ← w_α p_α^(s)(x_s)``: what comes next depends on what was drafted, and its probability is known. The
     factors are truncated to their most probable tokens, as the heads of the other drafters are.
     """

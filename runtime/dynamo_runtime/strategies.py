@@ -45,7 +45,7 @@ class Turn:
             them.
         drafts: Guesses for the tokens after `tokens`, to be fed with them and judged by the next turn.
         ask: What the next pass is to be fed and to compute besides.
-        weighed: Further tokens that were guessed and judged on the spot, without being fed; those let through
+        proposed: Further tokens that were guessed and judged on the spot, without being fed; those let through
             are in `tokens`, behind the first.
     """
 
@@ -53,7 +53,7 @@ class Turn:
     accepted: int = 0
     drafts: list[Draft] = field(default_factory=list)
     ask: Ask = NOTHING
-    weighed: int = 0
+    proposed: int = 0
 
 
 class Strategy(Protocol):
@@ -290,7 +290,7 @@ class Dynamo:
             token, _ = choose_first(first, context.seen, uniform, self._parameters)
         heads = [first, *self._further(step, context, -1, token)]
         ngram = sample_ngram(heads, context.seen, uniform, self._parameters, self._counts)
-        return Turn(ngram.tokens, ask=self.ask, weighed=len(heads) - 1)
+        return Turn(ngram.tokens, ask=self.ask, proposed=len(heads) - 1)
 
     def length(self, step: Step, context: Context, row: int, following: int) -> int:
         """How many tokens Alg. 1 emits between `context`, which ends with one row of a pass, and a `following` text."""
