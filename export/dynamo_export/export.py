@@ -64,8 +64,8 @@ def export_bundle(
         The `.onnx` file in its place.
 
     Raises:
-        WriteError: The checkpoint, the arguments or the destination do not allow it, or the graph fails a gate; nothing is
-            left behind.
+        WriteError: The checkpoint, the arguments or the destination do not allow it, or the graph fails a gate; nothing
+            is left behind.
     """
     with Destination(Path(output), overwrite) as destination:
         if quantize is not None:

@@ -65,7 +65,7 @@ def quantize_bundle(
         The `.onnx` file in its place.
 
     Raises:
-        WriteError: The bundle, the arguments or the destination do not allow it, or a gate failed; nothing is left behind.
+        WriteError: The bundle, the arguments or the destination do not allow it, or a gate failed; nothing is left.
     """
     resolve(scheme, options or Options())  # what means nothing is said first
     if Path(output).absolute().parent.resolve() == _folder(source):

@@ -182,9 +182,9 @@ class Planner:
         """Whether to draft again.
 
         What drafts gain varies from round to round, and coming back costs a wait and a probe: drafting that has paid,
-        or just begun, is given up when it has lost some time, and not by a few bad rounds. What counts as lost is what the
-        drafts did not give, not what was expected of them: as long as little is known, that is hope. Where there would
-        be no further probe, though, it is given up by what is expected alone. A probe has to convince.
+        or just begun, is given up when it has lost some time, and not by a few bad rounds. What counts as lost is what
+        the drafts did not give, not what was expected of them: as long as little is known, that is hope. Where there
+        would be no further probe, though, it is given up by what is expected alone. A probe has to convince.
         """
         pays = self._pays()
         if self._waited:

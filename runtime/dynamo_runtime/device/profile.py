@@ -26,9 +26,9 @@ from .records import (
     Operator,
     Pass,
     Prefill,
+    ProfiledBundle,
     Resume,
     StrategyRun,
-    Subject,
     Widths,
 )
 
@@ -60,7 +60,7 @@ class Profile:
     """
 
     device: Device
-    bundle: Subject
+    bundle: ProfiledBundle
     conditions: Conditions
     created: str
     threads: int

@@ -29,8 +29,8 @@ class Tuning:
         first_passes: What was known before counts as so many passes. By hand.
         longest_wait: Plain tokens before the next probe, unless that costs more than `costliest_probe`. By hand.
         costliest_probe: Share of the time since the last probe that a probe may cost at most. Heads have to catch up on
-            all that they have not seen, so a longer wait does not make up for it: there is no probe if it costs more. By
-            hand.
+            all that they have not seen, so a longer wait does not make up for it: there is no probe if it costs more.
+            By hand.
         trial: Plain passes' time that drafting may lose before it is given up, where it is not expected to pay. By
             hand.
         doubt: The same where it still is expected to pay. By hand.

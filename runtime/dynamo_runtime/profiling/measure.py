@@ -15,7 +15,7 @@ from ..bundle import Bundle
 from ..device.acceptance import bin_of, middle_of
 from ..device.inspection import cores, inspect_device
 from ..device.profile import Profile
-from ..device.records import Acceptance, Conditions, Subject
+from ..device.records import Acceptance, Conditions, ProfiledBundle
 from ..engine import Engine
 from ..errors import ProfileError
 from ..providers import Backend
@@ -23,7 +23,7 @@ from ..session import Session
 from .conditions import memory, watched
 from .passes import POSITIONS, ROWS, DrafterTimer, PassTimer, measure_operators, measure_prefill
 from .roofline import read_bandwidth, roofline
-from .trials import QUICK_THRESHOLDS, THRESHOLDS, Trials, encoded, time_outside, run_backoff, run_strategies
+from .trials import QUICK_THRESHOLDS, THRESHOLDS, Trials, encoded, run_backoff, run_strategies, time_outside
 from .widths import FARTHEST, STRETCH, measure_widths
 
 Progress = Callable[[str, float], None]
@@ -168,7 +168,7 @@ def _unmeasured(bench: Bench, load_s: float) -> Profile:
     bundle = bench.engine.bundle
     return Profile(
         device=inspect_device(bench.engine.session.provider),
-        bundle=Subject(
+        bundle=ProfiledBundle(
             name=bundle.folder.resolve().name,
             graph_sha256=bundle.graph_sha256,
             kind=bundle.topology.kind,
