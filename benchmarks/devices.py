@@ -14,7 +14,7 @@ from pathlib import Path
 
 from page import wrapped
 
-from dynamo_runtime.device.costs import MadeCurve
+from dynamo_runtime.device.costs import MeasuredDrafterCosts
 from dynamo_runtime.device.profile import Profile
 from dynamo_runtime.errors import ProfileError
 from dynamo_runtime.files import write_whole
@@ -87,7 +87,7 @@ def _with_drafts(profile: Profile, without: float | None, past: int) -> float | 
     """A pass and, from the drafter's graph, as many drafts as it has rows but one."""
     if without is None or profile.drafter is None:
         return None
-    making = MadeCurve.of(profile.drafter)
+    making = MeasuredDrafterCosts.of(profile.drafter)
     return without + making.begin(1, past) + making.further * (ROWS - 1)
 
 

@@ -178,7 +178,7 @@ def tables(record: dict[str, Any]) -> str:
         for name in (f"ms a plain pass, past {past:,}", *(f"T({m}) ÷ T(1), past {past:,}" for m in WIDTHS[1:]))
     ]
     columns = ["MB", "load, s", "peak MB", *titles, *(f"share of roofline, past {past:,}" for past in PASTS)]
-    made_of = Table("Making", ["shape", "precision", "seconds", "peak GB"], making)
+    made_of = Table("DrafterCosts", ["shape", "precision", "seconds", "peak GB"], making)
     run_of = Table("Running", ["shape", "precision", *columns, "ms outside onnxruntime"], running)
     return f"{made_of.markdown()}\n\n{run_of.markdown()}"
 

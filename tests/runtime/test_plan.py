@@ -12,7 +12,7 @@ from support import profiles
 
 from dynamo_runtime import load_bundle
 from dynamo_runtime.device.acceptance import Acceptances, bin_of, middle_of
-from dynamo_runtime.device.costs import Curve, Knowledge, MadeCurve, Prior
+from dynamo_runtime.device.costs import Knowledge, MeasuredCosts, MeasuredDrafterCosts, Prior
 from dynamo_runtime.device.plan import Planner, threshold_for
 from dynamo_runtime.device.records import Backoff
 from dynamo_runtime.device.tuning import Tuning
@@ -335,7 +335,7 @@ def test_confidence_is_corrected_by_what_became_of_it() -> None:
 
 
 def test_the_curve_is_the_measured_one() -> None:
-    curve = Curve(
+    curve = MeasuredCosts(
         {(False, 10): [(1, 2.0), (2, 3.0), (4, 4.0)], (False, 110): [(1, 4.0), (2, 5.0), (4, 6.0)]}, [(10, 1.0)], 0, 0
     )
     assert curve.step(2, False, 10) == pytest.approx(3.0)
@@ -349,19 +349,19 @@ def test_the_curve_is_the_measured_one() -> None:
 def test_the_curve_of_a_graph_is_the_measured_one() -> None:
     """Many positions cost more by as much as behind the shortest past, wherever they stand."""
     points = {10: [(1, 0.4), (2, 0.5), (4, 0.7), (104, 10.7)], 110: [(1, 0.6), (2, 0.7), (4, 0.9)]}
-    whole = MadeCurve(points, 0.1, conditioned=False)
+    whole = MeasuredDrafterCosts(points, 0.1, conditioned=False)
     assert whole.further == 0.0
     assert whole.begin(1, 10) == pytest.approx(0.5)
     assert whole.begin(3, 60) == pytest.approx(0.8)
     assert whole.begin(54, 10) == pytest.approx(5.8) and whole.begin(54, 110) == pytest.approx(6.0)
-    each = MadeCurve(points, 0.1, conditioned=True)
+    each = MeasuredDrafterCosts(points, 0.1, conditioned=True)
     assert (each.begin(1, 10), each.further) == pytest.approx((0.4, 0.1))
 
 
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_a_profile_with_a_graph_is_planned_with(conditioned: bool) -> None:
     runs = profiles.runs(conditioned)
-    curve = Curve.of(profiles.apart(drafter=runs))
+    curve = MeasuredCosts.of(profiles.apart(drafter=runs))
     assert curve.making is not None
     for each in runs.layers:
         once = 0.0 if conditioned else runs.drafts[0].time.p50
@@ -371,7 +371,7 @@ def test_a_profile_with_a_graph_is_planned_with(conditioned: bool) -> None:
 
 def test_a_profile_is_planned_with() -> None:
     profile = profiles.full()
-    curve = Curve.of(profile)
+    curve = MeasuredCosts.of(profile)
     for each in profile.passes:
         assert curve.step(each.rows, each.heads, each.past) == pytest.approx(each.time.p50)
     for each in profile.resume:
