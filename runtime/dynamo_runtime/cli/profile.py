@@ -13,7 +13,7 @@ from ..device.profile import PROFILES, Profile, cached_path, profiles_folder
 from ..errors import DynamoError, OutputError, ProfileError
 from ..files import check_writable, write_whole
 from ..profiling.measure import FULL, QUICK, Progress, measure
-from ..profiling.report import compare, summary, to_csv
+from ..profiling.report import compare_profiles, summary, to_csv
 from ..profiling.trials import PROMPTS
 from ..registry import can_draft
 from .arguments import Parser, add_backend, add_chat, add_version, backend, check_chat, put
@@ -92,7 +92,7 @@ def _compare(args: argparse.Namespace) -> int:
     profiles, names = [Profile.load(path) for path in args.compare], [path.stem for path in args.compare]
     if args.html:
         _write_page(args.html, profiles, names)
-    put_out(f"{compare(profiles, names)}\n")
+    put_out(f"{compare_profiles(profiles, names)}\n")
     return 0
 
 

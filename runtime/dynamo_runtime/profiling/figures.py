@@ -9,7 +9,7 @@ from typing import Any
 from ..device.profile import Profile
 from ..tables import MISSING, Table, number, ratio
 
-Row = tuple[str, str, str, str, Any]
+CsvRow = tuple[str, str, str, str, Any]
 """Section, name, variant, unit and value, for a spreadsheet."""
 Line = tuple[Any, str, str, float]
 """What lines are sorted by, heading, label and value, of one profile beside others."""
@@ -56,7 +56,7 @@ class Fact:
         value = self.value(profile)
         return "" if value is None else number(value)
 
-    def rows(self, profile: Profile) -> list[Row]:
+    def rows(self, profile: Profile) -> list[CsvRow]:
         """For a spreadsheet."""
         return [] if self.row is None else _rows(self.row, self.get(profile))
 
@@ -89,7 +89,7 @@ class Figure:
         """As people read it."""
         return self.show(item) if self.show else number(self.get(item))
 
-    def rows(self, item: Any, name: str) -> list[Row]:
+    def rows(self, item: Any, name: str) -> list[CsvRow]:
         """For a spreadsheet."""
         section = _of(self.section, item)
         return _rows((section, name, self.variant, self.unit), self.get(item)) if section else []
@@ -178,7 +178,7 @@ class Series:
         rows = [[figure.text(item) for figure in figures] for item in items]
         return Table(listing.title, [figure.column for figure in figures], rows, listing.cell_width)
 
-    def rows(self, profile: Profile) -> list[Row]:
+    def rows(self, profile: Profile) -> list[CsvRow]:
         """For a spreadsheet."""
         return [
             row for item in self.items(profile) for figure in self.figures for row in figure.rows(item, self.name(item))
@@ -223,7 +223,7 @@ def _relative(value: float | None, reference: float | None) -> str:
     return MISSING if value is None else f"{number(value)} ({ratio(value, reference)})"
 
 
-def _rows(row: tuple[str, str, str, str], value: Any) -> list[Row]:
+def _rows(row: tuple[str, str, str, str], value: Any) -> list[CsvRow]:
     """A row a value, without what is not known."""
     section, name, variant, unit = row
     if isinstance(value, Mapping):

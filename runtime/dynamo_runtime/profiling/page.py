@@ -54,7 +54,7 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Curve:
+class PlotLine:
     """A line of a plot.
 
     Attributes:
@@ -136,7 +136,7 @@ def _short(name: str) -> str:
 def _cost(named: Named) -> list[Plot | None]:
     """Cost of a pass by its rows, at the shortest past and at the longest."""
     several = len(named) > 1
-    ends: list[list[Curve]] = [[], []]
+    ends: list[list[PlotLine]] = [[], []]
     behind: list[set[int]] = [set(), set()]
     for i, (_, profile) in enumerate(named):
         passes, pasts = grid(profile), sorted({p.past for p in profile.passes})
@@ -148,7 +148,7 @@ def _cost(named: Named) -> list[Plot | None]:
             for heads in (False, True):
                 points = [(p.rows, p.time.p50 / unit) for p in profile.passes if (p.heads, p.past) == (heads, past)]
                 kind, line = ("with further heads", "--") if heads else ("without further heads", "-")
-                ends[end].append(Curve(i, kind, [*points], line, None if several else int(heads)))
+                ends[end].append(PlotLine(i, kind, [*points], line, None if several else int(heads)))
     axes = ("rows of the pass, m", "÷ one row without heads" if several else "ms, p50")
     heights = [y for curves in ends for curve in curves for _, y, *_ in curve.points if math.isfinite(y)]
     return [
@@ -174,7 +174,7 @@ def _layers(named: Named) -> Plot | None:
     for i, (_, profile) in enumerate(named):
         runs = profile.drafter.layers if profile.drafter else []
         shortest = min((run.past for run in runs), default=0)
-        curves.append(Curve(i, "layers", [(run.positions, run.time.p50) for run in runs if run.past == shortest]))
+        curves.append(PlotLine(i, "layers", [(run.positions, run.time.p50) for run in runs if run.past == shortest]))
     title = "The drafter's layers, by the positions that they catch up on"
     return _lines(title, ("positions read at once", "ms, p50"), curves, named)
 
@@ -184,8 +184,8 @@ def _past(named: Named) -> Plot | None:
     curves = []
     for i, (_, profile) in enumerate(named):
         measured = [(p.past, p.time.p50) for p in profile.passes if p.rows == 1 and not p.heads]
-        curves.append(Curve(i, "measured", [*measured]))
-        curves.append(Curve(i, "roofline floor", [(f.past, f.floor) for f in profile.roofline], ":"))
+        curves.append(PlotLine(i, "measured", [*measured]))
+        curves.append(PlotLine(i, "roofline floor", [(f.past, f.floor) for f in profile.roofline], ":"))
     return _lines("One row without heads, by the length of its past", ("positions before", "ms, p50"), curves, named)
 
 
@@ -193,7 +193,7 @@ def _first_token(named: Named) -> Plot | None:
     curves = []
     for i, (_, profile) in enumerate(named):
         times = [(p.tokens, p.first_token) for p in profile.prefill]
-        curves.append(Curve(i, "p50, shaded up to p99", [(tokens, t.p50, t.p50, t.p99) for tokens, t in times]))
+        curves.append(PlotLine(i, "p50, shaded up to p99", [(tokens, t.p50, t.p50, t.p99) for tokens, t in times]))
     return _lines("Time to the first token, by length of the prompt", ("prompt tokens", "ms"), curves, named)
 
 
@@ -201,7 +201,7 @@ def _backoff(named: Named) -> Plot | None:
     curves = []
     for i, (_, profile) in enumerate(named):
         gains = [(b.threshold, b.speedup) for b in profile.backoff]
-        curves.append(Curve(i, "estimate, 95 % interval", [(at, g.value, g.low, g.high) for at, g in gains]))
+        curves.append(PlotLine(i, "estimate, 95 % interval", [(at, g.value, g.low, g.high) for at, g in gains]))
     axes = ("back-off threshold ε_b", "tokens/s ÷ plain")
     return _lines("What dynamo gains, by back-off threshold", axes, curves, named, plain=1.0)
 
@@ -209,7 +209,7 @@ def _backoff(named: Named) -> Plot | None:
 def _lines(
     title: str,
     axes_names: tuple[str, str],
-    curves: list[Curve],
+    curves: list[PlotLine],
     named: Named,
     top: float | None = None,
     plain: float | None = None,
@@ -256,7 +256,7 @@ def _lines(
     return _draw(title, f"Line plot: {axes_names[1]}, by {axes_names[0]}. {said}.", HEIGHT, draw)
 
 
-def _keys(curves: list[Curve], named: Named) -> list[Artist]:
+def _keys(curves: list[PlotLine], named: Named) -> list[Artist]:
     """What the legend explains: colours as profiles and lines as kinds, or both as kinds if there is one profile."""
     from matplotlib.lines import Line2D
 

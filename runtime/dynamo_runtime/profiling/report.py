@@ -12,7 +12,7 @@ from ..device.records import Conditions, StrategyRun
 from ..errors import printable
 from ..tables import MISSING, NAME_WIDTH, WIDTH, Table, in_spreadsheet, percent
 from .facts import BUNDLE, CONDITIONS, CONSTANTS, DEVICE, FACTS
-from .figures import Fact, Line, Row, side_by_side
+from .figures import CsvRow, Fact, Line, side_by_side
 from .series import SERIES
 
 HEADER = ("section", "name", "variant", "unit", "value")
@@ -83,12 +83,12 @@ def to_csv(profile: Profile) -> str:
     return buffer.getvalue()
 
 
-def csv_rows(profile: Profile) -> list[Row]:
+def csv_rows(profile: Profile) -> list[CsvRow]:
     """Every figure that was measured, in full precision, on a row of its own: see `HEADER`."""
     return [row for each in (*FACTS, *SERIES) for row in each.rows(profile)]
 
 
-def compare(profiles: Sequence[Profile], names: Sequence[str]) -> str:
+def compare_profiles(profiles: Sequence[Profile], names: Sequence[str]) -> str:
     """Profiles side by side in one table for a terminal, with ratios to the first; warnings come first.
 
     Args:
@@ -102,7 +102,7 @@ def compare(profiles: Sequence[Profile], names: Sequence[str]) -> str:
 
 
 def comparison(profiles: Sequence[Profile], names: Sequence[str]) -> Table:
-    """The table of `compare`."""
+    """The table of `compare_profiles`."""
     rows = [
         [fact.label, *(fact.text(profile) or MISSING for profile in profiles)]
         for title in (DEVICE, BUNDLE, CONDITIONS)
