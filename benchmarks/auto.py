@@ -27,9 +27,9 @@ from tqdm import tqdm
 from dynamo_quantize.texts import pieces
 from dynamo_runtime import Backend, Engine, Step, load_bundle
 from dynamo_runtime.device.profile import Profile
+from dynamo_runtime.generation_statistics import Statistics
 from dynamo_runtime.profiling.measure import FULL, QUICK, measure
 from dynamo_runtime.sampling import Candidates, Context, Target
-from dynamo_runtime.statistics import Statistics
 from dynamo_runtime.strategies import Autoregressive, Speculative, make_strategy
 
 PROMPT_TOKENS = 64

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .device.profile import Profile
     from .drafting import NO_GUESS, NOTHING, Ask, Combined, Drafter, Guesses, Passed
     from .engine import Engine
+    from .generation_statistics import Statistics
     from .lookup import Lookup
     from .origins import Origin, Span
     from .parameters import SamplingParameters
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from .registry import register_drafter
     from .sampling import Candidates, Context, LogitsProcessor
     from .session import Session
-    from .statistics import Statistics
     from .step import ALL, LAST, NONE, All, At, Last, Step
     from .strategies import Auto, Autoregressive, Dynamo, Speculative, Strategy, Turn
     from .stream import Generation, TextStream
@@ -122,7 +122,7 @@ _MODULES = {
     "Session": "session",
     "Span": "origins",
     "Speculative": "strategies",
-    "Statistics": "statistics",
+    "Statistics": "generation_statistics",
     "Step": "step",
     "Strategy": "strategies",
     "TextStream": "stream",

@@ -11,10 +11,10 @@ import numpy as np
 
 from .decoding import Round, decode, prefill, reuse_prefix, score_rest
 from .errors import EngineError
+from .generation_statistics import Statistics
 from .origins import Attribution, Origin, Span
 from .sampling import Context
 from .session import Session
-from .statistics import Statistics
 from .strategies import Strategy
 from .text import Detokenizer, StopStrings
 from .turns import Ticket

@@ -13,13 +13,13 @@ from ..bundle import Bundle
 from ..device.records import Backoff, DrafterRuns, Quantiles, StrategyRun
 from ..engine import Engine
 from ..errors import ProfileError
+from ..generation_statistics import Statistics
 from ..interval import Interval
 from ..lookup import Lookup
 from ..parameters import SamplingParameters
 from ..registry import can_draft
 from ..sampling import Context
 from ..session import Session
-from ..statistics import Statistics
 from ..step import Step
 from ..strategies import Auto, Autoregressive, Dynamo, Speculative, Strategy, Turn, refusal
 from ..verification import Draft
