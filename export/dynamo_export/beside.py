@@ -31,7 +31,7 @@ log = logging.getLogger("dynamo_export")
 
 
 def write_rest(checkpoint: Checkpoint, staged: Path, graph: str, inspected: InspectedModel) -> Bundle:
-    """Writes everything beside the graph.
+    """Write everything beside the graph.
 
     Returns:
         What the manifest will say, but for the files.
@@ -88,7 +88,7 @@ def write_rest(checkpoint: Checkpoint, staged: Path, graph: str, inspected: Insp
 
 
 def _drafter_graph(inspected: InspectedModel, vocab_size: int) -> DrafterGraph | None:
-    """What the manifest says of the graph of further heads."""
+    """Return what the manifest says of the graph of further heads."""
     exported = inspected.exported
     if not exported.topology.layers:
         return None
@@ -104,7 +104,7 @@ def _drafter_graph(inspected: InspectedModel, vocab_size: int) -> DrafterGraph |
 
 
 def write_tokenizer(checkpoint: Checkpoint, staged: Path, vocab_size: int) -> Tokenizer:
-    """Copies the checkpoint's tokenizer with its chat template, or has transformers convert one of another form.
+    """Copy the checkpoint's tokenizer with its chat template, or have transformers convert one of another form.
 
     Returns:
         The tokenizer.
@@ -140,7 +140,7 @@ def write_tokenizer(checkpoint: Checkpoint, staged: Path, vocab_size: int) -> To
 
 
 def sampling_of(generation: dict[str, Any]) -> dict[str, Any]:
-    """What a generation_config.json says of sampling, in our terms; the runtime has defaults for the rest.
+    """Return what a generation_config.json says of sampling, in our terms; the runtime has defaults for the rest.
 
     Raises:
         ExportError: A value is out of range.
@@ -161,7 +161,7 @@ def sampling_of(generation: dict[str, Any]) -> dict[str, Any]:
 def end_tokens(
     generation: dict[str, Any], config: Any, staged: Path, tokenizer: Tokenizer, vocab_size: int
 ) -> list[int]:
-    """Tokens that end a text: all that generation_config.json, config.json and the tokenizer name.
+    """Return tokens that end a text: all that generation_config.json, config.json and the tokenizer name.
 
     A chat model often stops with a token that only one of the three knows.
     """
@@ -175,7 +175,7 @@ def end_tokens(
 
 
 def _special(generation: dict[str, Any], config: Any, name: str, vocab_size: int) -> list[int]:
-    """Ids of a special token, from generation_config.json or else the model's configuration."""
+    """Return ids of a special token, from generation_config.json or else the model's configuration."""
     found = generation.get(name)
     return _ids(getattr(config, name, None) if found is None else found, vocab_size)
 

@@ -59,7 +59,7 @@ class Built:
 
 
 def build_graphs(inspected: InspectedModel) -> Built:
-    """The graphs of the contract."""
+    """Return the graphs of the contract."""
     traced = trace(inspected)
     run_passes(traced.base, base_passes(inspected, traced.weights))
     if traced.drafter is not None:
@@ -71,7 +71,7 @@ def build_graphs(inspected: InspectedModel) -> Built:
 
 
 def base_passes(inspected: InspectedModel, weights: WeightStore) -> list[ir.passes.PassBase]:
-    """What makes the base's graph of the traced one, in order.
+    """Return what makes the base's graph of the traced one, in order.
 
     Args:
         inspected: The model to export.
@@ -90,7 +90,7 @@ def base_passes(inspected: InspectedModel, weights: WeightStore) -> list[ir.pass
 
 
 def drafter_passes(inspected: InspectedModel, weights: WeightStore, base: ir.Model) -> list[ir.passes.PassBase]:
-    """What makes the drafter's graph of the layers cut off the traced one, in order.
+    """Return what makes the drafter's graph of the layers cut off the traced one, in order.
 
     Args:
         inspected: The model to export.
@@ -136,5 +136,5 @@ def _tidy() -> list[ir.passes.PassBase]:
 
 
 def _is_tied(inspected: InspectedModel) -> bool:
-    """Whether input and output embedding are one."""
+    """Tell whether input and output embedding are one."""
     return inspected.base.get_output_embeddings().weight is inspected.base.get_input_embeddings().weight

@@ -53,7 +53,7 @@ class Case:
 
 
 def between(values: Values, begin: int, end: int) -> Values:
-    """Some positions of all outputs."""
+    """Return some positions of all outputs."""
     return {name: array[begin:end] for name, array in values.items()}
 
 
@@ -125,7 +125,7 @@ def deviations(case: Case, run: str, steps: Iterable[PassOutputs], put_out: PutO
 
 
 def _is_top(logits: np.ndarray, values: np.ndarray, ids: np.ndarray) -> bool:
-    """Whether `values` [rows, K] are the largest logits in descending order, and `ids` where they are."""
+    """Tell whether `values` [rows, K] are the largest logits in descending order, and `ids` where they are."""
     if not ((ids >= 0) & (ids < logits.shape[1])).all():
         return False
     largest = -np.sort(-logits, axis=1)[:, : values.shape[1]]
@@ -159,7 +159,7 @@ def _deviation(case: Case, run: str, name: str, ours: np.ndarray, theirs: np.nda
 
 
 def table(rows: list[Deviation], left_out: list[str]) -> str:
-    """The table as text: one line per case and run, the worst output in it."""
+    """Return the table as text: one line per case and run, the worst output in it."""
     lines = [f"{'case':<24}{'tokens':>7}  {'run':<12}{'max |Δlogit|':>13}{'limit':>9}  {'argmax':>11}  top-K"]
     groups: dict[tuple[str, int, str], list[Deviation]] = {}
     for row in rows:

@@ -43,7 +43,7 @@ def export_bundle(
     quantize: str | None = None,
     **quantization: Any,
 ) -> Path:
-    """Exports a checkpoint as a bundle, which exists only once it agrees with the torch model.
+    """Export a checkpoint as a bundle, which exists only once it agrees with the torch model.
 
     Args:
         output: The `.onnx` file; its folder becomes the bundle.
@@ -91,7 +91,7 @@ def _stage(
     external_data: bool,
     parity_length: int,
 ) -> Path:
-    """Makes the bundle in a folder of its own and proves it; arguments as of `export_bundle`."""
+    """Make the bundle in a folder of its own and prove it; arguments as of `export_bundle`."""
     clock = _Clock()
     inspected = _load(checkpoint, heads, drafter, context_length)
     topology = inspected.exported.topology

@@ -56,7 +56,7 @@ class InspectedModel:
 
 
 def inspect(exported: Exported, context_length: int) -> InspectedModel:
-    """Finds out whether and how the model can be expressed.
+    """Find out whether and how the model can be expressed.
 
     Raises:
         ExportError: If something in it cannot be expressed exactly.
@@ -84,7 +84,7 @@ class Traced(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, past: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, ...]:
-        """Runs one pass.
+        """Run one pass.
 
         Args:
             input_ids: int64 [batch, seq].
@@ -122,7 +122,7 @@ class Traced(nn.Module):
 
 @contextmanager
 def output_embedding_aside(base: PreTrainedModel) -> Iterator[None]:
-    """Takes the output embedding out of the model, whose trace ends at the states.
+    """Take the output embedding out of the model, whose trace ends at the states.
 
     As an unused weight it would stay referenced by the exporter for good, and with it the mapped checkpoint.
     """
@@ -136,7 +136,7 @@ def output_embedding_aside(base: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what the exporter has to say about itself off the user's terminal."""
+    """Keep what the exporter has to say about itself off the user's terminal."""
     names = ["torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir"]
     levels = {name: logging.getLogger(name).level for name in names}
     with warnings.catch_warnings():
@@ -167,7 +167,7 @@ class Graphs:
 
 
 def trace(inspected: InspectedModel) -> Graphs:
-    """Traces the model with `torch.onnx.export`, and cuts the layers of further heads off it.
+    """Trace the model with `torch.onnx.export`, and cut the layers of further heads off it.
 
     Raises:
         ExportError: It cannot be traced.
@@ -224,7 +224,7 @@ def trace(inspected: InspectedModel) -> Graphs:
 
 
 def _keep_base(model: ir.Model, layers: int) -> None:
-    """Drops the further heads."""
+    """Drop the further heads."""
     graph = model.graph
     graph.inputs[:] = _named(graph.inputs, [INPUT_IDS, ATTENTION_MASK, *caches(PAST, range(layers))])
     graph.outputs[:] = _named(graph.outputs, ["states_1", PENULTIMATE, *caches(PRESENT, range(layers))])
@@ -232,7 +232,7 @@ def _keep_base(model: ir.Model, layers: int) -> None:
 
 
 def _keep_heads(model: ir.Model, first: int, states: list[str]) -> None:
-    """Drops the base's own layers: what is left begins with the state that its last layer reads.
+    """Drop the base's own layers: what is left begins with the state that its last layer reads.
 
     Args:
         model: All that was traced.
@@ -264,13 +264,13 @@ def _keep_heads(model: ir.Model, first: int, states: list[str]) -> None:
 
 
 def _named(values: Sequence[ir.Value], names: Sequence[str]) -> list[ir.Value]:
-    """Those of some values that have these names, in their order."""
+    """Return those of some values that have these names, in their order."""
     found = {value.name: value for value in values}
     return [found[name] for name in names]
 
 
 def _name_ends(model: ir.Model, n_states: int, has_heads: bool) -> None:
-    """Gives inputs and outputs the names of the contract."""
+    """Give inputs and outputs the names of the contract."""
     graph = model.graph
     for value, name in zip(graph.inputs[:2], (INPUT_IDS, ATTENTION_MASK), strict=True):
         value.name = name
@@ -283,5 +283,5 @@ def _name_ends(model: ir.Model, n_states: int, has_heads: bool) -> None:
 
 
 def state_name(head: int) -> str:
-    """What a traced graph calls the state of a head, counted from 1."""
+    """Return what a traced graph calls the state of a head, counted from 1."""
     return f"states_{head}"

@@ -30,7 +30,7 @@ class ExportedLookAhead(Exported):
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
-        """Puts the look-ahead embeddings behind the vocabulary's for the duration: one table, one look-up."""
+        """Put the look-ahead embeddings behind the vocabulary's for the duration: one table, one look-up."""
         own = self.base.get_input_embeddings()
         table = self.drafter.table().detach()
         try:
@@ -47,7 +47,7 @@ class ExportedLookAhead(Exported):
         return self.head_values(state, start)
 
     def prepare(self, tokens: np.ndarray, other: np.ndarray, fork: int) -> None:
-        """Writes all look-ahead ids into `tokens` from `fork` on, and at the end of `other`.
+        """Write all look-ahead ids into `tokens` from `fork` on, and at the end of `other`.
 
         So rolling back to `fork` is what the runtime does: drop look-ahead tokens, go on with tokens, look ahead again.
         """

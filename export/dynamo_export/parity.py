@@ -52,7 +52,7 @@ class Boundary:
 
 
 def boundaries(inspected: InspectedModel, longest: int) -> list[Boundary]:
-    """Every length the gate has to cross.
+    """Return every length the gate has to cross.
 
     Args:
         inspected: The model to export.
@@ -81,12 +81,12 @@ def boundaries(inspected: InspectedModel, longest: int) -> list[Boundary]:
 
 
 def _span(inspected: InspectedModel) -> int:
-    """Positions compared on each side of a boundary: room for a pass of every size."""
+    """Return positions compared on each side of a boundary: room for a pass of every size."""
     return max(8, 2 * (inspected.exported.topology.n_tokens + 1))
 
 
 def reference(inspected: InspectedModel, longest: int, seed: int = 0) -> tuple[list[Case], list[str]]:
-    """Runs the torch model over whole sequences around every boundary.
+    """Run the torch model over whole sequences around every boundary.
 
     Args:
         inspected: The model to export.
@@ -123,7 +123,7 @@ def reference(inspected: InspectedModel, longest: int, seed: int = 0) -> tuple[l
 
 
 def _implementation(inspected: InspectedModel, length: int) -> str:
-    """Eager attention where its scores fit into memory, else torch's own fused one, which knows no soft cap."""
+    """Name eager attention where its scores fit into memory, else torch's own fused one, which knows no soft cap."""
     if any(spec.softcap for spec in inspected.attention.values()):
         return "eager"
     heads = max(spec.heads for spec in inspected.attention.values())
@@ -132,7 +132,7 @@ def _implementation(inspected: InspectedModel, length: int) -> str:
 
 
 def torch_values(inspected: InspectedModel, tokens: np.ndarray, start: int, implementation: str) -> Values:
-    """Every output that is compared, from one pass of the torch model without a cache.
+    """Return every output that is compared, from one pass of the torch model without a cache.
 
     Args:
         inspected: The model to export.
@@ -148,7 +148,7 @@ def torch_values(inspected: InspectedModel, tokens: np.ndarray, start: int, impl
 
 
 def gate(bundle: Bundle, cases: list[Case]) -> list[Deviation]:
-    """Runs the bundle every way the runtime may, and compares.
+    """Run the bundle every way the runtime may, and compare.
 
     Args:
         bundle: The staged bundle.
@@ -173,7 +173,7 @@ def gate(bundle: Bundle, cases: list[Case]) -> list[Deviation]:
 
 
 def _runs(session: Session, case: Case) -> Iterator[tuple[str, Iterable[PassOutputs]]]:
-    """Every way of running one case; the name says how many tokens a pass takes."""
+    """Yield every way of running one case; the name says how many tokens a pass takes."""
     length, start, fork = len(case.tokens), case.start, case.fork
     topology = session.bundle.topology
     most = topology.n_tokens + 1
@@ -203,7 +203,7 @@ def _runs(session: Session, case: Case) -> Iterator[tuple[str, Iterable[PassOutp
 def _steps(
     session: Session, tokens: np.ndarray, expected: Values, begin: int, start: int, size: int
 ) -> Iterator[PassOutputs]:
-    """Continues at `begin` with `size` tokens a pass, and asks for rows in turn in the three ways there are.
+    """Continue at `begin` with `size` tokens a pass, and ask for rows in turn in the three ways there are.
 
     All rows of everything; what is the default, the last; all of the first head's and one of the further heads', as
     verification does.
@@ -224,7 +224,7 @@ def _steps(
 
 
 def _skipping(session: Session, case: Case, begin: int, size: int) -> Iterator[PassOutputs]:
-    """Leaves the further heads out of most passes, rolling back among them, and has them catch up in the others."""
+    """Leave the further heads out of most passes, rolling back among them, and have them catch up in the others."""
     tokens, expected, start = case.tokens, case.expected, case.start
     at, turn = begin, 0
     while at < len(tokens):
@@ -239,7 +239,7 @@ def _skipping(session: Session, case: Case, begin: int, size: int) -> Iterator[P
 
 
 def as_json(rows: list[Deviation], cases: list[Case], left_out: list[str]) -> dict[str, Any]:
-    """The table for the report."""
+    """Return the table for the report."""
     return {
         "tolerance": TOLERANCE,
         "passed": all(row.passed for row in rows),

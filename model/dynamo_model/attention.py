@@ -86,7 +86,7 @@ class Probe:
     keys: dict[int, Tensor] = field(default_factory=dict)
 
     def mask(self, *args: Any, mask_function: Callable[..., Tensor], **kwargs: Any) -> MaskRule:
-        """The registered mask function."""
+        """Return the registered mask function."""
         return MaskRule(mask_function)
 
     def attend(
@@ -99,7 +99,7 @@ class Probe:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """The registered attention function.
+        """Return the registered attention function.
 
         Raises:
             CheckpointError: GroupQueryAttention cannot express what is asked for.

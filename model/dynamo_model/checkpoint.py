@@ -106,7 +106,7 @@ def load_tokenizer(name: str | Path | Checkpoint) -> Any:
 
 
 def count_parameters(name: str | Path | Checkpoint) -> int:
-    """Number of a base's parameters, by its configuration alone: no weights are read.
+    """Return the number of a base's parameters, by its configuration alone: no weights are read.
 
     Raises:
         CheckpointError: the configuration is missing, or of a kind that cannot be taken.
@@ -122,7 +122,10 @@ def count_parameters(name: str | Path | Checkpoint) -> int:
 
 
 def stored_dtype(name: str | Path | Checkpoint) -> torch.dtype:
-    """The type that a checkpoint's weights are stored as: the only one there is, or fp32 where there are several."""
+    """Return the type that a checkpoint's weights are stored as.
+
+    It is the only one there is, or fp32 where there are several.
+    """
     checkpoint = find_checkpoint(name)
     if checkpoint.gguf or checkpoint.adapter is not None or _quantization(checkpoint):
         return torch.float32
@@ -135,7 +138,7 @@ def stored_dtype(name: str | Path | Checkpoint) -> torch.dtype:
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+    """Return tensors and metadata of a safetensors file.
 
     Raises:
         CheckpointError: it is none, or is damaged.
@@ -189,7 +192,7 @@ def _some(keys: Collection[str]) -> str:
 
 
 def _config(checkpoint: Checkpoint) -> Any:
-    """The configuration of a base.
+    """Return the configuration of a base.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -203,7 +206,7 @@ def _config(checkpoint: Checkpoint) -> Any:
 
 
 def _quantization(checkpoint: Checkpoint) -> str:
-    """How the weights of a folder are quantized, by its configuration; empty where they are not.
+    """Return how the weights of a folder are quantized, by its configuration; empty where they are not.
 
     Raises:
         CheckpointError: the configuration cannot be read.
@@ -216,7 +219,7 @@ def _quantization(checkpoint: Checkpoint) -> str:
 
 
 def _dequantizing(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What makes transformers dequantize the weights, if they are quantized.
+    """Return what makes transformers dequantize the weights, if they are quantized.
 
     Raises:
         CheckpointError: it cannot, not without further packages.
@@ -244,7 +247,10 @@ def _forget_quantization(base: PreTrainedModel, dtype: torch.dtype) -> None:
 
 @contextmanager
 def _without_adapter(checkpoint: Checkpoint) -> Iterator[Path]:
-    """The base's folder; without the adapter in it, which sends transformers to the base that the adapter names."""
+    """Yield the base's folder without an adapter in it.
+
+    An adapter sends transformers to the base that the adapter names.
+    """
     if not (checkpoint.folder / ADAPTER).is_file():
         yield checkpoint.folder
         return
@@ -256,7 +262,7 @@ def _without_adapter(checkpoint: Checkpoint) -> Iterator[Path]:
 
 
 def _merged(base: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """The base with a LoRA adapter merged into its weights.
+    """Return the base with a LoRA adapter merged into its weights.
 
     Raises:
         CheckpointError: peft is not installed, or the adapter does not fit.

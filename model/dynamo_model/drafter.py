@@ -56,10 +56,10 @@ class DrafterModel(nn.Module):
 
     @abstractmethod
     def drafter_state_dict(self) -> dict[str, Tensor]:
-        """What the drafter adds to its base, sharing memory with the model."""
+        """Return what the drafter adds to its base, sharing memory with the model."""
 
     def head_parameters(self) -> int:
-        """Number of parameters that the drafter adds to the base; ids that it keeps beside them are none."""
+        """Return the number of parameters that the drafter adds to the base; ids that it keeps beside them are none."""
         return sum(tensor.numel() for tensor in self.drafter_state_dict().values() if tensor.is_floating_point())
 
     def save(self, folder: str | Path) -> None:
@@ -104,7 +104,10 @@ class DrafterModel(nn.Module):
 
     @classmethod
     def _shaped(cls, base: PreTrainedModel, tensors: Mapping[str, Tensor], shape: Mapping[str, int]) -> Self:
-        """A drafter of a shape, its tensors yet to be set; for kinds whose tensors say more of it than the shape."""
+        """Return a drafter of a shape, its tensors yet to be set.
+
+        Kinds whose tensors say more of it than the shape have their own.
+        """
         return cls(base, **{size: shape.get(size, 0) for size in cls.sizes})
 
     @classmethod

@@ -29,7 +29,7 @@ _LOWEST, _HIGHEST = -128, 127
 
 
 def to_eight_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices as whole numbers and scales; vectors, and what is no floating-point number, as they are.
+    """Return matrices as whole numbers and scales; vectors, and what is no floating-point number, as they are.
 
     Args:
         tensors: by name; matrices [..., outputs, inputs].
@@ -53,7 +53,7 @@ def to_eight_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_eight_bits(stored: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """What :func:`to_eight_bits` made, in float32 again.
+    """Return what :func:`to_eight_bits` made, in float32 again.
 
     Args:
         stored: tensors of a file.
@@ -85,7 +85,7 @@ def check_form(form: str, path: Path) -> None:
 
 
 def _in_blocks(matrix: Tensor) -> Tensor:
-    """The last axis in blocks [..., ceil(inputs / 64), 64], the last one filled up with zeros."""
+    """Return the last axis in blocks [..., ceil(inputs / 64), 64], the last one filled up with zeros."""
     return F.pad(matrix, (0, -matrix.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
 
 

@@ -77,7 +77,7 @@ class CPModel(DrafterModel):
         return first, context
 
     def mixture(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate and factors of the joint distribution.
+        """Return gate and factors of the joint distribution.
 
         Args:
             context: e_t [..., hidden].
@@ -101,6 +101,6 @@ class CPModel(DrafterModel):
         return logits_of(self.base, first), log_w, logits_of(self.base, factors)
 
     def drafter_state_dict(self) -> dict[str, Tensor]:
-        """What the joint head adds to the base: ``layer.*``, ``gate.weight`` and ``factors.weight``."""
+        """Return what the joint head adds to the base: ``layer.*``, ``gate.weight`` and ``factors.weight``."""
         layer = {f"layer.{name}": tensor for name, tensor in self.multi.heads[0].state_dict().items()}
         return layer | {"gate.weight": self.gate.weight, "factors.weight": self.factors.weight}

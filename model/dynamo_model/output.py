@@ -29,7 +29,10 @@ class Output:
 
     @classmethod
     def of(cls, base: PreTrainedModel) -> Output:
-        """What a base's configuration says; :func:`dynamo_model.preflight.preflight` holds the base against it."""
+        """Return what a base's configuration says.
+
+        :func:`dynamo_model.preflight.preflight` holds the base against it.
+        """
         config: Any = base.config
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1)
         return cls(scale, float(getattr(config, "final_logit_softcapping", None) or 0.0))
@@ -41,7 +44,7 @@ class Output:
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def __call__(self, states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Logits [..., vocab] of normed states.
+        """Return logits [..., vocab] of normed states.
 
         Args:
             states: [..., hidden].
@@ -52,6 +55,6 @@ class Output:
 
 
 def logits_of(base: PreTrainedModel, states: Tensor) -> Tensor:
-    """What a base says of normed states [..., hidden]: logits [..., vocab]."""
+    """Return what a base says of normed states [..., hidden]: logits [..., vocab]."""
     embedding: Any = base.get_output_embeddings()
     return Output.of(base)(states, embedding.weight, embedding.bias)

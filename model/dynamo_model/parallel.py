@@ -67,7 +67,7 @@ class Condition(nn.Module):
             nn.init.zeros_(self.out.weight)
 
     def forward(self, state: Tensor, embedded: Tensor) -> Tensor:
-        """The conditioned state.
+        """Return the conditioned state.
 
         Args:
             state: behind the final norm, s [..., hidden].
@@ -230,7 +230,7 @@ class MultiTokenModel(DrafterModel):
         return first, seen[0]
 
     def further_states(self, given: Penultimate, *, shared_gradient_scale: float = 1.0) -> tuple[Tensor, ...]:
-        """What the further heads make of what the base's last layer was given.
+        """Return what the further heads make of what the base's last layer was given.
 
         Args:
             given: of :meth:`penultimate`.
@@ -269,7 +269,9 @@ class MultiTokenModel(DrafterModel):
         return self.conditions[head - 2](state, F.embedding(previous, self._input_embedding))
 
     def draft_logits(self, state: Tensor) -> Tensor:
-        """Logits of a further head over the draft vocabulary, in its order [..., words]; over all words without one.
+        """Return logits of a further head over the draft vocabulary, in its order [..., words].
+
+        Without a draft vocabulary they are over all words.
 
         Args:
             state: of :meth:`condition` [..., hidden].
@@ -305,7 +307,7 @@ class MultiTokenModel(DrafterModel):
         return tuple(logits)
 
     def drafter_state_dict(self) -> dict[str, Tensor]:
-        """The further heads' tensors, named ``<head number>.<parameter>`` with the first further head as 2.
+        """Return the further heads' tensors, named ``<head number>.<parameter>`` with the first further head as 2.
 
         With them ``<head number>.condition.hidden.weight`` and ``….out.weight``, and ``draft_vocabulary``, if any.
         """
@@ -331,7 +333,7 @@ class MultiTokenModel(DrafterModel):
         )
 
     def _of_all_words(self, logits: Tensor) -> Tensor:
-        """Logits [..., vocab] of those over the draft vocabulary [..., words]."""
+        """Return logits [..., vocab] of those over the draft vocabulary [..., words]."""
         if self.draft_vocabulary is None:
             return logits
         every = logits.new_full((*logits.shape[:-1], len(self.output_embedding.weight)), -torch.inf)
@@ -342,7 +344,7 @@ class MultiTokenModel(DrafterModel):
         return next((norm for norm in found if norm is not None), None)
 
     def _new_layer(self, layer_idx: int) -> nn.Module:
-        """One decoder layer like the base's last, randomly initialised, with its own KV cache slot."""
+        """Return one decoder layer like the base's last, randomly initialised, with its own KV cache slot."""
         last = self.decoder.layers[-1]
         config = copy.deepcopy(self.config)
         layers = config.num_hidden_layers

@@ -75,7 +75,7 @@ def preflight(base: PreTrainedModel, context_length: int | None = None, further:
 
 @contextmanager
 def _evaluated(base: PreTrainedModel) -> Iterator[None]:
-    """The base in evaluation mode, and its modes and the random numbers as they were afterwards."""
+    """Yield the base in evaluation mode, and its modes and the random numbers as they were afterwards."""
     training = {module: module.training for module in base.modules()}
     cuda = [base.device] if base.device.type == "cuda" else []
     try:
@@ -122,7 +122,7 @@ def _vocab(base: PreTrainedModel) -> int:
 
 
 def _probe(model: nn.Module, run: Any, ids: Tensor, context: int | None = None, **inputs: Any) -> Probe:
-    """One run on token ids; masks are evaluated for so many positions, or for these alone, which is quick."""
+    """Return one run on token ids; masks are evaluated for so many positions, or for these alone, which is quick."""
     return probe_attention(model, lambda: run(input_ids=ids, use_cache=False, **inputs), context or ids.shape[1])
 
 

@@ -48,7 +48,7 @@ class Rotary:
     twice: bool = False
 
     def half(self) -> tuple[Tensor, Tensor]:
-        """The tables as the op wants them, [context, rotary / 2] each."""
+        """Return the tables as the op wants them, [context, rotary / 2] each."""
         pick = slice(0, None, 2) if self.twice else slice(0, self.cos.shape[1] // 2)
         return self.cos[:, pick].contiguous(), self.sin[:, pick].contiguous()
 
@@ -87,7 +87,7 @@ def rotary_replaced(base: PreTrainedModel, rotary: Rotary) -> Iterator[None]:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """What the op computes, written out to compare a model's own rotation with.
+    """Return what the op computes, written out to compare a model's own rotation with.
 
     Args:
         x: queries or keys [batch, heads, seq, head_size].
@@ -110,7 +110,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two results are the same but for the order in which numbers were added up."""
+    """Tell whether two results are the same but for the order in which numbers were added up."""
     return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= TOLERANCE * ours.abs().max())
 
 
@@ -171,7 +171,7 @@ def read_rotary(
 
 
 def _tables(base: PreTrainedModel, module: nn.Module, context_length: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [context, rotary] of every position, in float32."""
+    """Return the cosine and sine [context, rotary] of every position, in float32."""
     module = copy.deepcopy(module)  # a scaling rule that depends on the length leaves its traces in the module
     x = torch.zeros(1, 1, device=base.device)
 
@@ -192,7 +192,7 @@ def _tables(base: PreTrainedModel, module: nn.Module, context_length: int) -> tu
 
 
 def _rotates(own: Probe, bare: Probe, rotary: Rotary, positions: Tensor) -> dict[int, bool] | None:
-    """Whether the op does to a layer's bare queries and keys what the model does, or leaves them alone as it does.
+    """Tell whether the op does to a layer's bare queries and keys what the model does, or leaves them alone as it does.
 
     None if there is a layer for which neither holds.
     """

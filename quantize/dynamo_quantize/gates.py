@@ -113,7 +113,7 @@ class GateResult:
 
 
 def measure(bundle: Bundle, samples: Samples, reference: Measured | None = None) -> Measured:
-    """Runs a bundle in every way that is judged.
+    """Run a bundle in every way that is judged.
 
     Args:
         bundle: The bundle.
@@ -168,7 +168,7 @@ def _generate(
 
 
 def _answers(engine: Engine, questions: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Greedy answers, as far as a first sentence goes."""
+    """Return greedy answers, as far as a first sentence goes."""
     return [
         engine.generate(question, max_new_tokens=SENTENCE_TOKENS, **ANSWERING).tokens
         for question in _bar(questions, "answers")
@@ -200,7 +200,7 @@ def _widths(
 
 
 def _in_passes(session: Session, text: Sequence[int], width: int, heads: range) -> dict[int, np.ndarray]:
-    """Logits of every head, from passes over `width` tokens, the cache being theirs too.
+    """Return logits of every head, from passes over `width` tokens, the cache being theirs too.
 
     [positions, vocab]; of further heads, of the words that drafts are made of.
     """
@@ -221,7 +221,7 @@ def _in_passes(session: Session, text: Sequence[int], width: int, heads: range) 
 
 
 def judge(full: Measured, small: Measured, limits: Limits, lossless: bool) -> list[GateResult]:
-    """Compares a bundle with the one it came from.
+    """Compare a bundle with the one it came from.
 
     Args:
         full: The bundle in full precision.
@@ -295,7 +295,7 @@ def _rate(pairs: np.ndarray) -> float:
 
 
 def summary(rows: list[GateResult]) -> str:
-    """What a bundle lost, in a few words."""
+    """Return what a bundle lost, in a few words."""
     said = []
     for row in rows:
         if row.figure == "PPL_1":
@@ -307,7 +307,7 @@ def summary(rows: list[GateResult]) -> str:
 
 
 def table(rows: list[GateResult], text: str) -> str:
-    """The table as text; `text` is what it was measured on."""
+    """Return the table as text; `text` is what it was measured on."""
     lines = [
         f"measured on {text}",
         f"{'gate':<12}{'figure':<46}{'fp32':>10}{'quantized':>12}{'change':>9}{'limit':>10}",
@@ -330,7 +330,7 @@ def _number(value: float) -> str:
 
 
 def as_json(rows: list[GateResult], samples: Samples) -> dict[str, Any]:
-    """The table for the manifest."""
+    """Return the table for the manifest."""
     return {
         "passed": all(row.passed for row in rows),
         "text": samples.name,

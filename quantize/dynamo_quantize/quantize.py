@@ -43,7 +43,7 @@ def quantize_bundle(
     overwrite: bool = False,
     external_data: bool = False,
 ) -> Path:
-    """Writes a smaller bundle beside a bundle in full precision; it exists only once it has passed its gates.
+    """Write a smaller bundle beside a bundle in full precision; it exists only once it has passed its gates.
 
     Needs no torch. The source is only read.
 
@@ -94,7 +94,7 @@ def quantize_into(
     allow_degraded: bool = False,
     external_data: bool = False,
 ) -> Path:
-    """The same into a destination that is entered already; arguments as of `quantize_bundle`.
+    """Return the same into a destination that is entered already; arguments as of `quantize_bundle`.
 
     Raises:
         WriteError: As `quantize_bundle`.
@@ -148,7 +148,7 @@ def check_request(
     gate_text: str | Path | None = None,
     allow_degraded: bool = False,
 ) -> None:
-    """Checks what can be checked before there is a bundle; arguments as of `quantize_bundle`.
+    """Check what can be checked before there is a bundle; arguments as of `quantize_bundle`.
 
     Raises:
         QuantizeError: The scheme or its options mean nothing, or there is no such text.
@@ -171,7 +171,7 @@ def write_bundle(
     external: bool = False,
     spoken: Sequence[Conversation] = (),
 ) -> Bundle:
-    """Writes a smaller bundle that has not passed any gate.
+    """Write a smaller bundle that has not passed any gate.
 
     Args:
         bundle: The bundle in full precision.
@@ -212,7 +212,7 @@ def write_bundle(
 def _calibration(
     bundle: Bundle, source: str | Path | None, spoken: Sequence[Conversation]
 ) -> tuple[list[list[int]], str]:
-    """Text to calibrate with, as tokens, and what it is."""
+    """Return text to calibrate with, as tokens, and what it is."""
     if source is None and spoken:
         return [conversation.tokens for conversation in spoken], _answers_to(spoken)
     length = min(CALIBRATION_TOKENS, bundle.context_length)
@@ -225,7 +225,7 @@ def _answers_to(spoken: Sequence[Conversation]) -> str:
 
 
 def _pass_gates(full: Bundle, small: Bundle, scheme: Scheme, samples: gates.Samples, allow_degraded: bool) -> str:
-    """Runs both bundles, prints the table, and puts it into the report of the smaller one; returns what it lost.
+    """Run both bundles, print the table, and put it into the report of the smaller one; return what it lost.
 
     Raises:
         QuantizeError: A limit is not kept, and that is not allowed.
@@ -251,7 +251,7 @@ def _pass_gates(full: Bundle, small: Bundle, scheme: Scheme, samples: gates.Samp
 
 
 def _samples(bundle: Bundle, source: str | Path | None, spoken: Sequence[Conversation]) -> gates.Samples:
-    """Text for the gates, no longer than the bundle's context allows."""
+    """Return text for the gates, no longer than the bundle's context allows."""
     room = bundle.context_length
     new_tokens = min(NEW_TOKENS, room // 2)
     if source is None and spoken:
@@ -276,7 +276,7 @@ def _samples(bundle: Bundle, source: str | Path | None, spoken: Sequence[Convers
 
 
 def _copy_rest(bundle: Bundle, staged: Path, graph: str) -> None:
-    """Copies everything but graphs, weights and manifest."""
+    """Copy everything but graphs, weights and manifest."""
     for name in bundle.files:
         if not name.startswith(tuple(bundle.graphs)):
             shutil.copyfile(bundle.folder / name, staged / name)

@@ -134,7 +134,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports numpy and all else only when it is needed: a command must be able to end before, and quietly."""
+    """Import numpy and all else only when it is needed: a command must be able to end before, and quietly."""
     if name in _MODULES:
         return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -53,15 +53,15 @@ class JointHead(Topology):
         return {GATE: self.rank}
 
     def gate(self, ahead: Ahead) -> np.ndarray:
-        """Log w_α of the components, [rows, rank]."""
+        """Return the log w_α of the components, [rows, rank]."""
         return ahead.output(GATE)
 
     def factors(self, ahead: Ahead) -> np.ndarray:
-        """Logits of every factor p_α^(s), [rows, n_tokens, rank, vocab]."""
+        """Return logits of every factor p_α^(s), [rows, n_tokens, rank, vocab]."""
         return self._by_factor([ahead.logits(part) for part in range(self.parts)])
 
     def factor_topk(self, ahead: Ahead) -> tuple[np.ndarray, np.ndarray]:
-        """Every factor's largest logits and their ids, both [rows, n_tokens, rank, K], descending."""
+        """Return every factor's largest logits and their ids, both [rows, n_tokens, rank, K], descending."""
         values, ids = zip(*(ahead.topk(part) for part in range(self.parts)), strict=True)
         return self._by_factor(values), self._by_factor(ids)
 

@@ -44,7 +44,7 @@ def add_job(parser: argparse.ArgumentParser, *, out: bool = True) -> None:
 
 
 def job_of(arguments: argparse.Namespace) -> Job:
-    """What :func:`add_job` added."""
+    """Return what :func:`add_job` added."""
     from .pipeline import Job
 
     how = getattr(arguments, "stream", False), getattr(arguments, "shuffle", 1)
@@ -68,7 +68,7 @@ def add_stream(parser: argparse.ArgumentParser) -> None:
 
 
 def work_of(arguments: argparse.Namespace) -> Path:
-    """Where tokens and checkpoints lie: named by the user, or beside the result."""
+    """Return where tokens and checkpoints lie: named by the user, or beside the result."""
     out: Path = arguments.out
     return arguments.work or out.with_name(out.name + "-work")
 
@@ -121,7 +121,7 @@ def add_memory(parser: argparse.ArgumentParser, *, activations: bool = True) -> 
 
 
 def memory_of(arguments: argparse.Namespace) -> Memory:
-    """What :func:`add_memory` added."""
+    """Return what :func:`add_memory` added."""
     from .spread import Memory
 
     return Memory(arguments.shard, getattr(arguments, "checkpoint_activations", False), arguments.compile)
@@ -153,7 +153,7 @@ def add_rates(parser: argparse.ArgumentParser) -> None:
 
 
 def _rates(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The learning rates that the user named, for the others the paper's."""
+    """Return the learning rates that the user named, for the others the paper's."""
     from dynamo_model.checkpoint import count_parameters
 
     from .optimizers import paper_learning_rates
@@ -172,7 +172,7 @@ def _rates(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    """What :func:`add_recipe` added, and :func:`add_rate` or :func:`add_rates`.
+    """Return what :func:`add_recipe` added, and :func:`add_rate` or :func:`add_rates`.
 
     Raises:
         CheckpointError: the paper's learning rates go by a base that does not load.
@@ -199,7 +199,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
 
 
 def count(text: str) -> int:
-    """A whole number from 1 on."""
+    """Return a whole number from 1 on."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a positive number")
@@ -207,7 +207,7 @@ def count(text: str) -> int:
 
 
 def positive(text: str) -> float:
-    """A finite number above 0."""
+    """Return a finite number above 0."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
@@ -215,7 +215,7 @@ def positive(text: str) -> float:
 
 
 def not_negative(text: str) -> float:
-    """A finite number from 0 on."""
+    """Return a finite number from 0 on."""
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
@@ -223,7 +223,7 @@ def not_negative(text: str) -> float:
 
 
 def size(text: str) -> int:
-    """Bytes of a size such as ``8GB`` or ``500M``."""
+    """Return bytes of a size such as ``8GB`` or ``500M``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.strip().upper())
     if match is None or not float(match[1]):
         raise argparse.ArgumentTypeError(f"'{text}' is no size such as 8GB")
@@ -231,7 +231,7 @@ def size(text: str) -> int:
 
 
 def setting(text: str) -> tuple[str, str]:
-    """Name and value of a setting, ``NAME=VALUE``."""
+    """Return the name and value of a setting, ``NAME=VALUE``."""
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise argparse.ArgumentTypeError(f"'{text}' is not NAME=VALUE")

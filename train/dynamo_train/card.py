@@ -49,7 +49,7 @@ def measure(checkpoint: Path, source: str, held_out_percent: float) -> dict[str,
 
 @torch.no_grad()
 def greedy_agreement(model: MultiTokenModel, prompts: torch.Tensor, new_tokens: int) -> dict[str, float]:
-    """How often the further heads' first choice is what the base itself writes, greedily continued.
+    """Return how often the further heads' first choice is what the base itself writes, greedily continued.
 
     Args:
         model: the multi-token model.
@@ -89,7 +89,7 @@ def write_card(checkpoint: Path, source: str, held_out_percent: float) -> None:
 
 
 def card_text(checkpoint: Path, figures: dict[str, float]) -> str:
-    """The card of a checkpoint, from its own record and what :func:`measure` found."""
+    """Return the card of a checkpoint, from its own record and what :func:`measure` found."""
     config = json.loads((checkpoint / "config.json").read_text())
     n_heads = max(int(name.removeprefix("agreement_")) for name in figures if name.startswith("agreement_"))
     size = sum(path.stat().st_size for path in checkpoint.iterdir() if path.name != CARD_FILE) / 1e6
@@ -122,7 +122,7 @@ def card_text(checkpoint: Path, figures: dict[str, float]) -> str:
 
 
 def _training(checkpoint: Path) -> list[str]:
-    """A line for every text that was trained on, and one for every stage of which something is in the folder."""
+    """Return a line for every text that was trained on, and one for every stage of which something is in the folder."""
     record = read_record(checkpoint)
     titles, lines = {}, {}
     if BASE in record:
@@ -142,7 +142,7 @@ def _training(checkpoint: Path) -> list[str]:
 
 
 def _text(stage: dict[str, Any]) -> str:
-    """What a stage was trained on, and what of it was held out."""
+    """Return what a stage was trained on, and what of it was held out."""
     corpus = stage["corpus"]
     if "shards" in corpus:
         return (
@@ -173,7 +173,7 @@ def _ppl(name: str) -> str:
 
 
 def _runs(stage: dict[str, Any]) -> str:
-    """How a drafter was trained, and before that, if it went on from one that was there."""
+    """Return how a drafter was trained, and before that, if it went on from one that was there."""
     frozen = "base frozen" if stage["recipe"]["freeze_base"] else "base trained along"
     run = f"{_run(stage)}, {frozen}"
     return f"{run}; before that {_runs(stage['before'])}" if "before" in stage else run

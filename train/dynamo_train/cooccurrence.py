@@ -110,7 +110,7 @@ def check_min_counts(min_counts: Sequence[int], order: int) -> None:
 
 
 def within_document(chunk: NDArray[np.int64], level: int, end_id: int | None) -> NDArray[np.bool_]:
-    """Which n-grams of ``level`` in ``chunk`` lie within one document: only their last token may end it."""
+    """Return which n-grams of ``level`` in ``chunk`` lie within one document: only their last token may end it."""
     positions = len(chunk) - level + 1
     inside = np.ones(positions, dtype=bool)
     if end_id is not None:
@@ -145,7 +145,7 @@ def read_chunks(tokens: NDArray[np.unsignedinteger], order: int, size: int) -> I
 
 
 def _read(tokens: NDArray[np.unsignedinteger], start: int, stop: int) -> NDArray[np.unsignedinteger]:
-    """A piece of a stream; that of a mapped file is read, since pages of a map would stay with the process."""
+    """Return a piece of a stream; that of a mapped file is read, since pages of a map would stay with the process."""
     if not (isinstance(tokens, np.memmap) and isinstance(tokens.base, mmap)):  # slices of maps have another base
         return tokens[start:stop]
     offset = tokens.offset + start * tokens.itemsize
@@ -160,5 +160,5 @@ def _add(
 
 
 def _narrow(array: NDArray[np.int64]) -> NDArray[np.integer]:
-    """The same values in the smallest unsigned type that holds them."""
+    """Return the same values in the smallest unsigned type that holds them."""
     return array.astype(np.min_scalar_type(int(array.max(initial=0))))

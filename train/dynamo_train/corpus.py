@@ -111,12 +111,12 @@ def read_shard(shard: Shard) -> Iterator[Document]:
 
 
 def _parts(source: str) -> list[str]:
-    """The corpora that a corpus is joined of."""
+    """Return the corpora that a corpus is joined of."""
     return source.split("+") if "+" in source and not Path(source).exists() else [source]
 
 
 def held_out_documents(source: str = STANDARD_LIBRARY, percent: float = HELD_OUT_PERCENT) -> list[Document]:
-    """The documents of a corpus that training never sees."""
+    """Return the documents of a corpus that training never sees."""
     return [document for document in read_corpus(source) if is_held_out(document, percent)]
 
 
@@ -132,20 +132,20 @@ def _package(name: str) -> Iterator[Document]:
 
 
 def _folder(root: Path) -> Iterator[Document]:
-    """Text files, and then the rows of tables; those whose names begin with a dot or an underscore are no texts."""
+    """Yield text files, then rows of tables; those whose names begin with a dot or an underscore are no texts."""
     yield from text_files(root)
     for path in tables_of(root):
         yield from _rows_in(root, path)
 
 
 def tables_of(root: Path) -> list[Path]:
-    """The files below a folder whose rows are texts, in order."""
+    """Return the files below a folder whose rows are texts, in order."""
     files = [path for path in sorted(root.rglob("*")) if path.suffix in TABLES and path.is_file()]
     return [path for path in files if not any(part.startswith((".", "_")) for part in path.relative_to(root).parts)]
 
 
 def _rows_in(root: Path, path: Path) -> Iterator[Document]:
-    """The rows of a table in a folder, named by its place in there."""
+    """Yield the rows of a table in a folder, named by its place in there."""
     for document in _rows(path):
         name = "/".join((*path.relative_to(root).parts[:-1], document.name))
         yield replace(document, group=name, name=name)
@@ -187,7 +187,7 @@ def _table(path: Path, kind: str) -> Iterator[Document]:
 
 
 def token_ids(column: Any) -> tuple[int, ...] | None:
-    """Tokens in a row; None if there are none, or something else is called so."""
+    """Return tokens in a row; None if there are none, or something else is called so."""
     if isinstance(column, list) and column and all(isinstance(each, int) for each in column):
         return tuple(column)
     return None

@@ -107,7 +107,7 @@ def write_counts_of_corpus(
 
 
 def engine_for(how: Counting, tokens: int) -> str:
-    """The engine that was asked for, or that suits a number of tokens."""
+    """Return the engine that was asked for, or that suits a number of tokens."""
     if how.engine is not None:
         return how.engine
     need = _BYTES_AT_LEAST + _BYTES_PER_TOKEN * tokens
@@ -126,7 +126,7 @@ def engine_for(how: Counting, tokens: int) -> str:
 
 @contextmanager
 def _table(work: Path, how: Counting, vocab_size: int, min_counts: list[int]) -> Iterator[NgramTable]:
-    """A table within what the limit leaves to DuckDB; what it writes to disk goes with it."""
+    """Yield a table within what the limit leaves to DuckDB; what it writes to disk goes with it."""
     held = psutil.Process().memory_info().rss
     memory = how.memory - held
     if memory < LEAST_MEMORY:

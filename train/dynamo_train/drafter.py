@@ -62,7 +62,7 @@ class NewDrafter(ABC):
 
     @abstractmethod
     def objective(self, start: Start, recipe: Recipe) -> Objective:
-        """The drafter on a base, with the losses it is trained by.
+        """Return the drafter on a base, with the losses it is trained by.
 
         Args:
             start: the base, and what there is besides.
@@ -75,7 +75,7 @@ class NewDrafter(ABC):
 
     @classmethod
     def card_line(cls, stage: dict[str, Any], run: str, held_out: str) -> str:
-        """What the model card says of the training.
+        """Return what the model card says of the training.
 
         Args:
             stage: the record in ``training.json``.

@@ -77,7 +77,7 @@ class JointCLM(Objective):
             model.base.requires_grad_(False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The base's own loss (0 if it is frozen), the joint loss, and ``balance`` times the load-balancing loss.
+        """Return the base's loss (0 if it is frozen), the joint loss, and `balance` times the load-balancing loss.
 
         Args:
             tokens: ids [batch, length + n_tokens]; the last n_tokens are labels only.
@@ -91,12 +91,12 @@ class JointCLM(Objective):
         return torch.stack([base.float(), joint, self.balance * load_balance(log_w.exp().flatten(0, -2))])
 
     def new_parameters(self) -> set[nn.Parameter]:
-        """The joint head: its layer, gate and factors."""
+        """Return the joint head: its layer, gate and factors."""
         modules = (self.model.multi.heads, self.model.gate, self.model.factors)
         return {parameter for module in modules for parameter in module.parameters()}
 
     def embeddings(self) -> set[nn.Parameter]:
-        """Input and output embedding of the base."""
+        """Return the input and output embedding of the base."""
         return base_embeddings(self.model.base)
 
     def figures(self, batches: Iterable[Tensor]) -> dict[str, float]:
@@ -124,7 +124,10 @@ class JointCLM(Objective):
         return result
 
     def _terms(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The base's state [batch, length, hidden], log w [batch, length, rank], log p [batch, length, n, rank]."""
+        """Return the state of the base [batch, length, hidden], log w and log p.
+
+        log w is [batch, length, rank], log p [batch, length, n, rank].
+        """
         n, rank = self.model.n_tokens, self.model.rank
         length = tokens.shape[1] - n
         first, context = self.model.states(tokens[:, :length], shared_gradient_scale=self.shared_gradient_scale)

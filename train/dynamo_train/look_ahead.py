@@ -87,7 +87,7 @@ class LookAheadCLM(Objective):
         return self
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Mean negative log-likelihood at every look-ahead token.
+        """Return the mean negative log-likelihood at every look-ahead token.
 
         Args:
             tokens: ids [batch, length + 1]; the last is a label only.
@@ -114,7 +114,7 @@ class LookAheadCLM(Objective):
         return label_nll(self.model.base, states, labels).float().view(places.shape)
 
     def choose_anchors(self, tokens: Tensor) -> Tensor:
-        """Ascending positions [batch, anchors], drawn without replacement for every sequence on its own.
+        """Return ascending positions [batch, anchors], drawn without replacement for every sequence on its own.
 
         Raises:
             TrainingError: the sequences are too short for a block of look-ahead tokens.
@@ -132,11 +132,11 @@ class LookAheadCLM(Objective):
         return torch.from_numpy(np.stack(rows)).to(tokens.device)
 
     def new_parameters(self) -> set[nn.Parameter]:
-        """The look-ahead embeddings."""
+        """Return the look-ahead embeddings."""
         return {self.model.embeddings}
 
     def embeddings(self) -> set[nn.Parameter]:
-        """The look-ahead embeddings, and input and output embedding of the base."""
+        """Return the look-ahead embeddings, and input and output embedding of the base."""
         return {self.model.embeddings} | base_embeddings(self.model.base)
 
     def figures(self, batches: Iterable[Tensor]) -> dict[str, float]:
@@ -155,7 +155,7 @@ class LookAheadCLM(Objective):
         return result
 
     def _states(self, text: Tensor, anchors: Tensor, places: Tensor) -> Tensor:
-        """Normed states [batch, anchors * n_look_ahead, hidden] at the look-ahead tokens.
+        """Return normed states [batch, anchors * n_look_ahead, hidden] at the look-ahead tokens.
 
         Args:
             text: ids [batch, text].

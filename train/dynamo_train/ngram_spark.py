@@ -156,7 +156,7 @@ def count_on_spark(spark: SparkSession, source: str, text: Text, min_counts: Seq
 
 
 def _counted(spark: SparkSession, source: str, text: Text, min_counts: Sequence[int]) -> DataFrame:
-    """Rows of n-grams that are kept, of all single tokens, and of totals."""
+    """Return rows of n-grams that are kept, of all single tokens, and of totals."""
     from pyspark.sql import functions
 
     order = len(min_counts)
@@ -174,7 +174,7 @@ def _counted(spark: SparkSession, source: str, text: Text, min_counts: Sequence[
 
 
 def _batches(kept: DataFrame) -> Iterator[pyarrow.RecordBatch]:
-    """The n-grams of a frame, a partition at a time, and many in a row, since Python is slow at taking rows."""
+    """Yield the n-grams of a frame, a partition at a time, and many in a row, since Python is slow at taking rows."""
     with _one_line():
         for row in kept.where(f"x1 <> {NONE}").mapInArrow(_pack, "batch binary").toLocalIterator():
             with pyarrow.ipc.open_stream(row.batch) as stream:
@@ -190,7 +190,7 @@ def _pack(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatc
 
 
 def count_shards(batches: Iterator[pyarrow.RecordBatch], text: Text, order: int) -> Iterator[pyarrow.RecordBatch]:
-    """The worker's part: the n-grams of shards, counted block by block.
+    """Yield the worker's part: the n-grams of shards, counted block by block.
 
     Args:
         batches: of the columns of :class:`dynamo_train.corpus.Shard`.
@@ -211,7 +211,7 @@ def count_shards(batches: Iterator[pyarrow.RecordBatch], text: Text, order: int)
 
 
 def _blocks(shard: Shard, tokenizer: Tokenizer, text: Text) -> Iterator[NDArray[np.uint32]]:
-    """The training tokens of a shard; documents stay whole."""
+    """Yield the training tokens of a shard; documents stay whole."""
     block: list[int] = []
     for document in read_shard(shard):
         if not is_held_out(document, text.held_out_percent):
@@ -224,7 +224,7 @@ def _blocks(shard: Shard, tokenizer: Tokenizer, text: Text) -> Iterator[NDArray[
 
 
 def _rows(counts: NgramCounts) -> Iterator[pyarrow.RecordBatch]:
-    """A trie as rows, level by level."""
+    """Yield a trie as rows, level by level."""
     order = len(counts.totals)
     vocab = len(counts.unigrams)
     grams = [np.arange(vocab)]  # of a level: the i-th tokens of all its nodes
@@ -244,7 +244,7 @@ def _rows(counts: NgramCounts) -> Iterator[pyarrow.RecordBatch]:
 
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """What a worker said at last, out of the many lines in which Spark tells it."""
+    """Yield what a worker said at last, out of the many lines in which Spark tells it."""
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
 

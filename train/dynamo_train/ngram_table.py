@@ -115,7 +115,7 @@ class NgramTable:
             self._keep(level, f"SELECT {_list(level)}, n FROM found WHERE level = {level}")
 
     def nodes(self, level: int) -> int:
-        """How many n-grams of a level, from 2, are kept."""
+        """Return how many n-grams of a level, from 2, are kept."""
         return int(self._database.execute(f"SELECT count(*) FROM level_{level}").fetchall()[0][0])
 
     def save(self, path: Path) -> None:
@@ -147,7 +147,7 @@ class NgramTable:
         )
 
     def _offsets(self, level: int) -> Iterator[NDArray[np.int64]]:
-        """Where the children of each node of the level below begin, and where the last ones end."""
+        """Yield where the children of each node of the level below begin, and where the last ones end."""
         children = f"SELECT {_list(level - 1)}, count(*) AS children FROM level_{level} GROUP BY ALL"
         parents = f"(SELECT range AS x1 FROM range({len(self.unigrams)}))" if level == 2 else f"level_{level - 1}"
         end = 0
@@ -161,7 +161,7 @@ class NgramTable:
             end = int(ends[-1])
 
     def _column(self, query: str) -> Iterator[NDArray[np.int64]]:
-        """The one column of a result, in pieces."""
+        """Yield the one column of a result, in pieces."""
         for batch in self._database.sql(query).to_arrow_reader(BATCH):
             if batch.num_rows:
                 yield batch.column(0).to_numpy(zero_copy_only=False).astype(np.int64)
@@ -175,7 +175,7 @@ class NgramTable:
 
 
 def _windows(tokens: NDArray[np.unsignedinteger], level: int, chunk_tokens: int) -> Iterator[list[NDArray[np.int32]]]:
-    """All n-grams of a stream, the i-th tokens of many together."""
+    """Yield all n-grams of a stream, the i-th tokens of many together."""
     for chunk in read_chunks(tokens, level, min(chunk_tokens, BATCH)):
         narrow = chunk.astype(np.int32)
         positions = len(chunk) - level + 1

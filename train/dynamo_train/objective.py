@@ -45,20 +45,26 @@ class Objective(nn.Module):
     settings: dict[str, Any]
 
     def batch(self, streams: TokenStreams, step: int, recipe: Recipe) -> NDArray[np.int64]:
-        """What :meth:`forward` takes at a training step, over all processes: token ids [sequences, length + extra]."""
+        """Return what :meth:`forward` takes at a training step, over all processes.
+
+        These are token ids [sequences, length + extra].
+        """
         return batch(
             streams.train, step, sequences=recipe.sequences, length=recipe.length, extra=self.extra, seed=recipe.seed
         )
 
     def share(self, streams: TokenStreams, step: int, recipe: Recipe) -> NDArray[np.int64]:
-        """The part of :meth:`batch` that falls to this process; of a text that is streamed, what comes next."""
+        """Return the part of :meth:`batch` that falls to this process; of a text that is streamed, what comes next."""
         state = processes()
         if streams.text is not None:
             return streams.text.take(recipe.sequences // state.num_processes, recipe.length, self.extra)
         return np.split(self.batch(streams, step, recipe), state.num_processes)[state.process_index]
 
     def held_out(self, streams: TokenStreams, recipe: Recipe) -> list[NDArray[np.int64]]:
-        """What :meth:`figures` takes, batch by batch; of at most as many tokens as the recipe allows a validation."""
+        """Return what :meth:`figures` takes, batch by batch.
+
+        It has at most as many tokens as the recipe allows a validation.
+        """
         return validation_batches(
             streams.held_out[: recipe.validation_tokens or None],
             sequences=recipe.micro_batch,
@@ -68,19 +74,19 @@ class Objective(nn.Module):
 
     @abstractmethod
     def forward(self, tokens: Tensor) -> Tensor:
-        """Losses [n_losses] of what :meth:`batch` makes, or of a part of it."""
+        """Return losses [n_losses] of what :meth:`batch` makes, or of a part of it."""
 
     @abstractmethod
     def new_parameters(self) -> set[nn.Parameter]:
-        """What did not come with the base and takes the heads' learning rate."""
+        """Return what did not come with the base and takes the heads' learning rate."""
 
     @abstractmethod
     def embeddings(self) -> set[nn.Parameter]:
-        """Tables of vectors rather than matrices: AdamW without decay, whatever the optimizer."""
+        """Return tables of vectors rather than matrices: AdamW without decay, whatever the optimizer."""
 
     @abstractmethod
     def figures(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        """Held-out figures of batches as :meth:`held_out` makes them, which may differ between processes.
+        """Return held-out figures of batches as :meth:`held_out` makes them, which may differ between processes.
 
         Called without gradient, by all processes; what is summed over batches has to be :func:`summed` over them.
         """
@@ -124,7 +130,7 @@ class HeadsCLM(Objective):
 
     @abstractmethod
     def states(self, tokens: Tensor) -> list[tuple[Tensor, float]]:
-        """Every head's normed state, and the factor on its gradient into the output embedding.
+        """Return every head's normed state, and the factor on its gradient into the output embedding.
 
         Args:
             tokens: ids [batch, length + n_heads], the last n_heads of which only tell a head what is in front of its
@@ -140,7 +146,7 @@ class HeadsCLM(Objective):
         return None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Mean negative log-likelihood of every head that is trained, else 0.
+        """Return the mean negative log-likelihood of every head that is trained, else 0.
 
         Of a head with a draft vocabulary the mean is over the labels that are in it.
 
@@ -160,7 +166,7 @@ class HeadsCLM(Objective):
 
     @torch.no_grad()
     def token_log_likelihoods(self, tokens: Tensor) -> Tensor:
-        """Log p of every head's label, for ``tokens`` as in :meth:`forward`.
+        """Return the log p of every head's label, for ``tokens`` as in :meth:`forward`.
 
         Returns:
             [n_heads, batch, length]; -inf for a label that is not in the head's draft vocabulary.
@@ -228,12 +234,12 @@ class NextTokenCLM(HeadsCLM):
         return set()
 
     def embeddings(self) -> set[nn.Parameter]:
-        """Input and output embedding."""
+        """Return the input and output embedding."""
         return base_embeddings(self.model)
 
 
 def base_embeddings(base: Any) -> set[nn.Parameter]:
-    """Input and output embedding of a base; one and the same if they are tied."""
+    """Return the input and output embedding of a base; one and the same if they are tied."""
     return {base.get_input_embeddings().weight, base.get_output_embeddings().weight}
 
 

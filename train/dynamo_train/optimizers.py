@@ -34,7 +34,7 @@ def paper_learning_rates(parameters: int) -> tuple[float, float]:
 def make_optimizers(
     objective: Objective, *, kind: str, base_lr: float, heads_lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """One optimizer for all parameters, or two: Muon for the layers' matrices and AdamW for the rest.
+    """Return one optimizer for all parameters, or two: Muon for the layers' matrices and AdamW for the rest.
 
     Args:
         objective: what is trained; parameters without gradient are left out.
@@ -63,7 +63,7 @@ def make_optimizers(
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> LambdaLR:
-    """Linear warm-up over the first share ``warmup`` of the steps, then a cosine to 0."""
+    """Schedule a linear warm-up over the first share ``warmup`` of the steps, then a cosine to 0."""
     warmup_steps = max(1, round(steps * warmup))
 
     def factor(step: int) -> float:

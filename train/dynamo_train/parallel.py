@@ -101,7 +101,7 @@ class TokenHeads(NewDrafter):
 
 
 def most_frequent(tokens: NDArray[np.unsignedinteger], words: int, vocab_size: int) -> Tensor:
-    """A draft vocabulary: ids of the most frequent tokens of a text, of equally frequent ones the smaller first.
+    """Return a draft vocabulary: ids of the most frequent tokens of a text, of equally frequent ones the smaller first.
 
     Args:
         tokens: of the text [tokens].
@@ -159,9 +159,9 @@ class ModifiedCLM(HeadsCLM):
         return result
 
     def new_parameters(self) -> set[nn.Parameter]:
-        """The further heads' layers and conditions."""
+        """Return the further heads' layers and conditions."""
         return {*self.model.heads.parameters(), *self.model.conditions.parameters()}
 
     def embeddings(self) -> set[nn.Parameter]:
-        """Input and output embedding of the base."""
+        """Return the input and output embedding of the base."""
         return base_embeddings(self.model.base)

@@ -250,13 +250,13 @@ def pack(checkpoint: Path, out: Path) -> None:
 
 
 def read_record(name: str | Path | Checkpoint) -> dict[str, Any]:
-    """The stages that a checkpoint went through, by name; empty if it does not say."""
+    """Return the stages that a checkpoint went through, by name; empty if it does not say."""
     path = find_checkpoint(name).file(RECORD_FILE)
     return json.loads(path.read_text()) if path is not None else {}
 
 
 def _streams_of(checkpoint: Checkpoint, job: Job, recipe: Recipe | None = None) -> tuple[TokenStreams, Any]:
-    """The corpus in the tokens of an existing model, and its tokenizer."""
+    """Return the corpus in the tokens of an existing model, and its tokenizer."""
     tokenizer = _ending_tokenizer(checkpoint)
     state, backend, end_id = processes(), tokenizer.backend_tokenizer, tokenizer.eos_token_id
     if job.stream and recipe is not None:
@@ -268,7 +268,7 @@ def _streams_of(checkpoint: Checkpoint, job: Job, recipe: Recipe | None = None) 
 
 
 def _ending_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The tokenizer of an existing model, which has a token that ends documents."""
+    """Return the tokenizer of an existing model, which has a token that ends documents."""
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer.eos_token_id is None:
         raise TrainingError(f"the tokenizer of '{checkpoint.name}' has no end-of-text token to put between documents")
@@ -281,7 +281,7 @@ def _refuse_existing(out: Path) -> None:
 
 
 def _own_tokenizer(job: Job, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a base from scratch: what an earlier run trained on the same text, or a new one."""
+    """Return the tokenizer of a base from scratch: what an earlier run trained on the same text, or a new one."""
     made_of = f"{sha256_of(job.source)} {job.held_out_percent} {vocab_size} {tokenizers.__version__} {__version__}"
     path = job.work / f"tokenizer-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.json"
     if not path.is_file():
@@ -293,7 +293,7 @@ def _own_tokenizer(job: Job, vocab_size: int) -> Tokenizer:
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``out`` once everything in it is written."""
+    """Yield a folder to write into that becomes ``out`` once everything in it is written."""
     with WholeFolder(out) as place:
         folder = place.new()
         yield folder
@@ -302,7 +302,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 
 def _stage(streams: TokenStreams, recipe: Recipe, objective: Objective, outcome: Outcome) -> dict[str, Any]:
-    """The record of a run: interpreter, corpus, recipe, the objective's settings, figures."""
+    """Return the record of a run: interpreter, corpus, recipe, the objective's settings, figures."""
     return {
         "python": platform.python_version(),
         "corpus": asdict(streams.record),

@@ -24,7 +24,7 @@ def fastest_precision() -> str:
 
 
 def _seconds(dtype: torch.dtype) -> float:
-    """The fastest of some products of a decoder layer's size."""
+    """Return the fastest of some products of a decoder layer's size."""
     device = processes().device
     rows, weight = (torch.ones(shape, _SIZE, dtype=dtype, device=device) for shape in (_ROWS, _SIZE))
     best = float("inf")

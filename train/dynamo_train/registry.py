@@ -35,7 +35,7 @@ class DrafterCommand:
     name: str
 
     def load(self) -> type[NewDrafter]:
-        """The drafter, a frozen dataclass."""
+        """Return the drafter, a frozen dataclass."""
         drafter: type[NewDrafter] = getattr(importlib.import_module(f".{self.module}", __package__), self.name)
         return drafter
 

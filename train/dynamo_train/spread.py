@@ -64,7 +64,7 @@ PLAIN = Memory()
 
 
 def processes() -> PartialState:
-    """This process among all of a run.
+    """Return this process among all of a run.
 
     On processors accelerate looks for others only if it is told that it runs there; else each would be the main one.
     """
@@ -157,7 +157,9 @@ def unshard(objective: nn.Module) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor | None:
-    """A tensor of which every process may hold a part, in the main process; None in others. Every process has to ask.
+    """Return a tensor of which every process may hold a part, in the main process.
+
+    In others it is None. Every process has to ask.
 
     A part is moved to the processor's memory, as the whole need not fit into an accelerator's.
     """
@@ -174,7 +176,7 @@ def part_as(tensor: Tensor, example: Tensor) -> Tensor:
 
 
 def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Sums over all processes, in the processor's memory."""
+    """Sum over all processes, in the processor's memory."""
     state = processes()
     if state.num_processes == 1:
         return tensors
@@ -182,7 +184,7 @@ def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def of_all(text: str) -> list[str]:
-    """What every process has to say."""
+    """Return what every process has to say."""
     state, data = processes(), text.encode()
     if state.num_processes == 1:
         return [text]
@@ -193,7 +195,7 @@ def of_all(text: str) -> list[str]:
 
 
 def _layers(objective: nn.Module) -> Iterator[Any]:
-    """Decoder layers of a base and of what is new."""
+    """Yield the decoder layers of a base and of what is new."""
     return (module for module in objective.modules() if isinstance(module, GradientCheckpointingLayer))
 
 

@@ -97,7 +97,7 @@ class TextStream:
         self._begin(0)
 
     def take(self, rows: int, length: int, extra: int) -> NDArray[np.int64]:
-        """The next sequences.
+        """Return the next sequences.
 
         Args:
             rows: how many.
@@ -122,7 +122,7 @@ class TextStream:
         return np.stack([tokens[start : start + length + extra] for start in range(0, rows * length, length)])
 
     def position(self) -> str:
-        """Where :meth:`take` goes on, as JSON."""
+        """Return where :meth:`take` goes on, as JSON."""
         return json.dumps({"place": self._pieces[0][0] if self._pieces else self._place(), "used": self._used})
 
     def go_on(self, position: str) -> None:
@@ -154,7 +154,10 @@ class TextStream:
         self._rows = iter(self._dataset)
 
     def _order_of_shards(self, epoch: int) -> int:
-        """A number by which ``datasets`` orders shards, the same for all processes; 0 leaves them as they are."""
+        """Return a number by which ``datasets`` orders shards, the same for all processes.
+
+        0 leaves them as they are.
+        """
         if self._order.block == 1:
             return 0
         return int(np.random.default_rng([self._order.seed, epoch]).integers(1, 1 << 31))
@@ -193,7 +196,7 @@ def _is_trained_on(document: Document, percent: float) -> bool:
 
 
 def document_of(row: dict[str, Any]) -> Document:
-    """A row of a dataset; its text is its group as well, so that the same text is held out wherever it stands.
+    """Return a row of a dataset; its text is its group as well, so that the same text is held out wherever it stands.
 
     Raises:
         TrainingError: it has no text.
@@ -205,7 +208,7 @@ def document_of(row: dict[str, Any]) -> Document:
 
 
 def open_shards(source: str) -> tuple[IterableDataset, str]:
-    """The rows of a folder of ``.parquet`` or ``.jsonl`` files, of one such file, or of a dataset on the Hub.
+    """Return the rows of a folder of ``.parquet`` or ``.jsonl`` files, of one such file, or of a dataset on the Hub.
 
     Returns:
         The rows, none of them read, and a SHA-256 that tells them from others.
@@ -244,7 +247,7 @@ def stream_text(
     processes: int,
     order: Order = STORED,
 ) -> TokenStreams:
-    """What a process trains on, and the first held-out tokens, which are the same for all.
+    """Return what a process trains on, and the first held-out tokens, which are the same for all.
 
     Args:
         source: see :func:`open_shards`.

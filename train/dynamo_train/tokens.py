@@ -152,7 +152,7 @@ def _bytes(document: Document) -> bytes:
 
 
 def own_tokens(document: Document, tokenizer: Tokenizer) -> list[int] | None:
-    """The tokens that a document came with, if they are a tokenizer's: it decodes them to the document's text.
+    """Return the tokens that a document came with, if they are a tokenizer's: it decodes them to the document's text.
 
     Of a document that is tokens alone nothing else can be known than that the tokenizer has such tokens.
 
@@ -171,7 +171,7 @@ def own_tokens(document: Document, tokenizer: Tokenizer) -> list[int] | None:
 
 
 def encode(document: Document, tokenizer: Tokenizer, end_id: int) -> tuple[list[int], bool]:
-    """The tokens of a document with the one that ends it, and whether they are those that it came with."""
+    """Return the tokens of a document with the one that ends it, and whether they are those that it came with."""
     own = own_tokens(document, tokenizer)
     ids = own if own is not None else tokenizer.encode(document.text, add_special_tokens=False).ids
     if document.tokens is None or ids[-1:] != [end_id]:  # a model may have ended its text itself
@@ -215,7 +215,7 @@ def _tokenize(
 def batch(
     stream: NDArray[np.unsignedinteger], step: int, *, sequences: int, length: int, extra: int, seed: int
 ) -> NDArray[np.int64]:
-    """The batch of one training step: a function of the step alone, so that a resumed run sees the same.
+    """Return the batch of one training step: a function of the step alone, so that a resumed run sees the same.
 
     Every epoch cuts the stream at another random offset and shuffles the blocks.
 
@@ -242,7 +242,7 @@ def batch(
 
 
 def window_numbers(windows: int, step: int, sequences: int, seed: int) -> NDArray[np.int64]:
-    """The windows of one training step [sequences], where a text is cut into the same ones in every epoch."""
+    """Return the windows of one training step [sequences], where a text is cut into the same ones in every epoch."""
     return np.array(_starts(windows, step, sequences, 1, seed), dtype=np.int64)
 
 
@@ -259,7 +259,7 @@ def validation_batches(
 
 
 def _starts(blocks: int, step: int, sequences: int, length: int, seed: int) -> list[int]:
-    """Where the blocks of one training step start."""
+    """Return where the blocks of one training step start."""
     starts = []
     for i in range(step * sequences, (step + 1) * sequences):
         epoch, index = divmod(i, blocks)

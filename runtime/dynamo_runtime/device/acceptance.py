@@ -13,7 +13,7 @@ Counts = Mapping[tuple[int, int], tuple[int, int]]
 
 
 def bin_of(confidence: float, bins: int = DEFAULT.bins) -> int:
-    """Which bin a draft's confidence in [0, 1] falls into."""
+    """Return which bin a draft's confidence in [0, 1] falls into."""
     return min(int(confidence * bins), bins - 1)
 
 
@@ -31,7 +31,7 @@ class Record:
     accepted: float = 0.0
 
     def rate(self, prior: float) -> float:
-        """Expected acceptance, where `prior` is what would be expected without any."""
+        """Return the expected acceptance, where `prior` is what would be expected without any."""
         weight = self.tuning.prior_weight
         return (prior * weight + self.accepted) / (weight + self.seen)
 
@@ -120,7 +120,10 @@ class Acceptances:
         return self._depths[depth - 1].rate(self._of_depths[depth - 1])
 
     def kinds(self, depth: int) -> list[tuple[float, float]]:
-        """What a draft at this depth may turn out to be: share and expected acceptance by bins, from the lowest up."""
+        """Return what a draft at this depth may turn out to be.
+
+        That is a share and an expected acceptance for every bin, from the lowest up.
+        """
         return [(share, self._rate(depth, index)) for index, share in enumerate(self._bin_shares[depth - 1].shares())]
 
     def observe(self, depth: int, confidence: float) -> None:

@@ -81,7 +81,7 @@ class Copying:
         return self._tuning.vain * max(self.time, self._tuning.vain_passes * self._cost[0])
 
     def affords(self, rows: float) -> bool:
-        """Whether so many milliseconds of rows may be lost."""
+        """Tell whether so many milliseconds of rows may be lost."""
         return self.lost + rows <= self.most
 
     def judged(self, drafts: Sequence[Draft], final: Sequence[int]) -> None:
@@ -102,7 +102,7 @@ class Copying:
         self.lost = max(self.lost, -self._tuning.vain_savings * cost[0])
 
     def chain(self, repeats: Iterator[Repeat], past: int, least: float = 0.0) -> Chain:
-        """The drafts that pay: with the most tokens a millisecond.
+        """Return the drafts that pay: with the most tokens a millisecond.
 
         Args:
             repeats: What follows.

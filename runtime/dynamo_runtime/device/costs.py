@@ -24,7 +24,7 @@ class DrafterCosts(Protocol):
         """A run for every draft that is made, the first among them; 0 where one run is for all of them."""
 
     def begin(self, unseen: float, past: int) -> float:
-        """What is to be paid before any draft: layers over `unseen` positions, in a text of about `past`.
+        """Return what is to be paid before any draft: layers over `unseen` positions, in a text of about `past`.
 
         The run is in it that is for all drafts, where there is such a one.
         """
@@ -46,10 +46,10 @@ class Costs(Protocol):
         """A plain token, outside the pass."""
 
     def step(self, rows: int, with_heads: bool, past: int) -> float:
-        """A pass over `rows` tokens behind `past` others, with or without further heads inside the base's graph."""
+        """Return what a pass over `rows` tokens behind `past` others costs, with or without heads inside the base."""
 
     def resume(self, skipped: int) -> float:
-        """What the first pass with such heads costs more after `skipped` positions without."""
+        """Return what the first pass with such heads costs more after `skipped` positions without."""
 
 
 class MeasuredDrafterCosts:
@@ -73,7 +73,7 @@ class MeasuredDrafterCosts:
 
     @staticmethod
     def of(runs: DrafterRuns) -> MeasuredDrafterCosts:
-        """The medians of a profile."""
+        """Return the medians of a profile."""
         layers: dict[int, dict[float, float]] = {}  # one time for every number of positions
         for run in runs.layers:
             layers.setdefault(run.past, {})[float(run.positions)] = run.time.p50
@@ -118,7 +118,7 @@ class MeasuredCosts:
 
     @staticmethod
     def of(profile: Profile) -> MeasuredCosts:
-        """The medians of a profile."""
+        """Return the medians of a profile."""
         found: dict[tuple[bool, int], dict[float, float]] = {}  # one time for every number of rows
         for each in profile.passes:
             found.setdefault((each.heads, each.past), {})[float(each.rows)] = each.time.p50
@@ -229,7 +229,7 @@ class Knowledge(NamedTuple):
     widths_hold: bool = True
 
     def acceptances(self, depth: int, temperature: float, tuning: Tuning = DEFAULT) -> Acceptances:
-        """What is expected of up to `depth` drafts when decoding at a temperature."""
+        """Return what is expected of up to `depth` drafts when decoding at a temperature."""
         return Acceptances(depth, self.drafts.get(temperature < tuning.nearly_greedy, {}), tuning)
 
     @staticmethod
@@ -244,7 +244,7 @@ class Knowledge(NamedTuple):
 
 
 def _reading_ms(bundle: Bundle, tuning: Tuning) -> tuple[float, float]:
-    """Milliseconds to read the weights of the base, and those of what predicts further tokens."""
+    """Return milliseconds to read the weights of the base, and those of what predicts further tokens."""
     if bundle.drafter is None:
         whole_ms = (bundle.graph_bytes or 1 << 20) / tuning.bytes_per_ms
         heads_ms = whole_ms * bundle.topology.weight_layers / (bundle.kv_layers + 1)
@@ -257,7 +257,7 @@ def _reading_ms(bundle: Bundle, tuning: Tuning) -> tuple[float, float]:
 
 
 def _continued(points: Points, rows: float) -> float:
-    """What so many rows cost: beyond the last measurement as much more as the second half of them says."""
+    """Return what so many rows cost: beyond the last measurement as much more as the second half of them says."""
     (last, most), (middle, half) = points[-1], points[len(points) // 2]
     if rows <= last or middle == last:
         return _interpolated(points, rows)
@@ -265,7 +265,10 @@ def _continued(points: Points, rows: float) -> float:
 
 
 def _interpolated(points: Points, x: float) -> float:
-    """A piecewise linear function through ascending points, continued at both ends; constant through a single one."""
+    """Return a piecewise linear function through ascending points, continued at both ends.
+
+    Through a single point it is constant.
+    """
     if len(points) == 1:
         return points[0][1]
     i = next((i for i in range(1, len(points) - 1) if x <= points[i][0]), len(points) - 1)

@@ -73,7 +73,7 @@ class Planner:
         return max(self._tokens / self._time, 1.0 / self._cost_off[0])
 
     def further(self, confidences: Sequence[float]) -> bool:
-        """Whether the draft behind those there are is worth making, where every draft takes a run.
+        """Tell whether the draft behind those there are is worth making, where every draft takes a run.
 
         Called before the drafter is asked about that place, so by what such drafts usually turn out to be.
 
@@ -98,7 +98,7 @@ class Planner:
         return False
 
     def worth(self, confidences: Sequence[float]) -> bool:
-        """Whether one more draft is worth its cost.
+        """Tell whether one more draft is worth its cost.
 
         Called before the draft is drawn, so that which drafts are made does not depend on what they turn out to be:
         verification relies on that.
@@ -179,7 +179,7 @@ class Planner:
             self._probe_after = self._wait()
 
     def _goes_on(self) -> bool:
-        """Whether to draft again.
+        """Tell whether to draft again.
 
         What drafts gain varies from round to round, and coming back costs a wait and a probe: drafting that has paid,
         or just begun, is given up when it has lost some time, and not by a few bad rounds. What counts as lost is what
@@ -195,7 +195,7 @@ class Planner:
         return self._lost < (self._tuning.doubt if pays else self._tuning.trial) * self._cost_off[0]
 
     def _usual(self) -> list[tuple[float, float, float]]:
-        """Tokens and milliseconds a round of fixed settings by what is known, and those of them beyond a probe.
+        """Return tokens and milliseconds a round of fixed settings by what is known, and those of them beyond a probe.
 
         The settings: so many drafts, or fewer as soon as one's confidence is below a bin. What drafters say of their
         drafts is gone by only where it is known what became of such drafts.
@@ -220,11 +220,11 @@ class Planner:
         return found
 
     def _certain(self, confidences: Sequence[float]) -> float:
-        """How likely all of the drafts of these confidences are right."""
+        """Return how likely all of the drafts of these confidences are right."""
         return math.prod(self.acceptances.of(depth, confidence) for depth, confidence in enumerate(confidences, 1))
 
     def _made(self, drafts: int, unseen: float) -> float:
-        """Milliseconds of the drafter's graph in a round, for so many drafts that were made.
+        """Return milliseconds of the drafter's graph in a round, for so many drafts that were made.
 
         Args:
             drafts: One or more.
@@ -234,11 +234,11 @@ class Planner:
         return 0.0 if making is None else making.begin(unseen, self._past) + making.further * drafts
 
     def _cost_of_probe(self, unseen: float) -> float:
-        """Milliseconds of a round that yields drafts and is fed none; argument of `_made`."""
+        """Return milliseconds of a round that yields drafts and is fed none; argument of `_made`."""
         return self._cost_on[0] + self._made(1, unseen)
 
     def _pays(self) -> bool:
-        """Whether having drafts gains more than yielding them costs."""
+        """Tell whether having drafts gains more than yielding them costs."""
         return self._gain > self.rate * (self._cost_of_probe(self._tokens) - self._cost_off[0])
 
     def _wait(self) -> float:
@@ -253,7 +253,7 @@ class Planner:
         return waiting if self._cost_of_probe_after(waiting) <= most else math.inf
 
     def _cost_of_probe_after(self, waiting: int) -> float:
-        """Milliseconds of a probe behind so many plain tokens, beyond what the pass costs anyway."""
+        """Return milliseconds of a probe behind so many plain tokens, beyond what the pass costs anyway."""
         skipped = self._behind + waiting
         resuming = self._costs.resume(skipped) if self._ask.heads and self._making is None else 0.0
         return self._cost_of_probe(skipped + 1) - self._cost_off[0] + resuming
@@ -274,7 +274,7 @@ class Planner:
 
 
 def threshold_for(profile: Profile | None, target: float) -> float:
-    """The back-off threshold ε_b at which `dynamo` was so many times as fast as plain decoding, or a little more.
+    """Return the ε_b at which `dynamo` was so many times as fast as plain decoding, or a little more.
 
     The larger the threshold, the closer the text is to plain sampling's: this is the largest that is fast enough.
 

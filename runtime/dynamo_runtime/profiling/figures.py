@@ -43,7 +43,7 @@ class Fact:
     place: int = 0
 
     def value(self, profile: Profile) -> float | None:
-        """What was measured, in the label's unit."""
+        """Return what was measured, in the label's unit."""
         value = self.get(profile)
         return value / self.measured if value and self.measured else None
 
@@ -133,7 +133,7 @@ class Grid:
     cell: Callable[[Profile, Any], str]
 
     def make(self, profile: Profile, items: Sequence[Any]) -> Table:
-        """The table."""
+        """Return the table."""
         cells = {self.at(item): self.cell(profile, item) for item in items if self.has(item)}
         rows, columns = ([*sorted({place[axis] for place in cells})] for axis in (0, 1))
         return Table(
@@ -185,7 +185,7 @@ class Series:
         ]
 
     def beside(self, profiles: Sequence[Profile]) -> list[list[str]]:
-        """Lines of profiles side by side, below their headings."""
+        """Return lines of profiles side by side, below their headings."""
         figures = [figure for figure in self.figures if figure.compared]
         columns = [[self._lines(figure, profile) for profile in profiles] for figure in figures]
         return [line for of_figure in columns for line in side_by_side(of_figure)]
@@ -199,7 +199,7 @@ class Series:
 
 
 def side_by_side(columns: Sequence[Sequence[Line]]) -> list[list[str]]:
-    """Lines with every profile's value and its ratio to the first profile's, below their headings.
+    """Return lines with every profile's value and its ratio to the first profile's, below their headings.
 
     Args:
         columns: The lines of every profile.
@@ -224,7 +224,7 @@ def _relative(value: float | None, reference: float | None) -> str:
 
 
 def _rows(row: tuple[str, str, str, str], value: Any) -> list[CsvRow]:
-    """A row a value, without what is not known."""
+    """Return a row a value, without what is not known."""
     section, name, variant, unit = row
     if isinstance(value, Mapping):
         found = list(value.items())

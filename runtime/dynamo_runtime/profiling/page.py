@@ -93,7 +93,7 @@ def check_extra() -> None:
 
 
 def page(profiles: Sequence[Profile], names: Sequence[str]) -> str:
-    """A page with plots and tables of a profile, or of several side by side.
+    """Return a page with plots and tables of a profile, or of several side by side.
 
     Args:
         profiles: One or more.
@@ -164,7 +164,7 @@ def _cost(named: Named) -> list[Plot | None]:
 
 
 def _few(counts: set[int]) -> str:
-    """One count, or the range of several."""
+    """Return one count, or the range of several."""
     return " to ".join(f"{count:,}" for count in dict.fromkeys((min(counts), max(counts)))) if counts else "no"
 
 
@@ -214,7 +214,7 @@ def _lines(
     top: float | None = None,
     plain: float | None = None,
 ) -> Plot | None:
-    """A plot of curves; None if they have no points.
+    """Return a plot of curves; None if they have no points.
 
     Args:
         title: What it shows.
@@ -257,7 +257,10 @@ def _lines(
 
 
 def _keys(curves: list[PlotLine], named: Named) -> list[Artist]:
-    """What the legend explains: colours as profiles and lines as kinds, or both as kinds if there is one profile."""
+    """Return what the legend explains.
+
+    It explains colours as profiles and lines as kinds, or both as kinds if there is one profile.
+    """
     from matplotlib.lines import Line2D
 
     several = len(named) > 1
@@ -311,7 +314,7 @@ def _plain_line(draw: Callable[..., Artist], at: float) -> Artist:
 
 
 def _draw(title: str, description: str, height: float, draw: Callable[[Axes], list[Artist]]) -> Plot:
-    """A figure of its own as SVG, its legend below it."""
+    """Return a figure of its own as SVG, its legend below it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
