@@ -52,7 +52,7 @@ def zipf_tokens(tokens: int, path: Path) -> None:
 
 
 def write_shards(stream: Path, folder: Path) -> None:
-    """The same documents as text, a word a token, in parquet files."""
+    """Write the same documents as text, a word a token, in parquet files."""
     import pyarrow
     import pyarrow.parquet
 
@@ -64,7 +64,7 @@ def write_shards(stream: Path, folder: Path) -> None:
 
 
 def count(engine: str, stream: Path, shards: Path, out: Path, limit: int, min_counts: list[int], master: str) -> None:
-    """What a measured process does: count, and say its own peak of memory."""
+    """Count in a process that is measured, and say its own peak of memory."""
     from dynamo_train.counting import Counting, write_counts, write_counts_of_corpus
 
     began = time.perf_counter()
@@ -150,7 +150,7 @@ def _disk(folder: Path) -> int:
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[str]:
-    """A standalone master and one worker of two cores on loopback; gives the master's URL."""
+    """Yield a standalone master and one worker of two cores on loopback; gives the master's URL."""
     import pyspark
 
     home = Path(pyspark.__file__).parent
@@ -201,7 +201,7 @@ def _wait_for(host: str, port: int, seconds: float = 60) -> None:
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All runs that are asked for."""
+    """Return all runs that are asked for."""
     runs = []
     for tokens in arguments.tokens:
         with tempfile.TemporaryDirectory(dir=arguments.work) as name:
@@ -222,7 +222,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The runs as a table, and whether all engines wrote the same."""
+    """Return the runs as a table, and whether all engines wrote the same."""
     lines = [
         f"Zipf text of {VOCAB} tokens, {results['machine']}:",
         "",

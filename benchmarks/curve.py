@@ -21,7 +21,7 @@ COLUMNS = ("greedy_tokens_a_pass", "tokens_a_pass", "greedy_1", "greedy_2", "gre
 
 
 def table(lines: list[dict[str, Any]], tokens: int) -> str:
-    """A row for every validation.
+    """Return a row for every validation.
 
     Args:
         lines: of the metrics.

@@ -101,7 +101,7 @@ def _figures(name: str, heads: TokenHeads, recipe: Recipe, arguments: argparse.N
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """Tokens a pass by the text and greedily, depth by depth, and perplexities."""
+    """Return tokens a pass by the text and greedily, depth by depth, and perplexities."""
     heads = sorted(int(key.removeprefix("greedy_")) for key in next(iter(rows.values())) if re.match(r"greedy_\d", key))
     header = ["heads", "tokens a pass, greedy", "… of the text", *(f"greedy at depth {i}" for i in heads)]
     header += [f"PPL_{i + 1}" for i in heads]
