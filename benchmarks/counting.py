@@ -4,8 +4,8 @@
     python benchmarks/counting.py --table
 
 Text is drawn from Zipf's law, a token at a time, which is the hardest case: hardly an n-gram comes twice.  Every
-engine counts in a process of its own, and files are compared bit by bit.  ``memory`` and ``duckdb`` count a file of
-tokens; ``spark`` reads and tokenises shards of text in one process of two threads, ``cluster`` on a standalone master
+engine counts in a process of its own, and files are compared bit by bit.  `memory` and `duckdb` count a file of
+tokens; `spark` reads and tokenises shards of text in one process of two threads, `cluster` on a standalone master
 and worker that are started on loopback.  With --merge, runs go into what --out has already.
 """
 
@@ -98,7 +98,7 @@ def _tokenizer() -> str:
 
 
 def measured(engine: str, folder: Path, options: list[str]) -> dict[str, Any]:
-    """Run :func:`count` in a process, and watch memory of all it starts, and the disk it takes."""
+    """Run `count` in a process, and watch memory of all it starts, and the disk it takes."""
     out = folder / "counts.npz"
     command = [sys.executable, __file__, "--count", engine, str(folder), *options]
     most, disk = 0, 0

@@ -24,8 +24,8 @@ def table(lines: list[dict[str, Any]], tokens: int) -> str:
     """Return a row for every validation.
 
     Args:
-        lines: of the metrics.
-        tokens: of a step.
+        lines: Of the metrics.
+        tokens: Of a step.
     """
     rows = []
     for line in lines:

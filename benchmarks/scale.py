@@ -59,10 +59,10 @@ class Shape:
     """Of a GPT-NeoX base.
 
     Attributes:
-        hidden: h; a layer's matrices have 12 h² numbers.
+        hidden: H; a layer's matrices have 12 h² numbers.
         layers: L, of the base.
         words: V.
-        few: words of the draft vocabulary.
+        few: Words of the draft vocabulary.
     """
 
     hidden: int

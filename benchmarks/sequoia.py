@@ -24,7 +24,7 @@ def chain(drafts: int) -> Tree:
 def best_tree(right: np.ndarray, rows: int, depth: int) -> tuple[float, Tree]:
     """Return the tree that is expected to give the most tokens a pass.
 
-    With p_dk how likely the k-th choice at depth d is right where those before it are, a tree gives ``Σ Π p`` over the
+    With p_dk how likely the k-th choice at depth d is right where those before it are, a tree gives `Σ Π p` over the
     paths to its rows. So the best one of m rows is made of the best ones behind each child of the root, whose rows add
     up to m - 1 (Sequoia, Prop. 3.4 and its dynamic program; here p may differ from depth to depth).
 
@@ -63,7 +63,7 @@ def best_tree(right: np.ndarray, rows: int, depth: int) -> tuple[float, Tree]:
 
 
 def expected(tree: Collection[Ranks], right: np.ndarray) -> float:
-    """Return tokens a pass of a tree: ``Σ Π p`` over the paths to its rows."""
+    """Return tokens a pass of a tree: `Σ Π p` over the paths to its rows."""
     return float(sum(np.prod([right[depth, rank] for depth, rank in enumerate(path)]) for path in tree))
 
 

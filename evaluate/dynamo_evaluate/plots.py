@@ -43,7 +43,7 @@ def draw(summary: Summary, folder: Path) -> list[Path]:
         The files.
 
     Raises:
-        EvaluationError: matplotlib is not there, or the folder cannot be written.
+        EvaluationError: Matplotlib is not there, or the folder cannot be written.
     """
     try:
         import matplotlib

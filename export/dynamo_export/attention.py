@@ -1,6 +1,6 @@
-"""A model's attention, written as ``com.microsoft::GroupQueryAttention``.
+"""A model's attention, written as `com.microsoft::GroupQueryAttention`.
 
-``dynamo_gqa`` is an attention function registered with transformers, which the trace goes through: it emits the op, as
+`dynamo_gqa` is an attention function registered with transformers, which the trace goes through: it emits the op, as
 `dynamo_model.attention` has read off the model what every layer asks for.
 """
 

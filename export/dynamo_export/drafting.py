@@ -128,7 +128,7 @@ class DraftEnd(End):
         self.graph.outputs[self.graph.outputs.index(places)] = found
 
     def conditioned(self, state: ir.Value, words: Words, conditions: Sequence[Any]) -> ir.Value:
-        """``s_i + W2_i silu(W1_i [s_i ; e_u])`` (Hydra, Ankner et al. 2024), of the head that the depth says.
+        """`s_i + W2_i silu(W1_i [s_i ; e_u])` (Hydra, Ankner et al. 2024), of the head that the depth says.
 
         Heads have weights of their own: every one is a branch, which holds them itself, as onnxruntime prepares the
         weights of a product only in the graph that it is in.

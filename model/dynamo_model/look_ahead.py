@@ -16,11 +16,11 @@ from .limits import MAX_LOOK_AHEAD
 class LookAheadModel(DrafterModel):
     """A frozen base language model with L trainable look-ahead embeddings.
 
-    Fed behind a text, ``[LA]_1 … [LA]_L`` make the base predict further tokens in the same pass: its output at
-    ``[LA]_i`` is about the token i places after the next one.  Nothing but the L embeddings is trained.
+    Fed behind a text, `[LA]_1 … [LA]_L` make the base predict further tokens in the same pass: its output at
+    `[LA]_i` is about the token i places after the next one.  Nothing but the L embeddings is trained.
 
     Args:
-        base: any transformers causal LM; its parameters are frozen.
+        base: Any transformers causal LM; its parameters are frozen.
         n_look_ahead: L, 1 to 16.
 
     Raises:
@@ -93,5 +93,5 @@ class LookAheadModel(DrafterModel):
                 )
 
     def drafter_state_dict(self) -> dict[str, Tensor]:
-        """Return what is added to the base: ``embeddings`` [L, hidden]."""
+        """Return what is added to the base: `embeddings` [L, hidden]."""
         return {"embeddings": self.embeddings}

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class Output:
-    """What a base does to its logits behind the output embedding: ``c · tanh(scale · logits / c)``.
+    """What a base does to its logits behind the output embedding: `c · tanh(scale · logits / c)`.
 
     Attributes:
-        scale: factor on the logits; 1 for none.
-        softcap: soft cap c on the scaled logits; 0 for none, and then they stay as they are.
+        scale: Factor on the logits; 1 for none.
+        softcap: Soft cap c on the scaled logits; 0 for none, and then they stay as they are.
     """
 
     scale: float = 1.0
@@ -31,7 +31,7 @@ class Output:
     def of(cls, base: PreTrainedModel) -> Output:
         """Return what a base's configuration says.
 
-        :func:`dynamo_model.preflight.preflight` holds the base against it.
+        `dynamo_model.preflight.preflight` holds the base against it.
         """
         config: Any = base.config
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1)
@@ -48,8 +48,8 @@ class Output:
 
         Args:
             states: [..., hidden].
-            weight: the output embedding [vocab, hidden].
-            bias: its bias [vocab], if it has one.
+            weight: The output embedding [vocab, hidden].
+            bias: Its bias [vocab], if it has one.
         """
         return self.behind(F.linear(states, weight, bias))
 

@@ -36,9 +36,9 @@ class Rotary:
     Attributes:
         cos: [context, rotary], as the model's rotary module returns it.
         sin: [context, rotary].
-        inside: whether the attention op can apply it exactly as the model does.
-        interleaved: whether neighbouring dimensions rotate together (else the two halves).
-        twice: whether the table holds every angle twice in a row (else all of them, and then all again).
+        inside: Whether the attention op can apply it exactly as the model does.
+        interleaved: Whether neighbouring dimensions rotate together (else the two halves).
+        twice: Whether the table holds every angle twice in a row (else all of them, and then all again).
     """
 
     cos: Tensor
@@ -57,7 +57,7 @@ class TableRotary(nn.Module):
     """Takes the place of a rotary module: the same numbers, gathered from the table.
 
     Args:
-        rotary: whose tables become buffers, and so initializers of a traced graph.
+        rotary: Whose tables become buffers, and so initializers of a traced graph.
     """
 
     def __init__(self, rotary: Rotary) -> None:
@@ -90,13 +90,13 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Return what the op computes, written out to compare a model's own rotation with.
 
     Args:
-        x: queries or keys [batch, heads, seq, head_size].
+        x: Queries or keys [batch, heads, seq, head_size].
         cos: [seq, rotary / 2].
         sin: [seq, rotary / 2].
-        interleaved: whether neighbouring dimensions form a pair.
+        interleaved: Whether neighbouring dimensions form a pair.
 
     Returns:
-        ``x`` with its first ``rotary`` dimensions rotated.
+        `x` with its first `rotary` dimensions rotated.
     """
     width = 2 * cos.shape[-1]
     turning, rest = x[..., :width], x[..., width:]
@@ -120,16 +120,16 @@ def read_rotary(
     """Read a model's rotary embedding.
 
     Args:
-        base: the transformers language model.
-        probe: runs base and further layers on a few token ids and probes their attention; takes ``position_ids`` or
+        base: The transformers language model.
+        probe: Runs base and further layers on a few token ids and probes their attention; takes `position_ids` or
             nothing.
-        context_length: positions to tabulate.
+        context_length: Positions to tabulate.
 
     Returns:
         Tables and layout, and for every layer whether it rotates at all.
 
     Raises:
-        CheckpointError: there is no rotary module, its table depends on the length of the prompt, or a layer does
+        CheckpointError: There is no rotary module, its table depends on the length of the prompt, or a layer does
             something else with it.
     """
     calls: list[tuple[int, set[str]]] = []

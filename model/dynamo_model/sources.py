@@ -120,10 +120,10 @@ def find_checkpoint(name: str | Path | Checkpoint) -> Checkpoint:
     """Find a checkpoint, fetching it first if it is not on this machine.
 
     Args:
-        name: a folder, a GGUF file, a name in :data:`KNOWN`, or a Hub id; or what this returned before.
+        name: A folder, a GGUF file, a name in `KNOWN`, or a Hub id; or what this returned before.
 
     Raises:
-        CheckpointError: there is nothing of that name, or it cannot be fetched.
+        CheckpointError: There is nothing of that name, or it cannot be fetched.
     """
     if isinstance(name, Checkpoint):
         return name
@@ -157,7 +157,7 @@ def check_base(checkpoint: Checkpoint) -> None:
     """Refuse a folder without a base model in it.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: There is none.
     """
     if checkpoint.gguf or (checkpoint.folder / "config.json").is_file():
         return

@@ -93,7 +93,7 @@ class Cooccurrence:
         return parent, order[rank], found[kept]
 
     def mask(self, order: int, nodes: np.ndarray, chance: np.ndarray, alpha: float) -> np.ndarray:
-        """m^α_c of counted n-grams, [S]: ``(p̂(x_1..x_n) / Π p̂(x_i))^α_c`` (DynaMo, Eq. 3 and 6).
+        """m^α_c of counted n-grams, [S]: `(p̂(x_1..x_n) / Π p̂(x_i))^α_c` (DynaMo, Eq. 3 and 6).
 
         Args:
             order: n, from 2.

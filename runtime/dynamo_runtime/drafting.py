@@ -195,7 +195,7 @@ class Proposer:
     """Chooses drafts among a drafter's guesses, and what the text repeats.
 
     With counts, what the drafter says of a token is multiplied by the co-occurrence mask of the pair that it would end
-    (DynaMo, Eq. 3 and 6, whose first token is settled here): ``f(x_i) · (p̂(x_{i-1}, x_i) / p̂(x_i))^α_c``.
+    (DynaMo, Eq. 3 and 6, whose first token is settled here): `f(x_i) · (p̂(x_{i-1}, x_i) / p̂(x_i))^α_c`.
     """
 
     def __init__(
@@ -318,7 +318,7 @@ def masked(candidates: Candidates, before: int, counts: Cooccurrence, alpha: flo
     If none of them ever was, they stay as they are.
 
     Args:
-        candidates: f.
+        candidates: F.
         before: x_(i-1).
         counts: n-grams.
         alpha: α_c.

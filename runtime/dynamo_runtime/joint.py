@@ -19,7 +19,7 @@ from .topology import Holder, Topology
 
 @dataclass(frozen=True)
 class JointHead(Topology):
-    """One layer, a gate and n · r factors over it: ``Σ_α w_α Π_s p_α^(s)(x_{t+s})``, whose first token is the base's.
+    """One layer, a gate and n · r factors over it: `Σ_α w_α Π_s p_α^(s)(x_{t+s})`, whose first token is the base's.
 
     Attributes:
         rank: Components r.
@@ -86,7 +86,7 @@ class JointDrafter:
     """Draws from the mixture token by token.
 
     With every token that is chosen the components are weighted anew by how likely each had made it,
-    ``w_α ← w_α p_α^(s)(x_s)``: what comes next depends on what was drafted, and its probability is known. The
+    `w_α ← w_α p_α^(s)(x_s)`: what comes next depends on what was drafted, and its probability is known. The
     factors are truncated to their most probable tokens, as the heads of the other drafters are.
     """
 

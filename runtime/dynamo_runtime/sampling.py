@@ -101,7 +101,7 @@ def truncate(logits: np.ndarray, ids: np.ndarray, parameters: SamplingParameters
     Args:
         logits: [K], descending.
         ids: Their tokens, [K].
-        parameters: temperature (0 counts as 1 here: a greedy caller takes the largest), top_k, top_p, min_p.
+        parameters: Temperature (0 counts as 1 here: a greedy caller takes the largest), top_k, top_p, min_p.
 
     Raises:
         ParameterError: No logit is finite (processors forbade every token, or the graph overflowed).

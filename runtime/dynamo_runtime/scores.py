@@ -25,7 +25,7 @@ class Scores:
     choices: np.ndarray
 
     def perplexities(self) -> dict[str, float]:
-        """``ppl_i`` = exp of the mean of nll_i, and ``ppl_1:n`` = exp of the mean of joint / n.
+        """`ppl_i` = exp of the mean of nll_i, and `ppl_1:n` = exp of the mean of joint / n.
 
         Means are over the positions whose tokens are covered (see `coverage`); where none is, the figure is left out.
         """

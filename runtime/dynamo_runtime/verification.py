@@ -38,7 +38,7 @@ def verify(
 
     Args:
         drafts: In order.
-        target: i -> p of the token behind the first i drafts.
+        target: I -> p of the token behind the first i drafts.
         uniform: Gives numbers in [0, 1).
 
     Returns:

@@ -1,4 +1,4 @@
-"""Arguments that commands of ``dynamo-train`` share, and what they mean; needs no torch until a command runs."""
+"""Arguments that commands of `dynamo-train` share, and what they mean; needs no torch until a command runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DATA_HELP = (
 
 
 def add_job(parser: argparse.ArgumentParser, *, out: bool = True) -> None:
-    """Add text and folders; without ``out`` the command completes the folder that its argument ``out`` names."""
+    """Add text and folders; without `out` the command completes the folder that its argument `out` names."""
     parser.add_argument("--data", required=True, help=_DATA_HELP)
     parser.add_argument(
         "--held-out-percent",
@@ -44,7 +44,7 @@ def add_job(parser: argparse.ArgumentParser, *, out: bool = True) -> None:
 
 
 def job_of(arguments: argparse.Namespace) -> Job:
-    """Return what :func:`add_job` added."""
+    """Return what `add_job` added."""
     from .pipeline import Job
 
     how = getattr(arguments, "stream", False), getattr(arguments, "shuffle", 1)
@@ -101,7 +101,7 @@ def add_recipe(parser: argparse.ArgumentParser, *, optimizer: str, length: int, 
 
 
 def add_memory(parser: argparse.ArgumentParser, *, activations: bool = True) -> None:
-    """Add how a model is kept in memory and run; without ``activations`` for one whose layers cannot run twice."""
+    """Add how a model is kept in memory and run; without `activations` for one whose layers cannot run twice."""
     parser.add_argument(
         "--shard",
         action="store_true",
@@ -121,7 +121,7 @@ def add_memory(parser: argparse.ArgumentParser, *, activations: bool = True) -> 
 
 
 def memory_of(arguments: argparse.Namespace) -> Memory:
-    """Return what :func:`add_memory` added."""
+    """Return what `add_memory` added."""
     from .spread import Memory
 
     return Memory(arguments.shard, getattr(arguments, "checkpoint_activations", False), arguments.compile)
@@ -172,10 +172,10 @@ def _rates(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    """Return what :func:`add_recipe` added, and :func:`add_rate` or :func:`add_rates`.
+    """Return what `add_recipe` added, and `add_rate` or `add_rates`.
 
     Raises:
-        CheckpointError: the paper's learning rates go by a base that does not load.
+        CheckpointError: The paper's learning rates go by a base that does not load.
     """
     from .precision import fastest_precision
     from .recipe import Recipe
@@ -223,7 +223,7 @@ def not_negative(text: str) -> float:
 
 
 def size(text: str) -> int:
-    """Return bytes of a size such as ``8GB`` or ``500M``."""
+    """Return bytes of a size such as `8GB` or `500M`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.strip().upper())
     if match is None or not float(match[1]):
         raise argparse.ArgumentTypeError(f"'{text}' is no size such as 8GB")
@@ -231,7 +231,7 @@ def size(text: str) -> int:
 
 
 def setting(text: str) -> tuple[str, str]:
-    """Return the name and value of a setting, ``NAME=VALUE``."""
+    """Return the name and value of a setting, `NAME=VALUE`."""
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise argparse.ArgumentTypeError(f"'{text}' is not NAME=VALUE")

@@ -26,10 +26,10 @@ def measure(checkpoint: Path, source: str, held_out_percent: float) -> dict[str,
     """Measure a multi-token checkpoint on the held-out part of a corpus.
 
     Returns:
-        ``ppl_1`` …, ``ppl_1:2`` … (papers' definitions), and from greedy continuations of held-out prompts, for
-        every further head: ``agreement_i``, the share of positions where its first choice is what the base
-        writes i tokens on, and ``accepted_i``, the same where all heads before it agreed too; with a draft vocabulary
-        ``coverage`` besides.  A conditioned head is told what the base wrote.
+        `ppl_1` …, `ppl_1:2` … (papers' definitions), and from greedy continuations of held-out prompts, for
+        every further head: `agreement_i`, the share of positions where its first choice is what the base
+        writes i tokens on, and `accepted_i`, the same where all heads before it agreed too; with a draft vocabulary
+        `coverage` besides.  A conditioned head is told what the base wrote.
     """
     model = MultiTokenModel.load(checkpoint)
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
@@ -52,9 +52,9 @@ def greedy_agreement(model: MultiTokenModel, prompts: torch.Tensor, new_tokens: 
     """Return how often the further heads' first choice is what the base itself writes, greedily continued.
 
     Args:
-        model: the multi-token model.
-        prompts: token ids [prompts, length].
-        new_tokens: tokens the base writes behind each prompt (end-of-text does not stop it).
+        model: The multi-token model.
+        prompts: Token ids [prompts, length].
+        new_tokens: Tokens the base writes behind each prompt (end-of-text does not stop it).
     """
     base: Any = model.base
     written = base.generate(
@@ -82,14 +82,14 @@ def greedy_agreement(model: MultiTokenModel, prompts: torch.Tensor, new_tokens: 
 
 
 def write_card(checkpoint: Path, source: str, held_out_percent: float) -> None:
-    """Measure a checkpoint and write its card and ``figures.json`` into its folder."""
+    """Measure a checkpoint and write its card and `figures.json` into its folder."""
     figures = measure(checkpoint, source, held_out_percent)
     write_whole(checkpoint / FIGURES_FILE, json.dumps(figures, indent=2) + "\n")
     write_whole(checkpoint / CARD_FILE, card_text(checkpoint, figures))
 
 
 def card_text(checkpoint: Path, figures: dict[str, float]) -> str:
-    """Return the card of a checkpoint, from its own record and what :func:`measure` found."""
+    """Return the card of a checkpoint, from its own record and what `measure` found."""
     config = json.loads((checkpoint / "config.json").read_text())
     n_heads = max(int(name.removeprefix("agreement_")) for name in figures if name.startswith("agreement_"))
     size = sum(path.stat().st_size for path in checkpoint.iterdir() if path.name != CARD_FILE) / 1e6

@@ -24,7 +24,7 @@ from .errors import TrainingError
 
 GZIP = b"\x1f\x8b"
 PACKAGE = "package:"
-"""Prefix that names an installed package as a corpus: ``package:numpy``."""
+"""Prefix that names an installed package as a corpus: `package:numpy`."""
 TABLES = (".jsonl", ".parquet")
 """Endings of the files in a folder whose rows are texts, beside text files."""
 
@@ -33,14 +33,14 @@ def read_corpus(source: str) -> Iterator[Document]:
     """Read a corpus one document at a time.
 
     Args:
-        source: ``stdlib``, ``package:NAME`` (the Python files of an installed package), a ``.jsonl``, ``.parquet`` or
-            ``.txt`` file, or a folder of such and other text files; rows of the first two have a ``text`` column and
-            those of ``.parquet`` may have ``tokens`` besides or instead, a text file is one document.  Several are
-            joined by ``+``: ``stdlib+package:numpy``.
+        source: `stdlib`, `package:NAME` (the Python files of an installed package), a `.jsonl`, `.parquet` or
+            `.txt` file, or a folder of such and other text files; rows of the first two have a `text` column and
+            those of `.parquet` may have `tokens` besides or instead, a text file is one document.  Several are
+            joined by `+`: `stdlib+package:numpy`.
 
     Raises:
-        TrainingError: there is no such thing, or no text in it.
-        PromptError: a line of a ``.jsonl`` file has no text.
+        TrainingError: There is no such thing, or no text in it.
+        PromptError: A line of a `.jsonl` file has no text.
     """
     path = Path(source)
     documents: Iterator[Document]
@@ -73,8 +73,8 @@ class Shard:
     """A part of a corpus that a process reads by itself.
 
     Attributes:
-        source: a corpus that is not joined of others, see :func:`read_corpus`.
-        table: a file of rows in a folder, by its path in there; empty: all that is in no such file.
+        source: A corpus that is not joined of others, see `read_corpus`.
+        table: A file of rows in a folder, by its path in there; empty: all that is in no such file.
     """
 
     source: str
@@ -82,10 +82,10 @@ class Shard:
 
 
 def shards_of(source: str) -> list[Shard]:
-    """Cut a corpus into shards: every ``.jsonl`` and ``.parquet`` file of a folder is one, and whatever else is named.
+    """Cut a corpus into shards: every `.jsonl` and `.parquet` file of a folder is one, and whatever else is named.
 
     Args:
-        source: see :func:`read_corpus`.
+        source: See `read_corpus`.
     """
     shards = []
     for part in _parts(source):
@@ -96,11 +96,11 @@ def shards_of(source: str) -> list[Shard]:
 
 
 def read_shard(shard: Shard) -> Iterator[Document]:
-    """Read a shard: all shards of a corpus together give the documents of :func:`read_corpus`.
+    """Read a shard: all shards of a corpus together give the documents of `read_corpus`.
 
     Raises:
-        TrainingError: as :func:`read_corpus`; a folder's shard may hold no text.
-        PromptError: a line of a ``.jsonl`` file has no text.
+        TrainingError: As `read_corpus`; a folder's shard may hold no text.
+        PromptError: A line of a `.jsonl` file has no text.
     """
     root = Path(shard.source)
     if not root.is_dir():

@@ -15,7 +15,7 @@ _ROWS, _SIZE, _REPEATS = 1024, 1024, 5
 
 
 def fastest_precision() -> str:
-    """``bf16`` if this machine multiplies bfloat16 matrices faster than float32 ones, else ``no``.
+    """`bf16` if this machine multiplies bfloat16 matrices faster than float32 ones, else `no`.
 
     Processors without instructions for bfloat16 emulate it, several times slower than float32.
     """

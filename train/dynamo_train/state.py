@@ -40,9 +40,9 @@ def fingerprint(objective: Objective, streams: TokenStreams, recipe: Any) -> dic
     random numbers of dropout.
 
     Args:
-        objective: the model as it starts, base and what is new, and what it is trained by.
-        streams: the tokens.
-        recipe: of the training.
+        objective: The model as it starts, base and what is new, and what it is trained by.
+        streams: The tokens.
+        recipe: Of the training.
     """
     config = getattr(objective.model, "config", None)
     shape = config.to_dict() if config is not None else {}
@@ -83,12 +83,12 @@ def save(
     """Write a checkpoint into an empty folder; the same one whether the model is sharded or not.
 
     Args:
-        folder: where to; None in the processes that are not the main one, which have to call it as well.
-        objective: whose weights.
-        optimizers: their states, with ``schedules``, one for each.
-        schedules: of the learning rates.
-        random: from `random_state`, of this process.
-        progress: what else there is to say, as JSON.
+        folder: Where to; None in the processes that are not the main one, which have to call it as well.
+        objective: Whose weights.
+        optimizers: Their states, with `schedules`, one for each.
+        schedules: Of the learning rates.
+        random: From `random_state`, of this process.
+        progress: What else there is to say, as JSON.
     """
     states = {
         f"{i}.{number}.{name}": tensor
@@ -110,7 +110,7 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
     """Return what `save` was told of a checkpoint; None if there is no checkpoint.
 
     Raises:
-        TrainingError: there is, and it is damaged or not one of this version.
+        TrainingError: There is, and it is damaged or not one of this version.
     """
     if not folder.exists():
         return None
@@ -137,11 +137,11 @@ def restore(
 ) -> None:
     """Take up what `save` wrote.
 
-    Random numbers go on where they were if there were as many processes, and else begin anew, by ``seed``, step and
+    Random numbers go on where they were if there were as many processes, and else begin anew, by `seed`, step and
     process.
 
     Raises:
-        TrainingError: it is damaged, or belongs to something else.
+        TrainingError: It is damaged, or belongs to something else.
     """
     try:
         ours = _tensors(objective)
@@ -187,7 +187,7 @@ def _random_states(stored: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """Of every process.
 
     Raises:
-        ValueError: they are none of this machine's.
+        ValueError: They are none of this machine's.
     """
     ranks = len({name.partition(".")[0] for name in stored})
     expected = random_state()
@@ -225,7 +225,7 @@ def _optimizer_states(
     """Return states by the number of their parameter, for every optimizer.
 
     Raises:
-        ValueError: they are not those of these parameters.
+        ValueError: They are not those of these parameters.
     """
     states: list[dict[int, dict[str, Tensor]]] = []
     for i, optimizer in enumerate(optimizers):

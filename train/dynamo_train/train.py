@@ -1,4 +1,4 @@
-"""The command ``dynamo-train``."""
+"""The command `dynamo-train`."""
 
 from __future__ import annotations
 

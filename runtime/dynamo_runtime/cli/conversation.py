@@ -42,7 +42,7 @@ def check_stdin() -> None:
     """See that there is something to read.
 
     Raises:
-        PromptError: stdin was closed when the command began.
+        PromptError: Stdin was closed when the command began.
     """
     if sys.stdin is None:
         raise PromptError("stdin is closed: there is nothing to read from it")

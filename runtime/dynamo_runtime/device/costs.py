@@ -63,7 +63,7 @@ class MeasuredDrafterCosts:
         """Take what was measured.
 
         Args:
-            layers: past -> (positions read, milliseconds).
+            layers: Past -> (positions read, milliseconds).
             run: Milliseconds of one that makes drafts.
             conditioned: Whether every draft takes such a run.
         """

@@ -61,7 +61,7 @@ class PlotLine:
         profile: Number of its profile.
         kind: What it is a line of.
         points: (x, y), or (x, y, low, high) with a band around the line.
-        line: matplotlib's style of line.
+        line: Matplotlib's style of line.
         color: Number of its colour and marker, if that is not the profile's.
     """
 
@@ -82,7 +82,7 @@ def check_extra() -> None:
     """See that the page can be made, before anything is measured for it.
 
     Raises:
-        ProfileError: matplotlib or jinja2 is not installed.
+        ProfileError: Matplotlib or jinja2 is not installed.
     """
     hush()
     try:
@@ -100,7 +100,7 @@ def page(profiles: Sequence[Profile], names: Sequence[str]) -> str:
         names: Of the profiles.
 
     Raises:
-        ProfileError: matplotlib or jinja2 is not installed.
+        ProfileError: Matplotlib or jinja2 is not installed.
     """
     check_extra()
     import jinja2
