@@ -57,7 +57,7 @@ class Setting:
 
 
 def settings() -> list[Setting]:
-    """The rows, widest first."""
+    """Return the rows, widest first."""
     eight = [Setting(f"int8, blocks of {size}", "int8", Options(block_size=size)) for size in (32, 64, 128)]
     return [
         *eight,
@@ -92,7 +92,7 @@ def sentences(engine: Engine, spoken: list[Conversation]) -> list[str]:
 
 
 def measure(bundle: Bundle, spoken: list[Conversation], library: list[list[int]], theirs: list[str]) -> dict[str, Any]:
-    """Figures of one bundle.
+    """Return figures of one bundle.
 
     Args:
         bundle: It.
@@ -135,7 +135,7 @@ def time_passes(bundles: dict[str, Bundle], rounds: int) -> dict[str, dict[str, 
 
 
 def table(figures: dict[str, dict[str, Any]], held_out: int, asked: int) -> str:
-    """The table for docs/quantization.md."""
+    """Return the table for docs/quantization.md."""
     full = figures[FP32]
     lines = [
         f"| | MB | PPL_1, own answers | PPL_1, library | changed, of {held_out} held out | changed, of all {asked} "

@@ -57,12 +57,12 @@ This page is written by `python benchmarks/architectures.py` from the tables in 
 
 
 def document() -> str:
-    """The whole page."""
+    """Return the whole page."""
     return "\n".join([INTRO, SUPPORTED, supported().markdown(), "", REFUSALS, refused().markdown(), OUTRO])
 
 
 def supported() -> Table:
-    """One row an architecture, from all its configurations in the tests."""
+    """Return one row an architecture, from all its configurations in the tests."""
     columns = ["architecture", "attention", "rotation", "behind the output embedding", "look-ahead embeddings"]
     cells: dict[str, list[tuple[list[str], ...]]] = {}
     for config in CONFIGS.values():
@@ -73,7 +73,7 @@ def supported() -> Table:
 
 
 def refused() -> Table:
-    """One row an architecture."""
+    """Return one row an architecture."""
     rows = []
     for config, _ in REFUSED.values():
         base = random_base(config)

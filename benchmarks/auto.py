@@ -27,9 +27,9 @@ from tqdm import tqdm
 from dynamo_quantize.texts import pieces
 from dynamo_runtime import Backend, Engine, Step, load_bundle
 from dynamo_runtime.device.profile import Profile
+from dynamo_runtime.generation_statistics import Statistics
 from dynamo_runtime.profiling.measure import FULL, QUICK, measure
 from dynamo_runtime.sampling import Candidates, Context, Target
-from dynamo_runtime.statistics import Statistics
 from dynamo_runtime.strategies import Autoregressive, Speculative, make_strategy
 
 PROMPT_TOKENS = 64
@@ -46,12 +46,12 @@ class Forced(Target):
     text: Sequence[int]
 
     def distribution(self, step: Step, context: Context, row: int = -1) -> Candidates:
-        """All of it on the next token of the text."""
+        """Return all of it on the next token of the text."""
         super().distribution(step, context, row)
         return Candidates(np.array([self.text[len(context.tokens)]]), np.ones(1))
 
     def sample(self, step: Step, context: Context, uniform: float, row: int = -1) -> int:
-        """The next token of the text."""
+        """Return the next token of the text."""
         return int(self.distribution(step, context, row).ids[0])
 
 
@@ -82,7 +82,7 @@ def decode(
 
 
 def run(multi: Engine, plain: Engine, count: int, new_tokens: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """All texts and settings; returns rows by text and setting."""
+    """Return all texts and settings; returns rows by text and setting."""
     rng = np.random.default_rng(0)
     texts = pieces(multi.bundle, None, count, PROMPT_TOKENS + new_tokens + 8, held_out=True)
     ways = settings(multi, plain)
@@ -103,7 +103,7 @@ def run(multi: Engine, plain: Engine, count: int, new_tokens: int, rounds: int) 
 
 
 def summarize(found: dict[str, list[list[Statistics]]]) -> dict[str, Any]:
-    """Figures of one text by setting; speeds of all rounds of a prompt together."""
+    """Return figures of one text by setting; speeds of all rounds of a prompt together."""
 
     def sums(name: str) -> tuple[list[float], list[float], list[float]]:
         tokens = [sum(float(s.new_tokens - s.first_tokens) for s in of_prompt) for of_prompt in found[name]]
@@ -129,7 +129,7 @@ def summarize(found: dict[str, list[list[Statistics]]]) -> dict[str, Any]:
 
 
 def cell(value: Interval) -> str:
-    """An estimate with its interval."""
+    """Return an estimate with its interval."""
     return f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
 
 

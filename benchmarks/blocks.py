@@ -48,7 +48,7 @@ def texts_of(full: Bundle) -> tuple[list[list[int]], str]:
 
 
 def in_passes(session: Session, text: list[int], width: int) -> np.ndarray:
-    """Logits [positions, heads, vocab] from passes over `width` tokens."""
+    """Return logits [positions, heads, vocab] from passes over `width` tokens."""
     session.cache.reset()
     found = []
     for at in range(0, len(text), width):
@@ -59,7 +59,7 @@ def in_passes(session: Session, text: list[int], width: int) -> np.ndarray:
 
 
 def exactness(bundle: Bundle, texts: list[list[int]], threads: int) -> dict[str, Any]:
-    """Passes over several rows against passes over one."""
+    """Pass over several rows against passes over one."""
     session = Engine(bundle, provider="cpu", threads=threads).session
     difference, changed, compared = 0.0, 0, 0
     for text in texts:
@@ -73,7 +73,7 @@ def exactness(bundle: Bundle, texts: list[list[int]], threads: int) -> dict[str,
 
 
 def time_passes(bundles: dict[int, Bundle], threads: int, past: int, rounds: int) -> dict[int, dict[int, list[float]]]:
-    """Seconds [rounds] of passes behind the same text, by block size and width."""
+    """Return seconds [rounds] of passes behind the same text, by block size and width."""
     text = np.random.default_rng(0).integers(1, next(iter(bundles.values())).vocab_size, past + WIDTHS[-1]).tolist()
     sessions = {size: Engine(bundle, provider="cpu", threads=threads).session for size, bundle in bundles.items()}
     for session in sessions.values():
@@ -99,7 +99,7 @@ def median_ratio(top: list[float], bottom: list[float]) -> Interval:
 
 
 def measure(bundles: dict[int, Bundle], texts: list[list[int]], rounds: int) -> list[dict[str, Any]]:
-    """A row for every number of threads and block size."""
+    """Return a row for every number of threads and block size."""
     rows = []
     for threads in THREADS:
         taken = {past: time_passes(bundles, threads, past, rounds) for past in PASTS}
@@ -116,7 +116,7 @@ def measure(bundles: dict[int, Bundle], texts: list[list[int]], rounds: int) -> 
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The table for docs/quantization.md."""
+    """Return the table for docs/quantization.md."""
     multiples = [f"T({m}) ÷ T(1)" for m in WIDTHS[1:]]
     heads = [f"{name}, past {past:,}" for past in PASTS for name in (f"T(1) ÷ {SIZES[0]}'s", *multiples)]
     titles = ["threads", "blocks of", "MB", *heads, "max \\|Δlogit\\| by width", "choices changed"]

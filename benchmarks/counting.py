@@ -4,8 +4,8 @@
     python benchmarks/counting.py --table
 
 Text is drawn from Zipf's law, a token at a time, which is the hardest case: hardly an n-gram comes twice.  Every
-engine counts in a process of its own, and files are compared bit by bit.  ``memory`` and ``duckdb`` count a file of
-tokens; ``spark`` reads and tokenises shards of text in one process of two threads, ``cluster`` on a standalone master
+engine counts in a process of its own, and files are compared bit by bit.  `memory` and `duckdb` count a file of
+tokens; `spark` reads and tokenises shards of text in one process of two threads, `cluster` on a standalone master
 and worker that are started on loopback.  With --merge, runs go into what --out has already.
 """
 
@@ -52,7 +52,7 @@ def zipf_tokens(tokens: int, path: Path) -> None:
 
 
 def write_shards(stream: Path, folder: Path) -> None:
-    """The same documents as text, a word a token, in parquet files."""
+    """Write the same documents as text, a word a token, in parquet files."""
     import pyarrow
     import pyarrow.parquet
 
@@ -64,7 +64,7 @@ def write_shards(stream: Path, folder: Path) -> None:
 
 
 def count(engine: str, stream: Path, shards: Path, out: Path, limit: int, min_counts: list[int], master: str) -> None:
-    """What a measured process does: count, and say its own peak of memory."""
+    """Count in a process that is measured, and say its own peak of memory."""
     from dynamo_train.counting import Counting, write_counts, write_counts_of_corpus
 
     began = time.perf_counter()
@@ -98,7 +98,7 @@ def _tokenizer() -> str:
 
 
 def measured(engine: str, folder: Path, options: list[str]) -> dict[str, Any]:
-    """Run :func:`count` in a process, and watch memory of all it starts, and the disk it takes."""
+    """Run `count` in a process, and watch memory of all it starts, and the disk it takes."""
     out = folder / "counts.npz"
     command = [sys.executable, __file__, "--count", engine, str(folder), *options]
     most, disk = 0, 0
@@ -150,7 +150,7 @@ def _disk(folder: Path) -> int:
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[str]:
-    """A standalone master and one worker of two cores on loopback; gives the master's URL."""
+    """Yield a standalone master and one worker of two cores on loopback; gives the master's URL."""
     import pyspark
 
     home = Path(pyspark.__file__).parent
@@ -201,7 +201,7 @@ def _wait_for(host: str, port: int, seconds: float = 60) -> None:
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All runs that are asked for."""
+    """Return all runs that are asked for."""
     runs = []
     for tokens in arguments.tokens:
         with tempfile.TemporaryDirectory(dir=arguments.work) as name:
@@ -222,7 +222,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The runs as a table, and whether all engines wrote the same."""
+    """Return the runs as a table, and whether all engines wrote the same."""
     lines = [
         f"Zipf text of {VOCAB} tokens, {results['machine']}:",
         "",

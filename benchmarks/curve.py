@@ -23,11 +23,11 @@ COLUMNS = ("greedy_tokens_a_pass", "tokens_a_pass", "greedy_1", "greedy_2", "gre
 
 
 def table(lines: list[dict[str, Any]], tokens: int) -> str:
-    """A row for every validation, with the seconds so far where they were noted.
+    """Return a row for every validation, with the seconds so far where they were noted.
 
     Args:
-        lines: of the metrics.
-        tokens: of a step.
+        lines: Of the metrics.
+        tokens: Of a step.
     """
     lines = [line for line in lines if COLUMNS[0] in line]
     timed = "seconds" in lines[0]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from page import wrapped
 
-from dynamo_runtime.device.costs import MadeCurve
+from dynamo_runtime.device.costs import MeasuredDrafterCosts
 from dynamo_runtime.device.profile import Profile
 from dynamo_runtime.errors import ProfileError
 from dynamo_runtime.files import write_whole
@@ -36,7 +36,7 @@ This page is written by `python benchmarks/devices.py` from `benchmarks/results/
 
 
 def load(folder: Path) -> list[Profile]:
-    """The profiles of a folder, by the names of their files.
+    """Return the profiles of a folder, by the names of their files.
 
     Raises:
         ProfileError: There is none, or one of them cannot be read.
@@ -48,14 +48,14 @@ def load(folder: Path) -> list[Profile]:
 
 
 def document(profiles: list[Profile]) -> str:
-    """The whole page."""
+    """Return the whole page."""
     sections = [f"## {_machine(p)}: {p.bundle.name}, {p.bundle.precision}\n\n{report.markdown(p)}\n" for p in profiles]
     page = "\n".join([INTRO, overview(profiles).markdown() + "\n", *sections])
     return wrapped(page)
 
 
 def overview(profiles: list[Profile]) -> Table:
-    """One row a profile."""
+    """Return one row a profile."""
     columns = ["device", "provider", "bundle", "precision", "plain, tokens/s", f"pass of {ROWS} rows ÷ 1"]
     columns += ["with further heads", "best strategy", "tokens/s ÷ plain"]
     return Table("Overview", columns, [_row(profile) for profile in profiles])
@@ -84,10 +84,10 @@ def _row(profile: Profile) -> list[str]:
 
 
 def _with_drafts(profile: Profile, without: float | None, past: int) -> float | None:
-    """A pass and, from the drafter's graph, as many drafts as it has rows but one."""
+    """Return a pass and, from the drafter's graph, as many drafts as it has rows but one."""
     if without is None or profile.drafter is None:
         return None
-    making = MadeCurve.of(profile.drafter)
+    making = MeasuredDrafterCosts.of(profile.drafter)
     return without + making.begin(1, past) + making.further * (ROWS - 1)
 
 

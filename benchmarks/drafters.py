@@ -101,7 +101,7 @@ def export_all(model: Path, also: dict[str, Path], folder: Path) -> dict[str, Ex
 
 
 def settings(bundles: dict[str, Exported], confidence: float) -> list[Setting]:
-    """The rows: plain and every drafter, greedily and sampled, with the mask on drafts and without."""
+    """Return the rows: plain and every drafter, greedily and sampled, with the mask on drafts and without."""
     rows = []
     drafters = [name for name in bundles if name != PLAIN]
     longest = max((name for name in drafters if name.startswith("T")), default=None)
@@ -157,7 +157,7 @@ def summarize(
     bundles: dict[str, Exported],
     prompts: list[Said],
 ) -> dict[str, dict[str, Any]]:
-    """The table's figures."""
+    """Return the table's figures."""
 
     def size(name: str) -> int:
         return sum(file.bytes for file in engines[name].bundle.files.values())
@@ -188,7 +188,7 @@ def summarize(
 
 
 def table(summary: dict[str, dict[str, Any]]) -> str:
-    """The summary as a Markdown table."""
+    """Return the summary as a Markdown table."""
     lines = [
         "| drafter | tokens/pass | accepted at depth 1, 2, … | tokens/s ÷ plain | extra parameters | extra MB "
         "| texts not plain's (at near ties) |",

@@ -55,7 +55,9 @@ WAYS = ("plain", "inside", "a", "b", "c")
 
 
 def joined(bundle: Bundle, *, draft: bool) -> onnx.ModelProto:
-    """The base's graph and the heads' layers as one, and if wanted the words behind them; nothing is conditioned.
+    """Return the base's graph and the heads' layers as one, and if wanted the words behind them.
+
+    Nothing is conditioned.
 
     The layers' caches follow those of the base; the heads' words are `ahead_logits` and so on.
     """
@@ -96,7 +98,7 @@ def joined(bundle: Bundle, *, draft: bool) -> onnx.ModelProto:
 
 
 def behind(graph: onnx.GraphProto, values: set[str]) -> list[onnx.NodeProto]:
-    """The nodes that depend on one of some values; they stand in the order in which they are run."""
+    """Return the nodes that depend on one of some values; they stand in the order in which they are run."""
     reached, found = set(values), []
     for node in graph.node:
         if reached & set(node.input):
@@ -153,7 +155,7 @@ def inside(bundle: Bundle) -> onnx.ModelProto:
 
 
 def layers_inside(bundle: Bundle) -> onnx.ModelProto:
-    """The layers at all rows; their states are put out."""
+    """Return the layers at all rows; their states are put out."""
     model = joined(bundle, draft=False)
     model.graph.output.append(helper.make_tensor_value_info(HEAD_STATES, TensorProto.FLOAT, None))
     return _ordered(model)
@@ -188,7 +190,7 @@ def finding_the_row(bundle: Bundle) -> onnx.ModelProto:
 
 
 def _ordered(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The nodes in an order in which they can be run."""
+    """Return the nodes in an order in which they can be run."""
     graph = model.graph
     known = {value.name for value in (*graph.input, *graph.initializer)} | {""}
     todo = list(graph.node)
@@ -321,7 +323,7 @@ def table(content: dict[str, Any]) -> str:
 
 
 def describe(bundle: Bundle) -> str:
-    """What a row of the table is about."""
+    """Return what a row of the table is about."""
     assert bundle.drafter is not None
     words = "all words" if bundle.drafter.vocabulary is None else f"{len(bundle.drafter.vocabulary):,} words"
     told = ", conditioned" if bundle.drafter.conditioned else ""

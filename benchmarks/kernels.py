@@ -32,7 +32,7 @@ NUMPY: dict[int, Any] = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.
 def make_session(
     node: onnx.NodeProto, inputs: list[Any], outputs: dict[str, int], weights: dict[str, np.ndarray]
 ) -> Any:
-    """A session of one node."""
+    """Return a session of one node."""
     graph = helper.make_graph(
         [node],
         "kernel",

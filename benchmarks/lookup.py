@@ -67,7 +67,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def texts_to_follow(engine: Engine) -> dict[str, list[int]]:
-    """Texts of `CONTEXT` and `STEPS` tokens by name."""
+    """Return texts of `CONTEXT` and `STEPS` tokens by name."""
     rng, length = np.random.default_rng(0), CONTEXT + STEPS
     code: list[int] = []
     for document in standard_library():
@@ -124,7 +124,7 @@ def _bytes_a_token(text: Sequence[int]) -> float:
 def decode(
     engine: Engine, prompts: Mapping[str, Sequence[str]], chat: bool, rounds: int, new_tokens: int
 ) -> list[dict]:
-    """Every way on every prompt in turn; a row for every kind of prompts and way."""
+    """Return every way on every prompt in turn; a row for every kind of prompts and way."""
     rows = {(kind, way): Counter[str]() for kind in prompts for way in WAYS}
     for turn in range(rounds + 1):  # the first round warms up
         for kind, questions in prompts.items():
@@ -164,7 +164,7 @@ def decode(
 def _decode_once(
     engine: Engine, prompt: str | list[int], way: str, new_tokens: int, temperature: float
 ) -> tuple[tuple[int, ...], Counter[str]]:
-    """One text, and what it cost."""
+    """Return one text, and what it cost."""
     engine.reset()
     parameters = engine.bundle.parameters({"temperature": temperature})
     options = WAYS[way]
@@ -187,7 +187,10 @@ def _decode_once(
 def rates(
     engine: Engine, prompts: Mapping[str, Sequence[str]], chat: bool, new_tokens: int
 ) -> dict[str, tuple[int, int]]:
-    """How often what follows a match was right in answers: (right, seen) by the length of the match and agreement."""
+    """Return how often what follows a match was right in answers.
+
+    Counts are (right, seen) by the length of the match and agreement.
+    """
     found: dict[str, tuple[int, int]] = {}
     for question in [each for questions in prompts.values() for each in questions]:
         tokens = engine.encode(question)
@@ -213,7 +216,7 @@ _GROUPS = ((32, "32 or more"), (16, "16 to 31"), (8, "8 to 15"), (5, "5 to 7"), 
 
 
 def show(costs: Mapping[str, Mapping[str, float]], rows: Sequence[Mapping[str, Any]], right: Mapping[str, Any]) -> str:
-    """The tables as Markdown."""
+    """Return the tables as Markdown."""
     lines = [
         f"| text | ms to begin with {CONTEXT:,} tokens | µs a step, median | mean | 99 % | bytes a token |",
         "|---|---|---|---|---|---|",

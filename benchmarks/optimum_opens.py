@@ -21,7 +21,7 @@ PROMPTS = ("The capital of France is", "def read(path):\n", "Once upon a time")
 
 
 def written_by_optimum(bundle: Path, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """New tokens of each prompt, by ``ORTModelForCausalLM`` and transformers' own greedy search."""
+    """Return new tokens of each prompt, by `ORTModelForCausalLM` and transformers' own greedy search."""
     import torch
     from optimum.onnxruntime import ORTModelForCausalLM
 

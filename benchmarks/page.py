@@ -8,7 +8,7 @@ WIDTH = 120
 
 
 def wrapped(page: str) -> str:
-    """A page whose paragraphs stand on one line each, in lines of :data:`WIDTH`; rows and headings stay one."""
+    """Return a page whose paragraphs stand on one line each, in lines of `WIDTH`; rows and headings stay one."""
     return "".join(f"{_wrapped(line)}\n" for line in page.splitlines())
 
 

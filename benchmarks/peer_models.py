@@ -21,7 +21,7 @@ class PeerError(DynamoError):
 
 
 def kept(path: Path, make: Callable[[Path], None]) -> Path:
-    """A file or folder that is made once, and is there only when it is whole.
+    """Return a file or folder that is made once, and is there only when it is whole.
 
     Args:
         path: Where it is to lie.
@@ -51,7 +51,7 @@ def run(command: list[str]) -> None:
 
 
 def checkpoint(name: str, work: Path) -> Path:
-    """A model's weights and tokenizer as a folder of transformers, in fp32.
+    """Return a model's weights and tokenizer as a folder of transformers, in fp32.
 
     Args:
         name: As `dynamo-export -m` takes it.
@@ -68,7 +68,7 @@ def checkpoint(name: str, work: Path) -> Path:
 
 
 def genai_model(python: str, name: str, work: Path, bits: int, block: int) -> Path:
-    """What onnxruntime-genai's own builder makes of the checkpoint, with activations in int8 as ours.
+    """Return what onnxruntime-genai's own builder makes of the checkpoint, with activations in int8 as ours.
 
     Args:
         python: The interpreter that has onnxruntime-genai.
@@ -88,7 +88,7 @@ def genai_model(python: str, name: str, work: Path, bits: int, block: int) -> Pa
 
 
 def gguf_model(name: str, work: Path, form: str, llama_cpp: Path) -> Path:
-    """The checkpoint's GGUF file in another precision, or itself where it is in that.
+    """Return the checkpoint's GGUF file in another precision, or itself where it is in that.
 
     Args:
         name: As `dynamo-export -m` takes it; its checkpoint has to be a GGUF file.
@@ -111,7 +111,7 @@ def gguf_model(name: str, work: Path, form: str, llama_cpp: Path) -> Path:
 
 
 def program(llama_cpp: Path, name: str) -> Path:
-    """A program of a build of llama.cpp.
+    """Return a program of a build of llama.cpp.
 
     Raises:
         PeerError: It is not there.

@@ -67,7 +67,7 @@ class Ours(Peer):
         self.version = f"{runtime.__version__}, auto plans by {planned}"
 
     def run(self, prompt: list[int], count: int, way: dict[str, Any], to_the_end: bool) -> dict[str, Any]:
-        """One text."""
+        """Return one text."""
         self._engine.reset()
         found = self._engine.generate(prompt, max_new_tokens=count, seed=0, ignore_eos=not to_the_end, **way)
         spent = found.statistics
@@ -96,7 +96,7 @@ class Genai(Peer):
         self.version = self._genai.__version__
 
     def run(self, prompt: list[int], count: int, way: dict[str, Any], to_the_end: bool) -> dict[str, Any]:
-        """One text; without `to_the_end`, end-of-sequence tokens are kept from being chosen."""
+        """Return one text; without `to_the_end`, end-of-sequence tokens are kept from being chosen."""
         length = len(prompt) + count
         parameters = self._genai.GeneratorParams(self._model)
         least = {} if to_the_end else {"min_length": length}
@@ -133,7 +133,7 @@ class Transformers(Peer):
         self.version = f"{transformers.__version__}, torch {self._torch.__version__}"
 
     def run(self, prompt: list[int], count: int, way: dict[str, Any], to_the_end: bool) -> dict[str, Any]:
-        """One text; without `to_the_end`, end-of-sequence tokens are kept from being chosen."""
+        """Return one text; without `to_the_end`, end-of-sequence tokens are kept from being chosen."""
         times: list[float] = []
 
         class Clock:
@@ -189,7 +189,7 @@ class LlamaCpp(Peer):
         self._server.wait()
 
     def run(self, prompt: list[int], count: int, way: dict[str, Any], to_the_end: bool) -> dict[str, Any]:
-        """One text; without `to_the_end`, end-of-sequence tokens are kept from being chosen."""
+        """Return one text; without `to_the_end`, end-of-sequence tokens are kept from being chosen."""
         job = {"prompt": prompt, "n_predict": count, "temperature": 0.0, "samplers": ["temperature"]}
         job |= {"cache_prompt": False, "return_tokens": True, "ignore_eos": not to_the_end}
         request = urllib.request.Request(

@@ -117,7 +117,7 @@ class Worker:
         self.version, self.load_s = ready["version"], ready["load_s"]
 
     def ask(self, prompt: list[int], new_tokens: int, way: dict[str, Any], to_the_end: bool = False) -> dict[str, Any]:
-        """One text, and what it cost."""
+        """Return one text, and what it cost."""
         assert self._process.stdin is not None
         time.sleep(PAUSE)
         job = {"prompt": prompt, "new_tokens": new_tokens, "way": way, "to_the_end": to_the_end}
@@ -147,7 +147,7 @@ class Worker:
 
 
 def has(python: str, module: str) -> bool:
-    """Whether an interpreter has a module."""
+    """Tell whether an interpreter has a module."""
     test = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
     try:
         return subprocess.run([python, "-c", test], capture_output=True).returncode == 0
@@ -156,7 +156,7 @@ def has(python: str, module: str) -> bool:
 
 
 def our_peers(precision: str, plain: Path, heads: Path | None) -> Iterator[Peer]:
-    """This project, on a plain bundle and on one with further heads."""
+    """Start this project, on a plain bundle and on one with further heads."""
     greedy = DECODING["greedy"]
     ways = {PLAIN: greedy | {"strategy": "autoregressive"}, "auto": greedy | {"strategy": "auto"}}
     lookup = greedy | {"strategy": "speculative", "drafter": "lookup"}
@@ -169,7 +169,7 @@ def our_peers(precision: str, plain: Path, heads: Path | None) -> Iterator[Peer]
 
 
 def genai_peers(precision: str, plain: Path, own: Callable[[], Path], python: str) -> Iterator[Peer]:
-    """onnxruntime-genai, on our bundle and on one of its own builder's."""
+    """Start onnxruntime-genai, on our bundle and on one of its own builder's."""
     ways: dict[str, dict[str, Any]] = {PLAIN: {}, **GENAI_DRAFTING}
     drafting = ", ".join(f"{name}={value}" for name, value in GENAI_DRAFTING["n-gram"].items())
     flags = f"do_sample=False; n-gram: {drafting}"
@@ -180,7 +180,7 @@ def genai_peers(precision: str, plain: Path, own: Callable[[], Path], python: st
 
 
 def llama_peers(precision: str, forms: dict[str, Path], server: Path) -> Iterator[Peer]:
-    """llama.cpp's server: how it drafts is said when it starts, so every way is a process."""
+    """Start llama.cpp's server, a process for every way to draft, as that is said when it starts."""
     for form, model in forms.items():
         kinds: dict[str, list[str]] = {PLAIN: []} | (DRAFTING if form == next(iter(forms)) else {})
         for way, flags in kinds.items():
@@ -190,7 +190,7 @@ def llama_peers(precision: str, forms: dict[str, Path], server: Path) -> Iterato
 
 
 def peers(arguments: argparse.Namespace, precision: str, bundle: Bundle) -> Iterator[Peer]:
-    """All peers of a precision that are here; the others are named, with how to get them."""
+    """Yield all peers of a precision that are here; the others are named, with how to get them."""
     bits, forms = PRECISIONS[precision]
     base, work = arguments.model, arguments.work
     pythons = {"genai": sys.executable, "transformers": sys.executable} | dict(arguments.peer_python)
@@ -227,13 +227,13 @@ Running = list[tuple[Peer, Worker]]
 
 
 def in_turn(every: list[Any], turn: int) -> list[Any]:
-    """All of them, beginning elsewhere each time."""
+    """Return all of them, beginning elsewhere each time."""
     shift = turn % len(every)
     return every[shift:] + every[:shift]
 
 
 def fixed_lengths(running: Running, text: list[int], rounds: int, new_tokens: int) -> list[dict[str, Any]]:
-    """Reading and plain decoding at fixed lengths: a row a peer and measure, with a value a round."""
+    """Time reading and plain decoding at fixed lengths: a row a peer and measure, with a value a round."""
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     able = [(peer, worker) for peer, worker in running if PLAIN in peer.ways]
     jobs = {"prefill": (PREFILL, 1), "short": (SHORT, new_tokens), "long": (LONG, new_tokens)}
@@ -255,7 +255,7 @@ Texts = dict[tuple[str, int], list[int]]
 
 
 def first_answers(engine: Engine, prompts: dict[str, list[list[int]]], new_tokens: int) -> dict[str, list[int]]:
-    """How many tokens every answer is to have: what plain decoding writes before its end."""
+    """Return how many tokens every answer is to have: what plain decoding writes before its end."""
     lengths: dict[str, list[int]] = {}
     for task, questions in prompts.items():
         for question in questions:
@@ -270,7 +270,7 @@ def first_answers(engine: Engine, prompts: dict[str, list[list[int]]], new_token
 def answers(
     running: Running, prompts: dict[str, list[list[int]]], lengths: dict[str, list[int]], texts: dict[str, Texts]
 ) -> list[dict[str, Any]]:
-    """Every way on every prompt; rows with a value a prompt, and the texts in `texts`, by peer and way."""
+    """Return every way on every prompt; rows with a value a prompt, and the texts in `texts`, by peer and way."""
     rows: dict[tuple[str, str, str, str], dict[str, Any]] = {}
     able = [(peer, worker, way) for peer, worker in running for way in peer.ways]
     for task, questions in prompts.items():
@@ -290,7 +290,7 @@ def answers(
 
 
 def agreement(texts: dict[str, Texts]) -> list[dict[str, Any]]:
-    """How far greedy texts agree: with the peer's own plain decoding, and with ours at the same precision."""
+    """Return how far greedy texts agree: with the peer's own plain decoding, and with ours at the same precision."""
     rows = []
     for key, own in texts.items():
         precision, name, way = key.split("/")
@@ -307,12 +307,12 @@ def agreement(texts: dict[str, Texts]) -> list[dict[str, Any]]:
 
 
 def common(a: list[int], b: list[int]) -> int:
-    """Tokens at the beginning that are the same."""
+    """Return tokens at the beginning that are the same."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All figures, as the file holds them."""
+    """Return all figures, as the file holds them."""
     content: dict[str, Any] = {
         "machine": f"{describe_machine()}; Python {platform.python_version()}",
         "taken": arguments.note,
@@ -350,7 +350,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def described(peer: Peer, worker: Worker) -> dict[str, Any]:
-    """What a peer is and what it took."""
+    """Return what a peer is and what it took."""
     return {
         "precision": peer.precision,
         "peer": peer.name,

@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 
 def of(rows: list[Row], **wanted: str) -> list[Row]:
-    """The rows that have all of these values."""
+    """Return the rows that have all of these values."""
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
@@ -54,7 +54,7 @@ def time_ratio(ours: Row, theirs: Row) -> Interval:
 
 
 def per_token(row: Row) -> float:
-    """Seconds a token."""
+    """Return seconds a token."""
     return float(sum(row["seconds"]) / sum(row["tokens"]))
 
 
@@ -64,7 +64,7 @@ def precisions(content: Row) -> list[str]:
 
 
 def who(content: Row) -> Table:
-    """What was run, and what it takes."""
+    """Return what was run, and what it takes."""
     columns = ["precision", "peer", "decoding", "version", "flags", "model, MB", "load, s", "peak memory, MB"]
     rows = [
         [
@@ -83,7 +83,7 @@ def who(content: Row) -> Table:
 
 
 def lengths(content: Row) -> Table:
-    """Reading and plain decoding at fixed lengths."""
+    """Return the table of reading and plain decoding at fixed lengths."""
     columns = ["precision", "peer", "reading 512, tokens/s", "ms a token behind 64", "ours ÷ it"]
     columns += ["ms a token behind 1,024", "ours ÷ it"]
     rows = []
@@ -198,7 +198,7 @@ def texts(content: Row) -> Table:
 
 
 def summary(content: Row) -> str:
-    """Where we are ahead and where behind, in sentences made of the figures."""
+    """Return where we are ahead and where behind, in sentences made of the figures."""
     lines = []
     for precision in precisions(content):
         ahead, behind = [], []
@@ -223,7 +223,7 @@ def _listed(names: list[str]) -> str:
 
 
 def document(content: Row) -> str:
-    """The whole page."""
+    """Return the whole page."""
     conditions, note = content["conditions"], content["taken"]
     marked = f" **{note}.**" if note else ""
     intro = f"""# Beside what you could use instead
@@ -308,7 +308,7 @@ def plot(content: Row, path: Path) -> None:
 
 
 def best_of(content: Row, precision: str, peer: str, task: str) -> float:
-    """Tokens a second of a peer's fastest lossless way."""
+    """Return tokens a second of a peer's fastest lossless way."""
     rows = of(content["answers"], precision=precision, peer=peer, task=task)
     return 1 / min(per_token(row) for row in rows if row["way"] not in NOT_LOSSLESS)
 

@@ -40,7 +40,7 @@ CHARACTER, LINE, MARGIN = 8.4, 22, 14  # width of a character of 14 pixels, heig
 
 
 def prompt_of(name: str) -> str:
-    """A prompt by its id, such as `edit-18`."""
+    """Return a prompt by its id, such as `edit-18`."""
     file = PROMPTS / f"{name.partition('-')[0]}.jsonl"
     rows = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     found = [str(row["prompt"]) for row in map(json.loads, rows) if row["id"] == name]
@@ -85,7 +85,7 @@ def wrapped(spans: Sequence[Span]) -> Iterator[list[Span]]:
 
 
 def row(line: Sequence[Span], top: float, colour: str = "#111") -> list[str]:
-    """One line of the picture: a ground behind every draft, and the text on it."""
+    """Return one line of the picture: a ground behind every draft, and the text on it."""
     shapes, words, column = [], [], 0
     for text, origin in line:
         left, width = MARGIN + column * CHARACTER, len(text) * CHARACTER
@@ -102,7 +102,7 @@ def row(line: Sequence[Span], top: float, colour: str = "#111") -> list[str]:
 
 
 def legend(origins: Sequence[Origin], top: float) -> list[str]:
-    """What the colours mean, of those that there are."""
+    """Return what the colours mean, of those that there are."""
     found, shapes, left = counts(origins), [], float(MARGIN)
     for kind in KINDS:
         if not found[kind]:
@@ -120,7 +120,7 @@ def legend(origins: Sequence[Origin], top: float) -> list[str]:
 
 
 def drawn(found: dict[str, Any]) -> str:
-    """The picture, as SVG."""
+    """Return the picture, as SVG."""
     spans = [Span(text, Origin(depth, source)) for text, depth, source in found["spans"]]
     asked_lines = [line for part in prompt_of(found["prompt"]).split("\n") for line in textwrap.wrap(part, COLUMNS)]
     shapes: list[str] = []
@@ -146,7 +146,7 @@ def drawn(found: dict[str, Any]) -> str:
 
 
 def load_results() -> dict[str, Any]:
-    """What the results file says."""
+    """Return what the results file says."""
     loaded: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
     return loaded
 

@@ -49,7 +49,7 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def folder_of(work: Path, name: str) -> Path:
-    """Where the bundle of a scheme lies."""
+    """Return where the bundle of a scheme lies."""
     return work / name.replace(", ", "-").replace(" ", "-")
 
 
@@ -72,7 +72,7 @@ def make(work: Path) -> None:
 
 
 def logits_of(bundle: Any, text: list[int], width: int) -> np.ndarray:
-    """Logits [SCORED, V] of a text's beginning from passes over `width` tokens."""
+    """Return logits [SCORED, V] of a text's beginning from passes over `width` tokens."""
     from dynamo_runtime.session import Session
     from dynamo_runtime.step import ALL, NONE
 
@@ -128,7 +128,7 @@ def run(work: Path, name: str, command: list[str]) -> None:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """A cell of the first table."""
+    """Return a cell of the first table."""
     if row["exact"]:
         return "exact"
     if row["holds"]:
@@ -137,7 +137,10 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def errors(row: dict[str, Any], first: dict[str, Any]) -> str:
-    """A cell of the second table: what passes over one token and over several are off by, in units of the first's."""
+    """Return a cell of the second table.
+
+    It says what passes over one token and over several are off by, in units of the first's.
+    """
     of = first[ONE] or 1.0
     ratios = [row[key] / of for key in (ONE, SEVERAL)]
     if not first[ONE]:  # full precision, which is what all are held against

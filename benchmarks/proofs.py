@@ -73,7 +73,7 @@ def prove(engine: Engine, decoding: str, prompts: list[list[int]], new_tokens: i
 
 
 def table(bundles: dict[str, list[dict[str, Any]]]) -> Table:
-    """A row for every bundle, drafter and decoding."""
+    """Return a row for every bundle, drafter and decoding."""
     columns = [
         "bundle",
         "drafter",

@@ -44,13 +44,13 @@ SHOWN = ("nll", "distinct_3", "repetition", "parsing", "mauve")
 
 
 def load(name: str) -> dict[str, Any]:
-    """One report."""
+    """Return one report."""
     report: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return report
 
 
 def quality_cells(report: dict[str, Any], setting: str) -> list[str]:
-    """Every measure of one setting, of plain with its spread."""
+    """Return every measure of one setting, of plain with its spread."""
     cells = []
     for name in SHOWN:
         found = report["outcomes"][setting]["measures"].get(name)
@@ -104,7 +104,7 @@ def same_quality_table() -> list[str]:
 
 
 def same_cell(found: dict[str, Any] | None) -> str:
-    """A same-quality speed-up with its interval."""
+    """Return a same-quality speed-up with its interval."""
     if found is None:
         return "–"
     if found["value"] is None:
@@ -114,7 +114,7 @@ def same_cell(found: dict[str, Any] | None) -> str:
 
 
 def ablation_table(threshold: float) -> list[str]:
-    """Every variant at one threshold, and up to how many tokens per pass its quality is plain's."""
+    """Return every variant at one threshold, and up to how many tokens per pass its quality is plain's."""
     report = load("ablation")
     columns = ["variant", "tokens/pass", "speed ÷ plain", *(MEASURES[name] for name in SHOWN if name != "mauve")]
     columns.append("same quality up to, tokens/pass")
@@ -135,7 +135,7 @@ def ablation_table(threshold: float) -> list[str]:
 
 
 def conditions(*names: str) -> str:
-    """What some reports were run on."""
+    """Return what some reports were run on."""
     sizes, machines = [], []
     for name in names:
         report = load(name)

@@ -66,7 +66,7 @@ class Setting:
 
 
 def schemes() -> list[Setting]:
-    """The rows that are compared with one another."""
+    """Return the rows that are compared with one another."""
     return [
         Setting("int8", "int8"),
         Setting("int8, blocks of 32", "int8", Options(block_size=32)),
@@ -85,7 +85,7 @@ def schemes() -> list[Setting]:
 
 
 def single_parts() -> list[Setting]:
-    """One part at a time in 4 bits, the rest in fp32."""
+    """Return one part at a time in 4 bits, the rest in fp32."""
     rows = []
     for part in Part:
         precisions = dict.fromkeys(map(str, Part), "fp32") | {str(part): "int4"}
@@ -169,7 +169,7 @@ def perplexity_ratio(ours: np.ndarray, theirs: np.ndarray, axis: int) -> np.ndar
 def summarize(
     bundles: dict[str, dict[str, Bundle]], outcomes: dict[str, Outcome], samples: Samples, meaningful: bool
 ) -> dict[str, dict[str, Any]]:
-    """The tables' figures."""
+    """Return the tables' figures."""
     reference = measure(bundles[FP32]["multi"], samples)
     length = len(samples.texts[0]) - bundles[FP32]["multi"].topology.n_tokens if meaningful else 0
     summary: dict[str, dict[str, Any]] = {}
@@ -234,7 +234,7 @@ def size_table(summary: dict[str, dict[str, Any]], names: list[str]) -> str:
 
 
 def quality_table(summary: dict[str, dict[str, Any]], names: list[str], n: int) -> str:
-    """Losses as a Markdown table."""
+    """Return losses as a Markdown table."""
     lines = [
         f"| scheme | graph | PPL_1 | PPL_1:{n} | same first choice | tokens/pass, speculative | tokens/pass, dynamo |",
         "|---|---|---|---|---|---|---|",

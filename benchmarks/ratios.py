@@ -12,7 +12,7 @@ Interval = tuple[float, float, float]
 
 
 def interval(statistic: Callable[..., NDArray[np.float64]], *samples: Sequence[float]) -> Interval:
-    """A statistic of paired samples [prompts] with its 95 % percentile-bootstrap interval."""
+    """Return a statistic of paired samples [prompts] with its 95 % percentile-bootstrap interval."""
     data = tuple(np.asarray(sample, dtype=np.float64) for sample in samples)
     if all(np.ptp(sample) == 0 for sample in data):
         value = float(statistic(*data, axis=-1))
@@ -42,5 +42,5 @@ def speed_ratio(
     plain_seconds: NDArray[np.float64],
     axis: int,
 ) -> NDArray[np.float64]:
-    """Tokens a second over plain's."""
+    """Return tokens a second over plain's."""
     return ratio(tokens, seconds, axis) / ratio(plain_tokens, plain_seconds, axis)

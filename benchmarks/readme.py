@@ -30,19 +30,19 @@ NONE = "–"
 
 
 def load(name: str) -> dict[str, Any]:
-    """A results file."""
+    """Return a results file."""
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return found
 
 
 def cells(tokens_per_pass: float, speed: Sequence[float]) -> list[str]:
-    """Tokens a pass, and speed over plain with its interval."""
+    """Return tokens a pass, and speed over plain with its interval."""
     value, low, high = speed
     return [f"{tokens_per_pass:.2f}", f"{value:.2f} [{low:.2f}, {high:.2f}]"]
 
 
 def of_tasks(model: str, results: str, way: str = "auto") -> list[list[str]]:
-    """A line a task, of results of `benchmarks/tasks.py`."""
+    """Return a line a task, of results of `benchmarks/tasks.py`."""
     found = {(r["task"], r["decoding"]): r for r in load(results)["rows"] if r["way"] == way}
     lines = []
     for task, name in TASKS.items():
@@ -69,7 +69,7 @@ def of_dynamo(model: str, results: str) -> list[str]:
 
 
 def lines() -> list[list[str]]:
-    """The table's, without its header."""
+    """Return the table's, without its header."""
     return [
         *of_tasks(SMOLLM2, "tasks_smollm2"),
         of_auto(EMBEDDED, "auto_embedded_int8"),

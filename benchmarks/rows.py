@@ -64,7 +64,10 @@ Key = tuple[Any, ...]
 def take_turns(
     actions: Mapping[Key, Callable[[], object]], rounds: int, what: str, clock: Callable[[], float] = perf_counter
 ) -> dict[Key, list[float]]:
-    """Milliseconds [rounds] of every action; each round begins with another one, and the first two do not count."""
+    """Return milliseconds [rounds] of every action.
+
+    Each round begins with another one, and the first two do not count.
+    """
     keys = list(actions)
     taken: dict[Key, list[float]] = {key: [] for key in keys}
     for turn in tqdm(range(rounds + 2), desc=what, leave=False):
@@ -78,7 +81,7 @@ def take_turns(
 
 
 def attention(shapes: Shapes, threads: int, rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds of all attentions by way, past and width."""
+    """Return milliseconds of all attentions by way, past and width."""
     found: list[dict[str, Any]] = []
     for past in PASTS:
         actions: dict[Key, Callable[[], object]] = {}
@@ -109,7 +112,7 @@ def _run(graph: Any, binding: Any) -> None:
 
 
 def products(shapes: Shapes, threads: int, rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds of all products by way and width."""
+    """Return milliseconds of all products by way and width."""
     made = {way.name: Products(shapes, way, threads) for way in tqdm(PRODUCTS, desc="products", leave=False)}
     actions = {(name, m): partial(_run, graph, graph.bind(0, m)) for name, graph in made.items() for m in WIDTHS}
     taken = take_turns(actions, rounds, f"products, {threads} threads")
@@ -151,7 +154,7 @@ LOADING: dict[str, tuple[Callable[[], AbstractContextManager[None]], ...]] = {
 
 
 def passes(bundle: Bundle, threads: int, rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds inside onnxruntime of whole passes by way of loading, past and width."""
+    """Return milliseconds inside onnxruntime of whole passes by way of loading, past and width."""
     engines, exact = {}, {}
     texts = pieces(bundle, None, TEXTS, TEXT_TOKENS, held_out=True)
     for name, ways in LOADING.items():
@@ -166,7 +169,7 @@ def passes(bundle: Bundle, threads: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def options(bundle: Bundle, threads: int, rounds: int) -> list[dict[str, Any]]:
-    """The same by options of a session."""
+    """Return the same by options of a session."""
     onnxruntime = import_onnxruntime()
     engines = {}
     for name, entries in OPTIONS.items():
@@ -214,7 +217,7 @@ def _passes(
 
 
 def tables(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The tables of docs/rows.md by section, as far as there are figures, and then how they were taken."""
+    """Yield the tables of docs/rows.md by section, as far as there are figures, and then how they were taken."""
     widths = [f"m = {m}" for m in WIDTHS]
     for row_of, section in ((_attention_row, "attention"), (_product_row, "products"), (_pass_row, "passes")):
         if section in record:
@@ -228,7 +231,7 @@ def tables(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def fill(page: str, record: dict[str, Any]) -> str:
-    """A page with its tables between their marks, `<!-- section -->` and `<!-- end -->`."""
+    """Return a page with its tables between their marks, `<!-- section -->` and `<!-- end -->`."""
     for section, table in tables(record):
         marked = re.compile(rf"(<!-- {section} -->\n).*?(<!-- end -->)", re.DOTALL)
         page = marked.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", page)  # type: ignore[misc]
@@ -288,7 +291,7 @@ SECTIONS = ("attention", "products", "passes", "options")
 
 
 def measure(section: str, bundle: Bundle, threads: Sequence[int], rounds: int) -> list[dict[str, Any]]:
-    """One section's rows; attention and options with the most threads alone."""
+    """Return one section's rows; attention and options with the most threads alone."""
     if section in ("attention", "products"):
         shapes = Shapes.read(str(bundle.graph_path))
         if section == "attention":

@@ -45,7 +45,7 @@ class Shapes:
 
     @classmethod
     def read(cls, path: str) -> Shapes:
-        """The shapes of a graph whose products are in blocks."""
+        """Return the shapes of a graph whose products are in blocks."""
         nodes = onnx.load(path, load_external_data=False).graph.node
         attributes = {
             kind: [
@@ -102,7 +102,7 @@ class Kernels:
         self.outputs = list(outputs)
 
     def bind(self, feeds: dict[str, np.ndarray], caches: dict[str, tuple[str, np.ndarray]] | None = None) -> Any:
-        """A binding; `caches` are written where they are read, by input: the output's name and the buffer."""
+        """Return a binding; `caches` are written where they are read, by input: the output's name and the buffer."""
         binding = self.session.io_binding()
         for name, array in feeds.items():
             binding.bind_cpu_input(name, array)
@@ -190,7 +190,7 @@ class Attentions:
         }
 
     def _made(self, layer: int) -> dict[str, int]:
-        """Outputs of a node, with their types."""
+        """Return outputs of a node, with their types."""
         held = {f"present.{each}{layer}": self.way.cache for each in ("key", "value")}
         return {f"y{layer}": self.way.activations} | held
 
@@ -239,7 +239,7 @@ class Attentions:
         return nodes, weights, inputs, outputs
 
     def bind(self, past: int, first: int, rows: int) -> Any:
-        """A pass over some of the rows of `x` behind `past` positions."""
+        """Return a pass over some of the rows of `x` behind `past` positions."""
         feeds = {"qkv": np.ascontiguousarray(self.x[:, first : first + rows])}
         if self.way.op == "Attention":
             return self.kernels.bind(feeds | {name: array[:, :, :past].copy() for name, array in self.buffers.items()})
@@ -375,7 +375,7 @@ class Products:
         self._node("MatMulIntegerToFloat", [*inputs, *(["zero.w"] if types[1] == UINT8 else [])], name)
 
     def bind(self, first: int, rows: int) -> Any:
-        """A pass over some of the rows of `x`."""
+        """Return a pass over some of the rows of `x`."""
         return self.kernels.bind(
             {name: np.ascontiguousarray(x[:, first : first + rows], np.float32) for name, x in self.x.items()}
         )

@@ -59,10 +59,10 @@ class Shape:
     """Of a GPT-NeoX base.
 
     Attributes:
-        hidden: h; a layer's matrices have 12 h² numbers.
+        hidden: H; a layer's matrices have 12 h² numbers.
         layers: L, of the base.
         words: V.
-        few: words of the draft vocabulary.
+        few: Words of the draft vocabulary.
     """
 
     hidden: int
@@ -176,7 +176,7 @@ def _bytes(tensors: list[Tensor]) -> int:
 
 
 def _saved(objective: nn.Module, batch: Tensor) -> tuple[int, Tensor]:
-    """Bytes that the way forward keeps of its tokens for the way back, every storage once; no weights."""
+    """Return bytes that the way forward keeps of its tokens for the way back, every storage once; no weights."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ def product_rate(precision: str) -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    """What was measured, and the hours that come of it."""
+    """Return what was measured, and the hours that come of it."""
     rows, products = results["variants"], results["products"]
     lines = [
         f"h {SMALL.hidden}, L {SMALL.layers}, V {SMALL.words}, {SEQUENCES} sequences of {LENGTH}, T{HEADS}, "
@@ -232,7 +232,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _memory(rows: dict[str, Any]) -> list[str]:
-    """Bytes by part, counted and measured."""
+    """Return bytes by part, counted and measured."""
     h, layer = SMALL.hidden, 12 * SMALL.hidden**2
     lines = ["| MB | weights | gradients | moments | activations: bytes / h a layer and token | peak, process |"]
     lines.append("|---|---|---|---|---|---|")

@@ -22,9 +22,9 @@ def chain(drafts: int) -> Tree:
 
 
 def best_tree(right: np.ndarray, rows: int, depth: int) -> tuple[float, Tree]:
-    """The tree that is expected to give the most tokens a pass.
+    """Return the tree that is expected to give the most tokens a pass.
 
-    With p_dk how likely the k-th choice at depth d is right where those before it are, a tree gives ``Σ Π p`` over the
+    With p_dk how likely the k-th choice at depth d is right where those before it are, a tree gives `Σ Π p` over the
     paths to its rows. So the best one of m rows is made of the best ones behind each child of the root, whose rows add
     up to m - 1 (Sequoia, Prop. 3.4 and its dynamic program; here p may differ from depth to depth).
 
@@ -40,13 +40,13 @@ def best_tree(right: np.ndarray, rows: int, depth: int) -> tuple[float, Tree]:
 
     @cache
     def behind(count: int, at: int) -> tuple[float, Tree]:
-        """The best `count` rows whose root stands at a depth, where that is right."""
+        """Return the best `count` rows whose root stands at a depth, where that is right."""
         value, children = among(count - 1, at, 0)
         return 1.0 + value, [(), *children]
 
     @cache
     def among(count: int, at: int, rank: int) -> tuple[float, Tree]:
-        """The best `count` rows in children from this rank on of a row at a depth."""
+        """Return the best `count` rows in children from this rank on of a row at a depth."""
         if not count or at == most or rank == ranks:
             return 0.0, []
         found = among(count, at, rank + 1)
@@ -63,12 +63,12 @@ def best_tree(right: np.ndarray, rows: int, depth: int) -> tuple[float, Tree]:
 
 
 def expected(tree: Collection[Ranks], right: np.ndarray) -> float:
-    """Tokens a pass of a tree: ``Σ Π p`` over the paths to its rows."""
+    """Return tokens a pass of a tree: `Σ Π p` over the paths to its rows."""
     return float(sum(np.prod([right[depth, rank] for depth, rank in enumerate(path)]) for path in tree))
 
 
 def replay(tree: Collection[Ranks], ranks: np.ndarray) -> int:
-    """Passes that writing a text takes with such a tree behind every pass.
+    """Pass that writing a text takes with such a tree behind every pass.
 
     Args:
         tree: What is fed.
@@ -86,7 +86,7 @@ def replay(tree: Collection[Ranks], ranks: np.ndarray) -> int:
 
 
 def acceptance(ranks: Sequence[np.ndarray], choices: int) -> np.ndarray:
-    """How likely each choice of the drafter is right at each depth, where all before it were among its choices.
+    """Return how likely each choice of the drafter is right at each depth, where all before it were among its choices.
 
     Args:
         ranks: Of some texts: see `replay`.
@@ -106,7 +106,7 @@ def acceptance(ranks: Sequence[np.ndarray], choices: int) -> np.ndarray:
 
 
 def parents(tree: Tree) -> list[int]:
-    """The row in front of each row, by its number; -1 for the root."""
+    """Return the row in front of each row, by its number; -1 for the root."""
     row = {path: number for number, path in enumerate(tree)}
     return [row[path[:-1]] if path else -1 for path in tree]
 

@@ -99,7 +99,7 @@ def make_checkpoint(shape: str, folder: Path) -> None:
 
 
 def run(*arguments: object) -> dict[str, float]:
-    """Runs a Python module with arguments; seconds, and the most memory it had, in bytes.
+    """Run a Python module with arguments; seconds, and the most memory it had, in bytes.
 
     Raises:
         SystemExit: It failed.
@@ -115,7 +115,7 @@ def run(*arguments: object) -> dict[str, float]:
 
 
 def make(shape: str, work: Path) -> dict[str, Any]:
-    """The checkpoint and bundles of a shape; what each command took."""
+    """Return the checkpoint and bundles of a shape; what each command took."""
     checkpoint, full = work / shape / "checkpoint", work / shape / "fp32" / "model.onnx"
     if not (checkpoint / "config.json").is_file():
         run(__file__, "--make", shape, "--work", checkpoint)
@@ -130,7 +130,7 @@ def make(shape: str, work: Path) -> dict[str, Any]:
 
 
 def made(graph: Path, *arguments: object) -> dict[str, float]:
-    """What making a bundle took, which is written beside it; as it was the first time if the bundle is there."""
+    """Return what making a bundle took, which is written beside it; as it was the first time if the bundle is there."""
     kept = graph.parent.with_suffix(".json")
     if not (graph.is_file() and kept.is_file()):
         kept.write_text(json.dumps(run(*arguments)))
@@ -139,7 +139,7 @@ def made(graph: Path, *arguments: object) -> dict[str, float]:
 
 
 def measure(folder: Path, threads: int, bandwidth: float, seconds: float) -> dict[str, Any]:
-    """What a bundle takes to load and to run."""
+    """Return what a bundle takes to load and to run."""
     bundle = load_bundle(folder)
     started = time.perf_counter()
     engine = Engine(bundle, provider="cpu", threads=threads)
@@ -160,7 +160,7 @@ def measure(folder: Path, threads: int, bandwidth: float, seconds: float) -> dic
 
 
 def tables(record: dict[str, Any]) -> str:
-    """The tables for the docs: what making a bundle takes, and what running it takes."""
+    """Return the tables for the docs: what making a bundle takes, and what running it takes."""
     making, running = [], []
     for shape, found in record["shapes"].items():
         for precision, cost in found["making"].items():
@@ -178,7 +178,7 @@ def tables(record: dict[str, Any]) -> str:
         for name in (f"ms a plain pass, past {past:,}", *(f"T({m}) ÷ T(1), past {past:,}" for m in WIDTHS[1:]))
     ]
     columns = ["MB", "load, s", "peak MB", *titles, *(f"share of roofline, past {past:,}" for past in PASTS)]
-    made_of = Table("Making", ["shape", "precision", "seconds", "peak GB"], making)
+    made_of = Table("DrafterCosts", ["shape", "precision", "seconds", "peak GB"], making)
     run_of = Table("Running", ["shape", "precision", *columns, "ms outside onnxruntime"], running)
     return f"{made_of.markdown()}\n\n{run_of.markdown()}"
 

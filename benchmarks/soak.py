@@ -31,7 +31,7 @@ PROMPT = 64  # tokens
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory (Linux)."""
+    """Return bytes of this process that are in memory (Linux)."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS"))
 
@@ -56,7 +56,7 @@ def soak(engine: Engine, tokens: int, options: dict[str, Any]) -> list[tuple[int
 
 
 def grown(found: list[tuple[int, int]]) -> int:
-    """Bytes by which memory was larger at its largest than when a tenth of the tokens had been written."""
+    """Return bytes by which memory was larger at its largest than when a tenth of the tokens had been written."""
     settled = [held for written, held in found if 10 * written >= found[-1][0]]
     return max(settled) - settled[0]
 

@@ -61,7 +61,7 @@ def measure(engine: Engine, rounds: int, new_tokens: int) -> dict[str, dict[str,
 
 
 def measure_draws(vocab_size: int = LARGE_VOCAB) -> dict[str, dict[str, float]]:
-    """Milliseconds of a draw with top-k 0, by row and top-p: with a full sort, and as it is done."""
+    """Return milliseconds of a draw with top-k 0, by row and top-p: with a full sort, and as it is done."""
     rng = np.random.default_rng(0)
     kinds = {
         "like text": -1.5 * np.log(1 + rng.permutation(vocab_size)),  # Zipf's law, a little steeper

@@ -21,14 +21,14 @@ OUTPUTS, INPUTS = 1536, 576
 
 
 def exported(weight: Tensor) -> Tensor:
-    """What an int8 bundle has of a weight [outputs, inputs]; inputs fill whole blocks."""
+    """Return what an int8 bundle has of a weight [outputs, inputs]; inputs fill whole blocks."""
     blocks = round_to_nearest(np.ascontiguousarray(weight.numpy().T), Format(8, BLOCK))
     whole = blocks.packed.reshape(OUTPUTS, -1, BLOCK).astype(np.float32) - 128
     return torch.from_numpy(whole * blocks.scales.reshape(OUTPUTS, -1, 1)).reshape(weight.shape)
 
 
 def by_largest(weight: Tensor, size: int) -> Tensor:
-    """Rounded in blocks of some size, the largest magnitude at 127."""
+    """Round in blocks of some size, the largest magnitude at 127."""
     blocks = weight.unflatten(-1, (-1, size))
     scales = blocks.abs().amax(-1, keepdim=True) / 127
     return ((blocks / scales).round() * scales).flatten(-2)

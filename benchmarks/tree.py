@@ -84,7 +84,7 @@ class Choices:
         self._parameters = parameters
 
     def __call__(self, logits: np.ndarray, ids: np.ndarray, before: int) -> np.ndarray:
-        """Tokens by falling probability.
+        """Return tokens by falling probability.
 
         Args:
             logits: Of the top K, [K], descending.
@@ -99,7 +99,7 @@ class Choices:
 
 
 def ranks_of(engine: Engine, choices: Choices, prompt: list[int], answer: list[int]) -> np.ndarray:
-    """Which choice of the heads every token of an answer was: see `sequoia.replay`, [tokens - 1, depths]."""
+    """Return which choice of the heads every token of an answer was: see `sequoia.replay`, [tokens - 1, depths]."""
     depths, count = engine.bundle.topology.parts, len(answer) - 1
     engine.reset()
     ahead = engine.session.step([*prompt, *answer[:-1]], heads=Last(count + 1)).ahead()
@@ -115,7 +115,7 @@ def ranks_of(engine: Engine, choices: Choices, prompt: list[int], answer: list[i
 
 
 def answers_of(engine: Engine, decoding: str, tasks: Sequence[str], prompts: int, new_tokens: int) -> list[Answer]:
-    """What plain decoding writes, and which of it the heads would have guessed."""
+    """Return what plain decoding writes, and which of it the heads would have guessed."""
     choices, found = Choices(engine, engine.bundle.parameters(DECODING[decoding])), []
     questions = [(task, prompt) for task in tasks for prompt in prompts_of(task, engine, prompts)]
     for seed, (task, prompt) in enumerate(tqdm(questions, desc=decoding, leave=False, disable=None)):
@@ -146,20 +146,23 @@ class Times:
     keeping: float
 
     def drafting(self, tree: Tree, tokens: float) -> float:
-        """The drafter's share of a round that gives so many tokens."""
+        """Return the drafter's share of a round that gives so many tokens."""
         if len(tree) == 1:
             return 0.0
         runs = sum(self.drafts[rows - 1] for rows in asked(tree)) if self.drafts else 0.0
         return float(np.interp(tokens, LAYERS, self.layers)) + runs
 
     def round(self, tree: Tree, tokens: float) -> float:
-        """A round that gives so many tokens."""
+        """Return a round that gives so many tokens."""
         if tree == chain(len(tree) - 1):
             return self.chains[len(tree) - 1] + self.drafting(tree, tokens)
         return self.trees[len(tree) - 1] + self.drafting(tree, tokens) + self.keeping
 
     def of_rows(self, tree: Tree, tokens: float) -> float:
-        """The same, were a tree's rows and runs as cheap as a chain's, and nothing to be moved: the least it can be."""
+        """Return the same, were a tree's rows and runs as cheap as a chain's, and nothing to be moved.
+
+        That is the least it can be.
+        """
         runs = self.drafts[0] * len(asked(tree)) if self.drafts else 0.0
         layers = 0.0 if len(tree) == 1 else float(np.interp(tokens, LAYERS, self.layers))
         return self.chains[len(tree) - 1] + layers + runs
@@ -211,7 +214,7 @@ def measure_times(engine: Engine, passes: TreePasses, past: int, rows: int, seco
 
 
 def candidates(right: np.ndarray, rows: int) -> list[Tree]:
-    """The chains, and of every number of rows and depth the best tree that is none.
+    """Return the chains, and of every number of rows and depth the best tree that is none.
 
     The smallest tree is among them, whether or not it gives anything.
     """
@@ -223,7 +226,7 @@ def candidates(right: np.ndarray, rows: int) -> list[Tree]:
 
 
 def per_pass(tree: Tree, answers: Sequence[Answer]) -> float:
-    """Tokens a pass."""
+    """Return tokens a pass."""
     return sum(len(each.ranks) for each in answers) / sum(replay(tree, each.ranks) for each in answers)
 
 
@@ -307,7 +310,7 @@ class Flips:
 
 
 def grown(engine: Engine, choices: Choices, tree: Tree, root: int) -> list[int]:
-    """The tokens of a tree behind what the cache holds, whose root is the newest final token."""
+    """Return the tokens of a tree behind what the cache holds, whose root is the newest final token."""
     session = engine.session
     assert session.heads is not None
     token: dict[tuple[int, ...], int] = {(): root}
@@ -366,7 +369,7 @@ def _compare(session: Session, found: np.ndarray, tree: Tree, tokens: list[int],
 
 
 def study(arguments: argparse.Namespace, name: str, folder: Path, kept: dict[str, Any]) -> dict[str, Any]:
-    """All of one bundle; `kept` are times by name, added to."""
+    """Return all of one bundle; `kept` are times by name, added to."""
     with Engine(folder, threads=arguments.threads) as engine, tempfile.TemporaryDirectory() as scratch:
         if engine.session.heads is None:
             raise ParameterError(f"{folder} has no heads with a graph of their own: export a checkpoint with heads")

@@ -37,19 +37,19 @@ that weighs trees. Same seed, same text holds only as far as rows behind a sibli
 
 
 def interval(values: list[float]) -> str:
-    """A ratio with its interval."""
+    """Return a ratio with its interval."""
     value, low, high = values
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def shape(tree: list[list[int]]) -> str:
-    """A tree's rows at each depth."""
+    """Return a tree's rows at each depth."""
     depths = [len(ranks) for ranks in tree]
     return " + ".join(str(depths.count(depth)) for depth in range(max(depths) + 1))
 
 
 def gains(content: dict[str, Any]) -> Table:
-    """The best tree over the best chain, by bundle, decoding and task."""
+    """Return the best tree over the best chain, by bundle, decoding and task."""
     columns = ["bundle", "decoding", "task", "best chain, tokens a pass", "÷ plain", "best tree, tokens a pass"]
     columns += ["tree ÷ chain", "were a tree's rows a chain's"]
     rows = []
@@ -84,7 +84,7 @@ def sizes(content: dict[str, Any]) -> Table:
 
 
 def passes(content: dict[str, Any]) -> Table:
-    """What a pass costs, as a chain and as a tree."""
+    """Return what a pass costs, as a chain and as a tree."""
     columns = ["bundle", "pass over", *map(str, range(1, content["rows"] + 1))]
     rows = []
     for bundle, study in content["bundles"].items():
@@ -94,7 +94,7 @@ def passes(content: dict[str, Any]) -> Table:
 
 
 def flips(content: dict[str, Any]) -> Table:
-    """How often a row says something else than the same row in another pass."""
+    """Return how often a row says something else than the same row in another pass."""
     columns = ["bundle", "row", "against", "rows", "another token", "rows of the text", "another token there"]
     columns += ["largest difference of a logit"]
     said = {
@@ -111,7 +111,7 @@ def flips(content: dict[str, Any]) -> Table:
 
 
 def verdict(content: dict[str, Any]) -> str:
-    """What it comes to, bundle by bundle, and what building it takes where it is worth it."""
+    """Return what it comes to, bundle by bundle, and what building it takes where it is worth it."""
     lines, worth = [], False
     for bundle, study in content["bundles"].items():
         found = {decoding: figures["gains"]["all"] for decoding, figures in study["decodings"].items()}
@@ -130,7 +130,7 @@ def verdict(content: dict[str, Any]) -> str:
 
 
 def _why(study: dict[str, Any], gain: dict[str, Any], value: float) -> str:
-    """Which of the costs is in the way."""
+    """Return which of the costs is in the way."""
     flipped = study["flips"]["rows"]["behind a sibling"]
     exact = (
         f"Of {flipped['rows']} rows behind a sibling {flipped['flips']} said another token "
@@ -147,7 +147,7 @@ def _why(study: dict[str, Any], gain: dict[str, Any], value: float) -> str:
 
 
 def document(content: dict[str, Any]) -> str:
-    """The whole page."""
+    """Return the whole page."""
     tables = [f"{each(content).markdown()}\n" for each in (gains, sizes, passes, flips)]
     texts = [figures["answers"] for study in content["bundles"].values() for figures in study["decodings"].values()]
     conditions = (

@@ -21,7 +21,7 @@ from dynamo_model import DEFAULT_CHECKPOINT, MultiTokenModel
 
 
 def widen(times: int, layers: int) -> MultiTokenModel:
-    """The embedded model with `times` its width, and `layers` layers.
+    """Return the embedded model with `times` its width, and `layers` layers.
 
     Args:
         times: Repetitions of every channel.

@@ -22,7 +22,10 @@ PACKAGES = ("runtime", "model", "train", "export", "quantize", "graph", "evaluat
 
 
 def documented(folder: Path, name: str) -> Iterator[str]:
-    """A package and what is below it, but for what pdoc finds by itself: modules of a package without `__all__`."""
+    """Yield a package and what is below it, but for what pdoc finds by itself.
+
+    By itself it finds modules of a package without `__all__`.
+    """
     yield name
     package = importlib.import_module(name)
     exported = getattr(package, "__all__", None)

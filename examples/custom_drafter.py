@@ -32,7 +32,7 @@ class Echo:
         self._match = match
 
     def guess(self, passed: Passed) -> Guesses | None:
-        """What followed at the earlier place, one token after the other; None if there is none."""
+        """Return what followed at the earlier place, one token after the other; None if there is none."""
         text = [*passed.context.tokens, *passed.final]
         pattern = text[-self._match :]
         for place in range(len(text) - self._match - 1, -1, -1):
@@ -42,7 +42,7 @@ class Echo:
 
 
 def certain(tokens: Sequence[int]) -> Candidates:
-    """All of the distribution on one token, or no guess at all."""
+    """Return all of the distribution on one token, or no guess at all."""
     return Candidates(np.array(tokens, np.int64), np.ones(len(tokens)))
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from .bootstrap import Quotient
 from .errors import EvaluationError
 from .generate import GENERATION
 from .results import Record, Results
-from .statistics import Quotient
 
 SPEED, TOKENS_PER_PASS = "speed", "tokens_per_pass"
 AXES = {SPEED: "tokens/s ÷ plain", TOKENS_PER_PASS: "tokens per pass"}
@@ -66,12 +66,12 @@ class Cells:
             raise EvaluationError(f"{results.path} has no prompt yet that every setting has finished at every seed")
 
     def array(self, setting: str, read: Any) -> np.ndarray:
-        """A figure of every text of one setting, [seeds, prompts]; None becomes NaN."""
+        """Return a figure of every text of one setting, [seeds, prompts]; None becomes NaN."""
         rows = [[read(self._records[(setting, *unit, seed)]) for unit in self.units] for seed in range(self.seeds)]
         return np.array(rows, dtype=float)
 
     def quotients(self, setting: str) -> dict[str, Quotient]:
-        """Tokens per pass, tokens per second, and every measure of quality that there is, of one setting."""
+        """Return tokens per pass, tokens per second, and every measure of quality that there is, of one setting."""
         tokens, passes, seconds = (
             self.array(setting, lambda record, name=name: record[name]) for name in ("tokens", "passes", "seconds")
         )
@@ -84,7 +84,7 @@ class Cells:
         return found | self._judged(setting)
 
     def verdicts(self, setting: str) -> dict[str, Quotient]:
-        """Shares of "win", "tie" and "lose" among a judge's verdicts; empty without any."""
+        """Return the shares of "win", "tie" and "lose" among a judge's verdicts; empty without any."""
         given = self._answers(PAIR, setting, "verdict")
         if not given:
             return {}
@@ -94,7 +94,7 @@ class Cells:
         }
 
     def _judged(self, setting: str) -> dict[str, Quotient]:
-        """Measures that judges have given since."""
+        """Return the measures that judges have given since."""
         found = {}
         if records := self._said[MAUVE, setting]:
             by_seed = {record["seed"]: record["value"] for record in records}
@@ -111,7 +111,10 @@ class Cells:
         return found
 
     def _answers(self, kind: str, setting: str, field: str) -> dict[tuple[str, int, int], Any]:
-        """A judge's answers about one setting by prompt, turn and seed; those that could not be read are left out."""
+        """Return a judge's answers about one setting by prompt, turn and seed.
+
+        Those that could not be read are left out.
+        """
         return {
             (record["prompt"], record["turn"], record["seed"]): record[field]
             for record in self._said[kind, setting]
@@ -119,13 +122,13 @@ class Cells:
         }
 
     def _places(self, values: Mapping[tuple[str, int, int], float]) -> np.ndarray:
-        """Figures by prompt, turn and seed as an array [seeds, prompts], NaN where there is none."""
+        """Return figures by prompt, turn and seed as an array [seeds, prompts], NaN where there is none."""
         return np.array(
             [[values.get((*unit, seed), np.nan) for unit in self.units] for seed in range(self.seeds)], float
         )
 
     def steps(self, setting: str) -> dict[int, float]:
-        """Share of passes by the tokens they gave."""
+        """Return the share of passes by the tokens they gave."""
         counts: dict[int, int] = defaultdict(int)
         for unit in self.units:
             for seed in range(self.seeds):

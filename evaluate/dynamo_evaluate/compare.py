@@ -8,18 +8,18 @@ from typing import Any
 from dynamo_runtime.interval import Interval
 from dynamo_runtime.tables import MISSING, Table
 
+from .bootstrap import Draws, Quotient, interval
 from .cells import AXES, MEASURES, SPEED, TOKENS_PER_PASS, Cells
 from .errors import EvaluationError
 from .perplexity_tables import Figures, change, figures
 from .results import Results, flat
 from .settings import PLAIN
-from .statistics import Draws, Quotient, interval
 
 _NOT_COMPARED = ("dynamo_eval", "command", "texts", "settings", "documents")
 
 
-def compare(a: Results, b: Results) -> list[Table]:
-    """What differs between two runs: what they were run on, and every figure that both have.
+def compare_results(a: Results, b: Results) -> list[Table]:
+    """Return what differs between two runs: what they were run on, and every figure that both have.
 
     Raises:
         EvaluationError: They are not of one kind, or have nothing in common.
@@ -42,7 +42,7 @@ def _conditions(a: Results, b: Results) -> Table:
 
 
 def _described(results: Results) -> dict[str, Any]:
-    """What is said of a run, and who has judged it since."""
+    """Return what is said of a run, and who has judged it since."""
     found = {name: value for name, value in results.header.items() if name not in _NOT_COMPARED}
     for name in ("judge", "features"):
         if said := sorted({record[name] for record in results.records if name in record}):
@@ -51,7 +51,7 @@ def _described(results: Results) -> dict[str, Any]:
 
 
 def _generations(a: Results, b: Results) -> list[Table]:
-    """Every figure of the settings that both have, over the prompts that both have finished at as many seeds."""
+    """Return every figure of the settings that both have, over the prompts that both have finished at as many seeds."""
     cells = Cells(a), Cells(b)
     names = [name for name in cells[0].settings if name in cells[1].settings]
     same = a.header["prompts"]["sha256"] == b.header["prompts"]["sha256"]
@@ -97,7 +97,7 @@ def _replicates(figure: Quotient, plain: Quotient | None, draws: Draws) -> Any:
 
 
 def _perplexities(a: Results, b: Results) -> list[Table]:
-    """Every perplexity of the bundles of A over those of B, in the order they were given, over common documents."""
+    """Return every perplexity of A's bundles over B's, in the order they were given, over common documents."""
     documents = [name for name in figures(a)[0].documents if name in figures(b)[0].documents]
     if not documents:
         raise EvaluationError(f"{a.path} and {b.path} have no text in common")

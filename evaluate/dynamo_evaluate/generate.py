@@ -25,7 +25,7 @@ _WARM_UP_TOKENS = 16
 
 
 def key(record: Record) -> tuple[str, str, int]:
-    """What a generation is one of: setting, prompt, seed. A conversation is done once its last turn is."""
+    """Return what a generation is one of: setting, prompt, seed. A conversation is done once its last turn is."""
     return record["setting"], record["prompt"], record["seed"]
 
 
@@ -42,7 +42,7 @@ class Chat:
     trust_content: bool = False
 
     def read(self, engine: Engine, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
-        """The tokens of a conversation: see `Experiment.read`."""
+        """Return the tokens of a conversation: see `Experiment.read`."""
         messages = asked(turns[0], self.system)
         for answer, turn in zip(answers, turns[1:], strict=True):
             messages += [{"role": "assistant", "content": answer}, *asked(turn)]
@@ -96,7 +96,7 @@ class Experiment:
         return {**limits, **sampling, "strategy": setting.strategy, "drafter": setting.drafter}
 
     def read(self, engine: Engine, turns: Sequence[str], answers: Sequence[str]) -> tuple[list[int], str]:
-        """What the model reads before it answers the last turn: as tokens, and as the text that it goes on with.
+        """Return what the model reads before it answers the last turn: as tokens, and as the text that it goes on with.
 
         Args:
             engine: Of any of the bundles.
@@ -110,7 +110,7 @@ class Experiment:
         return engine.encode(text), text
 
     def draws(self) -> Iterator[Draw]:
-        """All settings of one prompt at one seed before the next, in an order that rotates."""
+        """Yield all settings of one prompt at one seed before the next, in an order that rotates."""
         places = [(seed, index) for index in range(len(self.prompts)) for seed in range(self.seeds)]
         for number, (seed, index) in enumerate(places):
             shift = number % len(self.settings)
@@ -176,7 +176,7 @@ def run(results: Results, multi: Engine, plain: Engine, experiment: Experiment) 
 
 
 def _warm_up(multi: Engine, plain: Engine, experiment: Experiment) -> None:
-    """The first passes of a session are slow."""
+    """Warm a session up: its first passes are slow."""
     read, _ = experiment.read(multi, experiment.prompts[0].turns[:1], [])
     for setting in {(setting.strategy, setting.plain): setting for setting in experiment.settings}.values():
         engine = plain if setting.plain else multi
@@ -184,7 +184,7 @@ def _warm_up(multi: Engine, plain: Engine, experiment: Experiment) -> None:
 
 
 def _converse(engine: Engine, draw: Draw, experiment: Experiment) -> Iterator[tuple[int, list[int], str, Generation]]:
-    """Every turn's number, what is read before its answer (see `Experiment.read`), and that."""
+    """Yield every turn's number, what is read before its answer (see `Experiment.read`), and that."""
     options = experiment.options(draw.setting) | {"seed": draw.engine_seed}
     answers: list[str] = []
     for turn in range(len(draw.prompt.turns)):
@@ -206,11 +206,11 @@ class Conversations:
         self._texts = {(*key(record), record["turn"]): record["text"] for record in results.of(GENERATION)}
 
     def beginning(self, prompt: str) -> str:
-        """The first turn."""
+        """Return the first turn."""
         return fill(self._template, self._turns[prompt][0])
 
     def continuation(self, setting: str, prompt: str, seed: int, turn: int) -> str | None:
-        """All that follows the first turn, up to the answer to a turn; None if an answer is missing."""
+        """Return all that follows the first turn, up to the answer to a turn; None if an answer is missing."""
         answers = [self._texts.get((setting, prompt, seed, i)) for i in range(turn + 1)]
         text = ""
         for i, answer in enumerate(answers):
@@ -221,7 +221,7 @@ class Conversations:
 
 
 def fill(template: str, said: str) -> str:
-    """A turn as the model sees it."""
+    """Return a turn as the model sees it."""
     return template.replace("{prompt}", said)
 
 

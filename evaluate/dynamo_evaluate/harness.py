@@ -110,11 +110,11 @@ class DynamoLM(TemplateLM):
         return str(self._engine.bundle.folder.resolve())
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The bundle's, for the record of a run; None where none is wanted."""
+        """Return the bundle's, for the record of a run; None where none is wanted."""
         return self._engine.bundle.chat_template.source if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Messages as the text that the model is to answer, or else to go on with.
+        """Render messages as the text that the model is to answer, or else to go on with.
 
         Where the template refuses a system's message it is left out, as the harness's own Hugging Face model does.
         """
@@ -132,7 +132,7 @@ class DynamoLM(TemplateLM):
             return render(others)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """A text's tokens."""
+        """Return a text's tokens."""
         special = add_special_tokens
         if special is None:
             special = self._add_bos_token is not False
@@ -157,7 +157,7 @@ class DynamoLM(TemplateLM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows behind each other."""
+        """Return the log-likelihood of whole texts, in windows behind each other."""
         found = []
         for request in tqdm(requests, disable=disable_tqdm, desc="rolling log-likelihoods"):
             (text,) = request.args
@@ -174,7 +174,10 @@ class DynamoLM(TemplateLM):
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts up to the task's stop strings: greedy, as the harness has it, unless the task or we say otherwise."""
+        """Return texts up to the task's stop strings.
+
+        Decoding is greedy, as the harness has it, unless the task or we say otherwise.
+        """
         found = []
         for request in tqdm(requests, disable=disable_tqdm, desc="texts"):
             context, wishes = request.args
@@ -196,7 +199,7 @@ class DynamoLM(TemplateLM):
         return found
 
     def _wishes(self, wishes: dict[str, Any]) -> tuple[int, Sequence[str], dict[str, Any]]:
-        """A task's limit, stop strings and sampling parameters."""
+        """Return a task's limit, stop strings and sampling parameters."""
         limit = next((int(wishes[name]) for name in _LIMITS if wishes.get(name) is not None), self._max_gen_toks)
         if limit >= self.max_length:
             raise EvaluationError(f"{limit} new tokens leave no room for a prompt in a context of {self.max_length}")

@@ -103,7 +103,7 @@ class Judge:
         self._secrets = [secret for secret in (key, url.password, url.query.decode()) if secret]
 
     def ask(self, question: str) -> str:
-        """Its answer.
+        """Return its answer.
 
         Raises:
             EvaluationError: It gave none.
@@ -122,7 +122,7 @@ class Judge:
         return answer or ""
 
     def _redacted(self, error: Exception) -> str:
-        """What an error says, without what nobody but the judge is to know."""
+        """Return what an error says, without what nobody but the judge is to know."""
         said = str(error)
         for secret in self._secrets:
             said = said.replace(secret, "…")
@@ -175,7 +175,7 @@ def judge(results: Results, model: Judge, questions: Questions, at_once: int) ->
 
 
 def _ask(model: Judge, tasks: Sequence[Task], at_once: int) -> Iterator[tuple[Task, str]]:
-    """Answers as they come.
+    """Yield answers as they come.
 
     The threads are daemons: an interrupt does not wait for answers that are under way, which may take minutes.
     """
@@ -209,13 +209,13 @@ def _ask(model: Judge, tasks: Sequence[Task], at_once: int) -> Iterator[tuple[Ta
 
 
 def read_grade(answer: str) -> float | None:
-    """The last grade in an answer, if there is one from 1 to 10."""
+    """Return the last grade in an answer, if there is one from 1 to 10."""
     found = _GRADE.findall(answer)
     return float(found[-1]) if found and 1 <= float(found[-1]) <= 10 else None
 
 
 def read_choice(answer: str, plain_first: bool) -> str | None:
-    """The last choice in an answer, as what it says of the setting: "win", "tie" or "lose"."""
+    """Return the last choice in an answer, as what it says of the setting: "win", "tie" or "lose"."""
     found = _CHOICE.findall(answer)
     if not found:
         return None
@@ -225,7 +225,7 @@ def read_choice(answer: str, plain_first: bool) -> str | None:
 
 
 def _tasks(results: Results, questions: Questions) -> Iterable[Task]:
-    """Questions that have no answer yet; one without a text is a tie.
+    """Yield questions that have no answer yet; one without a text is a tie.
 
     A later turn of a conversation is put as a continuation of the first, with the answers in between.
     """
@@ -260,7 +260,7 @@ def _place(record: Record) -> dict[str, Any]:
 
 
 def _record(task: Task, answer: str) -> Record:
-    """An answer as a record; one that cannot be read is kept, and asked for again the next time."""
+    """Return an answer as a record; one that cannot be read is kept, and asked for again the next time."""
     record: Record = {"kind": task.kind, **task.place}
     if task.kind == SCORE:
         record |= {"score": read_grade(answer)}

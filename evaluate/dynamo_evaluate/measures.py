@@ -13,7 +13,7 @@ from dynamo_runtime.scoring import score_base
 
 
 def base_nll(plain: Engine, prompt: Sequence[int], output: Sequence[int]) -> float:
-    """Mean negative log-likelihood in nats of an output's tokens behind its prompt, by the base model.
+    """Return the mean negative log-likelihood in nats of an output's tokens behind its prompt, by the base model.
 
     As much of the prompt as fits the context is taken.
     """
@@ -23,13 +23,13 @@ def base_nll(plain: Engine, prompt: Sequence[int], output: Sequence[int]) -> flo
 
 
 def distinct_share(tokens: Sequence[int], n: int) -> float:
-    """Share of different n-grams among a text's n-grams (Li et al. 2016, distinct-n); NaN if it has none."""
+    """Return the share of different n-grams among a text's n-grams (Li et al. 2016, distinct-n); NaN if it has none."""
     grams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
     return len(set(grams)) / len(grams) if grams else float("nan")
 
 
 def parsing_share(prompt: str, output: str) -> float:
-    """Share of the output's complete lines that lie in the longest prefix of prompt + output that is Python.
+    """Return the share of the output's complete lines that lie in the longest prefix of prompt + output that is Python.
 
     NaN if the output completes no line.
     """
@@ -51,7 +51,7 @@ def parsing_share(prompt: str, output: str) -> float:
 def measure(
     plain: Engine, read: Sequence[int], prompt: str, output: str, tokens: Sequence[int], code: bool
 ) -> dict[str, float | None]:
-    """Every measure of one text; None where a text is too short for one.
+    """Return every measure of one text; None where a text is too short for one.
 
     Args:
         plain: The base model, which judges the likelihood.

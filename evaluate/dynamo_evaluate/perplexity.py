@@ -33,7 +33,7 @@ class Window:
 
 
 def windows(length: int, size: int, stride: int) -> Iterator[Window]:
-    """Windows over a text of some positions, such that each is scored once, behind at least size - stride others.
+    """Yield windows over a text of some positions, such that each is scored once, behind at least size - stride others.
 
     Args:
         length: Positions of the text.
@@ -105,7 +105,7 @@ class Scoring:
 
 
 def score_document(session: Session, tokens: Sequence[int], scoring: Scoring) -> Record:
-    """Sums from which `Perplexities` are made.
+    """Sum from which `Perplexities` are made.
 
     Args:
         session: Of the bundle.
@@ -214,7 +214,7 @@ def run(
 
 
 def long_enough(documents: Sequence[Document], bundles: Sequence[Bundle], limit_tokens: int | None) -> list[Document]:
-    """The texts that every bundle can score.
+    """Return the texts that every bundle can score.
 
     Raises:
         EvaluationError: There is none.
@@ -232,7 +232,7 @@ def long_enough(documents: Sequence[Document], bundles: Sequence[Bundle], limit_
 
 
 def window_size(session: Session, size: int | None, stride: int | None) -> tuple[int, int]:
-    """Size and stride of the windows: by default the whole context, and half of it.
+    """Return the size and stride of the windows: by default the whole context, and half of it.
 
     Raises:
         EvaluationError: They do not fit the context, or each other.

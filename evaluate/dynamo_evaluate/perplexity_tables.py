@@ -13,10 +13,10 @@ from dynamo_runtime.registry import TOPOLOGIES
 from dynamo_runtime.tables import MISSING, Table, number
 from dynamo_runtime.tables import interval as with_ends
 
+from .bootstrap import Draws, Quotient, interval
 from .errors import EvaluationError
 from .perplexity import DOCUMENT
 from .results import Record, Results, machine_line
-from .statistics import Draws, Quotient, interval
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _figures(bundle: Mapping[str, Any], names: list[str], records: list[Record])
 
 
 def _covered(record: Record) -> Record:
-    """What a record says is covered, which is everything where it says nothing: see `Coverage`."""
+    """Return what a record says is covered, which is everything where it says nothing: see `Coverage`."""
     n, positions = len(record["nll"]), record["positions"]
     every = {"tokens": [positions] * n, "runs": [positions] * n, "runs_nll": np.cumsum(record["nll"]).tolist()}
     every |= {"joint": positions, "dynamic": {name: each["tokens"] for name, each in record["dynamic"].items()}}
@@ -100,14 +100,14 @@ def perplexity(log: Quotient) -> Interval:
 
 
 def change(log: Quotient, reference: Quotient) -> Interval:
-    """A perplexity over another one of the same documents, with its interval over them."""
+    """Return a perplexity over another one of the same documents, with its interval over them."""
     draws = Draws.make(range(log.top.shape[1]), 1)
     replicates = np.exp(log.replicates(draws) - reference.replicates(draws))
     return interval(float(np.exp(log.value - reference.value)), replicates)
 
 
 def tables(found: Sequence[Figures]) -> list[Table]:
-    """Perplexities of the bundles side by side, and the dynamic ones."""
+    """Return perplexities of the bundles side by side, and the dynamic ones."""
     names = list(dict.fromkeys(name for each in found for name in each.log_perplexities))
     first = found[0].log_perplexities["PPL_1"]
     rows = []
@@ -140,7 +140,7 @@ def tables(found: Sequence[Figures]) -> list[Table]:
 
 
 def conditions(results: Results, found: Sequence[Figures]) -> str:
-    """What it was run on, in one paragraph."""
+    """Return what it was run on, in one paragraph."""
     header = results.header
     missing = header["documents"] - len(found[0].documents)
     unfinished = f" of {header['documents']} (the run is not finished)" if missing else ""
@@ -151,7 +151,7 @@ def conditions(results: Results, found: Sequence[Figures]) -> str:
 
 
 def as_json(results: Results, found: Sequence[Figures]) -> dict[str, Any]:
-    """All figures as JSON values."""
+    """Return all figures as JSON values."""
     return {
         **results.header,
         "documents_finished": len(found[0].documents),

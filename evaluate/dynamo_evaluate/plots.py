@@ -43,7 +43,7 @@ def draw(summary: Summary, folder: Path) -> list[Path]:
         The files.
 
     Raises:
-        EvaluationError: matplotlib is not there, or the folder cannot be written.
+        EvaluationError: Matplotlib is not there, or the folder cannot be written.
     """
     try:
         import matplotlib
@@ -74,7 +74,7 @@ def draw(summary: Summary, folder: Path) -> list[Path]:
 
 
 def _curve(summary: Summary, variant: str, axis: str) -> Figure:
-    """Quality against speed, a panel a measure: settings, regression with its band, and plain's spread."""
+    """Draw quality against speed, a panel a measure: settings, regression with its band, and plain's spread."""
     curves = summary.curves[variant, axis]
     figure, panels = _panels(len(curves), legend=True)
     members = _members(summary, variant)
@@ -104,7 +104,7 @@ def _curve(summary: Summary, variant: str, axis: str) -> Figure:
 
 
 def _compared(summary: Summary, names: Sequence[str], axis: str) -> Figure:
-    """All variants in one panel a measure, their settings joined in the order of ε_b."""
+    """Return all variants in one panel a measure, their settings joined in the order of ε_b."""
     measures = [measure for measure in MEASURES if any(measure in summary.curves[name, axis] for name in names)]
     figure, panels = _panels(len(measures), legend=True)
     handles: dict[str, Any] = {}
@@ -127,7 +127,7 @@ def _compared(summary: Summary, names: Sequence[str], axis: str) -> Figure:
 
 
 def _steps(summary: Summary, variant: str) -> Figure:
-    """Share of passes that gave 1, 2, … tokens against ε_b, and tokens per pass."""
+    """Draw the share of passes that gave 1, 2, … tokens against ε_b, and tokens per pass."""
     figure, (axes,) = _panels(1)
     members = _members(summary, variant)
     thresholds = [outcome.setting["threshold"] for outcome in members]
@@ -186,7 +186,7 @@ def _label_thresholds(axes: Axes, outcomes: Sequence[Outcome], axis: str, measur
 
 
 def _reach(values: Sequence[Any]) -> np.ndarray:
-    """How far intervals go below and above their estimates, [2, values]."""
+    """Return how far intervals go below and above their estimates, [2, values]."""
     below = [max(0.0, value.value - value.low) for value in values]
     return np.array([below, [max(0.0, value.high - value.value) for value in values]])
 
@@ -196,7 +196,7 @@ def _extent(outcomes: Sequence[Outcome], measure: str) -> list[float]:
 
 
 def _frame(axes: Axes, values: Sequence[float]) -> None:
-    """Room for what is finite, and a little more."""
+    """Make room for what is finite, and a little more."""
     known = [value for value in values if np.isfinite(value)]
     margin = 0.06 * (max(known) - min(known) or 1)
     axes.set_ylim(min(known) - margin, max(known) + margin)

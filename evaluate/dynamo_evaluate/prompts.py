@@ -67,7 +67,7 @@ class Prompt:
 
 
 def load_prompts(source: str, engine: Engine, limit: int | None = None, code: bool = False) -> list[Prompt]:
-    """Prompts by the name of a set, or from a file.
+    """Return prompts by the name of a set, or from a file.
 
     Args:
         source: "paper", "stdlib", or a file: one prompt a line, or JSON lines as of Vicuna (`text`), MT-Bench and
@@ -87,13 +87,13 @@ def load_prompts(source: str, engine: Engine, limit: int | None = None, code: bo
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 of all prompts."""
+    """Return the SHA-256 of all prompts."""
     text = json.dumps([prompt.record for prompt in prompts], ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def held_out_prompts(engine: Engine, count: int, tokens: int = STDLIB_TOKENS) -> list[Prompt]:
-    """Prompts from modules that training holds out, from the start of a top-level statement to the end of a line.
+    """Return prompts from held-out modules, from the start of a top-level statement to the end of a line.
 
     Args:
         engine: For its tokenizer.

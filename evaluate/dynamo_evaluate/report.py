@@ -12,10 +12,10 @@ from dynamo_runtime.interval import Interval
 from dynamo_runtime.tables import MISSING, WIDTH, Table, in_markdown, percent
 from dynamo_runtime.tables import interval as with_ends
 
+from .bootstrap import SameQuality, widening
 from .cells import AXES, MEASURES, SPEED, TOKENS_PER_PASS, VERDICTS, WIN_RATE
 from .results import machine_line
 from .settings import PLAIN
-from .statistics import SameQuality, widening
 from .summary import ALL, Outcome, Summary, fastest_inside, variants
 
 INSIDE = "✓"
@@ -24,7 +24,7 @@ _LABELS = MEASURES | {ALL: "all of these"}
 
 
 def tables(summary: Summary) -> list[Table]:
-    """Every table that has something in it."""
+    """Return every table that has something in it."""
     names = variants(summary)
     found = [_settings(summary, variant) for variant in names]
     alone = [outcome for outcome in summary.outcomes.values() if not outcome.setting["variant"]]
@@ -36,7 +36,7 @@ def tables(summary: Summary) -> list[Table]:
 
 
 def conditions(summary: Summary) -> str:
-    """What it was run on, in one paragraph."""
+    """Return what it was run on, in one paragraph."""
     header = summary.header
     sampling, seeds = header["sampling"], header["seeds"]
     finished = "" if summary.prompts == summary.wanted else f" of {summary.wanted} (the run is not finished)"
@@ -56,17 +56,17 @@ def conditions(summary: Summary) -> str:
 
 
 def text(made: Sequence[Table], where: str) -> str:
-    """Tables and conditions for a terminal."""
+    """Return tables and conditions for a terminal."""
     return "\n\n".join([*(table.text() for table in made), textwrap.fill(printable(where), WIDTH)])
 
 
 def markdown(made: Sequence[Table], where: str) -> str:
-    """The same as Markdown."""
+    """Return the same as Markdown."""
     return "\n\n".join([*(table.markdown() for table in made), in_markdown(where)]) + "\n"
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
-    """All of it as JSON values; texts stay in the results."""
+    """Return all of it as JSON values; texts stay in the results."""
     header = {name: value for name, value in summary.header.items() if name not in ("texts", "settings")}
     return {
         **header,

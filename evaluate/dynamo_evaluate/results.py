@@ -24,7 +24,7 @@ Record = dict[str, Any]
 
 
 def describe_bundle(bundle: Bundle) -> Record:
-    """What tells one bundle from another, wherever it lies."""
+    """Return what tells one bundle from another, wherever it lies."""
     content = {name: record.sha256 for name, record in sorted(bundle.files.items())}
     return {
         "name": bundle.folder.resolve().name,
@@ -36,7 +36,7 @@ def describe_bundle(bundle: Bundle) -> Record:
 
 
 def describe_machine(provider: str) -> Record:
-    """What results were run on."""
+    """Return what results were run on."""
     return {
         "processor": describe_processor(),
         "provider": provider,
@@ -176,11 +176,11 @@ class Results:
             rest = rest[self._file.write(rest) or 0 :]
 
     def of(self, kind: str) -> Iterator[Record]:
-        """The records of one kind."""
+        """Yield the records of one kind."""
         return (record for record in self.records if record["kind"] == kind)
 
     def done(self, kind: str, key: Callable[[Record], Any]) -> set[Any]:
-        """Keys of the work of one kind that need not be done again."""
+        """Return keys of the work of one kind that need not be done again."""
         return {key(record) for record in self.of(kind)}
 
     def demand(self, command: str) -> None:
@@ -194,7 +194,7 @@ class Results:
 
 
 def flat(header: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A header without nesting: names of its fields, one behind the other."""
+    """Return a header without nesting: names of its fields, one behind the other."""
     found: dict[str, Any] = {}
     for name, value in header.items():
         found |= flat(value, f"{prefix}{name} ") if isinstance(value, dict) else {f"{prefix}{name}": value}
@@ -202,7 +202,7 @@ def flat(header: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
-    """One line for people."""
+    """Return one line for people."""
     return (
         f"{machine['processor']}; onnxruntime {machine['onnxruntime']} ({machine['provider']}), "
         f"Python {machine['python']}"
@@ -215,7 +215,7 @@ def _short(value: Any) -> str:
 
 
 def _open(path: Path) -> io.FileIO:
-    """A file to append to, for us alone.
+    """Return a file to append to, for us alone.
 
     Raises:
         EvaluationError: Another run has it, or it cannot be written.

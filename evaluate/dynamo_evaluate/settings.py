@@ -64,7 +64,7 @@ class Setting:
 
 
 def parse_thresholds(texts: Sequence[str]) -> list[float]:
-    """Back-off thresholds from numbers and ranges BEGIN:END:STEP, END included; ascending, each once.
+    """Return back-off thresholds from numbers and ranges BEGIN:END:STEP, END included; ascending, each once.
 
     Raises:
         EvaluationError: One is neither, or outside [0, 1].
@@ -97,7 +97,7 @@ def curve(thresholds: Iterable[float], variants: Mapping[str, Mapping[str, Any]]
 
 
 def possible(settings: Sequence[Setting], bundle: Bundle, shared: Mapping[str, Any]) -> tuple[list[Setting], list[str]]:
-    """The settings that this bundle can run, and what is in the way of the others.
+    """Return the settings that this bundle can run, and what is in the way of the others.
 
     Args:
         settings: Of the multi-token bundle.

@@ -24,7 +24,7 @@ def _positive(value: Any) -> bool:
 
 
 def _steps(value: Any) -> bool:
-    """Counts of passes by the tokens they gave, which JSON makes texts of."""
+    """Return counts of passes by the tokens they gave, which JSON makes texts of."""
     return fits(value, {...: int}) and all(size.isdecimal() for size in value)
 
 
@@ -106,7 +106,7 @@ def _demand(results: Results, number: int, line: Record, shape: Mapping[str, Sha
 
 
 def fits(value: Any, shape: Shape) -> bool:
-    """Whether a JSON value has a shape; true and false are no numbers."""
+    """Tell whether a JSON value has a shape; true and false are no numbers."""
     if isinstance(shape, types.FunctionType):
         return bool(shape(value))
     if isinstance(shape, set):

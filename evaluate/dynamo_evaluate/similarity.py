@@ -25,7 +25,7 @@ Features = Callable[[str], np.ndarray]
 
 
 def features_of(source: str, backend: Backend) -> Features:
-    """Features of the last token of a text.
+    """Return features of the last token of a text.
 
     Args:
         source: A bundle with parallel or joint heads, whose penultimate states are taken (the input of the last

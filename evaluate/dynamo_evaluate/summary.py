@@ -11,11 +11,22 @@ import numpy as np
 
 from dynamo_runtime.interval import Interval
 
+from .bootstrap import (
+    Draws,
+    Ends,
+    Estimates,
+    QualityCurve,
+    Quotient,
+    SameQuality,
+    fit_curve,
+    interval,
+    same_quality,
+    spread,
+)
 from .cells import AXES, MEASURES, SPEED, TOKENS_PER_PASS, WIN_RATE, Cells
 from .errors import EvaluationError
 from .results import Results
 from .settings import PLAIN
-from .statistics import Curve, Draws, Ends, Estimates, Quotient, SameQuality, interval, same_quality, spread, trace
 
 DEGREE = 2
 ALL = "all"
@@ -66,7 +77,7 @@ class Summary:
     plain_speed: float
     plain: Mapping[str, tuple[float, float]]
     outcomes: Mapping[str, Outcome]
-    curves: Mapping[tuple[str, str], Mapping[str, Curve]]
+    curves: Mapping[tuple[str, str], Mapping[str, QualityCurve]]
     same: Mapping[tuple[str, str], Mapping[str, SameQuality]]
 
 
@@ -121,7 +132,7 @@ def summarize(results: Results, degree: int = DEGREE) -> Summary:
 
 
 def _estimates(quotients: Mapping[str, Mapping[str, Quotient]], draws: Draws) -> dict[str, dict[str, _Estimate]]:
-    """Every figure of every setting; speeds are over plain's."""
+    """Return every figure of every setting; speeds are over plain's."""
     found = {
         name: {figure: _Estimate(each.value, each.replicates(draws)) for figure, each in figures.items()}
         for name, figures in quotients.items()
@@ -134,7 +145,7 @@ def _estimates(quotients: Mapping[str, Mapping[str, Quotient]], draws: Draws) ->
 
 
 def _ends(quotients: Mapping[str, Mapping[str, Quotient]], draws: Draws) -> dict[str, Ends]:
-    """What counts as plain's quality, of every measure that plain has at all seeds, and of the win rate."""
+    """Return what counts as plain's quality, of every measure that plain has at all seeds, and of the win rate."""
     plain, found = quotients[PLAIN], {}
     for measure in MEASURES:
         if measure == WIN_RATE and any(WIN_RATE in figures for figures in quotients.values()):
@@ -168,12 +179,12 @@ def _outcome(
 
 
 def _with_measure(members: Sequence[str], estimates: Mapping[str, Mapping[str, _Estimate]], measure: str) -> list[str]:
-    """Those settings that have a figure of one measure."""
+    """Return those settings that have a figure of one measure."""
     return [name for name in members if measure in estimates[name] and np.isfinite(estimates[name][measure].value)]
 
 
-def _curve(points: Sequence[Mapping[str, _Estimate]], axis: str, measure: str, ends: Ends, degree: int) -> Curve:
-    """One measure of quality against speed, through some settings."""
+def _curve(points: Sequence[Mapping[str, _Estimate]], axis: str, measure: str, ends: Ends, degree: int) -> QualityCurve:
+    """Return one measure of quality against speed, through some settings."""
     speed, quality = (
         Estimates(
             np.array([point[figure].value for point in points]),
@@ -181,11 +192,11 @@ def _curve(points: Sequence[Mapping[str, _Estimate]], axis: str, measure: str, e
         )
         for figure in (axis, measure)
     )
-    return trace(speed, quality, ends, degree)
+    return fit_curve(speed, quality, ends, degree)
 
 
 def of_generations(results: Results) -> Mapping[str, Any]:
-    """The header of results that hold generations.
+    """Return the header of results that hold generations.
 
     Raises:
         EvaluationError: They hold something else.
@@ -196,7 +207,7 @@ def of_generations(results: Results) -> Mapping[str, Any]:
 
 
 def fastest_inside(summary: Summary, variant: str, measure: str) -> Outcome | None:
-    """The fastest setting of a variant whose own figure, whatever the regression says, is inside plain's spread."""
+    """Return a variant's fastest setting whose own figure, whatever the regression says, is in plain's spread."""
     found = [
         outcome
         for outcome in summary.outcomes.values()
@@ -206,7 +217,7 @@ def fastest_inside(summary: Summary, variant: str, measure: str) -> Outcome | No
 
 
 def variants(summary: Summary) -> list[str]:
-    """Names of the variants, those of a single setting, through which there is no curve, included."""
+    """Return the names of the variants, those of a single setting, through which there is no curve, included."""
     return list(_variants(summary.outcomes.values()))
 
 
@@ -215,7 +226,7 @@ def _is_inside(outcome: Outcome, measure: str) -> bool:
 
 
 def _variants(outcomes: Iterable[Outcome]) -> dict[str, list[str]]:
-    """Names of the settings of every variant."""
+    """Return the names of the settings of every variant."""
     found: dict[str, list[str]] = defaultdict(list)
     for outcome in outcomes:
         if outcome.setting["variant"]:

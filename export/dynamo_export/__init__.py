@@ -11,7 +11,7 @@ __all__ = ["ExportError", "export_bundle"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch and transformers only when they are needed: Optimum reads our arguments at every start."""
+    """Import torch and transformers only when they are needed: Optimum reads our arguments at every start."""
     if name == "export_bundle":
         from .export import export_bundle
 

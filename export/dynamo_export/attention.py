@@ -1,6 +1,6 @@
-"""A model's attention, written as ``com.microsoft::GroupQueryAttention``.
+"""A model's attention, written as `com.microsoft::GroupQueryAttention`.
 
-``dynamo_gqa`` is an attention function registered with transformers, which the trace goes through: it emits the op, as
+`dynamo_gqa` is an attention function registered with transformers, which the trace goes through: it emits the op, as
 `dynamo_model.attention` has read off the model what every layer asks for.
 """
 
@@ -47,7 +47,7 @@ class Emitter:
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """Emits the op for one layer.
+        """Emit the op for one layer.
 
         Args:
             module: The attention module; its `layer_idx` selects the cache.
@@ -95,17 +95,17 @@ class PassThroughCache:
     """Passed as `past_key_values` while tracing: the op keeps the cache, so `update` hands back what is new."""
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Returns the new keys and values unchanged."""
+        """Return the new keys and values unchanged."""
         return key, value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Zero: positions come from the attention mask."""
+        """Return 0: positions come from the attention mask."""
         return 0
 
 
 @contextmanager
 def emitting(model: nn.Module, emitter: Emitter) -> Iterator[None]:
-    """Sends every attention of the model through `emitter`; masks are not built at all."""
+    """Send every attention of the model through `emitter`; masks are not built at all."""
     AttentionInterface.register(EMIT, emitter.attend)
     with attention_implementation(model, EMIT):
         yield

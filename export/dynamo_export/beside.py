@@ -22,7 +22,7 @@ from dynamo_runtime.parameters import SamplingParameters
 from .drafting import TOP_K as DRAFT_TOP_K
 from .errors import ExportError
 from .genai import genai_config
-from .graph import Subject
+from .graph import InspectedModel
 from .tail import TOP_K
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -30,8 +30,8 @@ COUNTS, DRAFTER = "cooccurrence.npz", "drafter.onnx"
 log = logging.getLogger("dynamo_export")
 
 
-def write_rest(checkpoint: Checkpoint, staged: Path, graph: str, subject: Subject) -> Bundle:
-    """Writes everything beside the graph.
+def write_rest(checkpoint: Checkpoint, staged: Path, graph: str, inspected: InspectedModel) -> Bundle:
+    """Write everything beside the graph.
 
     Returns:
         What the manifest will say, but for the files.
@@ -39,7 +39,7 @@ def write_rest(checkpoint: Checkpoint, staged: Path, graph: str, subject: Subjec
     Raises:
         ExportError: The checkpoint's tokenizer or configuration does not fit its weights.
     """
-    base = subject.base
+    base = inspected.base
     config = checkpoint.file("config.json")
     if config is not None and "quantization_config" not in read_json(config):
         shutil.copyfile(config, staged / "config.json")
@@ -52,23 +52,23 @@ def write_rest(checkpoint: Checkpoint, staged: Path, graph: str, subject: Subjec
     vocab_size = int(base.get_output_embeddings().weight.shape[0])
     tokenizer = write_tokenizer(checkpoint, staged, vocab_size)
     counts = checkpoint.file(COUNTS)
-    if counts is not None and subject.exported.topology.n_tokens > 1:
+    if counts is not None and inspected.exported.topology.n_tokens > 1:
         shutil.copyfile(counts, staged / COUNTS)
     generation = read_json(staged / "generation_config.json")
-    first = subject.attention[0]
+    first = inspected.attention[0]
     ends = end_tokens(generation, base.config, staged, tokenizer, vocab_size)
     if not ends:
         log.warning("%s names no token that ends a text: texts go on until their limit", checkpoint.name)
     bundle = Bundle(
         folder=staged,
         graph=graph,
-        topology=subject.exported.topology,
-        drafter=_drafter_graph(subject, vocab_size),
+        topology=inspected.exported.topology,
+        drafter=_drafter_graph(inspected, vocab_size),
         model_type=base.config.model_type,
         vocab_size=vocab_size,
         tokenizer_size=tokenizer.get_vocab_size(),
-        context_length=subject.context_length,
-        kv_layers=len(subject.attention) - subject.exported.topology.layers,
+        context_length=inspected.context_length,
+        kv_layers=len(inspected.attention) - inspected.exported.topology.layers,
         kv_heads=first.kv_heads,
         head_size=first.head_size,
         top_k_outputs=min(TOP_K, vocab_size),
@@ -78,7 +78,7 @@ def write_rest(checkpoint: Checkpoint, staged: Path, graph: str, subject: Subjec
         source=Source(
             model=checkpoint.label,
             architecture=type(base).__name__,
-            rotary="inside" if subject.rotary.inside else "outside",
+            rotary="inside" if inspected.rotary.inside else "outside",
             versions={name: version(name) for name in ("dynamo-edge", "torch", "transformers", "onnx", "onnxruntime")},
         ),
     )
@@ -87,16 +87,16 @@ def write_rest(checkpoint: Checkpoint, staged: Path, graph: str, subject: Subjec
     return bundle
 
 
-def _drafter_graph(subject: Subject, vocab_size: int) -> DrafterGraph | None:
-    """What the manifest says of the graph of further heads."""
-    exported = subject.exported
+def _drafter_graph(inspected: InspectedModel, vocab_size: int) -> DrafterGraph | None:
+    """Return what the manifest says of the graph of further heads."""
+    exported = inspected.exported
     if not exported.topology.layers:
         return None
     words = exported.draft_vocabulary
     return DrafterGraph(
         DRAFTER,
         exported.topology.layers,
-        subject.attention[0].kv_heads,
+        inspected.attention[0].kv_heads,
         min(DRAFT_TOP_K, vocab_size if words is None else len(words)),
         bool(exported.conditions),
         None if words is None else tuple(words.tolist()),
@@ -104,7 +104,7 @@ def _drafter_graph(subject: Subject, vocab_size: int) -> DrafterGraph | None:
 
 
 def write_tokenizer(checkpoint: Checkpoint, staged: Path, vocab_size: int) -> Tokenizer:
-    """Copies the checkpoint's tokenizer with its chat template, or has transformers convert one of another form.
+    """Copy the checkpoint's tokenizer with its chat template, or have transformers convert one of another form.
 
     Returns:
         The tokenizer.
@@ -140,7 +140,7 @@ def write_tokenizer(checkpoint: Checkpoint, staged: Path, vocab_size: int) -> To
 
 
 def sampling_of(generation: dict[str, Any]) -> dict[str, Any]:
-    """What a generation_config.json says of sampling, in our terms; the runtime has defaults for the rest.
+    """Return what a generation_config.json says of sampling, in our terms; the runtime has defaults for the rest.
 
     Raises:
         ExportError: A value is out of range.
@@ -161,7 +161,7 @@ def sampling_of(generation: dict[str, Any]) -> dict[str, Any]:
 def end_tokens(
     generation: dict[str, Any], config: Any, staged: Path, tokenizer: Tokenizer, vocab_size: int
 ) -> list[int]:
-    """Tokens that end a text: all that generation_config.json, config.json and the tokenizer name.
+    """Return tokens that end a text: all that generation_config.json, config.json and the tokenizer name.
 
     A chat model often stops with a token that only one of the three knows.
     """
@@ -175,7 +175,7 @@ def end_tokens(
 
 
 def _special(generation: dict[str, Any], config: Any, name: str, vocab_size: int) -> list[int]:
-    """Ids of a special token, from generation_config.json or else the model's configuration."""
+    """Return ids of a special token, from generation_config.json or else the model's configuration."""
     found = generation.get(name)
     return _ids(getattr(config, name, None) if found is None else found, vocab_size)
 

@@ -12,7 +12,7 @@ from dynamo_graph.passes import run_passes
 from dynamo_graph.walk import is_cache
 
 from .drafting import Words
-from .graph import Subject, trace
+from .graph import InspectedModel, trace
 from .passes import (
     AddDraft,
     AddHeadStates,
@@ -58,54 +58,54 @@ class Built:
         return len(inputs) // 2, heads.pop()
 
 
-def build_graphs(subject: Subject) -> Built:
-    """The graphs of the contract."""
-    traced = trace(subject)
-    run_passes(traced.base, base_passes(subject, traced.weights))
+def build_graphs(inspected: InspectedModel) -> Built:
+    """Return the graphs of the contract."""
+    traced = trace(inspected)
+    run_passes(traced.base, base_passes(inspected, traced.weights))
     if traced.drafter is not None:
-        run_passes(traced.drafter, drafter_passes(subject, traced.weights, traced.base))
+        run_passes(traced.drafter, drafter_passes(inspected, traced.weights, traced.base))
     built = Built(traced.base, traced.drafter, traced.weights)
     for model in built.graphs:
         model.producer_name, model.producer_version = "dynamo-edge", version("dynamo-edge")
     return built
 
 
-def base_passes(subject: Subject, weights: WeightStore) -> list[ir.passes.PassBase]:
-    """What makes the base's graph of the traced one, in order.
+def base_passes(inspected: InspectedModel, weights: WeightStore) -> list[ir.passes.PassBase]:
+    """Return what makes the base's graph of the traced one, in order.
 
     Args:
-        subject: What is exported.
+        inspected: The model to export.
         weights: Those of the traced graph; added to.
     """
-    embedding = subject.base.get_output_embeddings()
+    embedding = inspected.base.get_output_embeddings()
     bias = None if embedding.bias is None else embedding.bias.detach().numpy().copy()
     weight = embedding.weight.detach().numpy()
     return [
         *_tidy(),
-        AddOutputs(weights, weight, bias, _is_tied(subject), subject.output),
+        AddOutputs(weights, weight, bias, _is_tied(inspected), inspected.output),
         RemoveUnusedNodesPass(),
         ShortenNames(),
         ClearMetadata(),
     ]
 
 
-def drafter_passes(subject: Subject, weights: WeightStore, base: ir.Model) -> list[ir.passes.PassBase]:
-    """What makes the drafter's graph of the layers cut off the traced one, in order.
+def drafter_passes(inspected: InspectedModel, weights: WeightStore, base: ir.Model) -> list[ir.passes.PassBase]:
+    """Return what makes the drafter's graph of the layers cut off the traced one, in order.
 
     Args:
-        subject: What is exported.
+        inspected: The model to export.
         weights: Those of the traced graph; added to.
         base: The base's graph, as it is written.
     """
-    exported = subject.exported
-    embedding = subject.base.get_output_embeddings()
+    exported = inspected.exported
+    embedding = inspected.base.get_output_embeddings()
     lookup = input_embedding(base)
-    tied = _is_tied(subject)
+    tied = _is_tied(inspected)
     words = Words(
         exported.draft_vocabulary,
         embedding.weight.detach().numpy(),
         None if embedding.bias is None else embedding.bias.detach().numpy().copy(),
-        subject.output,
+        inspected.output,
         lookup if tied else base.graph.initializers[OUTPUT_EMBEDDING],
         tied,
         lookup,
@@ -135,6 +135,6 @@ def _tidy() -> list[ir.passes.PassBase]:
     ]
 
 
-def _is_tied(subject: Subject) -> bool:
-    """Whether input and output embedding are one."""
-    return subject.base.get_output_embeddings().weight is subject.base.get_input_embeddings().weight
+def _is_tied(inspected: InspectedModel) -> bool:
+    """Tell whether input and output embedding are one."""
+    return inspected.base.get_output_embeddings().weight is inspected.base.get_input_embeddings().weight

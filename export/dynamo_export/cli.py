@@ -21,7 +21,7 @@ DESCRIPTION = "Export a multi-token model as a bundle: an ONNX graph and everyth
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the command's arguments; `optimum-cli export dynamo` takes the same."""
+    """Add the command's arguments; `optimum-cli export dynamo` takes the same."""
     output = parser.add_mutually_exclusive_group()
     output.add_argument("graph", nargs="?", metavar="OUT/model.onnx", help="the graph; its folder becomes the bundle")
     output.add_argument(
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, name: str = "dynamo-export") -> int:
-    """Runs the command.
+    """Run the command.
 
     Returns:
         The exit status.
@@ -115,7 +115,7 @@ def _run(arguments: argparse.Namespace, name: str) -> None:
 
 
 def _target(arguments: argparse.Namespace) -> tuple[str, bool]:
-    """The graph that will be written, and whether that is in the cache.
+    """Return the graph that will be written, and whether that is in the cache.
 
     Raises:
         WriteError: The arguments do not say where to, and the model has no place in the cache.
@@ -139,7 +139,7 @@ def _is_bundle(model: str | None) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `dynamo-export`."""
+    """Run `dynamo-export`."""
     parser = argparse.ArgumentParser(prog="dynamo-export", description=DESCRIPTION)
     add_version(parser)
     add_arguments(parser)

@@ -64,7 +64,10 @@ class DraftEnd(End):
     """Adds both parts to a graph whose first outputs are the further states, and its last ones caches."""
 
     def chosen_states(self, states: Sequence[ir.Value]) -> list[ir.Value]:
-        """The rows of every state that something is wanted of, [batch, head_rows, hidden] each; by default the last."""
+        """Return the rows of every state that something is wanted of, [batch, head_rows, hidden] each.
+
+        By default that is the last row.
+        """
         rows = option(self.model, HEAD_ROWS, np.array([-1], np.int64), [HEAD_ROWS])
         cuts: dict[ir.Value, ir.Value] = {}
 
@@ -74,7 +77,7 @@ class DraftEnd(End):
         return [select_rows(self.model, state, gathered, cuts, "head_rows") for state in states]
 
     def joined(self, states: Sequence[ir.Value], hidden: int) -> ir.Value:
-        """All of a row's states one after the other, [batch, head_rows · states, hidden]."""
+        """Return all of a row's states one after the other, [batch, head_rows · states, hidden]."""
         side_by_side = self.add("Concat", list(states), ["out_side_by_side"], axis=-1).outputs[0]
         return self.split_rows(side_by_side, hidden)
 
@@ -84,14 +87,14 @@ class DraftEnd(End):
         return self.add("Reshape", [values, shape], ["out_parts"]).outputs[0]
 
     def put_out_states(self, states: ir.Value, hidden: int, others: Sequence[tuple[ir.Value, int]]) -> None:
-        """Ends the layers."""
+        """End the layers."""
         states.name = HEAD_STATES
         self.put_out(states, ["batch", "states", hidden])
         for value, width in others:
             self.put_out(value, ["batch", HEAD_ROWS, width])
 
     def draft(self, words: Words, conditions: Sequence[Any]) -> None:
-        """Goes on to words: from the states that were put out, or, conditioned, from one that is given.
+        """Go on to words: from the states that were put out, or, conditioned, from one that is given.
 
         Args:
             words: What drafts are made of.
@@ -117,7 +120,7 @@ class DraftEnd(End):
             self.name_words(places, words.ids)
 
     def name_words(self, places: ir.Value, ids: np.ndarray) -> None:
-        """Puts out ids of the whole vocabulary in the place of places in the draft vocabulary."""
+        """Put out ids of the whole vocabulary in the place of places in the draft vocabulary."""
         table = self.constant(VOCABULARY, ids.astype(np.int64))
         name, places.name = places.name, f"{places.name}.places"
         found = self.add("Gather", [table, places], ["out_ids"], axis=0).outputs[0]
@@ -125,7 +128,7 @@ class DraftEnd(End):
         self.graph.outputs[self.graph.outputs.index(places)] = found
 
     def conditioned(self, state: ir.Value, words: Words, conditions: Sequence[Any]) -> ir.Value:
-        """``s_i + W2_i silu(W1_i [s_i ; e_u])`` (Hydra, Ankner et al. 2024), of the head that the depth says.
+        """`s_i + W2_i silu(W1_i [s_i ; e_u])` (Hydra, Ankner et al. 2024), of the head that the depth says.
 
         Heads have weights of their own: every one is a branch, which holds them itself, as onnxruntime prepares the
         weights of a product only in the graph that it is in.
@@ -137,7 +140,7 @@ class DraftEnd(End):
         return self.add("Add", [state, change], ["out_conditioned"]).outputs[0]
 
     def chosen_branch(self, branches: Sequence[_Condition]) -> ir.Value:
-        """What the branch of that number gives."""
+        """Return what the branch of that number gives."""
         if len(branches) == 1:
             nodes, value = branches[0].nodes(self.graph)
             self.graph.extend(nodes)
@@ -147,7 +150,7 @@ class DraftEnd(End):
         return node.outputs[0]
 
     def branching(self, part: ir.Value, first: int, branches: Sequence[_Condition], graph: ir.Graph) -> ir.Node:
-        """An `If` that halves the branches until one is left; `first` is the number of the first of them."""
+        """Return an `If` that halves the branches until one is left; `first` is the number of the first of them."""
         half = len(branches) // 2
         middle = self.constant(f"draft.part.{first + half}", np.array(first + half, np.int64))
         name = f"/draft/{first}/{first + len(branches)}"
@@ -160,7 +163,7 @@ class DraftEnd(End):
         return node
 
     def branch(self, part: ir.Value, first: int, branches: Sequence[_Condition], name: str) -> ir.Graph:
-        """One side of such an `If`."""
+        """Return one side of such an `If`."""
         inner = ir.Graph([], [], nodes=[], name=name)
         if len(branches) == 1:
             nodes, value = branches[0].nodes(inner)
@@ -171,13 +174,13 @@ class DraftEnd(End):
         return inner
 
     def input(self, name: str, dtype: ir.DataType, shape: list[str | int]) -> ir.Value:
-        """A further input of the graph."""
+        """Return a further input of the graph."""
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
         self.graph.inputs.append(value)
         return value
 
     def shared(self, weight: ir.Value) -> ir.Value:
-        """A weight of the base's graph: of the same name here, it is written once."""
+        """Return a weight of the base's graph: of the same name here, it is written once."""
         assert weight.name is not None
         if weight.name not in self.graph.initializers:
             own = ir.Value(name=weight.name, type=weight.type, shape=weight.shape, const_value=weight.const_value)
@@ -194,7 +197,7 @@ class _Condition:
     module: Any
 
     def nodes(self, graph: ir.Graph) -> tuple[list[ir.Node], ir.Value]:
-        """What works out the change of the state, with its weights in a graph; not yet placed."""
+        """Return what works out the change of the state, with its weights in a graph; not yet placed."""
         weights = [
             ir.Value(name=f"condition.{self.name}.{layer}.weight", const_value=ir.Tensor(array))
             for layer in ("hidden", "out")

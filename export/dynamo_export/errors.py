@@ -4,4 +4,4 @@ from dynamo_graph.errors import WriteError
 
 
 class ExportError(WriteError):
-    """A model, an argument or a target that cannot be exported; its message is one clear line for the user."""
+    """A model, an argument or a destination that cannot be exported; its message is one clear line for the user."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from dynamo_graph.files import write_report
 from dynamo_graph.read import pass_bytes, places
-from dynamo_graph.staging import Target
+from dynamo_graph.staging import Destination
 from dynamo_graph.write import write_model
 from dynamo_model.sources import Checkpoint
 from dynamo_quantize import check_request, quantize_into
@@ -21,9 +21,9 @@ from dynamo_runtime.errors import DynamoError
 from . import parity
 from .beside import DRAFTER, write_rest
 from .build import build_graphs
-from .compare import Row, table
+from .deviation import Deviation, table
 from .errors import ExportError
-from .graph import Subject, inspect
+from .graph import InspectedModel, inspect
 from .registry import exported
 from .source import find_source, load_model
 
@@ -43,7 +43,7 @@ def export_bundle(
     quantize: str | None = None,
     **quantization: Any,
 ) -> Path:
-    """Exports a checkpoint as a bundle, which exists only once it agrees with the torch model.
+    """Export a checkpoint as a bundle, which exists only once it agrees with the torch model.
 
     Args:
         output: The `.onnx` file; its folder becomes the bundle.
@@ -64,26 +64,26 @@ def export_bundle(
         The `.onnx` file in its place.
 
     Raises:
-        WriteError: The checkpoint, the arguments or the target do not allow it, or the graph fails a gate; nothing is
-            left behind.
+        WriteError: The checkpoint, the arguments or the destination do not allow it, or the graph fails a gate; nothing
+            is left behind.
     """
-    with Target(Path(output), overwrite) as target:
+    with Destination(Path(output), overwrite) as destination:
         if quantize is not None:
             check_request(quantize, **quantization)
         checkpoint = find_source(model)
         try:
-            staged = _stage(target, checkpoint, heads, drafter, context_length, external_data, parity_length)
+            staged = _stage(destination, checkpoint, heads, drafter, context_length, external_data, parity_length)
         except OSError as error:
             raise ExportError(f"cannot write the bundle: {error.strerror or error}; nothing was written") from error
         if quantize is not None:
-            return quantize_into(target, staged, quantize, external_data=external_data, **quantization)
-        target.move_in(staged)
-        log.info("the bundle is in %s", target.folder)
-    return target.folder / target.graph
+            return quantize_into(destination, staged, quantize, external_data=external_data, **quantization)
+        destination.move_in(staged)
+        log.info("the bundle is in %s", destination.folder)
+    return destination.folder / destination.graph
 
 
 def _stage(
-    target: Target,
+    destination: Destination,
     checkpoint: Checkpoint,
     heads: int | None,
     drafter: str | None,
@@ -91,19 +91,19 @@ def _stage(
     external_data: bool,
     parity_length: int,
 ) -> Path:
-    """Makes the bundle in a folder of its own and proves it; arguments as of `export_bundle`."""
+    """Make the bundle in a folder of its own and prove it; arguments as of `export_bundle`."""
     clock = _Clock()
-    subject = _load(checkpoint, heads, drafter, context_length)
-    topology = subject.exported.topology
-    if topology.layers and target.graph == DRAFTER:
+    inspected = _load(checkpoint, heads, drafter, context_length)
+    topology = inspected.exported.topology
+    if topology.layers and destination.graph == DRAFTER:
         raise ExportError(f"{DRAFTER} is what the graph of further heads is called: choose another name for the base's")
-    what = f"{type(subject.base).__name__}, {topology.kind}, {topology.n_tokens} token(s) a pass"
+    what = f"{type(inspected.base).__name__}, {topology.kind}, {topology.n_tokens} token(s) a pass"
     clock.lap(f"loaded {checkpoint.label}: {what}")
-    staged = target.stage()
-    bundle = write_rest(checkpoint, staged, target.graph, subject)
-    cases, left_out = parity.reference(subject, parity_length)
+    staged = destination.stage()
+    bundle = write_rest(checkpoint, staged, destination.graph, inspected)
+    cases, left_out = parity.reference(inspected, parity_length)
     clock.lap("ran the torch model")
-    built = build_graphs(subject)
+    built = build_graphs(inspected)
     clock.lap(f"traced {sum(len(graph.graph) for graph in built.graphs)} nodes")
     files = write_model(built.base, staged / bundle.graph, external_data)
     if built.drafter is not None and bundle.drafter is not None:
@@ -113,7 +113,7 @@ def _stage(
         files += write_model(built.drafter, staged / DRAFTER, external_data, shared)
     clock.lap(f"wrote {sum(f.stat().st_size for f in files) / 1e6:.1f} MB of graph and weights")
     built.weights.clear()
-    del built, subject  # the session's weights come instead of torch's
+    del built, inspected  # the session's weights come instead of torch's
     gc.collect()
     bundle = replace(bundle, pass_bytes=pass_bytes(bundle), files=list_files(staged))
     bundle.write_manifest()
@@ -136,7 +136,7 @@ class _Clock:
         self.last = now
 
 
-def _load(checkpoint: Checkpoint, heads: int | None, kind: str | None, context_length: int | None) -> Subject:
+def _load(checkpoint: Checkpoint, heads: int | None, kind: str | None, context_length: int | None) -> InspectedModel:
     base, drafter = load_model(checkpoint, heads, kind)
     longest = getattr(base.config, "max_position_embeddings", None)
     if not isinstance(longest, int) or longest < 2:
@@ -148,7 +148,7 @@ def _load(checkpoint: Checkpoint, heads: int | None, kind: str | None, context_l
     return inspect(model, context)
 
 
-def _gate(staged: Path, cases: list[parity.Case], left_out: list[str]) -> list[Row]:
+def _gate(staged: Path, cases: list[parity.Case], left_out: list[str]) -> list[Deviation]:
     try:
         bundle = load_bundle(staged)
     except DynamoError as error:

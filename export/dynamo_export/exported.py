@@ -17,7 +17,7 @@ from dynamo_runtime.session import Session
 from dynamo_runtime.step import Step
 from dynamo_runtime.topology import Plain, Topology
 
-from .compare import Case, Passed, Values
+from .deviation import Case, PassOutputs, Values
 from .drafting import DraftEnd
 from .errors import ExportError
 
@@ -71,7 +71,7 @@ class Exported:
         return ()
 
     def ahead(self, end: DraftEnd, chosen: list[ir.Value]) -> tuple[ir.Value, list[tuple[ir.Value, int]]]:
-        """Makes of the chosen states those that become logits; every state is a token head's here, and so stays.
+        """Make of the chosen states those that become logits; every state is a token head's here, and so stays.
 
         Args:
             end: The end of the drafter's graph, added to.
@@ -85,7 +85,7 @@ class Exported:
         return end.joined(chosen, hidden), []
 
     def keep_heads(self, heads: int) -> None:
-        """Drops all token heads but the first ones.
+        """Drop all token heads but the first ones.
 
         Args:
             heads: How many to keep, the base's own among them.
@@ -96,11 +96,11 @@ class Exported:
         raise ExportError(f"--heads {heads} means parallel heads: leave it out with --drafter {self.kind}")
 
     def tracing(self) -> AbstractContextManager[None]:
-        """What the model needs for the duration of the trace."""
+        """Return what the model needs for the duration of the trace."""
         return nullcontext()
 
     def states(self, input_ids: Tensor, **inputs: Any) -> tuple[Tensor, ...]:
-        """Normed hidden states [batch, seq, hidden], `n_states` of them.
+        """Return normed hidden states [batch, seq, hidden], `n_states` of them.
 
         Args:
             input_ids: int64 [batch, seq].
@@ -110,7 +110,9 @@ class Exported:
         return (self.base.base_model(input_ids=input_ids, **inputs).last_hidden_state,)
 
     def values(self, input_ids: Tensor, start: int) -> Values:
-        """Every output that is compared, from one pass without a cache: its output embedding on the rows wanted alone.
+        """Return every output that is compared, from one pass without a cache.
+
+        The output embedding runs on the rows that are wanted alone.
 
         Args:
             input_ids: int64 [1, seq].
@@ -119,11 +121,11 @@ class Exported:
         return self.head_values(self.states(input_ids, use_cache=False)[0], start)
 
     def head_values(self, state: Tensor, start: int) -> Values:
-        """Logits of the first head, of its states [1, seq, hidden]."""
+        """Return logits of the first head, of its states [1, seq, hidden]."""
         return {"logits": logits_of(self.base, state[0, start:])[:, None].numpy()}
 
     def prepare(self, tokens: np.ndarray, other: np.ndarray, fork: int) -> None:
-        """Writes into two random sequences what they must have for everything to be compared.
+        """Write into two random sequences what they must have for everything to be compared.
 
         Args:
             tokens: int64 [length].
@@ -133,7 +135,7 @@ class Exported:
 
     @staticmethod
     def put_out(bundle: Bundle, step: Step, name: str, theirs: Values) -> tuple[np.ndarray, ...]:
-        """One output of a pass, and its top-K logits and ids if it has any, as [rows, parts, width] each.
+        """Return one output of a pass, and its top-K logits and ids if it has any, as [rows, parts, width] each.
 
         Args:
             bundle: The bundle.
@@ -144,6 +146,6 @@ class Exported:
         return tuple(array[:, None] for array in (step.logits(), *step.topk()))
 
     @staticmethod
-    def runs(session: Session, case: Case) -> Iterator[tuple[str, Iterable[Passed]]]:
-        """Ways of running a case that only such a bundle has, by name."""
+    def runs(session: Session, case: Case) -> Iterator[tuple[str, Iterable[PassOutputs]]]:
+        """Yield ways of running a case that only such a bundle has, by name."""
         return iter(())

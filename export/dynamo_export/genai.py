@@ -8,7 +8,7 @@ from dynamo_runtime.bundle import Bundle
 
 
 def genai_config(bundle: Bundle, hidden_size: int, attention_heads: int, pad: int | None) -> dict[str, Any]:
-    """Describes a bundle to onnxruntime-genai.
+    """Describe a bundle to onnxruntime-genai.
 
     Its model type `decoder` feeds ids, mask and caches of the base's graph and reads `logits`; it knows nothing of the
     drafter's.

@@ -32,8 +32,8 @@ OPSET = 20
 
 
 @dataclass
-class Subject:
-    """What is exported, and how it is expressed.
+class InspectedModel:
+    """A model whose every part can be expressed as a graph, and how: what `inspect` found.
 
     Attributes:
         exported: The model.
@@ -55,8 +55,8 @@ class Subject:
         return self.exported.base
 
 
-def inspect(exported: Exported, context_length: int) -> Subject:
-    """Finds out whether and how the model can be expressed.
+def inspect(exported: Exported, context_length: int) -> InspectedModel:
+    """Find out whether and how the model can be expressed.
 
     Raises:
         ExportError: If something in it cannot be expressed exactly.
@@ -65,26 +65,26 @@ def inspect(exported: Exported, context_length: int) -> Subject:
         found = preflight(exported.base, context_length, exported.topology.layers)
     except CheckpointError as error:
         raise ExportError(str(error)) from error
-    return Subject(exported, context_length, found.attention, found.rotary, found.output)
+    return InspectedModel(exported, context_length, found.attention, found.rotary, found.output)
 
 
 class Traced(nn.Module):
     """The module that is traced: graph inputs in, states and present caches out."""
 
-    def __init__(self, subject: Subject, emitter: Emitter) -> None:
+    def __init__(self, inspected: InspectedModel, emitter: Emitter) -> None:
         super().__init__()
-        self.model = subject.exported.layered
-        self.subject = subject
+        self.model = inspected.exported.layered
+        self.inspected = inspected
         self.emitter = emitter
-        if subject.rotary.inside:
-            cos, sin = subject.rotary.half()
+        if inspected.rotary.inside:
+            cos, sin = inspected.rotary.half()
             self.cos_cache, self.sin_cache = nn.Buffer(cos), nn.Buffer(sin)
-            emitter.interleaved = subject.rotary.interleaved
+            emitter.interleaved = inspected.rotary.interleaved
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, past: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, ...]:
-        """Runs one pass.
+        """Run one pass.
 
         Args:
             input_ids: int64 [batch, seq].
@@ -104,25 +104,25 @@ class Traced(nn.Module):
         )
         emitter.total = total.to(torch.int32).reshape(())
         inputs: dict[str, Any] = {"past_key_values": PassThroughCache()}
-        if self.subject.rotary.inside:
+        if self.inspected.rotary.inside:
             emitter.cos, emitter.sin = self.cos_cache, self.sin_cache
         else:  # the rows are the last positions that the mask covers
             seq = input_ids.shape[1]
             inputs["position_ids"] = (lengths - seq)[:, None] + torch.arange(seq)
         stem: list[Tensor] = []
-        decoder: Any = self.subject.base.base_model
+        decoder: Any = self.inspected.base.base_model
         handle = decoder.layers[-1].register_forward_pre_hook(lambda _, args: stem.append(args[0]))
         try:
-            all_states = self.subject.exported.states(input_ids, **inputs)
+            all_states = self.inspected.exported.states(input_ids, **inputs)
         finally:
             handle.remove()
         presents = [x for layer in sorted(emitter.present) for x in emitter.present[layer]]
-        return (*all_states, *(stem if self.subject.exported.topology.layers else []), *presents)
+        return (*all_states, *(stem if self.inspected.exported.topology.layers else []), *presents)
 
 
 @contextmanager
 def output_embedding_aside(base: PreTrainedModel) -> Iterator[None]:
-    """Takes the output embedding out of the model, whose trace ends at the states.
+    """Take the output embedding out of the model, whose trace ends at the states.
 
     As an unused weight it would stay referenced by the exporter for good, and with it the mapped checkpoint.
     """
@@ -136,7 +136,7 @@ def output_embedding_aside(base: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what the exporter has to say about itself off the user's terminal."""
+    """Keep what the exporter has to say about itself off the user's terminal."""
     names = ["torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir"]
     levels = {name: logging.getLogger(name).level for name in names}
     with warnings.catch_warnings():
@@ -166,16 +166,16 @@ class Graphs:
     weights: WeightStore
 
 
-def trace(subject: Subject) -> Graphs:
-    """Traces the model with `torch.onnx.export`, and cuts the layers of further heads off it.
+def trace(inspected: InspectedModel) -> Graphs:
+    """Trace the model with `torch.onnx.export`, and cut the layers of further heads off it.
 
     Raises:
         ExportError: It cannot be traced.
     """
-    layers = subject.attention
+    layers = inspected.attention
     emitter = Emitter(layers)
     first = layers[0]
-    module = Traced(subject, emitter).eval()
+    module = Traced(inspected, emitter).eval()
     empty = torch.zeros(2, first.kv_heads, 8, first.head_size)
     past = [(empty.clone(), empty.clone()) for _ in layers]
     ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 5, dtype=torch.long)
@@ -189,11 +189,11 @@ def trace(subject: Subject) -> Graphs:
     with ExitStack() as stack:
         stack.enter_context(quiet())
         stack.enter_context(torch.no_grad())
-        stack.enter_context(output_embedding_aside(subject.base))
-        stack.enter_context(subject.exported.tracing())
-        stack.enter_context(rms_norms_fused(subject.exported.layered))
-        stack.enter_context(rotary_replaced(subject.base, subject.rotary))
-        stack.enter_context(emitting(subject.exported.layered, emitter))
+        stack.enter_context(output_embedding_aside(inspected.base))
+        stack.enter_context(inspected.exported.tracing())
+        stack.enter_context(rms_norms_fused(inspected.exported.layered))
+        stack.enter_context(rotary_replaced(inspected.base, inspected.rotary))
+        stack.enter_context(emitting(inspected.exported.layered, emitter))
         try:
             program = torch.onnx.export(
                 module,
@@ -206,10 +206,10 @@ def trace(subject: Subject) -> Graphs:
             )
         except Exception as error:  # the exporter's own, or whatever the model's code raises while it is traced
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ExportError(f"{type(subject.base).__name__} cannot be traced: {reason}") from error
+            raise ExportError(f"{type(inspected.base).__name__} cannot be traced: {reason}") from error
     assert program is not None
     model = program.model
-    exported = subject.exported
+    exported = inspected.exported
     further = exported.topology.layers
     _name_ends(model, exported.n_states, bool(further))
     store = WeightStore()
@@ -224,7 +224,7 @@ def trace(subject: Subject) -> Graphs:
 
 
 def _keep_base(model: ir.Model, layers: int) -> None:
-    """Drops the further heads."""
+    """Drop the further heads."""
     graph = model.graph
     graph.inputs[:] = _named(graph.inputs, [INPUT_IDS, ATTENTION_MASK, *caches(PAST, range(layers))])
     graph.outputs[:] = _named(graph.outputs, ["states_1", PENULTIMATE, *caches(PRESENT, range(layers))])
@@ -232,7 +232,7 @@ def _keep_base(model: ir.Model, layers: int) -> None:
 
 
 def _keep_heads(model: ir.Model, first: int, states: list[str]) -> None:
-    """Drops the base's own layers: what is left begins with the state that its last layer reads.
+    """Drop the base's own layers: what is left begins with the state that its last layer reads.
 
     Args:
         model: All that was traced.
@@ -264,13 +264,13 @@ def _keep_heads(model: ir.Model, first: int, states: list[str]) -> None:
 
 
 def _named(values: Sequence[ir.Value], names: Sequence[str]) -> list[ir.Value]:
-    """Those of some values that have these names, in their order."""
+    """Return those of some values that have these names, in their order."""
     found = {value.name: value for value in values}
     return [found[name] for name in names]
 
 
 def _name_ends(model: ir.Model, n_states: int, has_heads: bool) -> None:
-    """Gives inputs and outputs the names of the contract."""
+    """Give inputs and outputs the names of the contract."""
     graph = model.graph
     for value, name in zip(graph.inputs[:2], (INPUT_IDS, ATTENTION_MASK), strict=True):
         value.name = name
@@ -283,5 +283,5 @@ def _name_ends(model: ir.Model, n_states: int, has_heads: bool) -> None:
 
 
 def state_name(head: int) -> str:
-    """What a traced graph calls the state of a head, counted from 1."""
+    """Return what a traced graph calls the state of a head, counted from 1."""
     return f"states_{head}"

@@ -16,7 +16,7 @@ from dynamo_runtime.names import GATE
 from dynamo_runtime.step import Step
 from dynamo_runtime.topology import Topology
 
-from .compare import Values
+from .deviation import Values
 from .drafting import DraftEnd
 from .exported import Exported
 

@@ -13,7 +13,7 @@ from dynamo_runtime.look_ahead import LookAhead
 from dynamo_runtime.session import Session
 from dynamo_runtime.step import Last
 
-from .compare import Case, Passed, Values, between
+from .deviation import Case, PassOutputs, Values, between
 from .exported import Exported
 
 
@@ -30,7 +30,7 @@ class ExportedLookAhead(Exported):
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
-        """Puts the look-ahead embeddings behind the vocabulary's for the duration: one table, one look-up."""
+        """Put the look-ahead embeddings behind the vocabulary's for the duration: one table, one look-up."""
         own = self.base.get_input_embeddings()
         table = self.drafter.table().detach()
         try:
@@ -47,7 +47,7 @@ class ExportedLookAhead(Exported):
         return self.head_values(state, start)
 
     def prepare(self, tokens: np.ndarray, other: np.ndarray, fork: int) -> None:
-        """Writes all look-ahead ids into `tokens` from `fork` on, and at the end of `other`.
+        """Write all look-ahead ids into `tokens` from `fork` on, and at the end of `other`.
 
         So rolling back to `fork` is what the runtime does: drop look-ahead tokens, go on with tokens, look ahead again.
         """
@@ -57,13 +57,13 @@ class ExportedLookAhead(Exported):
         other[-count:] = ids
 
     @staticmethod
-    def runs(session: Session, case: Case) -> Iterator[tuple[str, Iterable[Passed]]]:
+    def runs(session: Session, case: Case) -> Iterator[tuple[str, Iterable[PassOutputs]]]:
         """As the runtime does: look ahead behind a text, drop that, look ahead behind more text, and so on."""
         upto = min(case.fork + len(session.bundle.look_ahead), len(case.tokens))
         yield "look-ahead", _look_ahead(session, case, upto)
 
 
-def _look_ahead(session: Session, case: Case, upto: int) -> Iterator[Passed]:
+def _look_ahead(session: Session, case: Case, upto: int) -> Iterator[PassOutputs]:
     fork, start = case.fork, case.start
     session.cache.reset()
     for tokens, expected, at, end in (

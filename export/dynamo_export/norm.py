@@ -40,7 +40,7 @@ def _emit(module: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def rms_norms_fused(model: nn.Module) -> Iterator[None]:
-    """Makes every RMS norm of the model emit one node for the duration."""
+    """Make every RMS norm of the model emit one node for the duration."""
     norms = [module for module in model.modules() if _is_rms_norm(module)]
     try:
         for module in norms:

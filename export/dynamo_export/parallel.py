@@ -14,7 +14,7 @@ from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.parallel import ParallelHeads
 from dynamo_runtime.step import Step
 
-from .compare import TOLD, Values
+from .deviation import TOLD, Values
 from .errors import ExportError
 from .exported import Exported
 

@@ -24,9 +24,9 @@ from dynamo_runtime.errors import DynamoError
 from dynamo_runtime.session import Session
 from dynamo_runtime.step import ALL, NONE, At, Last
 
-from .compare import TOLERANCE, Case, Passed, Row, Values, between, compare
+from .deviation import TOLERANCE, Case, Deviation, PassOutputs, Values, between, deviations
 from .errors import ExportError
-from .graph import Subject
+from .graph import InspectedModel
 from .registry import EXPORTS
 
 SHORT = 24  # tokens of the case that crosses nothing
@@ -51,45 +51,45 @@ class Boundary:
     must: bool
 
 
-def boundaries(subject: Subject, longest: int) -> list[Boundary]:
-    """Every length the gate has to cross.
+def boundaries(inspected: InspectedModel, longest: int) -> list[Boundary]:
+    """Return every length the gate has to cross.
 
     Args:
-        subject: What is exported.
+        inspected: The model to export.
         longest: Longest sequence the gate may run.
 
     Raises:
         ExportError: If a window or scaling boundary lies beyond that.
     """
-    context = subject.context_length
+    context = inspected.context_length
     found = [Boundary("short", 0, True)]
-    for window in sorted({s.window for s in subject.attention.values() if s.window is not None}):
+    for window in sorted({s.window for s in inspected.attention.values() if s.window is not None}):
         found.append(Boundary(f"window {window}", window, True))
-    rope = getattr(subject.base.config, "rope_parameters", None) or {}
+    rope = getattr(inspected.base.config, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings")
     if original is not None and original < context:
         found.append(Boundary(f"rope {rope.get('rope_type')} {original}", int(original), True))
     found.append(Boundary(f"context {context}", context, False))
     for boundary in found:
-        if boundary.must and boundary.position + 2 * _span(subject) > max(longest, 2 * _span(subject)):
+        if boundary.must and boundary.position + 2 * _span(inspected) > max(longest, 2 * _span(inspected)):
             raise ExportError(
                 f"the gate would have to run more than {longest} tokens to cross {boundary.name}: "
-                f"allow it with --parity-length {boundary.position + 2 * _span(subject)}, or export a shorter "
+                f"allow it with --parity-length {boundary.position + 2 * _span(inspected)}, or export a shorter "
                 f"--context-length"
             )
     return found
 
 
-def _span(subject: Subject) -> int:
-    """Positions compared on each side of a boundary: room for a pass of every size."""
-    return max(8, 2 * (subject.exported.topology.n_tokens + 1))
+def _span(inspected: InspectedModel) -> int:
+    """Return positions compared on each side of a boundary: room for a pass of every size."""
+    return max(8, 2 * (inspected.exported.topology.n_tokens + 1))
 
 
-def reference(subject: Subject, longest: int, seed: int = 0) -> tuple[list[Case], list[str]]:
-    """Runs the torch model over whole sequences around every boundary.
+def reference(inspected: InspectedModel, longest: int, seed: int = 0) -> tuple[list[Case], list[str]]:
+    """Run the torch model over whole sequences around every boundary.
 
     Args:
-        subject: What is exported.
+        inspected: The model to export.
         longest: Longest sequence to run.
         seed: Of the random tokens.
 
@@ -100,13 +100,13 @@ def reference(subject: Subject, longest: int, seed: int = 0) -> tuple[list[Case]
         ExportError: See `boundaries`.
     """
     rng = np.random.default_rng(seed)
-    vocab = int(subject.base.get_output_embeddings().weight.shape[0])
+    vocab = int(inspected.base.get_output_embeddings().weight.shape[0])
     cases, left_out = [], []
-    span = _span(subject)
-    crossings = boundaries(subject, longest)
+    span = _span(inspected)
+    crossings = boundaries(inspected, longest)
     for boundary in tqdm(crossings, desc="torch", unit="case", leave=False, disable=None):
         short = boundary.position == 0
-        length = min(subject.context_length, max(SHORT, 2 * span) if short else boundary.position + span)
+        length = min(inspected.context_length, max(SHORT, 2 * span) if short else boundary.position + span)
         if length > longest and not boundary.must:
             left_out.append(boundary.name)
             continue
@@ -115,27 +115,27 @@ def reference(subject: Subject, longest: int, seed: int = 0) -> tuple[list[Case]
         tokens = rng.integers(0, vocab, length)
         other = tokens.copy()
         other[fork:] = (other[fork:] + rng.integers(1, vocab, length - fork)) % vocab
-        subject.exported.prepare(tokens, other, fork)
-        implementation = _implementation(subject, length)
-        expected, expected_other = (torch_values(subject, ids, start, implementation) for ids in (tokens, other))
+        inspected.exported.prepare(tokens, other, fork)
+        implementation = _implementation(inspected, length)
+        expected, expected_other = (torch_values(inspected, ids, start, implementation) for ids in (tokens, other))
         cases.append(Case(boundary.name, tokens, other, start, fork, expected, expected_other, implementation))
     return cases, left_out
 
 
-def _implementation(subject: Subject, length: int) -> str:
-    """Eager attention where its scores fit into memory, else torch's own fused one, which knows no soft cap."""
-    if any(spec.softcap for spec in subject.attention.values()):
+def _implementation(inspected: InspectedModel, length: int) -> str:
+    """Name eager attention where its scores fit into memory, else torch's own fused one, which knows no soft cap."""
+    if any(spec.softcap for spec in inspected.attention.values()):
         return "eager"
-    heads = max(spec.heads for spec in subject.attention.values())
-    weights = sum(p.numel() for p in subject.exported.layered.parameters()) * 4
+    heads = max(spec.heads for spec in inspected.attention.values())
+    weights = sum(p.numel() for p in inspected.exported.layered.parameters()) * 4
     return "eager" if 3 * heads * length**2 * 4 <= max(EAGER_BYTES, weights) else "sdpa"
 
 
-def torch_values(subject: Subject, tokens: np.ndarray, start: int, implementation: str) -> Values:
-    """Every output that is compared, from one pass of the torch model without a cache.
+def torch_values(inspected: InspectedModel, tokens: np.ndarray, start: int, implementation: str) -> Values:
+    """Return every output that is compared, from one pass of the torch model without a cache.
 
     Args:
-        subject: What is exported.
+        inspected: The model to export.
         tokens: int64 [length].
         start: First row wanted.
         implementation: transformers' attention implementation.
@@ -143,12 +143,12 @@ def torch_values(subject: Subject, tokens: np.ndarray, start: int, implementatio
     Returns:
         Arrays [length - start, parts, width].
     """
-    with attention_implementation(subject.exported.layered, implementation), torch.no_grad():
-        return subject.exported.values(torch.from_numpy(tokens)[None], start)
+    with attention_implementation(inspected.exported.layered, implementation), torch.no_grad():
+        return inspected.exported.values(torch.from_numpy(tokens)[None], start)
 
 
-def gate(bundle: Bundle, cases: list[Case]) -> list[Row]:
-    """Runs the bundle every way the runtime may, and compares.
+def gate(bundle: Bundle, cases: list[Case]) -> list[Deviation]:
+    """Run the bundle every way the runtime may, and compare.
 
     Args:
         bundle: The staged bundle.
@@ -160,20 +160,20 @@ def gate(bundle: Bundle, cases: list[Case]) -> list[Row]:
     Raises:
         ExportError: The bundle does not even run.
     """
-    rows: list[Row] = []
+    rows: list[Deviation] = []
     put_out = partial(EXPORTS[bundle.topology.kind].put_out, bundle)
     try:
         session = Session(bundle, provider="cpu")
         for case in tqdm(cases, desc="parity", unit="case", leave=False, disable=None):
             for run, steps in _runs(session, case):
-                rows += compare(case, run, steps, put_out)
+                rows += deviations(case, run, steps, put_out)
     except (DynamoError, RuntimeError) as error:  # the second is onnxruntime's, when a pass fails
         raise ExportError(f"the exported bundle does not run: {error}") from error
     return rows
 
 
-def _runs(session: Session, case: Case) -> Iterator[tuple[str, Iterable[Passed]]]:
-    """Every way of running one case; the name says how many tokens a pass takes."""
+def _runs(session: Session, case: Case) -> Iterator[tuple[str, Iterable[PassOutputs]]]:
+    """Yield every way of running one case; the name says how many tokens a pass takes."""
     length, start, fork = len(case.tokens), case.start, case.fork
     topology = session.bundle.topology
     most = topology.n_tokens + 1
@@ -202,8 +202,8 @@ def _runs(session: Session, case: Case) -> Iterator[tuple[str, Iterable[Passed]]
 
 def _steps(
     session: Session, tokens: np.ndarray, expected: Values, begin: int, start: int, size: int
-) -> Iterator[Passed]:
-    """Continues at `begin` with `size` tokens a pass, and asks for rows in turn in the three ways there are.
+) -> Iterator[PassOutputs]:
+    """Continue at `begin` with `size` tokens a pass, and ask for rows in turn in the three ways there are.
 
     All rows of everything; what is the default, the last; all of the first head's and one of the further heads', as
     verification does.
@@ -223,8 +223,8 @@ def _steps(
             yield step, between(expected, first, last)
 
 
-def _skipping(session: Session, case: Case, begin: int, size: int) -> Iterator[Passed]:
-    """Leaves the further heads out of most passes, rolling back among them, and has them catch up in the others."""
+def _skipping(session: Session, case: Case, begin: int, size: int) -> Iterator[PassOutputs]:
+    """Leave the further heads out of most passes, rolling back among them, and have them catch up in the others."""
     tokens, expected, start = case.tokens, case.expected, case.start
     at, turn = begin, 0
     while at < len(tokens):
@@ -238,8 +238,8 @@ def _skipping(session: Session, case: Case, begin: int, size: int) -> Iterator[P
         at, turn = session.cache.length, turn + 1
 
 
-def as_json(rows: list[Row], cases: list[Case], left_out: list[str]) -> dict[str, Any]:
-    """The table for the report."""
+def as_json(rows: list[Deviation], cases: list[Case], left_out: list[str]) -> dict[str, Any]:
+    """Return the table for the report."""
     return {
         "tolerance": TOLERANCE,
         "passed": all(row.passed for row in rows),

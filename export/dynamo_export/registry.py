@@ -21,7 +21,7 @@ PREFERRED = ExportedParallel.kind
 
 
 def exported(base: PreTrainedModel, drafter: DrafterModel | None) -> Exported:
-    """A loaded model as the export sees it.
+    """Return a loaded model as the export sees it.
 
     Args:
         base: The transformers language model.

@@ -23,14 +23,14 @@ Select = Callable[[ir.Value], ir.Node]
 
 
 def _is_shared(value: ir.Value | None) -> bool:
-    """Whether a value is the same for every row: a weight that broadcasts along the features only."""
+    """Tell whether a value is the same for every row: a weight that broadcasts along the features only."""
     if value is None or value.shape is None:
         return False
     return len(value.shape) <= 1 or all(dim == 1 for dim in list(value.shape)[:-1])
 
 
 def _row_wise(node: ir.Node) -> bool:
-    """Whether row r of the node's output depends on row r of its inputs only."""
+    """Tell whether row r of the node's output depends on row r of its inputs only."""
     if not has_features(node.outputs[0]):
         return False
     if node.op_type in UNARY:
@@ -50,7 +50,7 @@ def _row_wise(node: ir.Node) -> bool:
 def select_rows(
     model: ir.Model, states: ir.Value, select: Select, cuts: dict[ir.Value, ir.Value], axis: str
 ) -> ir.Value:
-    """Selects rows of `states`, at the earliest place where that gives the same numbers.
+    """Select rows of `states`, at the earliest place where that gives the same numbers.
 
     Args:
         model: The graph.

@@ -19,7 +19,7 @@ log = logging.getLogger("dynamo_export")
 
 
 def find_source(name: str | Path | None) -> Checkpoint:
-    """The checkpoint that is to be exported, fetched first if it is not on this machine.
+    """Return the checkpoint that is to be exported, fetched first if it is not on this machine.
 
     Args:
         name: A folder, a GGUF file, the name of a known model, a Hub id, or None for the default that ships with the
@@ -41,7 +41,7 @@ def find_source(name: str | Path | None) -> Checkpoint:
 def load_model(
     checkpoint: Checkpoint, heads: int | None, kind: str | None = None
 ) -> tuple[PreTrainedModel, DrafterModel | None]:
-    """Loads what is to be exported, in fp32.
+    """Load what is to be exported, in fp32.
 
     Args:
         checkpoint: From `find_source`.
@@ -71,7 +71,7 @@ def load_model(
 
 
 def _choose(checkpoint: Checkpoint, heads: int | None, wanted: str | None) -> str:
-    """The kind of drafter to export from a checkpoint that may hold several."""
+    """Return the kind of drafter to export from a checkpoint that may hold several."""
     there = drafters_of(checkpoint)
     if not there and wanted is None:
         raise ExportError(

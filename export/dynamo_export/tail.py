@@ -21,33 +21,33 @@ class End:
     """Adds the end of a graph node by node."""
 
     def __init__(self, model: ir.Model, store: WeightStore) -> None:
-        """Takes a graph and its weights, which are added to."""
+        """Take a graph and its weights, which are added to."""
         self.model = model
         self.graph = model.graph
         self.store = store
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """An initializer."""
+        """Return an initializer."""
         return initializer(self.model, name, array)
 
     def turned(self, name: str, weight: np.ndarray) -> ir.Value:
-        """The initializer [in, out] of a linear layer whose weight is [out, in]; turned when it is written."""
+        """Return the initializer [in, out] of a linear layer whose weight is [out, in]; turned when it is written."""
         source = ir.Value(name=name, const_value=ir.Tensor(weight))
         self.store.adopt(source)
         return lazily(self.model, name, [source], lambda array: array.T, (weight.shape[1], weight.shape[0]))
 
     def make(self, op: str, inputs: list[ir.Value], outputs: list[str], **attributes: int) -> ir.Node:
-        """A node `/out/…`, not yet placed."""
+        """Return a node `/out/…`, not yet placed."""
         return make(op, inputs, f"/out/{outputs[0]}", outputs, attributes)
 
     def add(self, op: str, inputs: list[ir.Value], outputs: list[str], **attributes: int) -> ir.Node:
-        """A node at the end of the graph."""
+        """Return a node at the end of the graph."""
         node = self.make(op, inputs, outputs, **attributes)
         self.graph.append(node)
         return node
 
     def product(self, states: ir.Value, embedding: ir.Value, tied: bool, words: int, bias: ir.Value | None) -> ir.Value:
-        """States times the output embedding, [batch, rows, words].
+        """Return states times the output embedding, [batch, rows, words].
 
         Args:
             states: [batch, rows, hidden].
@@ -72,7 +72,7 @@ class End:
         return last.outputs[0]
 
     def behind(self, output: Output, logits: ir.Value) -> ir.Value:
-        """What the base does to its logits behind the product, the same for every head."""
+        """Return what the base does to its logits behind the product, the same for every head."""
         if output.scale != 1.0:
             scale = self.constant("out_scale", np.array(output.scale, np.float32))
             logits = self.add("Mul", [logits, scale], ["out_scaled"]).outputs[0]
@@ -84,7 +84,7 @@ class End:
         return logits
 
     def put_out_logits(self, logits: ir.Value, words: int, top_k: int) -> ir.Value:
-        """Puts out logits [batch, rows, words] and the largest of them; returns their places [batch, rows, top_k]."""
+        """Put out logits [batch, rows, words] and the largest of them; returns their places [batch, rows, top_k]."""
         logits.name = LOGITS
         k = self.constant("out_k", np.array([top_k], np.int64))
         top = self.add("TopK", [logits, k], [TOPK_LOGITS, TOPK_IDS], axis=-1, largest=1, sorted=1)
@@ -94,7 +94,7 @@ class End:
         return top.outputs[1]
 
     def put_out(self, value: ir.Value, shape: list[str | int]) -> None:
-        """Makes a value an output of the graph."""
+        """Make a value an output of the graph."""
         value.shape = ir.Shape(shape)
         if value.type is None:
             value.type = ir.TensorType(ir.DataType.FLOAT)
@@ -105,7 +105,7 @@ class Tail(End):
     """The end of the base's graph: chosen rows, their logits, top-K."""
 
     def build(self, embedding: ir.Value, tied: bool, words: int, bias: ir.Value | None, output: Output) -> None:
-        """Adds everything to a graph whose first output is the state, in whose place logits and top-K come.
+        """Add everything to a graph whose first output is the state, in whose place logits and top-K come.
 
         Args:
             embedding: See `product`.
@@ -124,7 +124,7 @@ class Tail(End):
         self.graph.sort()
 
     def last_rows(self, state: ir.Value) -> ir.Value:
-        """The rows of a state that logits are wanted of, [batch, rows, hidden]."""
+        """Return the rows of a state that logits are wanted of, [batch, rows, hidden]."""
         one, last, axis = (
             self.constant(f"out_{name}", np.array([number], np.int64))
             for name, number in (("one", 1), ("end", INT64_MAX), ("axis", 1))

@@ -16,7 +16,7 @@ class WeightStore(dict[str, np.ndarray]):
     """
 
     def adopt(self, value: ir.Value) -> None:
-        """Puts the store between an initializer and its array; a small one is simply copied."""
+        """Put the store between an initializer and its array; a small one is simply copied."""
         tensor = value.const_value
         assert tensor is not None and value.name is not None
         key, array = value.name, tensor.numpy()

@@ -16,7 +16,7 @@ _MOST_BYTES = 64 << 20  # reports are the largest, with a row for every comparis
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object, {} if there is no such file.
+    """Read a JSON object, {} if there is no such file.
 
     Raises:
         WriteError: If it is not one.
@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """What proves a bundle so far; {} if nothing does.
+    """Return what proves a bundle so far; {} if nothing does.
 
     Raises:
         WriteError: There is a report, and it is not readable.
@@ -42,19 +42,19 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def write_report(folder: Path, **proofs: Any) -> None:
-    """Adds proofs to a bundle's report, by name: "parity", "gates"."""
+    """Add proofs to a bundle's report, by name: "parity", "gates"."""
     before = read_json(folder / REPORT)
     if before or proofs:
         write_json(folder / REPORT, before | proofs)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON object."""
+    """Write a JSON object."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def version(distribution: str) -> str:
-    """Version of an installed distribution, "unknown" if it is not installed."""
+    """Return the version of an installed distribution, "unknown" if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -11,18 +11,18 @@ BIG_BYTES = 4096  # constants above this are weights: never folded or copied by 
 
 
 def sizes(value: ir.Value) -> tuple[int, ...]:
-    """Shape of an initializer."""
+    """Return the shape of an initializer."""
     assert value.shape is not None
     return tuple(int(dim) for dim in value.shape)  # type: ignore[arg-type]
 
 
 def is_weight(value: ir.Value | None) -> bool:
-    """Whether a value is an initializer with a known array (and not one that a caller may override)."""
+    """Tell whether a value is an initializer with a known array (and not one that a caller may override)."""
     return value is not None and value.is_initializer() and not value.is_graph_input()
 
 
 def initializer(owner: ir.Model | ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """The initializer of that name, of a model or of a graph inside it, made of an array if there is none."""
+    """Return the initializer of that name, of a model or of a graph inside it, made of an array if there is none."""
     return _registered(owner, name, lambda: ir.Tensor(array, name=name))
 
 
@@ -33,7 +33,9 @@ def lazily(
     compute: Callable[..., np.ndarray],
     shape: tuple[int, ...],
 ) -> ir.Value:
-    """The initializer of that name; if there is none, one that is computed when the file is written, and not before.
+    """Return the initializer of that name.
+
+    If there is none, it is one that is computed when the file is written, and not before.
 
     Args:
         model: The graph.
@@ -46,7 +48,7 @@ def lazily(
 
 
 def option(model: ir.Model, name: str, default: np.ndarray, shape: Sequence[str | int]) -> ir.Value:
-    """Adds an optional input to the graph: an initializer of the same name is its default.
+    """Add an optional input to the graph: an initializer of the same name is its default.
 
     Args:
         model: The graph.
@@ -67,7 +69,7 @@ def lazy_tensor(
     shape: tuple[int, ...],
     dtype: ir.DataType | None = None,
 ) -> ir.LazyTensor:
-    """An array that is computed from others each time it is asked for.
+    """Return an array that is computed from others each time it is asked for.
 
     Args:
         name: Its name.
@@ -87,7 +89,7 @@ def lazy_tensor(
 
 
 def _registered(owner: ir.Model | ir.Graph, name: str, make: Callable[[], ir.TensorProtocol]) -> ir.Value:
-    """The graph's own value of that name."""
+    """Return the graph's own value of that name."""
     graph = owner.graph if isinstance(owner, ir.Model) else owner
     found = graph.initializers.get(name)
     if found is None:

@@ -15,7 +15,7 @@ def make(
     attributes: Mapping[str, int] | None = None,
     domain: str = "",
 ) -> ir.Node:
-    """A node that is not yet placed.
+    """Return a node that is not yet placed.
 
     Args:
         op: Its type.
@@ -32,7 +32,7 @@ def make(
 
 
 def insert_behind(graph: ir.Graph, value: ir.Value, node: ir.Node) -> None:
-    """Places a node right behind the one that makes a value; in front of all others if it is an input."""
+    """Place a node right behind the one that makes a value; in front of all others if it is an input."""
     maker = value.producer()
     if maker is None:
         graph.insert_before(graph[0], node)
@@ -41,7 +41,7 @@ def insert_behind(graph: ir.Graph, value: ir.Value, node: ir.Node) -> None:
 
 
 def replace_node(old: ir.Node, new: ir.Node) -> None:
-    """Puts a node in another's place; its outputs take over names, types and readers."""
+    """Put a node in another's place; its outputs take over names, types and readers."""
     graph = old.graph
     assert graph is not None
     graph.insert_before(old, new)
@@ -55,14 +55,14 @@ def replace_node(old: ir.Node, new: ir.Node) -> None:
 
 
 def redirect(value: ir.Value, new: ir.Value, readers: Callable[[ir.Node], bool]) -> None:
-    """Has those readers of a value read another."""
+    """Have those readers of a value read another."""
     for use in list(value.uses()):
         if readers(use.node):
             use.node.replace_input_with(use.idx, new)
 
 
 def stand_in(graph: ir.Graph, value: ir.Value, new: ir.Value, suffix: str, readers: Callable[[ir.Node], bool]) -> None:
-    """Puts another value in the place of one that stays: it takes over the name, some readers, and being an output.
+    """Put another value in the place of one that stays: it takes over the name, some readers, and being an output.
 
     Args:
         graph: The graph.

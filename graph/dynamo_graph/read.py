@@ -25,7 +25,7 @@ from .write import Place
 
 
 def read_model(path: Path) -> ir.Model:
-    """Reads a graph; arrays of big weights are read anew each time they are used, and never kept.
+    """Read a graph; arrays of big weights are read anew each time they are used, and never kept.
 
     Args:
         path: The `.onnx` file, which must stay where it is.
@@ -46,7 +46,7 @@ def read_model(path: Path) -> ir.Model:
 
 
 def pass_bytes(bundle: Bundle) -> PassBytes:
-    """Bytes of weights that a pass reads: in the base's graph, and in that of what predicts further tokens.
+    """Return bytes of weights that a pass reads: in the base's graph, and in that of what predicts further tokens.
 
     Raises:
         WriteError: See `read_model`.
@@ -57,7 +57,7 @@ def pass_bytes(bundle: Bundle) -> PassBytes:
 
 
 def places(path: Path) -> dict[str, Place]:
-    """Where the big weights of a graph stand, by name.
+    """Return where the big weights of a graph stand, by name.
 
     Args:
         path: The `.onnx` file.
@@ -74,7 +74,7 @@ def places(path: Path) -> dict[str, Place]:
 
 
 def _skeleton(path: Path) -> onnx.ModelProto:
-    """A graph whose big weights say where they lie, in the file itself or beside it.
+    """Return a graph whose big weights say where they lie, in the file itself or beside it.
 
     Raises:
         WriteError: See `read_model`.
@@ -98,7 +98,7 @@ def _skeleton(path: Path) -> onnx.ModelProto:
 
 
 def _graph(data: mmap.mmap, start: int, end: int, name: str) -> bytes:
-    """A graph whose big weights say where in the file they lie."""
+    """Return a graph whose big weights say where in the file they lie."""
     parts = []
     for number, at, begin, stop in fields(data, start, end):
         if number == GRAPH_INITIALIZER and stop - begin > BIG_BYTES:
@@ -109,7 +109,7 @@ def _graph(data: mmap.mmap, start: int, end: int, name: str) -> bytes:
 
 
 def _tensor(data: mmap.mmap, start: int, end: int, name: str) -> bytes:
-    """A weight whose raw bytes are replaced by their place."""
+    """Return a weight whose raw bytes are replaced by their place."""
     rest, place = [], None
     for number, at, begin, stop in fields(data, start, end):
         if number == TENSOR_RAW_DATA:
@@ -125,7 +125,7 @@ def _tensor(data: mmap.mmap, start: int, end: int, name: str) -> bytes:
 
 
 def _lazy(tensor: ir.ExternalTensor, folder: Path) -> ir.TensorProtocol:
-    """The same weight, read from its file at every use; a small one is read now."""
+    """Return the same weight, read from its file at every use; a small one is read now."""
     path, dtype, shape, name = folder / tensor.location, tensor.dtype.numpy(), tensor.shape.numpy(), tensor.name
     offset = tensor.offset or 0
     if min(offset, *shape, 0) < 0 or offset + tensor.nbytes > path.stat().st_size:

@@ -8,9 +8,9 @@ _LOOKUPS = {"Gather", "GatherBlockQuantized"}
 
 
 def read_bytes(model: ir.Model) -> int:
-    """Bytes of weights that a run of a graph reads.
+    """Return bytes of weights that a run of a graph reads.
 
-    Weights that are only looked up do not count, as a run reads a few of their rows; of several branches the dearest.
+    Weights that are only looked up do not count, as a run reads a few of their rows; of several branches the largest.
 
     Args:
         model: The graph.

@@ -17,7 +17,7 @@ from .files import read_json
 log = logging.getLogger("dynamo_graph")
 
 
-class Target:
+class Destination:
     """The folder that becomes a bundle, as a whole; `with` keeps other writers out while the bundle is made.
 
     A folder holds at most one bundle, because a bundle *is* a folder, and nothing else: it is replaced as a whole, and
@@ -25,7 +25,7 @@ class Target:
     """
 
     def __init__(self, graph: Path, overwrite: bool) -> None:
-        """Checks the names.
+        """Check the names.
 
         Args:
             graph: The `.onnx` file asked for.
@@ -57,8 +57,8 @@ class Target:
         if not os.access(beside, os.W_OK | os.X_OK):
             raise WriteError(f"cannot write to {beside}, where the bundle is made before it moves to {self.folder}")
 
-    def __enter__(self) -> Target:
-        """Keeps other writers out, and checks what can be checked before the work begins.
+    def __enter__(self) -> Destination:
+        """Keep other writers out, and check what can be checked before the work begins.
 
         Raises:
             WriteError: There is another writer, or something is in the way.
@@ -77,11 +77,11 @@ class Target:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Removes what was staged; an interrupt goes on with what is on disk by now as its message."""
+        """Remove what was staged; an interrupt goes on with what is on disk by now as its message."""
         self._place.__exit__(kind, error, trace)
 
     def check(self) -> None:
-        """Refuses to replace what an earlier export of the same graph did not write.
+        """Refuse to replace what an earlier export of the same graph did not write.
 
         Raises:
             WriteError: Something is in the way.
@@ -109,7 +109,7 @@ class Target:
         )
 
     def stage(self) -> Path:
-        """A new, empty folder on the same file system.
+        """Return a new, empty folder on the same file system.
 
         Raises:
             WriteError: It cannot be made.
@@ -120,7 +120,7 @@ class Target:
             raise WriteError(str(error)) from error
 
     def move_in(self, staged: Path) -> None:
-        """Puts a finished bundle into place, in one step: there is the earlier one or the new one, whole.
+        """Put a finished bundle into place, in one step: there is the earlier one or the new one, whole.
 
         Raises:
             WriteError: Something is in the way by now, or the folder cannot be replaced; it says what is there.

@@ -14,7 +14,7 @@ TOKENS = "seq"  # names the axis that has an entry for every token of a pass
 
 
 def upstream(*values: ir.Value | None, until: Container[ir.Node] = ()) -> dict[ir.Node, None]:
-    """Every node that the values depend on, the nearest first.
+    """Return every node that the values depend on, the nearest first.
 
     Args:
         values: Where to begin.
@@ -34,7 +34,7 @@ def upstream(*values: ir.Value | None, until: Container[ir.Node] = ()) -> dict[i
 
 
 def downstream(*values: ir.Value | None) -> set[ir.Node]:
-    """Every node that depends on one of the values."""
+    """Return every node that depends on one of the values."""
     found: set[ir.Node] = set()
     todo = list(values)
     while todo:
@@ -47,22 +47,22 @@ def downstream(*values: ir.Value | None) -> set[ir.Node]:
 
 
 def is_tokens(dim: int | ir.SymbolicDim) -> bool:
-    """Whether an axis has an entry for every token of a pass."""
+    """Tell whether an axis has an entry for every token of a pass."""
     return isinstance(dim, ir.SymbolicDim) and dim.value == TOKENS
 
 
 def has_features(value: ir.Value | None) -> bool:
-    """Whether a value is [batch, seq, features]."""
+    """Tell whether a value is [batch, seq, features]."""
     return value is not None and value.shape is not None and len(value.shape) == 3 and is_tokens(value.shape[1])
 
 
 def is_cache(value: ir.Value) -> bool:
-    """Whether an input or output of the graph holds keys or values."""
+    """Tell whether an input or output of the graph holds keys or values."""
     return value.name is not None and value.name.startswith((f"{PAST}.", f"{PRESENT}."))
 
 
 def attentions(model: ir.Model) -> list[tuple[int, ir.Node]]:
-    """The attentions in the order of the graph, each with the number N of its cache `past_key_values.N.key`.
+    """Return the attentions in the order of the graph, each with the number N of its cache `past_key_values.N.key`.
 
     Raises:
         WriteError: One of them does not read such a cache.

@@ -34,14 +34,14 @@ class Place(NamedTuple):
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Bytes of all initializers."""
+    """Return bytes of all initializers."""
     return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
 def write_model(
     model: ir.Model, path: Path, external: bool = False, elsewhere: Mapping[str, Place] | None = None
 ) -> list[Path]:
-    """Writes the model.
+    """Write the model.
 
     Args:
         model: The graph; its lazy weights are computed here, one after the other.
@@ -83,7 +83,7 @@ def _header(name: str, tensor: ir.TensorProtocol) -> onnx.TensorProto:
 
 
 def _reference(name: str, tensor: ir.TensorProtocol, place: Place) -> onnx.TensorProto:
-    """A weight that says where it stands."""
+    """Return a weight that says where it stands."""
     entry = _header(name, tensor)
     entry.data_location = onnx.TensorProto.EXTERNAL
     for key, value in (("location", place.file), ("offset", place.offset), ("length", place.length)):
@@ -92,7 +92,7 @@ def _reference(name: str, tensor: ir.TensorProtocol, place: Place) -> onnx.Tenso
 
 
 def _stands(tensor: ir.TensorProtocol, folder: Path, place: Place) -> bool:
-    """Whether a weight's bytes stand in a place; two graphs may well call different weights by one name."""
+    """Tell whether a weight's bytes stand in a place; two graphs may well call different weights by one name."""
     if place.length != tensor.nbytes:
         return False
     ours = _array(tensor).reshape(-1).view(np.uint8).data
@@ -137,7 +137,7 @@ def _write_embedded(proto: onnx.ModelProto, weights: Iterable[tuple[str, ir.Tens
 
 
 def _initializer_prefix(name: str, tensor: ir.TensorProtocol) -> bytes:
-    """Everything of one initializer up to its raw bytes."""
+    """Return everything of one initializer up to its raw bytes."""
     header = _header(name, tensor).SerializeToString() + tag(TENSOR_RAW_DATA) + varint(tensor.nbytes)
     return tag(GRAPH_INITIALIZER) + varint(len(header) + tensor.nbytes) + header
 

@@ -48,7 +48,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch and transformers only when they are needed: a command's --help needs the limits alone."""
+    """Import torch and transformers only when they are needed: a command's --help needs the limits alone."""
     if name in _MODULES:
         return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """What a model's attention is: read off the model by running it.
 
-An attention function is registered with transformers under the name ``dynamo_probe``.  It attends to nothing, and
+An attention function is registered with transformers under the name `dynamo_probe`.  It attends to nothing, and
 writes down what every layer asks of its attention: head counts, scale, soft cap and, by *evaluating the mask rule* that
 transformers built for it, the sliding window.  What a graph's attention (onnxruntime's GroupQueryAttention) cannot
 express ends here, in one sentence.
@@ -42,14 +42,14 @@ class LayerAttention:
     """What one decoder layer asks of its attention.
 
     Attributes:
-        layer: index of the layer, and of its KV cache.
-        heads: query heads.
-        kv_heads: key and value heads.
-        head_size: size of one head, the same for queries, keys and values.
-        scale: factor on query · key.
-        window: keys that a query sees, itself included; None for all.
-        softcap: soft cap on the scores; 0 for none.
-        rotates: whether queries and keys are rotated by their positions.
+        layer: Index of the layer, and of its KV cache.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        head_size: Size of one head, the same for queries, keys and values.
+        scale: Factor on query · key.
+        window: Keys that a query sees, itself included; None for all.
+        softcap: Soft cap on the scores; 0 for none.
+        rotates: Whether queries and keys are rotated by their positions.
     """
 
     layer: int
@@ -74,10 +74,10 @@ class Probe:
     """What one run with attention to nothing has seen.
 
     Attributes:
-        context_length: positions of which the mask rules are evaluated.
-        layers: what every layer asks for.
-        queries: of every layer [batch, heads, seq, head_size], as its attention gets them.
-        keys: likewise, [batch, kv_heads, seq, head_size].
+        context_length: Positions of which the mask rules are evaluated.
+        layers: What every layer asks for.
+        queries: Of every layer [batch, heads, seq, head_size], as its attention gets them.
+        keys: Likewise, [batch, kv_heads, seq, head_size].
     """
 
     context_length: int
@@ -86,7 +86,7 @@ class Probe:
     keys: dict[int, Tensor] = field(default_factory=dict)
 
     def mask(self, *args: Any, mask_function: Callable[..., Tensor], **kwargs: Any) -> MaskRule:
-        """The registered mask function."""
+        """Return the registered mask function."""
         return MaskRule(mask_function)
 
     def attend(
@@ -99,7 +99,7 @@ class Probe:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """The registered attention function.
+        """Return the registered attention function.
 
         Raises:
             CheckpointError: GroupQueryAttention cannot express what is asked for.
@@ -134,7 +134,7 @@ class Probe:
 
 @contextmanager
 def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
-    """Switch every attention of a transformers model to the registered function ``name``, and back."""
+    """Switch every attention of a transformers model to the registered function `name`, and back."""
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
@@ -150,9 +150,9 @@ def probe_attention(model: nn.Module, run: Callable[[], Any], context_length: in
     """Find what every layer of a model asks of its attention.
 
     Args:
-        model: the model, whose attention implementation is switched for the moment.
-        run: runs every layer on some token ids, without a cache.
-        context_length: positions of which the mask rules are evaluated.
+        model: The model, whose attention implementation is switched for the moment.
+        run: Runs every layer on some token ids, without a cache.
+        context_length: Positions of which the mask rules are evaluated.
 
     Raises:
         CheckpointError: GroupQueryAttention cannot express what one of them asks for.
@@ -179,15 +179,15 @@ def window_of(
 
     Args:
         rule: transformers' mask function: (batch, head, query position, key position) → may attend.
-        context_length: positions of which it is evaluated.
-        layer: for the error message.
-        device: on which it is evaluated; that of the model, whose tensors it may hold.
+        context_length: Positions of which it is evaluated.
+        layer: For the error message.
+        device: On which it is evaluated; that of the model, whose tensors it may hold.
 
     Returns:
         Keys that a query sees, itself included, or None where every query sees all before it.
 
     Raises:
-        CheckpointError: the rule is not causal attention with at most a sliding window.
+        CheckpointError: The rule is not causal attention with at most a sliding window.
     """
     zero = torch.tensor(0, device=device)
     keys = torch.arange(context_length, device=device)

@@ -44,11 +44,11 @@ def load_base(name: str | Path | Checkpoint, dtype: torch.dtype = torch.float32)
     Weights come from safetensors or GGUF alone, quantized ones are dequantized, and an adapter is merged.
 
     Args:
-        name: folder, GGUF file, name of a known model, or Hub id; or what :func:`find_checkpoint` returned.
-        dtype: the parameters' type after loading, whatever they are stored as.
+        name: Folder, GGUF file, name of a known model, or Hub id; or what `find_checkpoint` returned.
+        dtype: The parameters' type after loading, whatever they are stored as.
 
     Raises:
-        CheckpointError: no such model, no weights that are safe to read, weights that do not fit the configuration, or
+        CheckpointError: No such model, no weights that are safe to read, weights that do not fit the configuration, or
             a kind that cannot be taken: one line that says what to do.
     """
     checkpoint = find_checkpoint(name)
@@ -87,7 +87,7 @@ def load_tokenizer(name: str | Path | Checkpoint) -> Any:
     """Load the tokenizer of a checkpoint, an adapter's own before its base's.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
+        CheckpointError: There is none, or it cannot be read.
     """
     checkpoint = find_checkpoint(name)
     own = checkpoint.adapter is not None and (checkpoint.adapter / "tokenizer_config.json").is_file()
@@ -106,10 +106,10 @@ def load_tokenizer(name: str | Path | Checkpoint) -> Any:
 
 
 def count_parameters(name: str | Path | Checkpoint) -> int:
-    """Number of a base's parameters, by its configuration alone: no weights are read.
+    """Return the number of a base's parameters, by its configuration alone: no weights are read.
 
     Raises:
-        CheckpointError: the configuration is missing, or of a kind that cannot be taken.
+        CheckpointError: The configuration is missing, or of a kind that cannot be taken.
     """
     checkpoint = find_checkpoint(name)
     check_base(checkpoint)
@@ -122,7 +122,10 @@ def count_parameters(name: str | Path | Checkpoint) -> int:
 
 
 def stored_dtype(name: str | Path | Checkpoint) -> torch.dtype:
-    """The type that a checkpoint's weights are stored as: the only one there is, or fp32 where there are several."""
+    """Return the type that a checkpoint's weights are stored as.
+
+    It is the only one there is, or fp32 where there are several.
+    """
     checkpoint = find_checkpoint(name)
     if checkpoint.gguf or checkpoint.adapter is not None or _quantization(checkpoint):
         return torch.float32
@@ -135,10 +138,10 @@ def stored_dtype(name: str | Path | Checkpoint) -> torch.dtype:
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+    """Return tensors and metadata of a safetensors file.
 
     Raises:
-        CheckpointError: it is none, or is damaged.
+        CheckpointError: It is none, or is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -152,7 +155,7 @@ def _check_complete(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
     """Refuse a model with a parameter that did not come from the checkpoint, or a checkpoint with more in it.
 
     Raises:
-        CheckpointError: what is missing, extra, of another shape, or called by another name.
+        CheckpointError: What is missing, extra, of another shape, or called by another name.
     """
     name = checkpoint.name
     missing, extra = set(info["missing_keys"]), set(info["unexpected_keys"])
@@ -189,10 +192,10 @@ def _some(keys: Collection[str]) -> str:
 
 
 def _config(checkpoint: Checkpoint) -> Any:
-    """The configuration of a base.
+    """Return the configuration of a base.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: It cannot be read.
     """
     options = {"gguf_file": checkpoint.gguf} if checkpoint.gguf else {}
     try:
@@ -203,10 +206,10 @@ def _config(checkpoint: Checkpoint) -> Any:
 
 
 def _quantization(checkpoint: Checkpoint) -> str:
-    """How the weights of a folder are quantized, by its configuration; empty where they are not.
+    """Return how the weights of a folder are quantized, by its configuration; empty where they are not.
 
     Raises:
-        CheckpointError: the configuration cannot be read.
+        CheckpointError: The configuration cannot be read.
     """
     settings = getattr(_config(checkpoint), "quantization_config", None)
     if settings is None:
@@ -216,10 +219,10 @@ def _quantization(checkpoint: Checkpoint) -> str:
 
 
 def _dequantizing(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What makes transformers dequantize the weights, if they are quantized.
+    """Return what makes transformers dequantize the weights, if they are quantized.
 
     Raises:
-        CheckpointError: it cannot, not without further packages.
+        CheckpointError: It cannot, not without further packages.
     """
     method = _quantization(checkpoint)
     if not method:
@@ -244,7 +247,10 @@ def _forget_quantization(base: PreTrainedModel, dtype: torch.dtype) -> None:
 
 @contextmanager
 def _without_adapter(checkpoint: Checkpoint) -> Iterator[Path]:
-    """The base's folder; without the adapter in it, which sends transformers to the base that the adapter names."""
+    """Yield the base's folder without an adapter in it.
+
+    An adapter sends transformers to the base that the adapter names.
+    """
     if not (checkpoint.folder / ADAPTER).is_file():
         yield checkpoint.folder
         return
@@ -256,10 +262,10 @@ def _without_adapter(checkpoint: Checkpoint) -> Iterator[Path]:
 
 
 def _merged(base: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """The base with a LoRA adapter merged into its weights.
+    """Return the base with a LoRA adapter merged into its weights.
 
     Raises:
-        CheckpointError: peft is not installed, or the adapter does not fit.
+        CheckpointError: Peft is not installed, or the adapter does not fit.
     """
     try:
         from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict

@@ -21,15 +21,15 @@ from .sources import Checkpoint, find_checkpoint
 class DrafterModel(nn.Module):
     """A base language model and what was put on it to predict further tokens.
 
-    A subclass is made of a base and the whole numbers in :attr:`sizes`, by keyword, and has an attribute for each.
+    A subclass is made of a base and the whole numbers in `sizes`, by keyword, and has an attribute for each.
 
     Attributes:
-        kind: what bundles, reports and the command line call it.
-        file: in which it is kept beside its base.
-        command: the subcommand of ``dynamo-train`` that makes it.
-        sizes: names of the whole numbers that say its shape.
-        on_stem: whether it adds decoder layers that read the base's penultimate state.
-        base: the base language model, whose own prediction verifies.
+        kind: What bundles, reports and the command line call it.
+        file: In which it is kept beside its base.
+        command: The subcommand of `dynamo-train` that makes it.
+        sizes: Names of the whole numbers that say its shape.
+        on_stem: Whether it adds decoder layers that read the base's penultimate state.
+        base: The base language model, whose own prediction verifies.
     """
 
     kind: ClassVar[str]
@@ -46,7 +46,7 @@ class DrafterModel(nn.Module):
 
     @property
     def shape(self) -> dict[str, int]:
-        """The numbers named by :attr:`sizes`."""
+        """The numbers named by `sizes`."""
         return {name: getattr(self, name) for name in self.sizes}
 
     @property
@@ -56,14 +56,14 @@ class DrafterModel(nn.Module):
 
     @abstractmethod
     def drafter_state_dict(self) -> dict[str, Tensor]:
-        """What the drafter adds to its base, sharing memory with the model."""
+        """Return what the drafter adds to its base, sharing memory with the model."""
 
     def head_parameters(self) -> int:
-        """Number of parameters that the drafter adds to the base; ids that it keeps beside them are none."""
+        """Return the number of parameters that the drafter adds to the base; ids that it keeps beside them are none."""
         return sum(tensor.numel() for tensor in self.drafter_state_dict().values() if tensor.is_floating_point())
 
     def save(self, folder: str | Path) -> None:
-        """Write the base as an ordinary HF model, and the drafter's :attr:`file` beside it."""
+        """Write the base as an ordinary HF model, and the drafter's `file` beside it."""
         self.base.save_pretrained(folder)
         self.write(Path(folder), self.drafter_state_dict(), self.shape)
 
@@ -72,11 +72,11 @@ class DrafterModel(nn.Module):
         """Load base and drafter; no pickle is read, and no remote code run.
 
         Args:
-            name: see :func:`dynamo_model.sources.find_checkpoint`.
-            dtype: the parameters' type after loading, whatever they are stored as.
+            name: See `dynamo_model.sources.find_checkpoint`.
+            dtype: The parameters' type after loading, whatever they are stored as.
 
         Raises:
-            CheckpointError: nothing there, no such drafter beside the base, or tensors that do not fit.
+            CheckpointError: Nothing there, no such drafter beside the base, or tensors that do not fit.
         """
         checkpoint = find_checkpoint(name)
         tensors, shape = cls.read(checkpoint)
@@ -87,12 +87,12 @@ class DrafterModel(nn.Module):
         """Put a drafter on a base that is loaded.
 
         Args:
-            base: the base, used as it is.
-            tensors: what the drafter adds to it, as :meth:`read` returns it; converted to the base's type.
-            shape: its shape, likewise.
+            base: The base, used as it is.
+            tensors: What the drafter adds to it, as `read` returns it; converted to the base's type.
+            shape: Its shape, likewise.
 
         Raises:
-            CheckpointError: they do not fit the base or each other.
+            CheckpointError: They do not fit the base or each other.
         """
         model = cls._shaped(base, tensors, shape)
         own = model.drafter_state_dict()
@@ -104,7 +104,10 @@ class DrafterModel(nn.Module):
 
     @classmethod
     def _shaped(cls, base: PreTrainedModel, tensors: Mapping[str, Tensor], shape: Mapping[str, int]) -> Self:
-        """A drafter of a shape, its tensors yet to be set; for kinds whose tensors say more of it than the shape."""
+        """Return a drafter of a shape, its tensors yet to be set.
+
+        Kinds whose tensors say more of it than the shape have their own.
+        """
         return cls(base, **{size: shape.get(size, 0) for size in cls.sizes})
 
     @classmethod
@@ -112,13 +115,13 @@ class DrafterModel(nn.Module):
         """Read what a drafter adds to its base, without the base.
 
         Args:
-            name: see :func:`dynamo_model.sources.find_checkpoint`.
+            name: See `dynamo_model.sources.find_checkpoint`.
 
         Returns:
-            Its tensors and its shape, as :meth:`write` takes them.
+            Its tensors and its shape, as `write` takes them.
 
         Raises:
-            CheckpointError: there is no such drafter, or its file is not what its name says.
+            CheckpointError: There is no such drafter, or its file is not what its name says.
         """
         checkpoint = find_checkpoint(name)
         path = checkpoint.file(cls.file)
@@ -142,10 +145,10 @@ class DrafterModel(nn.Module):
         """Write what a drafter adds to its base into the base's folder.
 
         Args:
-            folder: the base's.
-            tensors: what the drafter adds, by name.
-            shape: the whole numbers that say its shape.
-            eight_bits: whether matrices are stored at 8 bits, see :mod:`dynamo_model.eight_bits`.
+            folder: The base's.
+            tensors: What the drafter adds, by name.
+            shape: The whole numbers that say its shape.
+            eight_bits: Whether matrices are stored at 8 bits, see `dynamo_model.eight_bits`.
         """
         metadata = {"kind": cls.kind, "format": "pt"} | {key: str(value) for key, value in shape.items()}
         if eight_bits:

@@ -29,13 +29,13 @@ _LOWEST, _HIGHEST = -128, 127
 
 
 def to_eight_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices as whole numbers and scales; vectors, and what is no floating-point number, as they are.
+    """Return matrices as whole numbers and scales; vectors, and what is no floating-point number, as they are.
 
     Args:
-        tensors: by name; matrices [..., outputs, inputs].
+        tensors: By name; matrices [..., outputs, inputs].
 
     Returns:
-        For every matrix int8 [..., outputs, inputs] under its name, and under ``<name>.scales`` float32
+        For every matrix int8 [..., outputs, inputs] under its name, and under `<name>.scales` float32
         [..., outputs, ceil(inputs / 64)].
     """
     stored: dict[str, Tensor] = {}
@@ -53,14 +53,14 @@ def to_eight_bits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_eight_bits(stored: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """What :func:`to_eight_bits` made, in float32 again.
+    """Return what `to_eight_bits` made, in float32 again.
 
     Args:
-        stored: tensors of a file.
-        path: the file, for what is said of it.
+        stored: Tensors of a file.
+        path: The file, for what is said of it.
 
     Raises:
-        CheckpointError: whole numbers and scales do not belong together.
+        CheckpointError: Whole numbers and scales do not belong together.
     """
     tensors = {name: tensor for name, tensor in stored.items() if not name.endswith(_SCALES)}
     for name in stored.keys() - tensors.keys():
@@ -78,14 +78,14 @@ def check_form(form: str, path: Path) -> None:
     """Refuse a file that is stored in a way unknown here.
 
     Raises:
-        CheckpointError: it is.
+        CheckpointError: It is.
     """
     if form != FORM:
         raise CheckpointError(f"{path} is stored as '{form}', which this version cannot read: install a newer one")
 
 
 def _in_blocks(matrix: Tensor) -> Tensor:
-    """The last axis in blocks [..., ceil(inputs / 64), 64], the last one filled up with zeros."""
+    """Return the last axis in blocks [..., ceil(inputs / 64), 64], the last one filled up with zeros."""
     return F.pad(matrix, (0, -matrix.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
 
 

@@ -6,6 +6,6 @@ class CheckpointError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, on one line and not too long."""
+    """Return what an error of another library says, on one line and not too long."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0].strip()
     return line if len(line) <= 300 else line[:297] + "..."

@@ -28,7 +28,7 @@ def check_gguf(path: Path) -> None:
     """Refuse early what is no GGUF file, or cannot be read for want of a package.
 
     Raises:
-        CheckpointError: one of these.
+        CheckpointError: One of these.
     """
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
@@ -56,10 +56,10 @@ def restore_splitting(tokenizer: Any, path: Path) -> None:
 
     Args:
         tokenizer: transformers', changed in place.
-        path: of the file.
+        path: Of the file.
 
     Raises:
-        CheckpointError: the file cannot be read.
+        CheckpointError: The file cannot be read.
     """
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
     from transformers.integrations.gguf.reader import read_gguf_metadata

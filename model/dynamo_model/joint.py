@@ -1,7 +1,7 @@
 """Joint heads by CP tensor decomposition (Basharin, Chertkov, Oseledets 2024, arXiv 2410.17765).
 
 Independent heads approximate the joint tensor of the next n tokens by one of rank 1.  Here it has rank r:
-``p(x_{t+1}..x_{t+n} | x_{1:t}) = Σ_α w_α(e_t) Π_s p_α^(s)(x_{t+s} | e_t)``, a mixture of r experts.
+`p(x_{t+1}..x_{t+n} | x_{1:t}) = Σ_α w_α(e_t) Π_s p_α^(s)(x_{t+s} | e_t)`, a mixture of r experts.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class CPModel(DrafterModel):
     DynaMo's; the gate and every factor are linear maps of it, and the factors share the base's output embedding.
 
     Args:
-        base: any transformers causal LM that :class:`MultiTokenModel` takes.
+        base: Any transformers causal LM that `MultiTokenModel` takes.
         n_tokens: n, tokens of the joint distribution, 2 to 8; the first is the one the base predicts as well.
-        rank: r, components of the mixture, 1 to 32; 1 is independent heads.
+        rank: R, components of the mixture, 1 to 32; 1 is independent heads.
 
     Raises:
-        CheckpointError: ``n_tokens`` or ``rank`` is out of range, or the base is not supported.
+        CheckpointError: `n_tokens` or `rank` is out of range, or the base is not supported.
     """
 
     kind = "cp"
@@ -68,7 +68,7 @@ class CPModel(DrafterModel):
         return self._n_tokens
 
     def states(self, input_ids: Tensor, **decoder_inputs: Any) -> tuple[Tensor, Tensor]:
-        """Run one pass up to the output embedding; arguments of :meth:`MultiTokenModel.states`.
+        """Run one pass up to the output embedding; arguments of `MultiTokenModel.states`.
 
         Returns:
             The base's normed state and the context embedding e_t, both [batch, seq, hidden].
@@ -77,14 +77,14 @@ class CPModel(DrafterModel):
         return first, context
 
     def mixture(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate and factors of the joint distribution.
+        """Return gate and factors of the joint distribution.
 
         Args:
             context: e_t [..., hidden].
 
         Returns:
-            log w_α [..., rank], and the factors' states [..., n_tokens, rank, hidden], of which the base's output
-            (:mod:`dynamo_model.output`) makes logits of p_α^(s).
+            Log w_α [..., rank], and the factors' states [..., n_tokens, rank, hidden], of which the base's output
+            (`dynamo_model.output`) makes logits of p_α^(s).
         """
         factors = self.factors(context).unflatten(-1, (self.n_tokens, self.rank, -1))
         return F.log_softmax(self.gate(context).float(), dim=-1), factors
@@ -101,6 +101,6 @@ class CPModel(DrafterModel):
         return logits_of(self.base, first), log_w, logits_of(self.base, factors)
 
     def drafter_state_dict(self) -> dict[str, Tensor]:
-        """What the joint head adds to the base: ``layer.*``, ``gate.weight`` and ``factors.weight``."""
+        """Return what the joint head adds to the base: `layer.*`, `gate.weight` and `factors.weight`."""
         layer = {f"layer.{name}": tensor for name, tensor in self.multi.heads[0].state_dict().items()}
         return layer | {"gate.weight": self.gate.weight, "factors.weight": self.factors.weight}

@@ -16,11 +16,11 @@ from .limits import MAX_LOOK_AHEAD
 class LookAheadModel(DrafterModel):
     """A frozen base language model with L trainable look-ahead embeddings.
 
-    Fed behind a text, ``[LA]_1 … [LA]_L`` make the base predict further tokens in the same pass: its output at
-    ``[LA]_i`` is about the token i places after the next one.  Nothing but the L embeddings is trained.
+    Fed behind a text, `[LA]_1 … [LA]_L` make the base predict further tokens in the same pass: its output at
+    `[LA]_i` is about the token i places after the next one.  Nothing but the L embeddings is trained.
 
     Args:
-        base: any transformers causal LM; its parameters are frozen.
+        base: Any transformers causal LM; its parameters are frozen.
         n_look_ahead: L, 1 to 16.
 
     Raises:
@@ -57,19 +57,22 @@ class LookAheadModel(DrafterModel):
         return 1 + self.n_look_ahead
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        """Logits [batch, seq, vocab]; ids from the vocabulary's end on, V … V + L - 1, are the look-ahead tokens."""
+        """Return logits [batch, seq, vocab].
+
+        Ids from the vocabulary's end on, V … V + L - 1, are the look-ahead tokens.
+        """
         return self.base(inputs_embeds=self.embed(input_ids), **inputs).logits
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Input embeddings [batch, seq, hidden] of tokens and look-ahead tokens."""
+        """Return the input embeddings [batch, seq, hidden] of tokens and look-ahead tokens."""
         return nn.functional.embedding(input_ids, self.table())
 
     def table(self) -> Tensor:
-        """The extended input embedding [V + L, hidden]: the base's, then the look-ahead embeddings."""
+        """Return the extended input embedding [V + L, hidden]: the base's, then the look-ahead embeddings."""
         return torch.cat([self.vocabulary(), self.embeddings])
 
     def vocabulary(self) -> Tensor:
-        """The base's input embedding [V, hidden]."""
+        """Return the base's input embedding [V, hidden]."""
         embedding: Any = self.base.get_input_embeddings()
         return embedding.weight
 
@@ -90,5 +93,5 @@ class LookAheadModel(DrafterModel):
                 )
 
     def drafter_state_dict(self) -> dict[str, Tensor]:
-        """What is added to the base: ``embeddings`` [L, hidden]."""
+        """Return what is added to the base: `embeddings` [L, hidden]."""
         return {"embeddings": self.embeddings}

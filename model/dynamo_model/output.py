@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class Output:
-    """What a base does to its logits behind the output embedding: ``c · tanh(scale · logits / c)``.
+    """What a base does to its logits behind the output embedding: `c · tanh(scale · logits / c)`.
 
     Attributes:
-        scale: factor on the logits; 1 for none.
-        softcap: soft cap c on the scaled logits; 0 for none, and then they stay as they are.
+        scale: Factor on the logits; 1 for none.
+        softcap: Soft cap c on the scaled logits; 0 for none, and then they stay as they are.
     """
 
     scale: float = 1.0
@@ -29,7 +29,10 @@ class Output:
 
     @classmethod
     def of(cls, base: PreTrainedModel) -> Output:
-        """What a base's configuration says; :func:`dynamo_model.preflight.preflight` holds the base against it."""
+        """Return what a base's configuration says.
+
+        `dynamo_model.preflight.preflight` holds the base against it.
+        """
         config: Any = base.config
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1)
         return cls(scale, float(getattr(config, "final_logit_softcapping", None) or 0.0))
@@ -41,17 +44,17 @@ class Output:
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def __call__(self, states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Logits [..., vocab] of normed states.
+        """Return logits [..., vocab] of normed states.
 
         Args:
             states: [..., hidden].
-            weight: the output embedding [vocab, hidden].
-            bias: its bias [vocab], if it has one.
+            weight: The output embedding [vocab, hidden].
+            bias: Its bias [vocab], if it has one.
         """
         return self.behind(F.linear(states, weight, bias))
 
 
 def logits_of(base: PreTrainedModel, states: Tensor) -> Tensor:
-    """What a base says of normed states [..., hidden]: logits [..., vocab]."""
+    """Return what a base says of normed states [..., hidden]: logits [..., vocab]."""
     embedding: Any = base.get_output_embeddings()
     return Output.of(base)(states, embedding.weight, embedding.bias)

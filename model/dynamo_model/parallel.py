@@ -37,9 +37,9 @@ class Penultimate:
     """What a base's last layer is given, and with it every further head.
 
     Attributes:
-        stem: the penultimate state [batch, seq, hidden].
-        rest: what it gets besides, by position.
-        keywords: and by keyword: mask, rotary factors, cache; they do not depend on the text.
+        stem: The penultimate state [batch, seq, hidden].
+        rest: What it gets besides, by position.
+        keywords: And by keyword: mask, rotary factors, cache; they do not depend on the text.
     """
 
     stem: Tensor
@@ -48,11 +48,11 @@ class Penultimate:
 
 
 class Condition(nn.Module):
-    """What the token in front changes in a further head's state: ``s + W2 silu(W1 [s ; e])``, at first nothing.
+    """What the token in front changes in a further head's state: `s + W2 silu(W1 [s ; e])`, at first nothing.
 
     Args:
-        width: hidden units; W1 is ``hidden.weight`` [width, 2 · hidden], W2 is ``out.weight`` [hidden, width].
-        embedding: the base's input embedding [vocab, hidden].
+        width: Hidden units; W1 is `hidden.weight` [width, 2 · hidden], W2 is `out.weight` [hidden, width].
+        embedding: The base's input embedding [vocab, hidden].
     """
 
     def __init__(self, width: int, embedding: Tensor) -> None:
@@ -67,11 +67,11 @@ class Condition(nn.Module):
             nn.init.zeros_(self.out.weight)
 
     def forward(self, state: Tensor, embedded: Tensor) -> Tensor:
-        """The conditioned state.
+        """Return the conditioned state.
 
         Args:
-            state: behind the final norm, s [..., hidden].
-            embedded: row of the input embedding of the token in front, e [..., hidden].
+            state: Behind the final norm, s [..., hidden].
+            embedded: Row of the input embedding of the token in front, e [..., hidden].
         """
         return state + self.out(F.silu(self.hidden(torch.cat([state, embedded], dim=-1))))
 
@@ -80,21 +80,21 @@ class MultiTokenModel(DrafterModel):
     """A base language model with further token heads on its penultimate state.
 
     Args:
-        base: any transformers causal LM whose decoder keeps its layers in ``layers``; it is used as it is,
+        base: Any transformers causal LM whose decoder keeps its layers in `layers`; it is used as it is,
             not copied, and stays the first-token head.
-        n_heads: how many tokens one pass predicts, 2 to 8.  The n_heads - 1 new decoder layers start random,
+        n_heads: How many tokens one pass predicts, 2 to 8.  The n_heads - 1 new decoder layers start random,
             as the paper's do (a layer copied from the last one trains worse there).
-        draft_vocabulary: ids of the words that further heads choose among, the most frequent first, int64 [words];
+        draft_vocabulary: Ids of the words that further heads choose among, the most frequent first, int64 [words];
             None for all.  The base's own head chooses among all words in any case.
-        conditioned: whether every further head has a :class:`Condition`.
-        condition_width: its hidden units, never more than the base's hidden size.
+        conditioned: Whether every further head has a `Condition`.
+        condition_width: Its hidden units, never more than the base's hidden size.
 
     Attributes:
-        draft_vocabulary: as above.
-        conditions: one :class:`Condition` for every further head, or none at all.
+        draft_vocabulary: As above.
+        conditions: One `Condition` for every further head, or none at all.
 
     Raises:
-        CheckpointError: ``n_heads`` is out of range, the decoder has a layout that is not known here, or the draft
+        CheckpointError: `n_heads` is out of range, the decoder has a layout that is not known here, or the draft
             vocabulary is no list of different words of the base.
     """
 
@@ -134,13 +134,13 @@ class MultiTokenModel(DrafterModel):
             self.add_conditions(condition_width)
 
     def add_conditions(self, width: int = CONDITION_WIDTH) -> None:
-        """Give every further head a new :class:`Condition`, which leaves its predictions as they are until trained.
+        """Give every further head a new `Condition`, which leaves its predictions as they are until trained.
 
         Args:
-            width: hidden units, never more than the base's hidden size.
+            width: Hidden units, never more than the base's hidden size.
 
         Raises:
-            CheckpointError: ``width`` is not a positive number.
+            CheckpointError: `width` is not a positive number.
         """
         if width < 1:
             raise CheckpointError(f"a condition has one hidden unit or more, not {width}")
@@ -193,11 +193,11 @@ class MultiTokenModel(DrafterModel):
         """Run one pass up to the output embedding.
 
         Args:
-            input_ids: token ids [batch, seq].
-            shared_gradient_scale: factor on the gradient that flows from the further heads into the shared
+            input_ids: Token ids [batch, seq].
+            shared_gradient_scale: Factor on the gradient that flows from the further heads into the shared
                 weights (stem and final norm): the paper's LR_MB / LR_B.
-            decoder_inputs: what the base's decoder takes besides (``attention_mask``, ``position_ids``,
-                ``past_key_values`` …); the head layers get exactly what the base's last layer gets.
+            decoder_inputs: What the base's decoder takes besides (`attention_mask`, `position_ids`,
+                `past_key_values` …); the head layers get exactly what the base's last layer gets.
 
         Returns:
             One normed hidden state [batch, seq, hidden] a head, the base's first; not conditioned yet.
@@ -209,8 +209,8 @@ class MultiTokenModel(DrafterModel):
         """Run the base, and keep what its last layer was given.
 
         Args:
-            input_ids: token ids [batch, seq].
-            decoder_inputs: see :meth:`states`.
+            input_ids: Token ids [batch, seq].
+            decoder_inputs: See `states`.
 
         Returns:
             The base's own normed state [batch, seq, hidden], and what every head reads.
@@ -230,11 +230,11 @@ class MultiTokenModel(DrafterModel):
         return first, seen[0]
 
     def further_states(self, given: Penultimate, *, shared_gradient_scale: float = 1.0) -> tuple[Tensor, ...]:
-        """What the further heads make of what the base's last layer was given.
+        """Return what the further heads make of what the base's last layer was given.
 
         Args:
-            given: of :meth:`penultimate`.
-            shared_gradient_scale: see :meth:`states`.
+            given: Of `penultimate`.
+            shared_gradient_scale: See `states`.
 
         Returns:
             One normed hidden state [batch, seq, hidden] a further head; not conditioned yet.
@@ -257,22 +257,24 @@ class MultiTokenModel(DrafterModel):
         """Tell a further head which token is in front of the one that it predicts.
 
         Args:
-            head: its number, from 2 on; head i predicts token t + i at position t.
-            state: its state of :meth:`states` [..., hidden].
-            previous: ids of the tokens in front, t + i - 1 [...].
+            head: Its number, from 2 on; head i predicts token t + i at position t.
+            state: Its state of `states` [..., hidden].
+            previous: Ids of the tokens in front, t + i - 1 [...].
 
         Returns:
-            The state that its logits are made of [..., hidden]: ``state`` itself if the model is not conditioned.
+            The state that its logits are made of [..., hidden]: `state` itself if the model is not conditioned.
         """
         if not self.conditioned:
             return state
         return self.conditions[head - 2](state, F.embedding(previous, self._input_embedding))
 
     def draft_logits(self, state: Tensor) -> Tensor:
-        """Logits of a further head over the draft vocabulary, in its order [..., words]; over all words without one.
+        """Return logits of a further head over the draft vocabulary, in its order [..., words].
+
+        Without a draft vocabulary they are over all words.
 
         Args:
-            state: of :meth:`condition` [..., hidden].
+            state: Of `condition` [..., hidden].
         """
         words = self.draft_vocabulary
         if words is None:
@@ -283,12 +285,12 @@ class MultiTokenModel(DrafterModel):
     def forward(self, input_ids: Tensor, **decoder_inputs: Any) -> tuple[Tensor, ...]:
         """Predict the next n tokens at every position.
 
-        A conditioned head is told the token in front as far as ``input_ids`` have it, and behind their end the
+        A conditioned head is told the token in front as far as `input_ids` have it, and behind their end the
         first choice of the head before it, as in greedy drafting.
 
         Args:
-            input_ids: token ids [batch, seq].
-            decoder_inputs: see :meth:`states`.
+            input_ids: Token ids [batch, seq].
+            decoder_inputs: See `states`.
 
         Returns:
             One tensor of logits [batch, seq, vocab] a head; entry i at position t is about token t + 1 + i.  Words
@@ -305,9 +307,9 @@ class MultiTokenModel(DrafterModel):
         return tuple(logits)
 
     def drafter_state_dict(self) -> dict[str, Tensor]:
-        """The further heads' tensors, named ``<head number>.<parameter>`` with the first further head as 2.
+        """Return the further heads' tensors, named `<head number>.<parameter>` with the first further head as 2.
 
-        With them ``<head number>.condition.hidden.weight`` and ``….out.weight``, and ``draft_vocabulary``, if any.
+        With them `<head number>.condition.hidden.weight` and `….out.weight`, and `draft_vocabulary`, if any.
         """
         tensors = {
             f"{number}.{name}": tensor
@@ -331,7 +333,7 @@ class MultiTokenModel(DrafterModel):
         )
 
     def _of_all_words(self, logits: Tensor) -> Tensor:
-        """Logits [..., vocab] of those over the draft vocabulary [..., words]."""
+        """Return logits [..., vocab] of those over the draft vocabulary [..., words]."""
         if self.draft_vocabulary is None:
             return logits
         every = logits.new_full((*logits.shape[:-1], len(self.output_embedding.weight)), -torch.inf)
@@ -342,7 +344,7 @@ class MultiTokenModel(DrafterModel):
         return next((norm for norm in found if norm is not None), None)
 
     def _new_layer(self, layer_idx: int) -> nn.Module:
-        """One decoder layer like the base's last, randomly initialised, with its own KV cache slot."""
+        """Return one decoder layer like the base's last, randomly initialised, with its own KV cache slot."""
         last = self.decoder.layers[-1]
         config = copy.deepcopy(self.config)
         layers = config.num_hidden_layers
@@ -371,7 +373,7 @@ def _check_words(words: Tensor, vocab_size: int) -> None:
     """Refuse what is no draft vocabulary.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: It is none.
     """
     if words.dtype != torch.int64 or words.ndim != 1 or not len(words):
         shape = f"{str(words.dtype).removeprefix('torch.')} {list(words.shape)}"
@@ -395,5 +397,5 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:
-    """Return ``x`` itself; its gradient is multiplied by ``scale`` on the way back."""
+    """Return `x` itself; its gradient is multiplied by `scale` on the way back."""
     return x if scale == 1.0 else _ScaleGradient.apply(x, scale)

@@ -34,9 +34,9 @@ class Supported:
     """How a model can be expressed.
 
     Attributes:
-        attention: what every layer asks of its attention, in the order of the KV caches, further layers last.
-        rotary: its rotary embedding.
-        output: what it does to its logits behind the output embedding.
+        attention: What every layer asks of its attention, in the order of the KV caches, further layers last.
+        rotary: Its rotary embedding.
+        output: What it does to its logits behind the output embedding.
     """
 
     attention: dict[int, LayerAttention]
@@ -50,15 +50,15 @@ def preflight(base: PreTrainedModel, context_length: int | None = None, further:
     The base is left as it was.  One in half precision is judged by a copy in float32.
 
     Args:
-        base: any transformers causal LM.
-        context_length: positions to be covered; None, or more than it has, for all that the model was built for.
-        further: decoder layers that are put on the base; 0 for the base alone.
+        base: Any transformers causal LM.
+        context_length: Positions to be covered; None, or more than it has, for all that the model was built for.
+        further: Decoder layers that are put on the base; 0 for the base alone.
 
     Returns:
         What the export needs.
 
     Raises:
-        CheckpointError: something in it cannot be expressed exactly; one sentence that names the architecture.
+        CheckpointError: Something in it cannot be expressed exactly; one sentence that names the architecture.
     """
     name = type(base).__name__
     try:
@@ -75,7 +75,7 @@ def preflight(base: PreTrainedModel, context_length: int | None = None, further:
 
 @contextmanager
 def _evaluated(base: PreTrainedModel) -> Iterator[None]:
-    """The base in evaluation mode, and its modes and the random numbers as they were afterwards."""
+    """Yield the base in evaluation mode, and its modes and the random numbers as they were afterwards."""
     training = {module: module.training for module in base.modules()}
     cuda = [base.device] if base.device.type == "cuda" else []
     try:
@@ -122,7 +122,7 @@ def _vocab(base: PreTrainedModel) -> int:
 
 
 def _probe(model: nn.Module, run: Any, ids: Tensor, context: int | None = None, **inputs: Any) -> Probe:
-    """One run on token ids; masks are evaluated for so many positions, or for these alone, which is quick."""
+    """Return one run on token ids; masks are evaluated for so many positions, or for these alone, which is quick."""
     return probe_attention(model, lambda: run(input_ids=ids, use_cache=False, **inputs), context or ids.shape[1])
 
 

@@ -15,7 +15,7 @@ DRAFTERS: dict[str, type[DrafterModel]] = {each.kind: each for each in (MultiTok
 
 
 def has_drafter(name: str | Path | Checkpoint, kind: str) -> bool:
-    """Whether a checkpoint holds a drafter of this kind beside its base model."""
+    """Tell whether a checkpoint holds a drafter of this kind beside its base model."""
     return find_checkpoint(name).file(DRAFTERS[kind].file) is not None
 
 

@@ -36,9 +36,9 @@ class Rotary:
     Attributes:
         cos: [context, rotary], as the model's rotary module returns it.
         sin: [context, rotary].
-        inside: whether the attention op can apply it exactly as the model does.
-        interleaved: whether neighbouring dimensions rotate together (else the two halves).
-        twice: whether the table holds every angle twice in a row (else all of them, and then all again).
+        inside: Whether the attention op can apply it exactly as the model does.
+        interleaved: Whether neighbouring dimensions rotate together (else the two halves).
+        twice: Whether the table holds every angle twice in a row (else all of them, and then all again).
     """
 
     cos: Tensor
@@ -48,7 +48,7 @@ class Rotary:
     twice: bool = False
 
     def half(self) -> tuple[Tensor, Tensor]:
-        """The tables as the op wants them, [context, rotary / 2] each."""
+        """Return the tables as the op wants them, [context, rotary / 2] each."""
         pick = slice(0, None, 2) if self.twice else slice(0, self.cos.shape[1] // 2)
         return self.cos[:, pick].contiguous(), self.sin[:, pick].contiguous()
 
@@ -57,7 +57,7 @@ class TableRotary(nn.Module):
     """Takes the place of a rotary module: the same numbers, gathered from the table.
 
     Args:
-        rotary: whose tables become buffers, and so initializers of a traced graph.
+        rotary: Whose tables become buffers, and so initializers of a traced graph.
     """
 
     def __init__(self, rotary: Rotary) -> None:
@@ -87,16 +87,16 @@ def rotary_replaced(base: PreTrainedModel, rotary: Rotary) -> Iterator[None]:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """What the op computes, written out to compare a model's own rotation with.
+    """Return what the op computes, written out to compare a model's own rotation with.
 
     Args:
-        x: queries or keys [batch, heads, seq, head_size].
+        x: Queries or keys [batch, heads, seq, head_size].
         cos: [seq, rotary / 2].
         sin: [seq, rotary / 2].
-        interleaved: whether neighbouring dimensions form a pair.
+        interleaved: Whether neighbouring dimensions form a pair.
 
     Returns:
-        ``x`` with its first ``rotary`` dimensions rotated.
+        `x` with its first `rotary` dimensions rotated.
     """
     width = 2 * cos.shape[-1]
     turning, rest = x[..., :width], x[..., width:]
@@ -110,7 +110,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two results are the same but for the order in which numbers were added up."""
+    """Tell whether two results are the same but for the order in which numbers were added up."""
     return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= TOLERANCE * ours.abs().max())
 
 
@@ -120,16 +120,16 @@ def read_rotary(
     """Read a model's rotary embedding.
 
     Args:
-        base: the transformers language model.
-        probe: runs base and further layers on a few token ids and probes their attention; takes ``position_ids`` or
+        base: The transformers language model.
+        probe: Runs base and further layers on a few token ids and probes their attention; takes `position_ids` or
             nothing.
-        context_length: positions to tabulate.
+        context_length: Positions to tabulate.
 
     Returns:
         Tables and layout, and for every layer whether it rotates at all.
 
     Raises:
-        CheckpointError: there is no rotary module, its table depends on the length of the prompt, or a layer does
+        CheckpointError: There is no rotary module, its table depends on the length of the prompt, or a layer does
             something else with it.
     """
     calls: list[tuple[int, set[str]]] = []
@@ -171,7 +171,7 @@ def read_rotary(
 
 
 def _tables(base: PreTrainedModel, module: nn.Module, context_length: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [context, rotary] of every position, in float32."""
+    """Return the cosine and sine [context, rotary] of every position, in float32."""
     module = copy.deepcopy(module)  # a scaling rule that depends on the length leaves its traces in the module
     x = torch.zeros(1, 1, device=base.device)
 
@@ -192,7 +192,7 @@ def _tables(base: PreTrainedModel, module: nn.Module, context_length: int) -> tu
 
 
 def _rotates(own: Probe, bare: Probe, rotary: Rotary, positions: Tensor) -> dict[int, bool] | None:
-    """Whether the op does to a layer's bare queries and keys what the model does, or leaves them alone as it does.
+    """Tell whether the op does to a layer's bare queries and keys what the model does, or leaves them alone as it does.
 
     None if there is a layer for which neither holds.
     """

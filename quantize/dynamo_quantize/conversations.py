@@ -46,7 +46,7 @@ class Conversation:
 
 
 def conversations(bundle: Bundle) -> list[Conversation]:
-    """Asks a bundle our questions, or looks up what it answered before.
+    """Ask a bundle our questions, or look up what it answered before.
 
     Args:
         bundle: In full precision, with a chat template.
@@ -74,7 +74,7 @@ def conversations(bundle: Bundle) -> list[Conversation]:
 
 
 def own_words(bundle: Bundle) -> list[Conversation]:
-    """The conversations of a bundle that can be talked to; none of one that cannot."""
+    """Return the conversations of a bundle that can be talked to; none of one that cannot."""
     try:
         return conversations(bundle)
     except DynamoError as error:
@@ -83,7 +83,7 @@ def own_words(bundle: Bundle) -> list[Conversation]:
 
 
 def first_sentences(bundle: Bundle, answers: Sequence[Sequence[int]]) -> list[str]:
-    """The first sentence of every answer, given as tokens."""
+    """Return the first sentence of every answer, given as tokens."""
     return [_first_sentence(bundle.tokenizer.decode(list(answer[:SENTENCE_TOKENS]))) for answer in answers]
 
 

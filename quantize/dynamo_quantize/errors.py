@@ -4,4 +4,4 @@ from dynamo_graph.errors import WriteError
 
 
 class QuantizeError(WriteError):
-    """A bundle, an argument or a target that cannot be quantized, or a result that fails its gates."""
+    """A bundle, an argument or a destination that cannot be quantized, or a result that fails its gates."""

@@ -92,8 +92,8 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table.
+class GateResult:
+    """What one figure of a bundle is, and whether its gate lets it pass: a line of the table.
 
     Attributes:
         gate: "width", "quality", `ANSWERS`, "acceptance" or "size".
@@ -113,7 +113,7 @@ class Row:
 
 
 def measure(bundle: Bundle, samples: Samples, reference: Measured | None = None) -> Measured:
-    """Runs a bundle in every way that is judged.
+    """Run a bundle in every way that is judged.
 
     Args:
         bundle: The bundle.
@@ -168,7 +168,7 @@ def _generate(
 
 
 def _answers(engine: Engine, questions: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Greedy answers, as far as a first sentence goes."""
+    """Return greedy answers, as far as a first sentence goes."""
     return [
         engine.generate(question, max_new_tokens=SENTENCE_TOKENS, **ANSWERING).tokens
         for question in _bar(questions, "answers")
@@ -200,7 +200,7 @@ def _widths(
 
 
 def _in_passes(session: Session, text: Sequence[int], width: int, heads: range) -> dict[int, np.ndarray]:
-    """Logits of every head, from passes over `width` tokens, the cache being theirs too.
+    """Return logits of every head, from passes over `width` tokens, the cache being theirs too.
 
     [positions, vocab]; of further heads, of the words that drafts are made of.
     """
@@ -220,8 +220,8 @@ def _in_passes(session: Session, text: Sequence[int], width: int, heads: range) 
     return {head: np.concatenate(rows) for head, rows in found.items()}
 
 
-def judge(full: Measured, small: Measured, limits: Limits, lossless: bool) -> list[Row]:
-    """Compares a bundle with the one it came from.
+def judge(full: Measured, small: Measured, limits: Limits, lossless: bool) -> list[GateResult]:
+    """Compare a bundle with the one it came from.
 
     Args:
         full: The bundle in full precision.
@@ -229,15 +229,16 @@ def judge(full: Measured, small: Measured, limits: Limits, lossless: bool) -> li
         limits: What it may lose.
         lossless: Whether its width must hold.
     """
-    rows = [Row("width", "max |Δlogit| of passes over 2, 3, … tokens", full.difference, small.difference)]
+    rows = [GateResult("width", "max |Δlogit| of passes over 2, 3, … tokens", full.difference, small.difference)]
     for width, count in small.flips.items():
         limit = 0.0 if lossless else None
         kept = limit is None or count <= limit
-        rows.append(Row("width", f"first choices changed by width {width}", full.flips[width], count, limit, kept))
+        figure = f"first choices changed by width {width}"
+        rows.append(GateResult("width", figure, full.flips[width], count, limit, kept))
     rows += _quality(full.scores, small.scores, limits.perplexity)
     if full.sentences:
         changed = sum(ours != theirs for ours, theirs in zip(small.sentences, full.sentences, strict=True))
-        rows.append(Row(ANSWERS, f"first sentences changed, of {len(full.sentences)}", 0, changed))
+        rows.append(GateResult(ANSWERS, f"first sentences changed, of {len(full.sentences)}", 0, changed))
     rows += _acceptance(full.tokens_per_pass, small.tokens_per_pass, limits.tokens_per_pass)
     for figure, of_full, of_small in (
         ("graph and weights, MB", full.graph_bytes, small.graph_bytes),
@@ -246,18 +247,18 @@ def judge(full: Measured, small: Measured, limits: Limits, lossless: bool) -> li
         ("peak memory, MB", full.peak_bytes, small.peak_bytes),
     ):
         if of_full is not None and of_small is not None:
-            rows.append(Row("size", figure, of_full / 1e6, of_small / 1e6))
+            rows.append(GateResult("size", figure, of_full / 1e6, of_small / 1e6))
     return rows
 
 
-def _quality(full: Scores, small: Scores, percent: float) -> list[Row]:
+def _quality(full: Scores, small: Scores, percent: float) -> list[GateResult]:
     before, after = _perplexities(full, full), _perplexities(small, full)
     rows = []
     for name, value in after.items():
         limit = before[name] * (1 + percent / 100)
-        rows.append(Row("quality", name.replace("ppl", "PPL"), before[name], value, limit, value <= limit))
+        rows.append(GateResult("quality", name.replace("ppl", "PPL"), before[name], value, limit, value <= limit))
     for i, (ours, theirs) in enumerate(zip(small.choices, full.choices, strict=True), 1):
-        rows.append(Row("quality", f"same first choice, head {i}", 1.0, float((ours == theirs).mean())))
+        rows.append(GateResult("quality", f"same first choice, head {i}", 1.0, float((ours == theirs).mean())))
     return rows
 
 
@@ -276,7 +277,7 @@ def _perplexities(scores: Scores, full: Scores) -> dict[str, float]:
 
 def _acceptance(
     full: dict[str, list[tuple[int, int]]], small: dict[str, list[tuple[int, int]]], percent: float
-) -> list[Row]:
+) -> list[GateResult]:
     rows = []
     for name, pairs in small.items():
         ours, theirs = np.array(pairs, float), np.array(full[name], float)
@@ -285,7 +286,7 @@ def _acceptance(
         draws = np.random.default_rng(0).integers(0, len(ours), (RESAMPLES, len(ours)))
         ratios = [_rate(ours[draw]) / _rate(theirs[draw]) for draw in draws]
         certainly_worse = float(np.quantile(ratios, 0.975)) < 1 - percent / 100
-        rows.append(Row("acceptance", f"tokens per pass, {name}", reference, value, limit, not certainly_worse))
+        rows.append(GateResult("acceptance", f"tokens per pass, {name}", reference, value, limit, not certainly_worse))
     return rows
 
 
@@ -293,8 +294,8 @@ def _rate(pairs: np.ndarray) -> float:
     return float(pairs[:, 0].sum() / pairs[:, 1].sum())
 
 
-def summary(rows: list[Row]) -> str:
-    """What a bundle lost, in a few words."""
+def summary(rows: list[GateResult]) -> str:
+    """Return what a bundle lost, in a few words."""
     said = []
     for row in rows:
         if row.figure == "PPL_1":
@@ -305,8 +306,8 @@ def summary(rows: list[Row]) -> str:
     return ", ".join(said)
 
 
-def table(rows: list[Row], text: str) -> str:
-    """The table as text; `text` is what it was measured on."""
+def table(rows: list[GateResult], text: str) -> str:
+    """Return the table as text; `text` is what it was measured on."""
     lines = [
         f"measured on {text}",
         f"{'gate':<12}{'figure':<46}{'fp32':>10}{'quantized':>12}{'change':>9}{'limit':>10}",
@@ -328,8 +329,8 @@ def _number(value: float) -> str:
     return f"{value:.1e}" if abs(value) < 1e-2 else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
-def as_json(rows: list[Row], samples: Samples) -> dict[str, Any]:
-    """The table for the manifest."""
+def as_json(rows: list[GateResult], samples: Samples) -> dict[str, Any]:
+    """Return the table for the manifest."""
     return {
         "passed": all(row.passed for row in rows),
         "text": samples.name,

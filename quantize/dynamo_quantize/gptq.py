@@ -17,7 +17,7 @@ OUTPUTS_AT_ONCE = 2048
 
 
 def gptq(weight: np.ndarray, hessian: np.ndarray, form: Format, outputs_at_once: int = OUTPUTS_AT_ONCE) -> Blocks:
-    """Quantizes a weight for the inputs that it meets.
+    """Quantize a weight for the inputs that it meets.
 
     Args:
         weight: float32 [K, N].
@@ -38,7 +38,7 @@ def gptq(weight: np.ndarray, hessian: np.ndarray, form: Format, outputs_at_once:
 
 
 def _inverse_factor(hessian: np.ndarray) -> np.ndarray:
-    """Upper Cholesky factor of the damped Hessian's inverse."""
+    """Return the upper Cholesky factor of the damped Hessian's inverse."""
     damped = hessian.astype(np.float64)
     diagonal = np.diag_indices_from(damped)
     damped[diagonal] += DAMPING * max(float(damped[diagonal].mean()), 1e-30)
@@ -54,7 +54,7 @@ def _round(
     scales: np.ndarray,
     zeros: np.ndarray,
 ) -> None:
-    """Rounds weight [K, N], which it changes, into q [N, blocks, block], scales and zero points [N, blocks]."""
+    """Round weight [K, N], which it changes, into q [N, blocks, block], scales and zero points [N, blocks]."""
     largest = 2**form.bits - 1
     for block, start in enumerate(range(0, len(weight), form.block_size)):
         rows = slice(start, min(start + form.block_size, len(weight)))
@@ -71,7 +71,7 @@ def _round(
 
 
 def _scales(block: np.ndarray, importance: np.ndarray, form: Format) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero point [N] of a block [inputs, N]: the clipped range that rounds with the least weighted error."""
+    """Return scale and zero point [N] of a block [inputs, N]: the clipped range with the least weighted error."""
     largest, middle = 2**form.bits - 1, 2 ** (form.bits - 1)
     low, high = np.minimum(block.min(0), 0), np.maximum(block.max(0), 0)
     if form.symmetric:  # the side that reaches further gets the range's further end, -2^(bits - 1)

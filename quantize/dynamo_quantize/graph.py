@@ -36,7 +36,7 @@ Stored = dict[Part, list[str]]
 def write_graphs(
     bundle: Bundle, scheme: Scheme, folder: Path, graph: str, texts: list[list[int]], external: bool
 ) -> Stored:
-    """Writes the smaller graphs.
+    """Write the smaller graphs.
 
     Args:
         bundle: The bundle in full precision.
@@ -78,7 +78,7 @@ def _write(
     known: Mapping[tuple[str, Format], Blocks] | None = None,
     elsewhere: Mapping[str, Place] | None = None,
 ) -> dict[tuple[str, Format], Blocks]:
-    """Writes one smaller graph.
+    """Write one smaller graph.
 
     Args:
         bundle: The bundle in full precision.
@@ -119,7 +119,7 @@ def _write(
 def _drafter_formats(
     products: Sequence[Product], scheme: Scheme, of_base: Mapping[str, Format | None]
 ) -> list[tuple[Product, Format | None]]:
-    """What the weights of further heads are stored as; those of the base as they are there."""
+    """Return what the weights of further heads are stored as; those of the base as they are there."""
     found = []
     for product in products:
         form = of_base.get(product.name, scheme.formats[Part.HEADS])
@@ -128,7 +128,7 @@ def _drafter_formats(
 
 
 def _formats(products: list[Product], scheme: Scheme) -> list[Format | None]:
-    """The format of every product.
+    """Return the format of every product.
 
     A weight that is looked up and multiplied with is stored once, so the input embedding then follows the output's.
     """
@@ -162,7 +162,7 @@ def _all_blocks(
     texts: Sequence[list[int]],
     known: Mapping[tuple[str, Format], Blocks],
 ) -> dict[tuple[str, Format], Blocks]:
-    """The blocks of every weight in every format that it is wanted in; some may be known."""
+    """Return the blocks of every weight in every format that it is wanted in; some may be known."""
     made = dict(known)
     fits = scheme.algorithm == "gptq" and bool(texts)
     calibrated = [job for job in jobs if fits and job[1].bits == 4 and not job[0].is_lookup]
@@ -180,7 +180,7 @@ def _all_blocks(
 
 
 def in_groups(jobs: Sequence[tuple[Product, Format]], limit: int) -> list[list[tuple[Product, Format]]]:
-    """Cuts jobs into runs whose Hessians fit into memory together; every run reads the calibration text once.
+    """Cut jobs into runs whose Hessians fit into memory together; every run reads the calibration text once.
 
     Args:
         jobs: Products and their formats.
@@ -199,7 +199,7 @@ def in_groups(jobs: Sequence[tuple[Product, Format]], limit: int) -> list[list[t
 
 
 def _described(form: Format | None, scheme: Scheme, product: Product) -> str:
-    """A product's format in words."""
+    """Return a product's format in words."""
     if form is None:
         return scheme.activations
     if scheme.dynamic and not product.is_lookup:

@@ -16,7 +16,7 @@ PROMPT_TOKENS, NEW_TOKENS = 256, 32
 
 
 def peak_memory(bundle: Path) -> int | None:
-    """Bytes that a process needs beyond Python and its libraries, or None where the system does not tell.
+    """Return bytes that a process needs beyond Python and its libraries, or None where the system does not tell.
 
     Args:
         bundle: Folder of the bundle.
@@ -26,7 +26,7 @@ def peak_memory(bundle: Path) -> int | None:
 
 
 def peak_bytes() -> int:
-    """Largest memory this process has had, in bytes.
+    """Return the largest memory this process has had, in bytes.
 
     Raises:
         ImportError: The system does not tell (Windows).
@@ -41,7 +41,7 @@ def peak_bytes() -> int:
 
 
 def main() -> None:
-    """Loads the bundle named on the command line, decodes, and prints the bytes that took."""
+    """Load the bundle named on the command line, decode, and print the bytes that took."""
     import_onnxruntime()
     before = peak_bytes()
     engine = Engine(sys.argv[1], provider="cpu")

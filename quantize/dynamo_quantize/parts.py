@@ -54,14 +54,14 @@ class Product:
         return sizes(self.weight)[0 if self.transposed else 1]
 
     def matrix(self) -> np.ndarray:
-        """The weight [K, N]; read anew each time where it is lazy."""
+        """Return the weight [K, N]; read anew each time where it is lazy."""
         assert self.weight.const_value is not None
         weight = self.weight.const_value.numpy()
         return weight.T if self.transposed else weight
 
 
 def find_products(model: ir.Model, kv_layers: int) -> list[Product]:
-    """Every weight matrix that is multiplied with or looked up, in the order of the graph.
+    """Return every weight matrix that is multiplied with or looked up, in the order of the graph.
 
     The output embedding is the last product before `logits`. The first head is what lies behind the last attention,
     with that attention's own projections; everything else is the stem.
@@ -98,14 +98,17 @@ def find_products(model: ir.Model, kv_layers: int) -> list[Product]:
 
 
 def find_drafter_products(model: ir.Model) -> list[Product]:
-    """Every weight matrix in the graph of further heads, those in its branches among them; all are of one part."""
+    """Return every weight matrix in the graph of further heads, those in its branches among them.
+
+    All of them belong to one part.
+    """
     nodes = (node for graph in model.graphs() for node in graph)
     found = ((node, _weight_of(node)) for node in nodes)
     return [Product(node, of[0], Part.HEADS, of[1]) for node, of in found if of is not None]
 
 
 def output_product(model: ir.Model, products: Sequence[Product]) -> Product:
-    """The product whose result becomes `logits`.
+    """Return the product whose result becomes `logits`.
 
     Raises:
         QuantizeError: There is none.
@@ -119,7 +122,7 @@ def output_product(model: ir.Model, products: Sequence[Product]) -> Product:
 
 
 def _weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
-    """The weight matrix of a product and whether it is transposed, or None if the node is none."""
+    """Return the weight matrix of a product and whether it is transposed, or None if the node is none."""
     if node.op_type in ("MatMul", "FusedMatMul"):
         weight, transposed = node.inputs[1], False
         if node.op_type == "FusedMatMul":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dynamo_graph.files import read_json, read_report, version, write_json, write_report
 from dynamo_graph.read import pass_bytes
-from dynamo_graph.staging import Target
+from dynamo_graph.staging import Destination
 from dynamo_runtime.bundle import Bundle, list_files, load_bundle
 from dynamo_runtime.corpus import read_documents
 from dynamo_runtime.errors import DynamoError
@@ -43,7 +43,7 @@ def quantize_bundle(
     overwrite: bool = False,
     external_data: bool = False,
 ) -> Path:
-    """Writes a smaller bundle beside a bundle in full precision; it exists only once it has passed its gates.
+    """Write a smaller bundle beside a bundle in full precision; it exists only once it has passed its gates.
 
     Needs no torch. The source is only read.
 
@@ -65,14 +65,14 @@ def quantize_bundle(
         The `.onnx` file in its place.
 
     Raises:
-        WriteError: The bundle, the arguments or the target do not allow it, or a gate failed; nothing is left behind.
+        WriteError: The bundle, the arguments or the destination do not allow it, or a gate failed; nothing is left.
     """
     resolve(scheme, options or Options())  # what means nothing is said first
     if Path(output).absolute().parent.resolve() == _folder(source):
         raise QuantizeError(f"{source} is the bundle that is to be quantized: choose another folder for the new one")
-    with Target(Path(output), overwrite) as target:
+    with Destination(Path(output), overwrite) as destination:
         return quantize_into(
-            target,
+            destination,
             source,
             scheme,
             options,
@@ -84,7 +84,7 @@ def quantize_bundle(
 
 
 def quantize_into(
-    target: Target,
+    destination: Destination,
     source: str | Path,
     scheme: str,
     options: Options | None = None,
@@ -94,7 +94,7 @@ def quantize_into(
     allow_degraded: bool = False,
     external_data: bool = False,
 ) -> Path:
-    """The same into a target that is entered already; arguments as of `quantize_bundle`.
+    """Return the same into a destination that is entered already; arguments as of `quantize_bundle`.
 
     Raises:
         WriteError: As `quantize_bundle`.
@@ -112,28 +112,28 @@ def quantize_into(
         raise QuantizeError(
             f"{bundle.folder} is {bundle.precision} already: quantize the bundle in fp32 that it came from"
         )
-    if target.graph in bundle.graphs[1:]:
+    if destination.graph in bundle.graphs[1:]:
         raise QuantizeError(
-            f"{target.graph} is what the graph of further heads is called: choose another name for the base's"
+            f"{destination.graph} is what the graph of further heads is called: choose another name for the base's"
         )
     try:
-        staged = target.stage()
+        staged = destination.stage()
         spoken = own_words(bundle) if calibration is None or gate_text is None else []
         # Before the work begins, as the text may not do. Calibration and gates get every other conversation each.
         samples = _samples(bundle, gate_text, spoken[1::2])
         log.info(
             "quantizing to %s%s", scheme, ": reading the calibration text takes a while" if wanted.calibrated else ""
         )
-        small = write_bundle(bundle, wanted, staged, target.graph, calibration, external_data, spoken[::2])
+        small = write_bundle(bundle, wanted, staged, destination.graph, calibration, external_data, spoken[::2])
         log.info("wrote it; running both bundles through the gates")
         lost = _pass_gates(bundle, small, wanted, samples, allow_degraded)
     except DynamoError as error:
         raise QuantizeError(str(error)) from error
     except OSError as error:
         raise QuantizeError(f"cannot write the bundle: {error.strerror or error}; nothing was written") from error
-    target.move_in(staged)
-    log.info("the %s bundle is in %s: %s", scheme, target.folder, lost)
-    return target.folder / target.graph
+    destination.move_in(staged)
+    log.info("the %s bundle is in %s: %s", scheme, destination.folder, lost)
+    return destination.folder / destination.graph
 
 
 def _folder(bundle: str | Path) -> Path:
@@ -148,7 +148,7 @@ def check_request(
     gate_text: str | Path | None = None,
     allow_degraded: bool = False,
 ) -> None:
-    """Checks what can be checked before there is a bundle; arguments as of `quantize_bundle`.
+    """Check what can be checked before there is a bundle; arguments as of `quantize_bundle`.
 
     Raises:
         QuantizeError: The scheme or its options mean nothing, or there is no such text.
@@ -171,7 +171,7 @@ def write_bundle(
     external: bool = False,
     spoken: Sequence[Conversation] = (),
 ) -> Bundle:
-    """Writes a smaller bundle that has not passed any gate.
+    """Write a smaller bundle that has not passed any gate.
 
     Args:
         bundle: The bundle in full precision.
@@ -212,7 +212,7 @@ def write_bundle(
 def _calibration(
     bundle: Bundle, source: str | Path | None, spoken: Sequence[Conversation]
 ) -> tuple[list[list[int]], str]:
-    """Text to calibrate with, as tokens, and what it is."""
+    """Return text to calibrate with, as tokens, and what it is."""
     if source is None and spoken:
         return [conversation.tokens for conversation in spoken], _answers_to(spoken)
     length = min(CALIBRATION_TOKENS, bundle.context_length)
@@ -225,7 +225,7 @@ def _answers_to(spoken: Sequence[Conversation]) -> str:
 
 
 def _pass_gates(full: Bundle, small: Bundle, scheme: Scheme, samples: gates.Samples, allow_degraded: bool) -> str:
-    """Runs both bundles, prints the table, and puts it into the report of the smaller one; returns what it lost.
+    """Run both bundles, print the table, and put it into the report of the smaller one; return what it lost.
 
     Raises:
         QuantizeError: A limit is not kept, and that is not allowed.
@@ -251,7 +251,7 @@ def _pass_gates(full: Bundle, small: Bundle, scheme: Scheme, samples: gates.Samp
 
 
 def _samples(bundle: Bundle, source: str | Path | None, spoken: Sequence[Conversation]) -> gates.Samples:
-    """Text for the gates, no longer than the bundle's context allows."""
+    """Return text for the gates, no longer than the bundle's context allows."""
     room = bundle.context_length
     new_tokens = min(NEW_TOKENS, room // 2)
     if source is None and spoken:
@@ -276,7 +276,7 @@ def _samples(bundle: Bundle, source: str | Path | None, spoken: Sequence[Convers
 
 
 def _copy_rest(bundle: Bundle, staged: Path, graph: str) -> None:
-    """Copies everything but graphs, weights and manifest."""
+    """Copy everything but graphs, weights and manifest."""
     for name in bundle.files:
         if not name.startswith(tuple(bundle.graphs)):
             shutil.copyfile(bundle.folder / name, staged / name)

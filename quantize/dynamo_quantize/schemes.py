@@ -131,7 +131,7 @@ class Options:
 
 
 def resolve(name: str, options: Options) -> Scheme:
-    """A scheme with everything that was asked for.
+    """Return a scheme with everything that was asked for.
 
     Raises:
         QuantizeError: Something is unknown, or does not go together.

@@ -16,7 +16,7 @@ ENOUGH = 8  # times the pieces wanted: more text is not looked at
 
 
 def pieces(bundle: Bundle, source: str | Path | None, count: int, length: int, held_out: bool) -> list[list[int]]:
-    """Cuts a corpus into pieces and takes some, spread evenly.
+    """Cut a corpus into pieces and take some, spread evenly.
 
     Args:
         bundle: For its tokenizer.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .device.profile import Profile
     from .drafting import NO_GUESS, NOTHING, Ask, Combined, Drafter, Guesses, Passed
     from .engine import Engine
+    from .generation_statistics import Statistics
     from .lookup import Lookup
     from .origins import Origin, Span
     from .parameters import SamplingParameters
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from .registry import register_drafter
     from .sampling import Candidates, Context, LogitsProcessor
     from .session import Session
-    from .statistics import Statistics
     from .step import ALL, LAST, NONE, All, At, Last, Step
     from .strategies import Auto, Autoregressive, Dynamo, Speculative, Strategy, Turn
     from .stream import Generation, TextStream
@@ -122,7 +122,7 @@ _MODULES = {
     "Session": "session",
     "Span": "origins",
     "Speculative": "strategies",
-    "Statistics": "statistics",
+    "Statistics": "generation_statistics",
     "Step": "step",
     "Strategy": "strategies",
     "TextStream": "stream",
@@ -134,7 +134,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports numpy and all else only when it is needed: a command must be able to end before, and quietly."""
+    """Import numpy and all else only when it is needed: a command must be able to end before, and quietly."""
     if name in _MODULES:
         return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

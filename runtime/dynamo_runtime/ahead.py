@@ -35,7 +35,7 @@ class HeadsAhead:
         return self._outputs[name]
 
     def _whole(self, rows: np.ndarray) -> np.ndarray:
-        """Rows over the vocabulary [rows, vocab] of such over the draft vocabulary."""
+        """Return rows over the vocabulary [rows, vocab] of such over the draft vocabulary."""
         words = self._heads.words
         if words is None:
             return rows.copy()

@@ -132,7 +132,7 @@ class Batch:
                 self._narrow(len(rows))
 
     def _pass(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One token of every row.
+        """Return one token of every row.
 
         Args:
             tokens: [rows, 1].

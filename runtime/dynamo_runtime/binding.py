@@ -60,6 +60,6 @@ class Binding:
         self.session.run_with_iobinding(self.binding)
 
     def read(self) -> dict[str, Any]:
-        """The outputs of a run by name, as onnxruntime holds them."""
+        """Return the outputs of a run by name, as onnxruntime holds them."""
         vector = self.binding.get_outputs_as_ortvaluevector()
         return {name: vector[i] for i, (name, _) in enumerate(self._places)}

@@ -156,7 +156,7 @@ class Bundle(Manifest):
     def parameters(
         self, given: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | SamplingParameters | None = None
     ) -> SamplingParameters:
-        """Sampling parameters for this bundle: see `resolve_parameters`.
+        """Return sampling parameters for this bundle: see `resolve_parameters`.
 
         Args:
             given: What the caller named.
@@ -206,12 +206,12 @@ def load_bundle(path: str | Path, verify: bool = False) -> Bundle:
 
 
 def _is_name(path: str | Path) -> bool:
-    """Whether this can only be the name of a model: a plain word, and nothing of that name is here."""
+    """Tell whether this can only be the name of a model: a plain word, and nothing of that name is here."""
     return bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", str(path))) and not os.path.exists(path)
 
 
 def _named(name: str | Path) -> Path:
-    """The newest bundle of a model in the cache.
+    """Return the newest bundle of a model in the cache.
 
     Raises:
         BundleError: There is none.
@@ -284,7 +284,7 @@ def _check_weights(folder: Path, graph: str, manifest: Manifest) -> None:
 
 
 def list_files(folder: Path) -> dict[str, FileRecord]:
-    """What a manifest says of the files in a folder, itself left out."""
+    """Return what a manifest says of the files in a folder, itself left out."""
     return {
         path.name: FileRecord(path.stat().st_size, sha256(path))
         for path in sorted(folder.iterdir())

@@ -24,10 +24,10 @@ def cache_folder() -> Path:
 
 
 def bundles_folder() -> Path:
-    """Where bundles lie that were exported by the name of a model, in a folder NAME/PRECISION each."""
+    """Return where bundles lie that were exported by the name of a model, in a folder NAME/PRECISION each."""
     return cache_folder() / "bundles"
 
 
 def kept_bundle(name: str, precision: str) -> Path:
-    """The folder for the bundle of a model, by its name, in one precision."""
+    """Return the folder for the bundle of a model, by its name, in one precision."""
     return bundles_folder() / name / precision

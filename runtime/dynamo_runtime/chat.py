@@ -46,7 +46,7 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, continue_final: bool = False
     ) -> str:
-        """The text that the model is to go on from.
+        """Return the text that the model is to go on from.
 
         Args:
             messages: In order.
@@ -71,7 +71,7 @@ class ChatTemplate:
         return text if rest.startswith(" ") else text.rstrip()
 
     def encode(self, messages: Sequence[Message], control: ControlTokens, *, trust_content: bool = False) -> ChatPrompt:
-        """The tokens that the model is to answer.
+        """Return the tokens that the model is to answer.
 
         Control tokens are the template's alone: the text of one inside a message is text.
 
@@ -106,13 +106,13 @@ class ChatTemplate:
 
 
 def asked(question: str, system: str | None = None) -> list[Message]:
-    """A question as messages, behind the system's if there is any."""
+    """Return a question as messages, behind the system's if there is any."""
     first = [] if system is None else [{"role": "system", "content": system}]
     return [*first, {"role": "user", "content": as_text(question, "the question")}]
 
 
 def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as plain data, without what is None.
+    """Return messages as plain data, without what is None.
 
     Raises:
         PromptError: They are something else, or there are none.
@@ -131,7 +131,7 @@ def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def has_template(folder: Path) -> bool:
-    """Whether a chat template came with a bundle, readable or not.
+    """Tell whether a chat template came with a bundle, readable or not.
 
     Raises:
         BundleError: What would say so is not readable.
@@ -140,7 +140,7 @@ def has_template(folder: Path) -> bool:
 
 
 def read_template(folder: Path, special: Mapping[str, str]) -> ChatTemplate:
-    """The chat template in a bundle's folder.
+    """Return the chat template in a bundle's folder.
 
     Args:
         folder: Of the bundle.
@@ -169,14 +169,14 @@ def read_template(folder: Path, special: Mapping[str, str]) -> ChatTemplate:
 
 
 def _special(config: Mapping[str, Any]) -> dict[str, str]:
-    """Texts of special tokens, which may stand there with their options."""
+    """Return texts of special tokens, which may stand there with their options."""
     found = {name: config.get(name) for name in _NAMES}
     texts = {name: each.get("content") if isinstance(each, dict) else each for name, each in found.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def _object(path: Path) -> Mapping[str, Any]:
-    """A JSON file's object; an empty one if there is no such file."""
+    """Return a JSON file's object; an empty one if there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -203,7 +203,7 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _strings(value: Any) -> list[str]:
-    """Every text in plain data."""
+    """Return every text in plain data."""
     found: list[str] = []
     _mapped(value, lambda text: found.append(text) or text)  # type: ignore[func-returns-value]
     return found
@@ -218,7 +218,7 @@ def _whole(text: str) -> str:
 
 
 def _unused(texts: Iterable[str]) -> str:
-    """A character that is in none of some texts, so that nobody can have put it there."""
+    """Return a character that is in none of some texts, so that nobody can have put it there."""
     used = set().union(*texts)
     for code in _MARKERS:
         if chr(code) not in used:

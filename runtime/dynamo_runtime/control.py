@@ -25,7 +25,7 @@ class Encoded:
     spans: list[tuple[int, int]]
 
     def behind(self, place: int) -> list[int] | None:
-        """The tokens of all that follows a place in the text; None if a token lies across it."""
+        """Return the tokens of all that follows a place in the text; None if a token lies across it."""
         for index, (start, _) in enumerate(self.spans):
             if start >= place:
                 return self.ids[index:] if all(end <= place for _, end in self.spans[:index]) else None
@@ -65,7 +65,7 @@ class ControlTokens:
             raise BundleError("the bundle's tokenizer has special tokens of a length that no tokenizer's have")
 
     def mark(self, text: str, marker: str) -> str:
-        """A text with a marker inside whatever is a control token's text, or may become one by what is beside it."""
+        """Put a marker inside whatever is a control token's text, or may become one by what is beside it."""
         pattern, beginnings, endings = self._forms
         text = pattern.sub(lambda found: found[0][0] + marker + found[0][1:], text)
         # Blanks stay outermost, as templates strip them.

@@ -70,7 +70,7 @@ class Conversation:
             self._answer.close()
 
     def _following(self, question: str) -> tuple[list[Message], ChatPrompt, list[int]]:
-        """All that is said then, and how it is read."""
+        """Return all that is said then, and how it is read."""
         found = []
         bundle, answer = self._engine.bundle, self._answer
         # Some templates put blanks around answers that the model itself began or ended with.
@@ -94,7 +94,10 @@ class Conversation:
         return [*self._first, *self._said, *last]
 
     def _continued(self, prompt: ChatPrompt) -> list[int] | None:
-        """The tokens read and written so far, and those of what is new; None if the prompt does not go on from them."""
+        """Return the tokens read and written so far, and those of what is new.
+
+        It is None if the prompt does not go on from them.
+        """
         answer = self._answer
         if answer is None or self._prompt is None or answer.finish_reason not in _WHOLE:
             return None

@@ -46,7 +46,7 @@ class Cooccurrence:
     def extend(
         self, order: int, nodes: np.ndarray, tokens: np.ndarray, *, children_per_search: int = CHILDREN_PER_SEARCH
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All counted n-grams of `order` that continue one of `nodes` by one of `tokens`.
+        """Return all counted n-grams of `order` that continue one of `nodes` by one of `tokens`.
 
         Args:
             order: Length of the n-grams looked for, from 2.
@@ -93,7 +93,7 @@ class Cooccurrence:
         return parent, order[rank], found[kept]
 
     def mask(self, order: int, nodes: np.ndarray, chance: np.ndarray, alpha: float) -> np.ndarray:
-        """m^α_c of counted n-grams, [S]: ``(p̂(x_1..x_n) / Π p̂(x_i))^α_c`` (DynaMo, Eq. 3 and 6).
+        """m^α_c of counted n-grams, [S]: `(p̂(x_1..x_n) / Π p̂(x_i))^α_c` (DynaMo, Eq. 3 and 6).
 
         Args:
             order: n, from 2.
@@ -108,7 +108,10 @@ class Cooccurrence:
 
 
 def _children(level: _Level, node: int, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `Cooccurrence.extend` gives for a single node: its children lie side by side, and are searched there."""
+    """Return what `Cooccurrence.extend` gives for a single node.
+
+    Its children lie side by side, and are searched there.
+    """
     begin, end = level.offsets.item(node), level.offsets.item(node + 1)
     ids = level.ids[begin:end]
     if begin == end:

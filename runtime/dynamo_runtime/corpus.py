@@ -32,10 +32,10 @@ class Document:
     """One text of the corpus.
 
     Attributes:
-        group: what is held out as one: the top-level package or module, folder or row the text belongs to.
-        name: the text's own name, unique in the corpus.
-        text: its content; empty where there are tokens alone.
-        tokens: what it was written in, where a model wrote it; only a tokenizer that decodes them to the text, if there
+        group: What is held out as one: the top-level package or module, folder or row the text belongs to.
+        name: The text's own name, unique in the corpus.
+        text: Its content; empty where there are tokens alone.
+        tokens: What it was written in, where a model wrote it; only a tokenizer that decodes them to the text, if there
             is one, may take them.
     """
 
@@ -46,18 +46,18 @@ class Document:
 
 
 def is_held_out(document: Document, percent: float = HELD_OUT_PERCENT) -> bool:
-    """Whether a document belongs to validation: the SHA-256 of its group's name decides, nothing else."""
+    """Tell whether a document belongs to validation: the SHA-256 of its group's name decides, nothing else."""
     digest = hashlib.sha256(document.group.encode()).digest()
     return int.from_bytes(digest[:4], "big") < percent / 100 * 2**32
 
 
 def standard_library(held_out: bool | None = None) -> Iterator[Document]:
-    """The modules of the running interpreter's standard library: those held out, those not, or (None) all."""
+    """Yield the modules of the running interpreter's standard library: those held out, those not, or (None) all."""
     return python_modules(Path(sysconfig.get_paths()["stdlib"]), held_out=held_out)
 
 
 def python_modules(folder: Path, root: Path | None = None, held_out: bool | None = None) -> Iterator[Document]:
-    """The Python modules below ``folder``, named and grouped by their path from ``root``."""
+    """Yield the Python modules below `folder`, named and grouped by their path from `root`."""
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(root or folder).with_suffix("").parts
         if _NOT_PROGRAMS & set(parts[:-1]):
@@ -76,7 +76,7 @@ def python_modules(folder: Path, root: Path | None = None, held_out: bool | None
 
 
 def text_files(root: Path) -> Iterator[Document]:
-    """The text files below a folder."""
+    """Yield the text files below a folder."""
     for path in sorted(root.rglob("*")):
         if path.suffix in TEXT_SUFFIXES and path.is_file():
             parts = path.relative_to(root).with_suffix("").parts
@@ -88,7 +88,7 @@ def text_files(root: Path) -> Iterator[Document]:
 
 
 def read_documents(source: str | Path) -> Iterator[Document]:
-    """Texts from a folder of text files, a text file, or a ``.jsonl`` file whose rows have a field ``text``.
+    """Yield texts from a folder of text files, a text file, or a `.jsonl` file whose rows have a field `text`.
 
     Raises:
         PromptError: There is no such thing, or no text in it.
@@ -118,11 +118,11 @@ def read_documents(source: str | Path) -> Iterator[Document]:
 
 
 def json_rows(path: Path, field: str = "text") -> Iterator[Document]:
-    """The rows of a ``.jsonl`` file, each a text of its own; empty lines do not count.
+    """Yield the rows of a `.jsonl` file, each a text of its own; empty lines do not count.
 
     Args:
-        path: the file.
-        field: of a row that holds its text.
+        path: The file.
+        field: Of a row that holds its text.
 
     Raises:
         PromptError: A line is no row with a text; the message names it.
@@ -152,7 +152,7 @@ def _text_of(path: Path, number: int, line: bytes, field: str) -> str:
 
 
 def json_object(line: str) -> dict[str, Any] | None:
-    """What a line of JSON holds; None if that is no object."""
+    """Return what a line of JSON holds; None if that is no object."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):  # not JSON, or nested without end

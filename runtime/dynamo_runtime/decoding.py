@@ -25,7 +25,7 @@ class Round:
 
     Attributes:
         tokens: Final tokens: accepted drafts that the pass was fed, the token of its own, and behind that the guesses
-            that were let through on the spot (see `Turn.weighed`).
+            that were let through on the spot (see `Turn.proposed`).
         proposed: Draft tokens that were judged.
         verified: How many of `tokens` are drafts that the pass was fed.
         log_probabilities: Of the final tokens that have none yet, in order, as far as the pass tells; empty unless they
@@ -49,7 +49,7 @@ class Round:
         return taken if taken <= self.verified else taken - 1
 
     def origin(self, place: int) -> Origin:
-        """Where the token at a place of `tokens` comes from."""
+        """Return where the token at a place of `tokens` comes from."""
         if place < self.verified:
             return Origin(place + 1, self.sources[place])
         return OWN if place == self.verified else Origin(place)
@@ -87,7 +87,7 @@ def prefill(session: Session, prompt: Sequence[int], chunk: int) -> Iterator[Non
 def decode(
     session: Session, strategy: Strategy, context: Context, rng: np.random.Generator, *, scored: bool = False
 ) -> Iterator[Round]:
-    """One round after another, without end.
+    """Yield one round after another, without end.
 
     Whatever is final but not in the cache is fed, with the strategy's drafts behind it and look-ahead tokens, if it
     asked for any, behind those; the cache then rolls back behind the drafts that were accepted.
@@ -122,7 +122,7 @@ def decode(
             logs = log_probabilities(step, context.tokens[-unscored - len(final) :][:told])
             unscored = len(turn.tokens) - 1
         sources = [draft.source for draft in drafts]
-        yield Round(final, len(drafts) + turn.weighed, turn.accepted, logs, sources)
+        yield Round(final, len(drafts) + turn.proposed, turn.accepted, logs, sources)
 
 
 def _check(turn: Turn, drafts: int, vocab_size: int, strategy: Strategy) -> None:
@@ -146,6 +146,6 @@ def score_rest(session: Session, tokens: Sequence[int], unscored: int) -> list[f
 
 
 def log_probabilities(step: Step, tokens: Sequence[int]) -> list[float]:
-    """What the base model makes of tokens, in nats: row i of the first head tells tokens[i]."""
+    """Return what the base model makes of tokens, in nats: row i of the first head tells tokens[i]."""
     found: list[float] = (-negative_log_likelihood(step.logits()[: len(tokens)], np.array(tokens))).tolist()
     return found

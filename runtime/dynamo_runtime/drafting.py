@@ -45,7 +45,7 @@ class Ask:
     look_ahead: Sequence[int] = ()
 
     def __or__(self, other: Ask) -> Ask:
-        """What serves both."""
+        """Return what serves both."""
         return Ask(self.heads or other.heads, max(self.look_ahead, other.look_ahead, key=len))
 
 
@@ -94,7 +94,7 @@ class Drafter(Protocol):
     ask: Ask
 
     def guess(self, passed: Passed) -> Guesses | None:
-        """Guesses at what follows `passed.final`; None if this pass tells nothing."""
+        """Guess at what follows `passed.final`; None if this pass tells nothing."""
 
 
 class Checked:
@@ -185,17 +185,17 @@ class Repeats(Protocol):
         """Take what has become final."""
 
     def ahead(self) -> Iterator[Repeat]:
-        """What follows the text, one token after the other."""
+        """Yield what follows the text, one token after the other."""
 
     def behind(self, chosen: Sequence[int]) -> Repeat | None:
-        """What follows the text and some drafts."""
+        """Return what follows the text and some drafts."""
 
 
 class Proposer:
     """Chooses drafts among a drafter's guesses, and what the text repeats.
 
     With counts, what the drafter says of a token is multiplied by the co-occurrence mask of the pair that it would end
-    (DynaMo, Eq. 3 and 6, whose first token is settled here): ``f(x_i) · (p̂(x_{i-1}, x_i) / p̂(x_i))^α_c``.
+    (DynaMo, Eq. 3 and 6, whose first token is settled here): `f(x_i) · (p̂(x_{i-1}, x_i) / p̂(x_i))^α_c`.
     """
 
     def __init__(
@@ -293,7 +293,7 @@ class Proposer:
         return Draft(int(found.ids[draw(found.probabilities, rng.random())]), found, confidence, self._name)
 
     def _repeated(self, repeats: Repeats | None) -> Callable[[Sequence[int]], Repeat | None]:
-        """What the text repeats behind tokens chosen so far, the newest final one first.
+        """Return what the text repeats behind tokens chosen so far, the newest final one first.
 
         Alone, it is drafted no further than the match behind it is long.
         """
@@ -313,12 +313,12 @@ class Proposer:
 
 
 def masked(candidates: Candidates, before: int, counts: Cooccurrence, alpha: float) -> Candidates:
-    """Candidates weighed by how much more often than by chance they were counted behind the token `before`.
+    """Return candidates weighted by how much more often than by chance they were counted behind the token `before`.
 
     If none of them ever was, they stay as they are.
 
     Args:
-        candidates: f.
+        candidates: F.
         before: x_(i-1).
         counts: n-grams.
         alpha: α_c.

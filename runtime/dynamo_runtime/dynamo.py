@@ -127,7 +127,7 @@ def emitted_length(
     parameters: SamplingParameters,
     counts: Cooccurrence | None,
 ) -> int:
-    """How many tokens Alg. 1 emits in front of a text that is already there.
+    """Return how many tokens Alg. 1 emits in front of a text that is already there.
 
     Arguments as of `sample_ngram`, and `following`, the next token of that text: with first_token "base" the number
     depends on it, else on nothing random.
@@ -139,14 +139,17 @@ def emitted_length(
 
 
 def certain(token: int) -> Candidates:
-    """All of the distribution on one token."""
+    """Return all of the distribution on one token."""
     return Candidates(np.array([token]), np.ones(1))
 
 
 def choose_first(
     first: Candidates, seen: np.ndarray, uniform: float, parameters: SamplingParameters
 ) -> tuple[int, float]:
-    """A token of f^1, and what is left of the randomness: inside the token's share of [0, 1) it is uniform again."""
+    """Return a token of f^1, and what is left of the randomness.
+
+    Inside the token's share of [0, 1) it is uniform again.
+    """
     values = first.probabilities / parameters.repetition_penalty ** seen[first.ids]
     index = int(np.argmax(values)) if parameters.greedy else draw(values, uniform)
     total = values.sum()
@@ -157,7 +160,7 @@ def choose_first(
 def back_off(
     heads: Sequence[Candidates], seen: np.ndarray, parameters: SamplingParameters, counts: Cooccurrence | None
 ) -> Joint | None:
-    """The joint of the largest n in which an n-gram survives, or None where that is a single token.
+    """Return the joint of the largest n in which an n-gram survives, or None where that is a single token.
 
     Arguments as of `sample_ngram`; nothing here is random.
     """
@@ -183,7 +186,7 @@ def surviving_joint(
     counts: Cooccurrence | None = None,
     counted: CountedGrams | None = None,
 ) -> Joint | None:
-    """Steps 1 to 6 of Alg. 1 at one n: J after mask, thresholds and penalty, or None to back off.
+    """Take steps 1 to 6 of Alg. 1 at one n: J after mask, thresholds and penalty, or None to back off.
 
     Args:
         heads: f^1 … f^n.
@@ -234,7 +237,7 @@ def surviving_joint(
 
 
 def walk_counts(heads: Sequence[Candidates], counts: Cooccurrence) -> list[CountedGrams]:
-    """Counted n-grams made of the heads' top-k tokens, for n = 1 … len(heads): back-off finds them ready.
+    """Return counted n-grams made of the heads' top-k tokens, for n = 1 … len(heads): back-off finds them ready.
 
     Args:
         heads: f^1 … f^n.
@@ -290,7 +293,7 @@ def _premask(heads: Sequence[Candidates], cells: np.ndarray, shape: tuple[int, .
 
 
 def _clear_of_blur(values: np.ndarray, shape: tuple[int, ...], parameters: SamplingParameters) -> bool:
-    """Whether Otsu's threshold of the blurred joint is certainly below every entry, and need not be worked out.
+    """Tell whether Otsu's threshold of the blurred joint is certainly below every entry, and need not be worked out.
 
     It is one of the blurred values, and along every axis the kernel gives a cell at most half of what another holds
     (behind a border twice a quarter), so none exceeds sum(J) / 2^n.

@@ -24,7 +24,7 @@ _MOST_TOKENS = 1 << 30
 
 
 def load_earlier(path: str | Path, bundle: Bundle) -> Occurrences:
-    """The texts of a file as a bundle's tokens, and where every pair and every four of them stands.
+    """Return the texts of a file as a bundle's tokens, and where every pair and every four of them stands.
 
     That is kept in the cache folder, and made anew when the file or the bundle's tokenizer has changed. Where it cannot
     be kept it is made every time.
@@ -81,7 +81,7 @@ def _digest(path: Path, bundle: Bundle) -> np.ndarray:
 
 
 def _mapped(kept: Path, digest: np.ndarray, vocab_size: int) -> Occurrences:
-    """An index as it was kept.
+    """Return an index as it was kept.
 
     Raises:
         OSError: It cannot be read.

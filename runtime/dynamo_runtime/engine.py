@@ -93,7 +93,7 @@ class Engine:
             prefill_chunk: Most prompt tokens per forward pass: bounds the memory of long prompts.
             profile: What strategy "auto" plans with; None for what `dynamo-profile` has kept of this device and bundle,
                 if anything.
-            draft_corpus: A file of earlier texts, in which the drafter "lookup" looks besides: see `load_earlier`.
+            draft_corpus: A file of earlier texts, which the drafter "lookup" searches too: see `load_earlier`.
             **options: Fields of `Backend` (provider, threads, …), in place of those in `backend`.
 
         Raises:
@@ -168,7 +168,7 @@ class Engine:
             turns.pause(ticket)
 
     def encode(self, prompt: str | Sequence[int], *, plain_prompt: bool = False) -> list[int]:
-        """The prompt's tokens, checked; where there are none, the one that begins a text.
+        """Return the prompt's tokens, checked; where there are none, the one that begins a text.
 
         Args:
             prompt: Text, or token ids.
@@ -362,7 +362,7 @@ class Engine:
         processors: Sequence[LogitsProcessor],
         drafter: str | Drafter | None,
     ) -> Strategy:
-        """A strategy by name, with what it reads of the parameters."""
+        """Return a strategy by name, with what it reads of the parameters."""
         names = {*named, *(parameters.named if parameters else ())}
         check_reads(name, names, self.bundle, self.knowledge)
         if {TARGET_SPEEDUP, "backoff_threshold"} <= names:
@@ -377,7 +377,7 @@ class Engine:
 
 
 def _own(strategy: Strategy) -> Strategy:
-    """A strategy of somebody's own.
+    """Return a strategy of somebody's own.
 
     Raises:
         ParameterError: It is none.
@@ -410,7 +410,7 @@ def _stop_strings(stop: str | Sequence[str]) -> list[str]:
 
 
 def _token_ids(prompt: Sequence[int]) -> list[int]:
-    """Tokens given as whole numbers of any kind.
+    """Return tokens given as whole numbers of any kind.
 
     Raises:
         PromptError: They are something else.

@@ -4,7 +4,10 @@ _SHOWN_CHARACTERS = 60
 
 
 def printable(text: str) -> str:
-    """A text for terminals: names of bundles and files may hold anything, and what moves a cursor is shown escaped."""
+    """Return a text for terminals.
+
+    Names of bundles and files may hold anything, and what moves a cursor is shown escaped.
+    """
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
@@ -12,7 +15,7 @@ class DynamoError(Exception):
     """Base class of the runtime's user errors; its message is one line."""
 
     def __str__(self) -> str:
-        """The message on one line of printable characters, whatever a library or a file's name put into it."""
+        """Return the message on one line of printable characters, whatever a library or a file's name put into it."""
         return printable(" ".join(super().__str__().split()))
 
 
@@ -45,7 +48,7 @@ class EngineError(DynamoError, RuntimeError):
 
 
 def shown(value: object) -> str:
-    """A value as an error may show it, which is short however long the value is."""
+    """Return a value as an error may show it, which is short however long the value is."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # thousands of digits, or of brackets

@@ -55,7 +55,7 @@ def check_writable(path: Path) -> None:
 
 
 def read_small(path: Path, most_bytes: int) -> str:
-    """The text of a file that has no reason to be big.
+    """Return the text of a file that has no reason to be big.
 
     Raises:
         OSError: It cannot be read.
@@ -69,7 +69,7 @@ def read_small(path: Path, most_bytes: int) -> str:
 
 
 def read_object(path: Path, most_bytes: int) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
         OSError: It cannot be read.
@@ -85,12 +85,12 @@ def read_object(path: Path, most_bytes: int) -> dict[str, Any]:
 
 
 def file_name(text: str) -> str:
-    """A text as part of a file's name, wherever it comes from: it names no other folder."""
+    """Return a text as part of a file's name, wherever it comes from: it names no other folder."""
     return re.sub(r"[^A-Za-z0-9._-]|^\.", "_", text)[:100]
 
 
 def lies_in(folder: Path, name: str) -> bool:
-    """Whether a name, wherever it comes from, is that of a file in a folder itself, and of no link out of it."""
+    """Tell whether a name, wherever it comes from, is that of a file in a folder itself, and of no link out of it."""
     path = folder / name
     return Path(name).name == name and os.path.isfile(path) and path.resolve().parent == folder.resolve()
 
@@ -171,7 +171,7 @@ class WholeFolder:
                     folder.rmdir()
 
     def new(self) -> Path:
-        """An empty folder on the same file system; it is gone at the end unless it was put in place.
+        """Return an empty folder on the same file system; it is gone at the end unless it was put in place.
 
         Raises:
             OutputError: It cannot be made.
@@ -210,7 +210,7 @@ class WholeFolder:
             ) from error
 
     def state(self) -> str:
-        """What is on disk, in words."""
+        """Return what is on disk, in words."""
         with suppress(OSError):
             if self._new is not None and _identity(self.folder) == self._new:
                 return f"the new files are in place in {self.folder}"
@@ -254,7 +254,7 @@ def _folder_of(work: Path) -> Path:
 
 
 def _there(path: Path) -> bool:
-    """Whether there is such a thing; unlike `Path.exists`, an error is an error in every version of Python."""
+    """Tell whether there is such a thing; unlike `Path.exists`, an error is an error in every version of Python."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -335,7 +335,7 @@ def _settle(work: Path) -> None:
 
 
 def _settle_dead(work: Path) -> None:
-    """The same for a folder beside, if nobody holds its lock."""
+    """Do the same for a folder beside, if nobody holds its lock."""
     with suppress(OSError):  # not ours, perhaps
         lock = _take_lock(work)
         if lock is not None:
@@ -346,7 +346,7 @@ def _settle_dead(work: Path) -> None:
 
 
 def _take_lock(work: Path) -> IO[bytes] | None:
-    """The lock of a folder, held until it is closed or the process dies; None if another holds it."""
+    """Return the lock of a folder, held until it is closed or the process dies; None if another holds it."""
     for _ in range(100):
         if work.is_symlink():  # which would have us remove what lies elsewhere
             raise OSError(errno.EEXIST, f"{work} is a symbolic link")

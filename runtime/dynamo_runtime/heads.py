@@ -98,7 +98,7 @@ class Heads:
         self.runs = 0
 
     def ahead(self, positions: Sequence[int], taken: int | None = None) -> AllAhead | ToldAhead:
-        """What the heads say behind some positions of a pass.
+        """Return what the heads say behind some positions of a pass.
 
         Args:
             positions: Any, one of them perhaps twice.
@@ -302,7 +302,7 @@ class Heads:
 
 
 def _open(bound: Binding | None) -> Binding:
-    """A part of the graph, unless the session has been closed."""
+    """Return a part of the graph, unless the session has been closed."""
     if bound is None:
         raise EngineError("the engine is closed: make a new one")
     return bound
@@ -313,7 +313,7 @@ Sizes = dict[str, list[int | None]]
 
 
 def _words(bundle: Bundle) -> int:
-    """How many words drafts are made of."""
+    """Return how many words drafts are made of."""
     assert bundle.drafter is not None
     return bundle.vocab_size if bundle.drafter.vocabulary is None else len(bundle.drafter.vocabulary)
 

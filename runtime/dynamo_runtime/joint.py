@@ -19,7 +19,7 @@ from .topology import Holder, Topology
 
 @dataclass(frozen=True)
 class JointHead(Topology):
-    """One layer, a gate and n · r factors over it: ``Σ_α w_α Π_s p_α^(s)(x_{t+s})``, whose first token is the base's.
+    """One layer, a gate and n · r factors over it: `Σ_α w_α Π_s p_α^(s)(x_{t+s})`, whose first token is the base's.
 
     Attributes:
         rank: Components r.
@@ -53,15 +53,15 @@ class JointHead(Topology):
         return {GATE: self.rank}
 
     def gate(self, ahead: Ahead) -> np.ndarray:
-        """Log w_α of the components, [rows, rank]."""
+        """Return the log w_α of the components, [rows, rank]."""
         return ahead.output(GATE)
 
     def factors(self, ahead: Ahead) -> np.ndarray:
-        """Logits of every factor p_α^(s), [rows, n_tokens, rank, vocab]."""
+        """Return logits of every factor p_α^(s), [rows, n_tokens, rank, vocab]."""
         return self._by_factor([ahead.logits(part) for part in range(self.parts)])
 
     def factor_topk(self, ahead: Ahead) -> tuple[np.ndarray, np.ndarray]:
-        """Every factor's largest logits and their ids, both [rows, n_tokens, rank, K], descending."""
+        """Return every factor's largest logits and their ids, both [rows, n_tokens, rank, K], descending."""
         values, ids = zip(*(ahead.topk(part) for part in range(self.parts)), strict=True)
         return self._by_factor(values), self._by_factor(ids)
 
@@ -85,8 +85,8 @@ class JointHead(Topology):
 class JointDrafter:
     """Draws from the mixture token by token.
 
-    With every token that is chosen the components are weighed anew by how likely each had made it,
-    ``w_α ← w_α p_α^(s)(x_s)``: what comes next depends on what was drafted, and its probability is known. The
+    With every token that is chosen the components are weighted anew by how likely each had made it,
+    `w_α ← w_α p_α^(s)(x_s)`: what comes next depends on what was drafted, and its probability is known. The
     factors are truncated to their most probable tokens, as the heads of the other drafters are.
     """
 

@@ -174,7 +174,7 @@ class KVCache(KVBuffers):
             self.seen = self.length
 
     def has(self, positions: Iterable[int], by: int) -> bool:
-        """Whether the states of some positions are still held as a pass wrote them.
+        """Tell whether the states of some positions are still held as a pass wrote them.
 
         Args:
             positions: Any.

@@ -23,7 +23,7 @@ _one_at_a_time = threading.Lock()  # the environment and the mappings belong to 
 
 @contextmanager
 def fast_loading() -> Iterator[None]:
-    """A session of onnxruntime that is created inside has `untiled_attention` and `huge_pages`."""
+    """Yield a session of onnxruntime that is created inside has `untiled_attention` and `huge_pages`."""
     with _one_at_a_time, untiled_attention(), huge_pages():
         yield
 
@@ -50,7 +50,7 @@ def untiled_attention() -> Iterator[None]:
 
 @contextmanager
 def huge_pages() -> Iterator[None]:
-    """Asks Linux to put the memory that is mapped inside, and stays, on huge pages: weights are read once a pass.
+    """Ask Linux to put the memory that is mapped inside, and stays, on huge pages: weights are read once a pass.
 
     A pass reads all weights, and with pages of 4 KiB the processor looks up an address for every 64 lines that it
     reads.  It is a wish: kernels that do not know it, or have no such pages left, are asked in vain, and what has not
@@ -76,7 +76,7 @@ def huge_pages() -> Iterator[None]:
 
 
 def without(ranges: Ranges, taken: Ranges) -> Ranges:
-    """What is left of ranges of addresses where others are taken out; both in order, and without overlaps."""
+    """Return what is left of ranges of addresses where others are taken out; both in order, and without overlaps."""
     left = []
     for start, end in ranges:
         inside = [(max(a, start), min(b, end)) for a, b in taken if a < end and b > start]

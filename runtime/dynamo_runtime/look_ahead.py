@@ -65,7 +65,7 @@ class LookAheadDrafter:
         self._parameters = parameters
 
     def guess(self, passed: Passed) -> Guesses | None:
-        """The look-ahead rows follow those of the last final token and of every draft fed."""
+        """Return the look-ahead rows follow those of the last final token and of every draft fed."""
         if passed.accepted < passed.judged:
             return None
         logits, ids = passed.step.topk()

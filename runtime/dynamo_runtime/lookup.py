@@ -67,7 +67,10 @@ class Lookup:
                 trail.go_on(own.tokens)
 
     def ahead(self) -> Iterator[Repeat]:
-        """What follows the text, one token after the other, as far as the place that is most likely right goes."""
+        """Yield what follows the text, one token after the other.
+
+        It ends where the place that is most likely right ends.
+        """
         best, expected = None, 0.0
         for trail, rates in self._trails:
             if trail.length and (rate := rates.of(trail.length, trail.agreement)) > expected:
@@ -75,7 +78,7 @@ class Lookup:
         return iter(()) if best is None else _following(*best, overlapping=best[0] is self.trail)
 
     def behind(self, chosen: Sequence[int]) -> Repeat | None:
-        """What follows the text and tokens that have been drafted behind it, if anything does."""
+        """Return what follows the text and tokens that have been drafted behind it, if anything does."""
         tokens, found = self._own.tokens, None
         tokens.extend(chosen)
         try:
@@ -113,7 +116,7 @@ class Lookup:
 
 
 def _continued(among: Occurrences, match: Found) -> tuple[int, int]:
-    """The token behind a match, -1 if there is none, and whether another place agrees: see `Trail.agreement`."""
+    """Return the token behind a match, -1 if there is none, and whether another place agrees: see `Trail.agreement`."""
     length, place, other = match
     if not length or place + 1 >= len(among.tokens):
         return -1, 0
@@ -122,7 +125,7 @@ def _continued(among: Occurrences, match: Found) -> tuple[int, int]:
 
 
 def _following(trail: Trail, rates: RepeatRates, overlapping: bool) -> Iterator[Repeat]:
-    """What followed at the place of a trail.
+    """Yield what followed at the place of a trail.
 
     Args:
         trail: With a match.

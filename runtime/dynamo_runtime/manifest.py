@@ -163,7 +163,7 @@ class Manifest:
     files: Mapping[str, FileRecord] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The manifest as it is written."""
+        """Return the manifest as it is written."""
         content: dict[str, Any] = {"format_version": FORMAT_VERSION}
         for each in fields(Manifest):  # a subclass may know more
             value = getattr(self, each.name)
@@ -181,7 +181,7 @@ class Manifest:
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of a manifest's content, however it is laid out, but for the digest itself."""
+    """Return the SHA-256 of a manifest's content, however it is laid out, but for the digest itself."""
     rest = {name: value for name, value in content.items() if name != "sha256"}
     try:
         return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
@@ -244,14 +244,14 @@ def read_manifest(path: Path, verify: bool = False) -> Manifest:
 
 
 def _from_version_2(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of version 2 under today's names: what predicts further tokens stood among the others there."""
+    """Return the fields of version 2 under today's names: what predicts further tokens stood among the others there."""
     kind = _Fields(path, content).text("kind")
     sizes = TOPOLOGIES[kind].sizes_in_version_2(content) if kind in TOPOLOGIES else {}
     return {**content, "topology": {"kind": kind, **sizes}}
 
 
 def _graph(read: _Fields, usual: str = "model.onnx") -> str:
-    """A graph's name, which lies in the bundle's folder itself."""
+    """Return a graph's name, which lies in the bundle's folder itself."""
     name = read.text("graph", usual)
     if wrong := wrong_name(name) or ("in a folder of its own" if "/" in name else ""):
         raise BundleError(f"{read.path}: field 'graph' names a file {wrong}: {shown(name)}")
@@ -329,7 +329,7 @@ def _files(outer: _Fields) -> dict[str, FileRecord]:
 
 
 def wrong_name(name: str) -> str:
-    """What is wrong with the name of a file, which must lie in the bundle's folder; empty if nothing is."""
+    """Return what is wrong with the name of a file, which must lie in the bundle's folder; empty if nothing is."""
     if name.startswith("/") or ".." in name.split("/") or "\\" in name or re.match(r"[A-Za-z]:", name):
         return "outside its folder"
     if any(part in ("", ".") for part in name.split("/")) or not name.isprintable():
@@ -340,7 +340,7 @@ def wrong_name(name: str) -> str:
 
 
 def _check(path: Path, manifest: Manifest) -> None:
-    """What no single field tells.
+    """Check what no single field tells.
 
     Raises:
         BundleError: Two fields do not go together.
@@ -367,7 +367,7 @@ def _check(path: Path, manifest: Manifest) -> None:
 
 
 def _check_drafter(path: Path, manifest: Manifest, drafter: DrafterGraph) -> None:
-    """What no single field tells of the drafter's graph; see `_check`."""
+    """Check what no single field tells of the drafter's graph; see `_check`."""
     if not manifest.topology.parts:
         raise BundleError(f"{path}: a {manifest.topology.kind} bundle has no drafter's graph")
     if drafter.graph == manifest.graph:
@@ -399,7 +399,7 @@ class _Fields:
         return self.texts(name, [value])[0]
 
     def texts(self, name: str, values: Any) -> list[str]:
-        """A list of texts that stands in a field."""
+        """Return a list of texts that stands in a field."""
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             raise BundleError(f"{self.path}: field {shown(name)} is not made of texts")
         if len(values) > _MOST_ENTRIES or any(len(value) > _MOST_CHARACTERS for value in values):
@@ -409,7 +409,7 @@ class _Fields:
         return values
 
     def entries(self, name: str, *, required: bool = False) -> dict[str, Any]:
-        """An object whose names are the bundle's own."""
+        """Return an object whose names are the bundle's own."""
         values: dict[str, Any] = self.get(name, dict, None if required else {})
         self.texts(name, list(values))
         return values

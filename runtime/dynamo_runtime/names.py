@@ -15,7 +15,7 @@ OUTPUTS = (LOGITS, TOPK_LOGITS, TOPK_IDS)
 
 
 def caches(prefix: str, layers: Iterable[int]) -> list[str]:
-    """Names of the keys and values of some layers, "past_key_values.0.key" and so on.
+    """Return the names of the keys and values of some layers, "past_key_values.0.key" and so on.
 
     Args:
         prefix: `PAST` or `PRESENT`.

@@ -38,7 +38,7 @@ _OF_COUNTS = frozenset({"cooccurrence_weight", "draft_cooccurrence_weight"})
 
 
 def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """A whole number of any kind that a caller gives.
+    """Return a whole number of any kind that a caller gives.
 
     Raises:
         ParameterError: It is none, too small, or too large.
@@ -224,7 +224,7 @@ def check_defaults(defaults: Mapping[str, Any]) -> None:
 def resolve_parameters(
     defaults: Mapping[str, Any] | SamplingParameters, given: Mapping[str, Any], *, has_counts: bool
 ) -> SamplingParameters:
-    """The parameters of one generation: given ones, else the defaults, else those of `SamplingParameters`.
+    """Return the parameters of one generation: given ones, else the defaults, else those of `SamplingParameters`.
 
     Without counts there is no mask to weigh, so its exponents are then 0 unless they are given.
 

@@ -70,7 +70,7 @@ def _is_installed(distribution: str) -> bool:
 
 
 def cores() -> int:
-    """Logical cores that this process may use."""
+    """Return logical cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -211,7 +211,7 @@ class BackendOptions(TypedDict, total=False):
 
 
 def backend_of(backend: Backend | None, options: BackendOptions) -> Backend:
-    """A backend with some fields put in place of its own.
+    """Return a backend with some fields put in place of its own.
 
     Raises:
         ParameterError: A field is unknown or out of range.

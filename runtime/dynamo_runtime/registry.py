@@ -62,7 +62,7 @@ def register_drafter(name: str, make: MakeDrafter) -> None:
 
 
 def can_draft(bundle: Holder, drafter: str | Drafter | None = None) -> bool:
-    """Whether there is a drafter besides the text itself: the one given, or the bundle's own."""
+    """Tell whether there is a drafter besides the text itself: the one given, or the bundle's own."""
     return drafter is not None or bundle.topology.kind in DRAFTERS
 
 
@@ -74,7 +74,7 @@ def make_sources(
     all_there_are: bool = False,
     corpus: Occurrences | None = None,
 ) -> Sources:
-    """Where the drafts of one text come from.
+    """Return where the drafts of one text come from.
 
     Args:
         bundle: What runs.
@@ -82,7 +82,7 @@ def make_sources(
         drafter: See `make_drafter`; "lookup" is the text alone, "both" that and the bundle's own. None is the bundle's
             own, or the text where it has none.
         all_there_are: Whether None is "both" where that can be, as it is with a corpus.
-        corpus: Earlier texts, which "lookup" looks through besides.
+        corpus: Earlier texts, which "lookup" searches too.
 
     Raises:
         ParameterError: See `make_drafter`.
@@ -108,7 +108,7 @@ def make_sources(
 
 
 def make_drafter(bundle: Holder, parameters: SamplingParameters, drafter: str | Drafter | None = None) -> Drafter:
-    """The drafter for one text.
+    """Return the drafter for one text.
 
     Args:
         bundle: What runs.

@@ -44,7 +44,7 @@ class RepeatRates:
         self._all_expected = self._all_expected * _MEMORY + self._usual[kind] + usual
 
     def of(self, length: int, agreement: int) -> Expected:
-        """Expected acceptance of the token behind a match.
+        """Return the expected acceptance of the token behind a match.
 
         Args:
             length: Tokens that agree, two or more.

@@ -62,7 +62,7 @@ class Occurrences:
 
     @staticmethod
     def of(arrays: Sequence[np.ndarray]) -> Occurrences:
-        """Those of `arrays`, perhaps mapped into memory: nothing can be appended to them."""
+        """Return those of `arrays`, perhaps mapped into memory: nothing can be appended to them."""
         found = Occurrences.__new__(Occurrences)
         views: list[Any] = [each.data for each in arrays]
         found.tokens, found._pairs, found._fours = views[0], (views[1], views[2]), (views[3], views[4])
@@ -70,7 +70,7 @@ class Occurrences:
         return found
 
     def arrays(self) -> Iterator[np.ndarray]:
-        """What `of` takes, int32: tokens [n], and for pairs and for fours the latest [slots] and those before [n]."""
+        """Yield what `of` takes, int32: tokens [n], and for pairs and fours the latest [slots] and those before [n]."""
         for each in (self.tokens, *self._pairs, *self._fours):
             yield np.array(each, np.int32)
 
@@ -95,7 +95,7 @@ class Occurrences:
         before_four.append(earlier_four)
 
     def longest(self, text: array[int]) -> Found:
-        """The longest of the latest places at which the end of a text stood; that end itself is none.
+        """Return the longest of the latest places at which the end of a text stood; that end itself is none.
 
         Args:
             text: Whose last tokens are looked for: `tokens` itself or another one.
@@ -126,7 +126,7 @@ class Occurrences:
 
 
 def _chained(hashes: np.ndarray, count: int, slots: int) -> tuple[array[int], array[int]]:
-    """Latest place of every slot, and the place before every place in its slot; -1 if there is none.
+    """Return the latest place of every slot, and the place before every place in its slot; -1 if there is none.
 
     Args:
         hashes: Of what ends at the last so many places.
@@ -145,7 +145,7 @@ def _chained(hashes: np.ndarray, count: int, slots: int) -> tuple[array[int], ar
 
 
 def _walked(tokens: array[int], text: array[int], place: int, before: array[int], least: int) -> Found:
-    """The longest match along a chain, if it has at least so many tokens."""
+    """Return the longest match along a chain, if it has at least so many tokens."""
     end, length, reach, best, other, walk = len(text) - 1, least - 1, least - 1, -1, -1, _WALK
     if place == end and tokens is text:
         place = before[place]

@@ -48,7 +48,7 @@ class Context:
         self.tokens.extend(tokens)
 
     def fork(self) -> "Context":
-        """A copy, to be extended by tokens that may not stay."""
+        """Return a copy, to be extended by tokens that may not stay."""
         self._shared = True
         other = Context.__new__(Context)
         other.tokens = self.tokens.copy()
@@ -65,7 +65,7 @@ class Candidates:
 
 
 def draw(weights: np.ndarray, uniform: float) -> int:
-    """Index drawn in proportion to non-negative `weights` [k] by inverting their distribution function.
+    """Return the index drawn in proportion to non-negative `weights` [k] by inverting their distribution function.
 
     Args:
         weights: Not all zero; they need not sum to 1.
@@ -81,7 +81,7 @@ def draw(weights: np.ndarray, uniform: float) -> int:
 
 
 def penalize_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
-    """The repetition penalty in logit space (CTRL, Keskar et al. 2019): l/θ if l > 0, else l·θ.
+    """Return the repetition penalty in logit space (CTRL, Keskar et al. 2019): l/θ if l > 0, else l·θ.
 
     Args:
         logits: [k].
@@ -96,12 +96,12 @@ def penalize_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) ->
 
 
 def truncate(logits: np.ndarray, ids: np.ndarray, parameters: SamplingParameters) -> Candidates:
-    """Softmax at temperature T over the top-k of some logits, cut to the nucleus top-p and to min-p, renormalised.
+    """Apply softmax at temperature T to the top-k of some logits, cut to the nucleus top-p and to min-p, renormalised.
 
     Args:
         logits: [K], descending.
         ids: Their tokens, [K].
-        parameters: temperature (0 counts as 1 here: a greedy caller takes the largest), top_k, top_p, min_p.
+        parameters: Temperature (0 counts as 1 here: a greedy caller takes the largest), top_k, top_p, min_p.
 
     Raises:
         ParameterError: No logit is finite (processors forbade every token, or the graph overflowed).
@@ -125,7 +125,9 @@ def truncate(logits: np.ndarray, ids: np.ndarray, parameters: SamplingParameters
 
 
 def truncate_row(logits: np.ndarray, parameters: SamplingParameters) -> Candidates:
-    """The same of a full row [V] whatever top_k says, without sorting it: the candidates come in the order of ids.
+    """Return the same of a full row [V] whatever top_k says.
+
+    It is not sorted: the candidates come in the order of ids.
 
     Raises:
         ParameterError: See `truncate`.
@@ -157,7 +159,7 @@ def _check_finite(largest: np.floating) -> None:
 
 
 def _weights(logits: np.ndarray, largest: np.floating, parameters: SamplingParameters) -> np.ndarray:
-    """Softmax at temperature T before it is normalised: 1 for the largest logit, in float64, [k]."""
+    """Apply softmax at temperature T before it is normalised: 1 for the largest logit, in float64, [k]."""
     temperature = parameters.temperature or 1.0
     weights = np.subtract(logits, largest, dtype=np.float64)
     np.maximum(weights, -_FAR * temperature, out=weights)  # with a tiny T they would overflow
@@ -191,7 +193,7 @@ def _nucleus(weights: np.ndarray, logits: np.ndarray, mass: float) -> np.ndarray
 
 
 def sort_logits(logits: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `top_k` largest logits (0: all) and their ids, descending; of equal ones the smaller id first."""
+    """Return the `top_k` largest logits (0: all) and their ids, descending; of equal ones the smaller id first."""
     if top_k == 1:
         ids = np.array([logits.argmax()])
     elif 0 < top_k < len(logits):
@@ -234,7 +236,7 @@ class Target:
         self._top_k = 1 if parameters.greedy else parameters.top_k
 
     def distribution(self, step: Step, context: Context, row: int = -1) -> Candidates:
-        """What the token behind `context` is drawn from; greedily all of it is on one token.
+        """Return what the token behind `context` is drawn from; greedily all of it is on one token.
 
         Args:
             step: The pass.
@@ -264,7 +266,7 @@ class Target:
 def _certified_topk(
     step: Step, context: Context, penalty: float, top_k: int, row: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """The penalised top-k from the graph's top-K outputs, or None if a token outside them might belong to it.
+    """Return the penalised top-k from the graph's top-K outputs, or None if a token outside them might belong to it.
 
     A penalty of at least 1 only lowers logits, so no token outside the top-K can exceed the smallest of them:
     the set is complete if its k-th penalised logit is larger than that.

@@ -25,7 +25,7 @@ class Scores:
     choices: np.ndarray
 
     def perplexities(self) -> dict[str, float]:
-        """``ppl_i`` = exp of the mean of nll_i, and ``ppl_1:n`` = exp of the mean of joint / n.
+        """`ppl_i` = exp of the mean of nll_i, and `ppl_1:n` = exp of the mean of joint / n.
 
         Means are over the positions whose tokens are covered (see `coverage`); where none is, the figure is left out.
         """
@@ -43,7 +43,7 @@ class Scores:
 
     @staticmethod
     def join(scores: Sequence[Scores]) -> Scores:
-        """The scores of several texts as one."""
+        """Return the scores of several texts as one."""
         return Scores(
             np.concatenate([each.nll for each in scores], axis=1),
             np.concatenate([each.joint for each in scores]),
@@ -52,7 +52,7 @@ class Scores:
 
 
 def log_sum(values: np.ndarray) -> np.ndarray:
-    """Log of the sum of exponentials along the last axis."""
+    """Return the log of the sum of exponentials along the last axis."""
     largest = values.max(-1)
     shift = np.where(np.isneginf(largest), 0.0, largest)  # of nothing but -inf it is that
     with np.errstate(divide="ignore"):

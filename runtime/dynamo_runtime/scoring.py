@@ -120,7 +120,7 @@ def score_base(
 
 
 def _score_look_ahead(session: Session, tokens: Sequence[int], begin: int, first: int, end: int) -> Iterator[Stretch]:
-    """Feeds the text in strides, each with the look-ahead tokens behind it, which are then dropped."""
+    """Feed the text in strides, each with the look-ahead tokens behind it, which are then dropped."""
     topology = session.bundle.topology
     n = topology.n_tokens
     for known in range(begin + LOOK_AHEAD_STRIDE, end + 1, LOOK_AHEAD_STRIDE):

@@ -194,7 +194,7 @@ class Session:
         return step
 
     def _step(self, values: dict[str, Any], positions: Sequence[int], what: str) -> Step:
-        """What a pass said, with a way to ask the heads about some of its positions."""
+        """Return what a pass said, with a way to ask the heads about some of its positions."""
         count, own, taken = len(positions), self.heads, self.cache.passes
         if own is not None:
 
@@ -227,7 +227,7 @@ class Session:
             self._bound.input(SKIPPED, owed, (1, *owed.shape))
 
     def bind(self, names: Sequence[str]) -> Binding:
-        """The base's graph once more, with buffers that are bound by whoever asks.
+        """Return the base's graph once more, with buffers that are bound by whoever asks.
 
         Args:
             names: Of the outputs that are fetched.
@@ -250,11 +250,14 @@ class Session:
         return name
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-        """A buffer in the provider's memory; stale contents are never read, so it is not cleared."""
+        """Return a buffer in the provider's memory; stale contents are never read, so it is not cleared."""
         return import_onnxruntime().OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, self._device, 0)
 
     def _make_room(self) -> None:
-        """What a pass is given, for as many positions as the cache: a context may be long, and most texts are short."""
+        """Make room for what a pass is given, for as many positions as the cache.
+
+        A context may be long, and most texts are short.
+        """
         self._ones = np.ones(self.cache.capacity, np.int64)
         self._ids = np.empty(self.cache.capacity, np.int64)
 

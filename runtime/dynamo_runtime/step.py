@@ -21,7 +21,7 @@ class Last:
     count: int = 1
 
     def of(self, m: int) -> Sequence[int]:
-        """Numbers of these rows of a pass over m tokens, counted from its end: -m … -1.
+        """Return numbers of these rows of a pass over m tokens, counted from its end: -m … -1.
 
         Raises:
             ValueError: The pass does not have so many.
@@ -71,7 +71,7 @@ class Ahead(Protocol):
         """See above."""
 
     def logits(self, part: int, before: Sequence[int] | None = None) -> np.ndarray:
-        """The full rows of one part (see `Topology.parts`), [rows, vocab].
+        """Return the full rows of one part (see `Topology.parts`), [rows, vocab].
 
         Args:
             part: Its number.
@@ -79,10 +79,10 @@ class Ahead(Protocol):
         """
 
     def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The largest logits of one part and their token ids, both [rows, K], in descending order."""
+        """Return the largest logits of one part and their token ids, both [rows, K], in descending order."""
 
     def output(self, name: str) -> np.ndarray:
-        """What else the topology puts out for every row, [rows, width]."""
+        """Return what else the topology puts out for every row, [rows, width]."""
 
 
 class Step:
@@ -125,11 +125,14 @@ class Step:
         self._top: tuple[np.ndarray, np.ndarray] | None = None
 
     def logits(self, head: int = 1) -> np.ndarray:
-        """The full rows of one head, [rows, vocab]; of heads that are not conditioned on the token in front."""
+        """Return the full rows of one head, [rows, vocab]; of heads that are not conditioned on the token in front."""
         return self._first(LOGITS) if head == 1 else self.ahead().logits(head - 2)
 
     def topk(self, head: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """The largest logits of one head and their token ids, both [rows, K], in descending order; see `logits`."""
+        """Return the largest logits of one head and their token ids, both [rows, K], in descending order.
+
+        See `logits`.
+        """
         if head > 1:
             return self.ahead().topk(head - 2)
         if self._top is None:
@@ -137,7 +140,7 @@ class Step:
         return self._top
 
     def ahead(self, row: int | None = None) -> Ahead:
-        """What further heads say.
+        """Return what further heads say.
 
         Args:
             row: Of those that were asked for; None for all of them.
@@ -156,7 +159,7 @@ class Step:
         return self._all
 
     def read(self, name: str) -> np.ndarray:
-        """One output as the graph gives it, without the batch axis.
+        """Return one output as the graph gives it, without the batch axis.
 
         Raises:
             BundleError: It has rows to choose from that are not numbers, or leave nothing to choose.
@@ -164,7 +167,7 @@ class Step:
         return as_array(self._values, name, self._what)
 
     def without(self, rows: int) -> Step:
-        """The same pass without the first so many rows of the first head."""
+        """Return the same pass without the first so many rows of the first head."""
         if not rows:
             return self
         return Step(
@@ -182,7 +185,7 @@ class Step:
 
 
 def as_array(values: dict[str, Any], name: str, what: str) -> np.ndarray:
-    """One of a graph's outputs without the batch axis; what is read stays an array.
+    """Return one of a graph's outputs without the batch axis; what is read stays an array.
 
     Args:
         values: What a run put out, by name; changed.

@@ -45,7 +45,7 @@ class Turn:
             them.
         drafts: Guesses for the tokens after `tokens`, to be fed with them and judged by the next turn.
         ask: What the next pass is to be fed and to compute besides.
-        weighed: Further tokens that were guessed and judged on the spot, without being fed; those let through
+        proposed: Further tokens that were guessed and judged on the spot, without being fed; those let through
             are in `tokens`, behind the first.
     """
 
@@ -53,7 +53,7 @@ class Turn:
     accepted: int = 0
     drafts: list[Draft] = field(default_factory=list)
     ask: Ask = NOTHING
-    weighed: int = 0
+    proposed: int = 0
 
 
 class Strategy(Protocol):
@@ -147,14 +147,14 @@ class Speculative:
         return Turn(passed.final[-1:], passed.accepted, following, self.ask)
 
     def _judge(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Passed:
-        """Drafts that stand become final, and the token that the target puts behind them."""
+        """Return drafts that stand become final, and the token that the target puts behind them."""
         accepted, token = self._verify(step, context, drafts, rng)
         return Passed(step, context, [*(draft.token for draft in drafts[:accepted]), token], len(drafts))
 
     def _verify(
         self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator
     ) -> tuple[int, int]:
-        """How many drafts stand, and the token behind them."""
+        """Return how many drafts stand, and the token behind them."""
         if not drafts:
             return 0, self._target.sample(step, context, rng.random(), 0)
         trial = context.fork()
@@ -240,7 +240,7 @@ class Auto(Speculative):
         return Turn(token, accepted, following, self.ask)
 
     def _repeated(self, passed: Passed, drafts: Sequence[Draft]) -> Chain:
-        """Drafts of what the text repeats, if those alone are fed."""
+        """Return drafts of what the text repeats, if those alone are fed."""
         lookup, copying = self._lookup, self.copying
         if lookup is None or copying is None:
             return NO_CHAIN
@@ -250,7 +250,7 @@ class Auto(Speculative):
 
     def _worth(self, confidences: Sequence[float]) -> bool:
         assert self._planner is not None  # else nothing is proposed
-        return self._planner.worth(confidences) and super()._worth(confidences)  # the plan counts what is looked at
+        return self._planner.worth(confidences) and super()._worth(confidences)  # the plan counts drafts made
 
 
 class Dynamo:
@@ -278,7 +278,7 @@ class Dynamo:
 
     @staticmethod
     def fits(bundle: Bundle) -> bool:
-        """Whether a bundle has heads whose joint Alg. 1 is about."""
+        """Tell whether a bundle has heads whose joint Alg. 1 is about."""
         return bundle.topology.n_heads > 1
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
@@ -290,10 +290,13 @@ class Dynamo:
             token, _ = choose_first(first, context.seen, uniform, self._parameters)
         heads = [first, *self._further(step, context, -1, token)]
         ngram = sample_ngram(heads, context.seen, uniform, self._parameters, self._counts)
-        return Turn(ngram.tokens, ask=self.ask, weighed=len(heads) - 1)
+        return Turn(ngram.tokens, ask=self.ask, proposed=len(heads) - 1)
 
     def length(self, step: Step, context: Context, row: int, following: int) -> int:
-        """How many tokens Alg. 1 emits between `context`, which ends with one row of a pass, and a `following` text."""
+        """Return how many tokens Alg. 1 emits between `context` and a `following` text.
+
+        The context ends with one row of a pass.
+        """
         first = self._first(step, context, row)
         token = following if self._parameters.first_token == "base" else int(first.ids[0])
         heads = [first, *self._further(step, context, row, token)]
@@ -323,7 +326,7 @@ class Dynamo:
             token = int(found.ids[0])
 
     def _truncated(self, context: Context, logits: np.ndarray) -> Candidates:
-        """The same of a full row."""
+        """Return the same of a full row."""
         processed = apply_processors(self._processors, context.tokens, logits)
         return truncate(*sort_logits(processed, self._parameters.top_k), self._parameters)
 
@@ -336,7 +339,7 @@ STRATEGIES: dict[str, type[Autoregressive] | type[Dynamo] | type[Speculative]] =
 def parameters_for(
     name: str, bundle: Bundle, given: Mapping[str, Any] | None = None, parameters: SamplingParameters | None = None
 ) -> SamplingParameters:
-    """The parameters that a strategy runs with on a bundle.
+    """Return the parameters that a strategy runs with on a bundle.
 
     What the caller does not name is the bundle's, or of `parameters` in place of that. `dynamo` is the paper's
     algorithm and has the paper's: of bundle and `parameters` it takes only what a caller named.
@@ -367,7 +370,7 @@ def make_strategy(
     knowledge: Knowledge | None = None,
     corpus: Occurrences | None = None,
 ) -> Strategy:
-    """A strategy by name.
+    """Return a strategy by name.
 
     Args:
         name: One of `STRATEGIES`. "auto" is "autoregressive" where nothing can be drafted without changing the text: on
@@ -393,14 +396,14 @@ def make_strategy(
 
 
 def is_lossless(bundle: Bundle, knowledge: Knowledge | None) -> bool:
-    """Whether verified text is that of plain decoding, by the bundle and as far as the device was tested."""
+    """Tell whether verified text is that of plain decoding, by the bundle and as far as the device was tested."""
     return bundle.lossless and (knowledge is None or knowledge.widths_hold)
 
 
 def _running(
     name: str, bundle: Bundle, knowledge: Knowledge | None
 ) -> type[Autoregressive] | type[Dynamo] | type[Speculative]:
-    """The strategy of that name; of "auto" what it comes down to on a bundle and device."""
+    """Return the strategy of that name; of "auto" what it comes down to on a bundle and device."""
     strategy = _named(name)
     if issubclass(strategy, Auto) and not is_lossless(bundle, knowledge):
         return Autoregressive
@@ -410,7 +413,7 @@ def _running(
 def refusal(
     name: str, bundle: Bundle, given: Mapping[str, Any] | None = None, drafter: str | Drafter | None = None
 ) -> str | None:
-    """Why a strategy cannot run on a bundle; None if it can.
+    """Say why a strategy cannot run on a bundle; None if it can.
 
     Args:
         name: Of the strategy.
@@ -447,7 +450,7 @@ def check_reads(name: str, named: Collection[str], bundle: Bundle, knowledge: Kn
 
 
 def read_by(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a strategy reads of some parameters: for one side of a comparison.
+    """Return what a strategy reads of some parameters: for one side of a comparison.
 
     Args:
         name: Of the strategy.

@@ -11,10 +11,10 @@ import numpy as np
 
 from .decoding import Round, decode, prefill, reuse_prefix, score_rest
 from .errors import EngineError
+from .generation_statistics import Statistics
 from .origins import Attribution, Origin, Span
 from .sampling import Context
 from .session import Session
-from .statistics import Statistics
 from .strategies import Strategy
 from .text import Detokenizer, StopStrings
 from .turns import Ticket
@@ -119,7 +119,7 @@ class TextStream(Iterator[str]):
         self._rounds: Iterator[Round | None] | None = None
 
     def __next__(self) -> str:
-        """The next piece of text, not empty.
+        """Return the next piece of text, not empty.
 
         Raises:
             EngineError: Another generation has begun on this engine, and the cache is no longer this one's; or it is to
@@ -181,7 +181,7 @@ class TextStream(Iterator[str]):
         self.cancel()
 
     def result(self) -> Generation:
-        """The generation as it stands."""
+        """Return the generation as it stands."""
         reason = self.finish_reason or "cancelled"
         told = list(self.log_probabilities), list(self.origins), list(self.spans)
         return Generation(self.text, list(self.tokens), reason, self.statistics, *told)
@@ -190,7 +190,7 @@ class TextStream(Iterator[str]):
         return self._busy_s + time.perf_counter() - self._resumed
 
     def _work(self) -> str:
-        """The next piece, in a turn that has begun; empty if there are no more."""
+        """Return the next piece, in a turn that has begun; empty if there are no more."""
         self._resumed = time.perf_counter()
         try:
             if self._rounds is None:

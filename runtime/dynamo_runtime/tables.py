@@ -33,7 +33,7 @@ class Table:
     cell_width: int = 24
 
     def text(self) -> str:
-        """Aligned columns; those that do not fit beside the others follow below, with the rows' names again."""
+        """Return aligned columns; those that do not fit beside the others follow below, with the rows' names again."""
         rows = [self.columns, *self.rows] if self.columns else self.rows
         limit = self.cell_width if self.columns else WIDTH - NAME_WIDTH
         grid = [[_wrap(cell, limit if column else NAME_WIDTH) for column, cell in enumerate(row)] for row in rows]
@@ -51,7 +51,7 @@ class Table:
         return "\n".join(lines)
 
     def markdown(self) -> str:
-        """The same as Markdown, with a bold title; names and values become one line."""
+        """Return the same as Markdown, with a bold title; names and values become one line."""
         title = f"**{in_markdown(self.title)}**"
         if not self.columns:
             return f"{title}: " + "; ".join(in_markdown(": ".join(row)) for row in self.rows)
@@ -62,7 +62,7 @@ class Table:
 
 
 def _aligned(cells: list[tuple[list[str], int]], right: bool) -> list[str]:
-    """The lines of one row from every cell's lines and width, all cells but the first to the right."""
+    """Return the lines of one row from every cell's lines and width, all cells but the first to the right."""
     columns, widths = zip(*cells, strict=True)
     lines = []
     for first, *others in itertools.zip_longest(*columns, fillvalue=""):
@@ -72,7 +72,7 @@ def _aligned(cells: list[tuple[list[str], int]], right: bool) -> list[str]:
 
 
 def _blocks(widths: list[int]) -> list[list[int]]:
-    """Columns that fit beside each other, each time behind the first."""
+    """Return columns that fit beside each other, each time behind the first."""
     blocks, free = [[0]], WIDTH - 2 - widths[0]
     for column, width in enumerate(widths[1:], start=1):
         if width + 2 > free and len(blocks[-1]) > 1:
@@ -88,13 +88,13 @@ def _wrap(cell: str, width: int) -> list[str]:
 
 
 def in_markdown(cell: str) -> str:
-    """Text that Markdown takes for nothing else: no tags, no links, no cells of a table."""
+    """Return text that Markdown takes for nothing else: no tags, no links, no cells of a table."""
     cell = printable(cell).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
     return cell.replace("|", "\\|").replace("`", "\\`").replace("](", "]\\(")
 
 
 def in_spreadsheet(cell: Any) -> Any:
-    """A cell of a CSV file that no spreadsheet takes for a formula; numbers stay numbers."""
+    """Return a cell of a CSV file that no spreadsheet takes for a formula; numbers stay numbers."""
     if not isinstance(cell, str):
         return cell
     cell = printable(cell)
@@ -102,7 +102,7 @@ def in_spreadsheet(cell: Any) -> Any:
 
 
 def number(value: float | None) -> str:
-    """About three figures, never an exponent; `MISSING` for None and what is not finite."""
+    """Show about three figures, never an exponent; `MISSING` for None and what is not finite."""
     if value is None or not math.isfinite(value):
         return MISSING
     digits = 0 if value == 0 else 3 if abs(value) < 0.1 else 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
@@ -110,22 +110,22 @@ def number(value: float | None) -> str:
 
 
 def ratio(value: float | None, reference: float | None) -> str:
-    """The quotient with two decimals, or `MISSING` where there is none."""
+    """Return the quotient with two decimals, or `MISSING` where there is none."""
     return f"{value / reference:.2f}" if value is not None and reference else MISSING
 
 
 def percent(share: float) -> str:
-    """A share in percent."""
+    """Return a share in percent."""
     return f"{share * 100:.1f} %" if share < 0.1 else f"{share * 100:.0f} %"
 
 
 def interval(estimate: Interval) -> str:
-    """An estimate and its interval, with two decimals."""
+    """Return an estimate and its interval, with two decimals."""
     return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
 
 
 def binary_size(count: int) -> str:
-    """Bytes of hardware, in units of two; nothing for none."""
+    """Return bytes of hardware, in units of two; nothing for none."""
     for power, unit in ((30, "GiB"), (20, "MiB")):
         if count >= 1 << power:
             return f"{count / (1 << power):,.4g} {unit}"

@@ -31,7 +31,7 @@ class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 (as jinja2 has it)
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """The block's body."""
+        """Return the block's body."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body, lineno=line)
@@ -43,7 +43,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "%", "**"})
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """What an operator gives, unless that is long."""
+        """Return what an operator gives, unless that is long."""
         if operator == "%" and isinstance(left, str):
             _check_format(left)
         elif operator == "**" or (operator == "*" and not _are_numbers(left, right)):
@@ -62,7 +62,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return formatting
 
     def call(self, context: Context, called: Any, *args: Any, **kwargs: Any) -> Any:
-        """What a function gives; methods of texts fill up to no great width."""
+        """Return what a function gives; methods of texts fill up to no great width."""
         if isinstance(getattr(called, "__self__", None), str):
             for number in (*args, *kwargs.values()):
                 if isinstance(number, int) and number > _MOST_TIMES:
@@ -120,7 +120,7 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 def _narrow(filter: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter of text to whose width there is a limit."""
+    """Return a filter of text to whose width there is a limit."""
 
     def narrow(text: Any, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(number, int) and number > _MOST_TIMES for number in (*args, *kwargs.values())):
@@ -142,7 +142,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as it is, where jinja2's own filter escapes it for HTML."""
+    """Return JSON as it is, where jinja2's own filter escapes it for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -15,7 +15,7 @@ _MOST_HELD_TOKENS = 16
 
 
 def as_text(given: str, what: str) -> str:
-    """A text that can be encoded, without the byte-order mark that files of some programs begin with.
+    """Return a text that can be encoded, without the byte-order mark that files of some programs begin with.
 
     Args:
         given: The text.
@@ -65,7 +65,7 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """Whatever is held back, incomplete characters as replacement characters."""
+        """Return whatever is held back, incomplete characters as replacement characters."""
         new = self._decode()[self._given :]
         self._given += len(new)
         return new
@@ -129,11 +129,11 @@ class StopStrings:
         return self._release(cut)
 
     def flush(self) -> str:
-        """What is still held back: the text ended without a stop string."""
+        """Return what is still held back: the text ended without a stop string."""
         return "" if self.stopped else self._release(len(self._held))
 
     def _searches(self) -> Iterator[tuple[str, Sequence[int], str]]:
-        """Every stop string with the text in which it is looked for, and the places of that in what is held."""
+        """Yield every stop string with the text in which it is looked for, and the places of that in what is held."""
         everything = range(len(self._held))
         for stop in self._of_all:
             yield self._held, everything, stop
@@ -142,14 +142,14 @@ class StopStrings:
             yield shown, self._shown, stop
 
     def _release(self, cut: int) -> str:
-        """What is shown in front of a place; the rest is held on."""
+        """Return what is shown in front of a place; the rest is held on."""
         out = "".join(self._held[place] for place in self._shown if place < cut)
         self._held, self._shown = self._held[cut:], [place - cut for place in self._shown if place >= cut]
         return out
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
+    """Return the length of the longest end of `text` that is a beginning of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

@@ -50,7 +50,7 @@ def otsu_threshold(values: np.ndarray, zeros: int = 0) -> float:
 def blurred_values(
     cells: np.ndarray, values: np.ndarray, shape: tuple[int, ...], *, dense_per_sparse: float = DENSE_PER_SPARSE
 ) -> np.ndarray:
-    """Positive cells of a sparse grid after a Gaussian blur of kernel size 3 along every axis.
+    """Return positive cells of a sparse grid after a Gaussian blur of kernel size 3 along every axis.
 
     At the borders the grid is mirrored without repeating the border cell (what OpenCV and torchvision do).
 

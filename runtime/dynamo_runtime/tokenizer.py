@@ -44,7 +44,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def bounded(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer, as `Bounded`, which cannot be a subclass of it."""
+    """Return the same tokenizer, as `Bounded`, which cannot be a subclass of it."""
     return cast("Tokenizer", Bounded(tokenizer))
 
 
@@ -101,13 +101,13 @@ class Bounded:
 
 
 def _room(text: str) -> int:
-    """Characters that a text may become."""
+    """Return characters that a text may become."""
     return max(_FREE_CHARACTERS, _MOST_TIMES * len(text))
 
 
 @contextlib.contextmanager
 def _errors(kind: type[DynamoError], what: str) -> Iterator[None]:
-    """Whatever the library raises is an error of ours; a panic in Rust is not even an `Exception`."""
+    """Yield whatever the library raises is an error of ours; a panic in Rust is not even an `Exception`."""
     try:
         yield
     except DynamoError:
@@ -119,12 +119,12 @@ def _errors(kind: type[DynamoError], what: str) -> Iterator[None]:
 
 
 def _description(part: Any) -> Mapping[str, Any]:
-    """A normalizer or decoder as it stands in the file."""
+    """Return a normalizer or decoder as it stands in the file."""
     return json.loads(part.__getstate__()) if part is not None else {}
 
 
 def _steps(description: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The normalizers that a normalizer is made of, in order."""
+    """Yield the normalizers that a normalizer is made of, in order."""
     if (steps := description.get("normalizers")) is None:
         yield description
         return
@@ -133,7 +133,7 @@ def _steps(description: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _normalized(description: Mapping[str, Any], text: str) -> str:
-    """What a normalizer makes of a text."""
+    """Return what a normalizer makes of a text."""
     from tokenizers import normalizers
 
     normalizer: Any = normalizers.NFC()
@@ -143,7 +143,7 @@ def _normalized(description: Mapping[str, Any], text: str) -> str:
 
 
 def _times(part: Mapping[str, Any]) -> float:
-    """How many characters a normalizer or decoder may make of one, by what its file says.
+    """Return how many characters a normalizer or decoder may make of one, by what its file says.
 
     Unicode's own forms count as one, though a few characters become up to 18: that is up to the text.
     """
@@ -161,6 +161,6 @@ def _times(part: Mapping[str, Any]) -> float:
 
 
 def _times_precompiled(table: bytes) -> float:
-    """The same of sentencepiece's table: a trie, whose size comes first, and what its leaves are replaced by."""
+    """Return the same of sentencepiece's table: a trie, whose size comes first, and what its leaves are replaced by."""
     longest = max(map(len, table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")))
     return float(longest) if longest > _LONGEST_OF_UNICODE else 1.0

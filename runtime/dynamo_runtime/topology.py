@@ -57,7 +57,7 @@ class Topology:
 
     @classmethod
     def sizes_in_version_2(cls, content: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of a bundle whose manifest is of version 2, where they stood among all others."""
+        """Return the fields of a bundle whose manifest is of version 2, where they stood among all others."""
         return {name: content.get(name) for name in cls.least}
 
     @property
@@ -106,7 +106,7 @@ class Topology:
         return self.parts > 0
 
     def score(self, step: Step, targets: np.ndarray) -> Scores:
-        """How likely a pass finds what follows.
+        """Return how likely a pass finds what follows.
 
         Args:
             step: With rows of all heads.

@@ -28,7 +28,7 @@ class Draft:
 def verify(
     drafts: Sequence[Draft], target: Callable[[int], Candidates], uniform: Callable[[], float]
 ) -> tuple[int, int]:
-    """How many drafts stand, and the token that follows them; together distributed as the target says.
+    """Return how many drafts stand, and the token that follows them; together distributed as the target says.
 
     A draft d is accepted with min(1, p(d) / q(d)); the first rejected one is replaced by a draw from
     norm(max(0, p - q)), and if all stand one more token is drawn from p. A certain draft (q(d) = 1) stands with p(d)
@@ -38,7 +38,7 @@ def verify(
 
     Args:
         drafts: In order.
-        target: i -> p of the token behind the first i drafts.
+        target: I -> p of the token behind the first i drafts.
         uniform: Gives numbers in [0, 1).
 
     Returns:
@@ -59,7 +59,7 @@ def verify(
 
 
 def probability(candidates: Candidates, token: int) -> float:
-    """Probability of a token, 0 outside the candidates."""
+    """Return the probability of a token, 0 outside the candidates."""
     return float(candidates.probabilities[candidates.ids == token].sum())
 
 

@@ -21,7 +21,7 @@ _MOST_BUNDLES = 200
 
 
 def state(path: Path, sha256: str) -> State:
-    """A file as it is now.
+    """Return a file as it is now.
 
     Args:
         path: Where it lies.
@@ -32,7 +32,7 @@ def state(path: Path, sha256: str) -> State:
 
 
 def recall(folder: Path) -> dict[str, State]:
-    """The files of a bundle when they were last found to be whole; empty if they never were, or nobody knows."""
+    """Return the files of a bundle when they were last found to be whole; empty if they never were, or nobody knows."""
     try:
         return read_object(_record(folder), _MOST_BYTES)
     except (OSError, ValueError):
@@ -50,6 +50,6 @@ def remember(folder: Path, states: dict[str, State]) -> None:
 
 
 def _record(folder: Path) -> Path:
-    """Where it is kept: by the bundle's folder, whose name is nobody's business."""
+    """Return where it is kept: by the bundle's folder, whose name is nobody's business."""
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
     return cache_folder() / "verified" / f"{name[:32]}.json"

@@ -26,7 +26,7 @@ Data = bytes | mmap.mmap
 
 
 def varint(number: int) -> bytes:
-    """A number as the format writes it."""
+    """Return a number as the format writes it."""
     out = bytearray()
     while number > 0x7F:
         out.append(number & 0x7F | 0x80)
@@ -36,17 +36,17 @@ def varint(number: int) -> bytes:
 
 
 def tag(number: int) -> bytes:
-    """What stands in front of a length-delimited field."""
+    """Return what stands in front of a length-delimited field."""
     return varint(number << 3 | BYTES)
 
 
 def field(number: int, content: bytes) -> bytes:
-    """A length-delimited field of a message."""
+    """Return a length-delimited field of a message."""
     return tag(number) + varint(len(content)) + content
 
 
 def fields(data: Data, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Every field of a message: its number, where it starts, where its content begins and where that ends.
+    """Yield every field of a message: its number, where it starts, where its content begins and where that ends.
 
     Raises:
         ValueError: It is not a message.
@@ -71,7 +71,7 @@ def fields(data: Data, start: int, end: int) -> Iterator[tuple[int, int, int, in
 
 
 def _read_varint(data: Data, at: int) -> tuple[int, int]:
-    """The number that begins there, and where it ends."""
+    """Return the number that begins there, and where it ends."""
     number = shift = 0
     while True:
         if shift > 63 or at >= len(data):
@@ -84,7 +84,7 @@ def _read_varint(data: Data, at: int) -> tuple[int, int]:
 
 
 def external_files(data: Data) -> set[str]:
-    """Every file that an ONNX model says some of its weights are in, as it names them.
+    """Return every file that an ONNX model says some of its weights are in, as it names them.
 
     Raises:
         ValueError: It is not such a model.
@@ -106,7 +106,7 @@ def external_files(data: Data) -> set[str]:
 
 
 def without_ends(model: bytes, names: Iterable[str]) -> bytes:
-    """An ONNX model without some of its inputs and outputs, nor the nodes that depend on such an input.
+    """Return an ONNX model without some of its inputs and outputs, nor the nodes that depend on such an input.
 
     Args:
         model: The file's content; its nodes stand in the order in which they are run, as the format demands.
@@ -133,5 +133,5 @@ def without_ends(model: bytes, names: Iterable[str]) -> bytes:
 
 
 def _strings(model: bytes, start: int, end: int, wanted: int) -> set[bytes]:
-    """What stands in a field of a message."""
+    """Return what stands in a field of a message."""
     return {model[begin:stop] for number, _, begin, stop in fields(model, start, end) if number == wanted}

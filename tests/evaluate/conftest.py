@@ -35,7 +35,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     (checkpoint / "tokenizer_config.json").write_text(json.dumps(names))
     handmade.random_counts(checkpoint / "cooccurrence.npz", checkpoints.VOCAB, 3, branching=80)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.parity, "reference", lambda subject, length: ([], []))
+        patch.setattr(pipeline.parity, "reference", lambda inspected, length: ([], []))
         multi = export_bundle(folder / "multi" / "model.onnx", checkpoint)
         plain = export_bundle(folder / "multi-plain" / "model.onnx", checkpoint, heads=0)
     return Pair(checkpoint, Path(multi).parent, Path(plain).parent)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_evaluate import generate, statistics
+from dynamo_evaluate import bootstrap, generate
 from dynamo_evaluate.cli import main
 from dynamo_evaluate.results import Results
 
@@ -23,7 +23,7 @@ SMALL = ["--seeds", "2", "--thresholds", "0.1", "1", "--max-new-tokens", "6", "-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few bootstrap samples: intervals are the matter of other tests."""
-    monkeypatch.setattr(statistics, "RESAMPLES", 50)
+    monkeypatch.setattr(bootstrap, "RESAMPLES", 50)
 
 
 def complaint(capsys: pytest.CaptureFixture[str]) -> str:

@@ -183,7 +183,7 @@ def test_runs_side_by_side(results: Results) -> None:
     for record in other.records:
         if record["setting"] != PLAIN:
             record["seconds"] /= 2
-    differs, figures = compare.compare(results, other)
+    differs, figures = compare.compare_results(results, other)
     assert ["machine processor", "a machine", "another"] in differs.rows
     rows = figures.rows
     at = rows.index(["dynamo, ε_b 0.5"])
@@ -195,13 +195,13 @@ def test_runs_side_by_side(results: Results) -> None:
 def test_runs_on_other_prompts_are_not_paired(results: Results) -> None:
     other = made_up.grid(None, THRESHOLDS, prompts=2)
     other.header["prompts"] = {"source": "others", "sha256": "22"}
-    assert "not paired" in compare.compare(results, other)[-1].title
+    assert "not paired" in compare.compare_results(results, other)[-1].title
 
 
 def test_runs_with_nothing_in_common(results: Results) -> None:
     other = Results.start(None, {"command": "perplexity", "bundles": []})
     with pytest.raises(EvaluationError, match="different commands"):
-        compare.compare(results, other)
+        compare.compare_results(results, other)
 
 
 def test_constant_quality_has_no_width() -> None:

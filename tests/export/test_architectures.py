@@ -204,7 +204,7 @@ def test_the_base_of_heads_is_the_plain_export(
 ) -> None:
     """Node by node and weight by weight, but that it puts out the states that its last layer reads."""
     base = onnx.load(bundle(name) / "model.onnx").graph  # which others use as well, and so has to pass the gate
-    monkeypatch.setattr(parity, "reference", lambda subject, length: ([], []))
+    monkeypatch.setattr(parity, "reference", lambda inspected, length: ([], []))
     plain = onnx.load(export_bundle(tmp_path / "out" / "model.onnx", checkpoint(name), heads=0)).graph
     (states,) = [value for value in base.output if value.name == "penultimate_states"]
     base.output.remove(states)

@@ -28,7 +28,7 @@ TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}
 @pytest.fixture
 def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bundle]:
     """`exported(plant)`: the plain bundle of a checkpoint after `plant(folder)`; parity is tested elsewhere."""
-    monkeypatch.setattr(parity, "reference", lambda subject, length: ([], []))
+    monkeypatch.setattr(parity, "reference", lambda inspected, length: ([], []))
 
     def get(plant: Callable[[Path], Any]) -> Bundle:
         folder = checkpoints.save_plain(tmp_path / "checkpoint", checkpoints.CONFIGS["llama-grouped"])
@@ -158,7 +158,7 @@ def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dynamo_export.export.build_graphs", broken)
-        patch.setattr(parity, "reference", lambda subject, length: ([], []))
+        patch.setattr(parity, "reference", lambda inspected, length: ([], []))
         for flags, traceback in (([], False), (["--debug"], True)):
             assert cli.main(["-o", str(tmp_path / "out"), "-m", str(folder), "--heads", "0", *flags]) == 1
             errors = capsys.readouterr().err

@@ -33,8 +33,8 @@ def answers(checkpoint: FolderOf) -> CasesOf:
 
     @cache
     def get(name: str) -> list[parity.Case]:
-        subject = inspect(exported(*load_model(checkpoint(name), None)), 96)
-        return parity.reference(subject, parity.DEFAULT_LENGTH)[0]
+        inspected = inspect(exported(*load_model(checkpoint(name), None)), 96)
+        return parity.reference(inspected, parity.DEFAULT_LENGTH)[0]
 
     return get
 

@@ -114,15 +114,15 @@ def test_every_pass_says_whether_it_changed_the_graph(name: str, checkpoint: Cal
 
     But the end of a graph is added once, and Llama's own names begin like those of a wrapper.
     """
-    subject = inspect(exported(*load_model(checkpoint(name), None)), 96)
-    traced = trace(subject)
+    inspected = inspect(exported(*load_model(checkpoint(name), None)), 96)
+    traced = trace(inspected)
     always = {"TransposeWeights", "NameByScope", "Optimize", "SimplifyReshapes", "PackQKV", "ClearMetadata"}
     always |= {"ShortenNames"}
-    found = changes(traced.base, base_passes(subject, traced.weights))
+    found = changes(traced.base, base_passes(inspected, traced.weights))
     assert found == always | {"AddOutputs"}
     assert (traced.drafter is None) == name.startswith("lookahead")
     if traced.drafter is not None:
-        found = changes(traced.drafter, drafter_passes(subject, traced.weights, traced.base))
+        found = changes(traced.drafter, drafter_passes(inspected, traced.weights, traced.base))
         assert found == always | {"AddHeadStates", "AddDraft"} | MERGES.get(name, set())
 
 
@@ -148,12 +148,12 @@ def changes(model: ir.Model, passes: list[ir.passes.PassBase]) -> set[str]:
 
 def drafters(folder: Path) -> tuple[ir.Model, ir.Model]:
     """The drafter's graph of a checkpoint as it is exported, and without what makes one of several heads."""
-    subject = inspect(exported(*load_model(folder, None)), 96)
-    traced = trace(subject)
+    inspected = inspect(exported(*load_model(folder, None)), 96)
+    traced = trace(inspected)
     merged = traced.drafter
     assert merged is not None
-    run_passes(traced.base, base_passes(subject, traced.weights))
-    passes = drafter_passes(subject, traced.weights, traced.base)
+    run_passes(traced.base, base_passes(inspected, traced.weights))
+    passes = drafter_passes(inspected, traced.weights, traced.base)
     at = next(i for i, each in enumerate(passes) if isinstance(each, MergeAttentions))
     run_passes(merged, passes[:at])
     apart = merged.clone()
@@ -249,11 +249,11 @@ def head_size(model: ir.Model) -> int:
 @pytest.mark.parametrize("name", ["phi", "gemma2"])
 def test_what_cannot_be_merged_stays(name: str, checkpoint: Callable[[str], Path]) -> None:
     """A norm that the feed-forward reads too, or none, projections in pieces, weights that 1 is added to: no change."""
-    subject = inspect(exported(*load_model(checkpoint(name), None)), 96)
-    traced = trace(subject)
+    inspected = inspect(exported(*load_model(checkpoint(name), None)), 96)
+    traced = trace(inspected)
     assert traced.drafter is not None
-    run_passes(traced.base, base_passes(subject, traced.weights))
-    passes = drafter_passes(subject, traced.weights, traced.base)
+    run_passes(traced.base, base_passes(inspected, traced.weights))
+    passes = drafter_passes(inspected, traced.weights, traced.base)
     at = next(i for i, each in enumerate(passes) if isinstance(each, MergeAttentions))
     run_passes(traced.drafter, passes[:at])
     assert changes(traced.drafter, [MergeAttentions()]) == set()

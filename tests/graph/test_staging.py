@@ -17,7 +17,7 @@ import pytest
 from support import handmade
 
 from dynamo_graph.errors import WriteError
-from dynamo_graph.staging import Target
+from dynamo_graph.staging import Destination
 from dynamo_runtime import files
 from dynamo_runtime.bundle import load_bundle
 
@@ -62,11 +62,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def replace(folder: Path, bundle: Path, graph: str = "model.onnx") -> None:
     """What an export does, without the work."""
-    with Target(folder / graph, overwrite=True) as target:
-        staged = target.stage()
+    with Destination(folder / graph, overwrite=True) as destination:
+        staged = destination.stage()
         for path in bundle.iterdir():
             shutil.copyfile(path, staged / path.name)
-        target.move_in(staged)
+        destination.move_in(staged)
 
 
 def which(folder: Path, bundles: dict[str, Path]) -> str:
@@ -239,7 +239,7 @@ def test_writers_of_other_folders_do_not_disturb(way: str, bundles: dict[str, Pa
 
 def test_a_second_writer_fails_at_once(bundles: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "below" / "bundle"
-    with Target(folder / "model.onnx", overwrite=False):
+    with Destination(folder / "model.onnx", overwrite=False):
         with pytest.raises(WriteError, match=r"another process is writing .*: wait for it, or name another folder"):
             replace(folder, bundles["new"])
         replace(tmp_path / "below" / "other", bundles["new"])  # which does not touch the other's work
@@ -250,8 +250,11 @@ def test_a_second_writer_fails_at_once(bundles: dict[str, Path], tmp_path: Path)
 
 def test_nothing_is_left_where_nothing_was_written(tmp_path: Path) -> None:
     """Folders made on the way neither."""
-    with pytest.raises(ZeroDivisionError), Target(tmp_path / "a" / "b" / "model.onnx", overwrite=False) as target:
-        (target.stage() / "model.onnx").write_text("half")
+    with (
+        pytest.raises(ZeroDivisionError),
+        Destination(tmp_path / "a" / "b" / "model.onnx", overwrite=False) as destination,
+    ):
+        (destination.stage() / "model.onnx").write_text("half")
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
 
@@ -267,7 +270,7 @@ def test_a_folder_between_two_renames_is_put_back(bundles: dict[str, Path], tmp_
         shutil.rmtree(folder)
     shutil.copytree(bundles["old"], left)
     folder.mkdir()
-    with pytest.raises(WriteError, match="already exists: pass --overwrite"), Target(folder / "model.onnx", False):
+    with pytest.raises(WriteError, match="already exists: pass --overwrite"), Destination(folder / "model.onnx", False):
         pass
     assert which(folder, bundles) == "old" and [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
@@ -349,12 +352,12 @@ def test_an_interrupted_command_says_what_is_there(
     """The line that the commands print comes from what is on disk."""
     code = f"""
 from pathlib import Path
-from dynamo_graph.staging import Target
+from dynamo_graph.staging import Destination
 from dynamo_quantize.cli import guarded
 def work():
-    with Target(Path({str(tmp_path / "bundle" / "model.onnx")!r}), False) as target:
+    with Destination(Path({str(tmp_path / "bundle" / "model.onnx")!r}), False) as destination:
         if {staged}:
-            target.move_in(target.stage())
+            destination.move_in(destination.stage())
         raise KeyboardInterrupt
 raise SystemExit(guarded(work, "dynamo-export"))
 """

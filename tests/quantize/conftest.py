@@ -15,7 +15,7 @@ from support import checkpoints
 from dynamo_export import cli, export_bundle
 from dynamo_export import export as pipeline
 from dynamo_export.source import load_model
-from dynamo_graph.staging import Target
+from dynamo_graph.staging import Destination
 from dynamo_quantize import Options, gates, quantize
 from dynamo_quantize.schemes import resolve
 from dynamo_runtime.bundle import Bundle, load_bundle
@@ -92,7 +92,7 @@ def export(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Callable[[st
                 if name == "plain":
                     _by_command(made[name], text, patch)
                 else:  # parity is the matter of tests/export
-                    patch.setattr(pipeline.parity, "reference", lambda subject, length: ([], []))
+                    patch.setattr(pipeline.parity, "reference", lambda inspected, length: ([], []))
                     export_bundle(folder / "fp32" / "model.onnx", checkpoint)
         return made[name]
 
@@ -103,9 +103,9 @@ def _by_command(exported: Exported, text: Path, patch: pytest.MonkeyPatch) -> No
     """Has the command export and quantize at once, and keeps the bundle in fp32 that passes from stage to stage."""
     second = pipeline.quantize_into
 
-    def spied(target: Target, source: Path, *arguments: Any, **options: Any) -> Path:
+    def spied(destination: Destination, source: Path, *arguments: Any, **options: Any) -> Path:
         shutil.copytree(source, exported.folder)
-        return second(target, source, *arguments, **options)
+        return second(destination, source, *arguments, **options)
 
     patch.setattr(pipeline, "quantize_into", spied)
     graph = exported.folder.parent / "command" / "out" / "small.onnx"

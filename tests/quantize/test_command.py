@@ -17,7 +17,7 @@ from dynamo_export import cli
 from dynamo_graph.files import read_report, version
 from dynamo_quantize import cli as quantize_cli
 from dynamo_quantize import gates
-from dynamo_quantize.gates import Row
+from dynamo_quantize.gates import GateResult
 from dynamo_quantize.schemes import Options
 from dynamo_runtime.bundle import load_bundle
 from dynamo_runtime.topology import Plain
@@ -97,7 +97,7 @@ def test_a_failed_gate(
     export: ExportOf, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The table on stdout, one line on stderr, exit status 1, nothing written; or written, if that is wanted."""
-    rows = [Row("quality", "PPL_1", 4.0, 4.5, 4.1, False)]
+    rows = [GateResult("quality", "PPL_1", 4.0, 4.5, 4.1, False)]
     monkeypatch.setattr(gates, "measure", lambda *arguments: None)
     monkeypatch.setattr(gates, "judge", lambda *arguments, **options: rows)
     bundle = export("cp").folder

@@ -23,7 +23,7 @@ from dynamo_graph.files import read_report
 from dynamo_graph.read import places
 from dynamo_graph.write import write_model
 from dynamo_quantize import Options, QuantizeError, WriteError, gates, quantize, quantize_bundle, texts
-from dynamo_quantize.gates import Row
+from dynamo_quantize.gates import GateResult
 from dynamo_quantize.texts import pieces
 from dynamo_runtime.bundle import Bundle, list_files, load_bundle
 from dynamo_runtime.corpus import Document
@@ -31,7 +31,7 @@ from dynamo_runtime.corpus import Document
 ExportOf = Callable[[str], Any]
 TOKENS = np.random.default_rng(0).integers(1, 320, 24).tolist()
 CHANGED = ("folder", "pass_bytes", "graph", "precision", "files", "quantization")
-ROWS = [Row("quality", "PPL_1", 4.0, 4.5, 4.1, False), Row("size", "all files, MB", 2.0, 1.0)]
+ROWS = [GateResult("quality", "PPL_1", 4.0, 4.5, 4.1, False), GateResult("size", "all files, MB", 2.0, 1.0)]
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -158,7 +158,7 @@ def test_degraded(
 ) -> None:
     """What was allowed is marked in the manifest; a width that does not hold also takes the claim of losslessness."""
     monkeypatch.setattr(gates, "measure", lambda *arguments: None)
-    rows = [Row(gate, "figure", 1.0, 2.0, 1.5, False)]
+    rows = [GateResult(gate, "figure", 1.0, 2.0, 1.5, False)]
     monkeypatch.setattr(gates, "judge", lambda *arguments, **options: rows)
     graph = quantize_bundle(export("cp").folder, tmp_path / "m.onnx", "fp16", gate_text=text, allow_degraded=True)
     bundle = load_bundle(graph, verify=True)

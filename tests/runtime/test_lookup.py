@@ -269,7 +269,7 @@ def test_what_the_text_says_teaches_nothing_about_the_heads() -> None:
     acceptances = Acceptances(2)
     for _ in range(50):
         acceptances.add([Expected(0.9), 0.9], 0)
-        acceptances.look(1, Expected(0.9))
+        acceptances.observe(1, Expected(0.9))
     assert acceptances.of(1, 0.9) == pytest.approx(0.9) and acceptances.usual(1) == pytest.approx(0.5)
     assert acceptances.of(7, Expected(0.3)) == 0.3  # deeper than the heads go
 

@@ -12,7 +12,7 @@ from support import profiles
 
 from dynamo_runtime import load_bundle
 from dynamo_runtime.device.acceptance import Acceptances, bin_of, middle_of
-from dynamo_runtime.device.costs import Curve, Knowledge, MadeCurve, Prior
+from dynamo_runtime.device.costs import Knowledge, MeasuredCosts, MeasuredDrafterCosts, Prior
 from dynamo_runtime.device.plan import Planner, threshold_for
 from dynamo_runtime.device.records import Backoff
 from dynamo_runtime.device.tuning import Tuning
@@ -59,9 +59,9 @@ class Device:
         assert self.making is None
         return self.resumed * skipped
 
-    def made(self, unseen: float, looks: float) -> float:
+    def made(self, unseen: float, drafts: float) -> float:
         """What the drafter's graph costs in a round."""
-        return self.making.begin(unseen, 0) + self.making.further * looks if self.making else 0.0
+        return self.making.begin(unseen, 0) + self.making.further * drafts if self.making else 0.0
 
 
 @dataclass
@@ -92,15 +92,15 @@ def decode(planner: Planner, device: Device, text: Text, rounds: int, rng: np.ra
         planner.judged([confidence for confidence, _ in drafts], accepted)
         tokens += 1 + accepted
         unseen += 1 + accepted
-        drafts, looks = [], 0
+        drafts, made = [], 0
         if planner.drafting:
             while len(drafts) < DEPTH and planner.further([confidence for confidence, _ in drafts]):
                 following = text.draft(rng)
-                looks += 1
+                made += 1
                 if not planner.worth([*(confidence for confidence, _ in drafts), following[0]]):
                     break
                 drafts.append(following)
-            spent += device.made(unseen, looks)
+            spent += device.made(unseen, made)
             unseen = 0
             planner.plan([confidence for confidence, _ in drafts], past)
         else:
@@ -111,7 +111,7 @@ def decode(planner: Planner, device: Device, text: Text, rounds: int, rng: np.ra
 def best_fixed(device: Device, text: Text) -> float:
     """Tokens a time of the best setting that never changes: no drafts and no heads, or d drafts above a confidence.
 
-    By full enumeration over what the next drafts may look like.
+    By full enumeration over what the next drafts may turn out to be.
     """
     rates = [1.0 / device.step(1, False, 0)]
     kinds = [(0.9, text.good, text.share), (0.3, text.bad, 1 - text.share)]
@@ -208,8 +208,8 @@ def test_nothing_is_drafted_where_every_row_costs_a_pass() -> None:
     assert tokens / spent > 0.98
 
 
-def test_looking_again_costs_little() -> None:
-    """However dear a look is, and whatever coming back costs, the waits between looks make up for it."""
+def test_probing_costs_little() -> None:
+    """Whatever a probe and coming back cost, the waits between probes make up for it."""
     for device in (Device(1.0, 0.1), Device(1.0, 1.0), Device(1.0, 0.1, resumed=0.004)):
         tokens, spent = decode(
             Planner(device, Acceptances(DEPTH), HEADS), device, Text(0, 0, 1), 3000, np.random.default_rng(3)
@@ -264,7 +264,7 @@ def test_a_chain_ends_before_a_run_that_is_not_worth_it(run: float, asked: int) 
     assert len(proposed(planner, drafter)) == drafter.asked == asked
 
 
-def test_every_draft_is_looked_at_where_that_costs_nothing() -> None:
+def test_every_draft_is_made_where_that_costs_nothing() -> None:
     """One run is for all of them; whether they are fed is settled by what they turn out to be."""
     known = {(depth, b): (1000, 950 * (b == 4)) for depth in range(1, DEPTH + 1) for b in range(5)}
     for making in (None, Graph(0.1)):
@@ -293,7 +293,7 @@ def test_no_drafter_of_ones_own_is_charged_for_the_bundles_graph() -> None:
     assert free.drafting and free.further([0.9])
 
 
-def test_there_is_no_look_where_catching_up_costs_more_than_looks_may() -> None:
+def test_there_is_no_probe_where_catching_up_costs_more_than_probes_may() -> None:
     for position, rounds, share in ((0.015, 3000, 0.97), (0.1, 1000, 0.999)):
         device = Device(1.0, making=Graph(0.3, position=position))
         tokens, spent = decode(
@@ -303,7 +303,7 @@ def test_there_is_no_look_where_catching_up_costs_more_than_looks_may() -> None:
 
 
 def test_the_prompt_has_to_be_caught_up_on_too() -> None:
-    """The first look behind a long prompt waits until it has cost less than looks may, or there is none."""
+    """The first probe behind a long prompt waits until it costs less than probes may, or there is none."""
     waits = []
     for prompt in (10, 100, 2000):
         planner = Planner(Device(1.0, making=Graph(0.3, position=0.005)), Acceptances(DEPTH), HEADS)
@@ -335,7 +335,7 @@ def test_confidence_is_corrected_by_what_became_of_it() -> None:
 
 
 def test_the_curve_is_the_measured_one() -> None:
-    curve = Curve(
+    curve = MeasuredCosts(
         {(False, 10): [(1, 2.0), (2, 3.0), (4, 4.0)], (False, 110): [(1, 4.0), (2, 5.0), (4, 6.0)]}, [(10, 1.0)], 0, 0
     )
     assert curve.step(2, False, 10) == pytest.approx(3.0)
@@ -349,19 +349,19 @@ def test_the_curve_is_the_measured_one() -> None:
 def test_the_curve_of_a_graph_is_the_measured_one() -> None:
     """Many positions cost more by as much as behind the shortest past, wherever they stand."""
     points = {10: [(1, 0.4), (2, 0.5), (4, 0.7), (104, 10.7)], 110: [(1, 0.6), (2, 0.7), (4, 0.9)]}
-    whole = MadeCurve(points, 0.1, conditioned=False)
+    whole = MeasuredDrafterCosts(points, 0.1, conditioned=False)
     assert whole.further == 0.0
     assert whole.begin(1, 10) == pytest.approx(0.5)
     assert whole.begin(3, 60) == pytest.approx(0.8)
     assert whole.begin(54, 10) == pytest.approx(5.8) and whole.begin(54, 110) == pytest.approx(6.0)
-    each = MadeCurve(points, 0.1, conditioned=True)
+    each = MeasuredDrafterCosts(points, 0.1, conditioned=True)
     assert (each.begin(1, 10), each.further) == pytest.approx((0.4, 0.1))
 
 
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_a_profile_with_a_graph_is_planned_with(conditioned: bool) -> None:
     runs = profiles.runs(conditioned)
-    curve = Curve.of(profiles.apart(drafter=runs))
+    curve = MeasuredCosts.of(profiles.apart(drafter=runs))
     assert curve.making is not None
     for each in runs.layers:
         once = 0.0 if conditioned else runs.drafts[0].time.p50
@@ -371,7 +371,7 @@ def test_a_profile_with_a_graph_is_planned_with(conditioned: bool) -> None:
 
 def test_a_profile_is_planned_with() -> None:
     profile = profiles.full()
-    curve = Curve.of(profile)
+    curve = MeasuredCosts.of(profile)
     for each in profile.passes:
         assert curve.step(each.rows, each.heads, each.past) == pytest.approx(each.time.p50)
     for each in profile.resume:

@@ -10,7 +10,7 @@ import pytest
 from support import profiles
 
 from dynamo_runtime import load_bundle
-from dynamo_runtime.device.costs import Curve, Knowledge, MadeCurve
+from dynamo_runtime.device.costs import Knowledge, MeasuredCosts, MeasuredDrafterCosts
 from dynamo_runtime.device.profile import Profile, cached_path, profiles_folder
 from dynamo_runtime.device.records import DrafterRuns
 from dynamo_runtime.errors import ProfileError
@@ -65,7 +65,7 @@ def test_a_profile_of_an_older_schema(tmp_path: Path, version: int, lacks: tuple
     path.write_text(json.dumps(content | {"schema_version": version}))
     found = Profile.load(path)
     assert found == profiles.full(widths=None)
-    curve = Curve.of(found)
+    curve = MeasuredCosts.of(found)
     assert curve.making is None and curve.resume(64) == pytest.approx(0.733)
     assert curve.step(2, True, 64) == pytest.approx(profiles.cost(2, 64, True))
     found.save(path)
@@ -86,11 +86,11 @@ def test_the_same_pass_twice(multi: Path) -> None:
     """No curve goes through two points above each other."""
     profile = profiles.full()
     twice = replace(profile, passes=profile.passes * 2, resume=profile.resume * 2)
-    assert Curve.of(twice).step(20, True, 5000) == Curve.of(profile).step(20, True, 5000)
-    assert Curve.of(twice).resume(20) == Curve.of(profile).resume(20)
+    assert MeasuredCosts.of(twice).step(20, True, 5000) == MeasuredCosts.of(profile).step(20, True, 5000)
+    assert MeasuredCosts.of(twice).resume(20) == MeasuredCosts.of(profile).resume(20)
     drafter = profiles.runs()
     again = DrafterRuns(drafter.layers * 2, drafter.drafts * 2)
-    assert MadeCurve.of(again).begin(500, 5000) == MadeCurve.of(drafter).begin(500, 5000)
+    assert MeasuredDrafterCosts.of(again).begin(500, 5000) == MeasuredDrafterCosts.of(drafter).begin(500, 5000)
     assert Knowledge.of(load_bundle(multi), twice).acceptances(2, 0.0)
 
 

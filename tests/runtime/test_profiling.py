@@ -13,7 +13,7 @@ from support import handmade, profiles
 from dynamo_runtime import LAST, Backend, Engine, load_bundle
 from dynamo_runtime.cli import profile as cli
 from dynamo_runtime.device.acceptance import Acceptances
-from dynamo_runtime.device.costs import Curve, MadeCurve
+from dynamo_runtime.device.costs import MeasuredCosts, MeasuredDrafterCosts
 from dynamo_runtime.device.inspection import device_key, inspect_device
 from dynamo_runtime.device.plan import Planner
 from dynamo_runtime.device.profile import Profile, cached_path, profiles_folder
@@ -137,14 +137,14 @@ def test_the_profile_recovers_what_resuming_costs(timer: PassTimer) -> None:
 def test_the_plan_made_of_the_measured_curve_is_the_best_one(device: FakeDevice, timer: PassTimer) -> None:
     """Measured, then planned with: the number of drafts that the known costs make the best."""
     passes = timer.passes([32, 500], 20.0)
-    curve = Curve.of(replace(profiles.full(), passes=passes, resume=[], drafting=0.0, overhead=0.0))
+    measured = MeasuredCosts.of(replace(profiles.full(), passes=passes, resume=[], drafting=0.0, overhead=0.0))
     for accepted in (0.15, 0.4, 0.6, 0.9):
         rates = {0: 1 / device.cost(1, False, 64)}
         for drafts in range(1, 5):
             rates[drafts] = sum(accepted**i for i in range(drafts + 1)) / device.cost(1 + drafts, True, 64)
         best = max(rates, key=lambda drafts: rates[drafts])
         known = {(depth, 2): (10_000, int(10_000 * accepted)) for depth in range(1, 5)}
-        planner = Planner(curve, Acceptances(4, known), Ask(heads=True))
+        planner = Planner(measured, Acceptances(4, known), Ask(heads=True))
         drafts = 0
         while planner.drafting and drafts < 4 and planner.worth([0.5] * (drafts + 1)):
             drafts += 1
@@ -175,7 +175,7 @@ def test_the_profile_recovers_what_a_graph_of_heads_costs(
     assert [each.depth for each in runs.drafts] == ([1, 2, 3] if conditioned else [0])
     assert heads.drafted == {each.depth for each in runs.drafts}
     assert all(each.time.p50 == pytest.approx(0.06, rel=0.03) for each in runs.drafts)
-    making = MadeCurve.of(runs)
+    making = MeasuredDrafterCosts.of(runs)
     for unseen, past in ((1, 32), (3, 32), (8, 500), (50, 32), (100, 300), (300, 500)):
         wanted = made_up_layers(unseen, past) + (0.0 if conditioned else 0.06)
         assert making.begin(unseen, past) == pytest.approx(wanted, rel=0.05)

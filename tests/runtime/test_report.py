@@ -121,7 +121,7 @@ def test_the_drafters_graph_is_in_every_report() -> None:
     assert len(found) == len(report.csv_rows(APART)) - len(APART.device.instruction_sets) + 1
     assert float(found["drafter's layers", "past 64, positions 128", "p50"]["value"]) == profiles.layers(128, 64)
     assert float(found["drafter's drafts", "depth 4", "inside p50"]["value"]) == 0.05
-    lines = report.compare([FULL, APART], ["inside", "apart"])
+    lines = report.compare_profiles([FULL, APART], ["inside", "apart"])
     assert re.search(r"The drafter's layers, p50 in ms\n.*past 64, positions 1 +– +0.31 \(–\)\n", lines)
     labels = [a["aria-label"] or "" for a in Page(page([APART], ["apart"])).all("div") if a.get("role") == "img"]
     first, last = profiles.layers(1, 64), profiles.layers(128, 64)
@@ -215,7 +215,7 @@ def test_csv_holds_every_figure_exactly() -> None:
 
 
 def test_compare_gives_values_and_ratios() -> None:
-    text = report.compare([FULL, SLOW, SPARSE], ["edge", "slow", "arm"])
+    text = report.compare_profiles([FULL, SLOW, SPARSE], ["edge", "slow", "arm"])
     assert max(map(len, text.splitlines())) <= WIDTH
     assert row(text, "Side by side", "CPU") == ["AMD EPYC 9B14", "AMD EPYC 9B14", "Cortex-A76"]
     assert row(text, "Side by side", "onnxruntime") == ["1.32.0", "1.32.0", "1.31.0"]
@@ -236,7 +236,7 @@ def test_compare_gives_values_and_ratios() -> None:
 
 
 def test_compare_says_which_were_not_idle_or_quick() -> None:
-    text = report.compare([FULL, SPARSE], ["edge", "arm"])
+    text = report.compare_profiles([FULL, SPARSE], ["edge", "arm"])
     assert text.startswith("arm: NOT IDLE")
     assert "arm: QUICK RUN" in text and "edge: " not in text
     assert row(text, "Side by side", "idle") == ["yes", "NO"]
@@ -244,13 +244,13 @@ def test_compare_says_which_were_not_idle_or_quick() -> None:
 
 
 def test_figures_only_the_second_has_are_shown() -> None:
-    text = report.compare([SPARSE, FULL], ["arm", "edge"])
+    text = report.compare_profiles([SPARSE, FULL], ["arm", "edge"])
     assert re.search(r"64 prompt tokens +– +1.84 \(–\)\n", text)
 
 
 def test_compare_needs_a_name_for_each() -> None:
     with pytest.raises(ValueError, match="zip"):
-        report.compare([FULL, SLOW], ["one"])
+        report.compare_profiles([FULL, SLOW], ["one"])
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

@@ -283,7 +283,7 @@ def _heads_beside(g: _Graph, n_heads: int, kind: str, rank: int) -> None:
 
 
 def _condition(g: _Graph, parts: int, rng: np.random.Generator) -> str:
-    """``s + W2 silu(W1 [s ; e])`` with weights of every part, the part chosen by nested branches."""
+    """`s + W2 silu(W1 [s ; e])` with weights of every part, the part chosen by nested branches."""
     g.input("previous_tokens", ["batch", "drafts"])
     g.node("Gather", ["embedding", "previous_tokens"], ["previous"])
     g.node("Concat", ["draft_states", "previous"], ["both"], axis=2)

@@ -16,10 +16,10 @@ from dynamo_runtime.device.records import (
     Operator,
     Pass,
     Prefill,
+    ProfiledBundle,
     Quantiles,
     Resume,
     StrategyRun,
-    Subject,
     Widths,
 )
 from dynamo_runtime.interval import Interval
@@ -91,7 +91,7 @@ def full(scale: float = 1.0, **changes: Any) -> Profile:
             python="3.11.7",
             providers=["cpu"],
         ),
-        bundle=Subject("python-t3-int8", "3f" * 32, "parallel", "int8", "gpt_neox", 3, 9_700_000),
+        bundle=ProfiledBundle("python-t3-int8", "3f" * 32, "parallel", "int8", "gpt_neox", 3, 9_700_000),
         conditions=Conditions(idle=True, busy=0.012, drift=1.004, frequency_mhz=[2450.0, 3100.0], temperature_c=61.0),
         created="2026-01-30T12:34:56+00:00",
         threads=2,
@@ -151,7 +151,7 @@ def sparse(**changes: Any) -> Profile:
     """A profile of a plain bundle on another machine, with nothing measured but a few passes."""
     made = Profile(
         device=Device("Cortex-A76", 4, "cpu", "1.31.0"),
-        bundle=Subject("tiny", "", "plain", "fp32", "llama", 1, 33_800_000),
+        bundle=ProfiledBundle("tiny", "", "plain", "fp32", "llama", 1, 33_800_000),
         conditions=Conditions(idle=False, busy=None, drift=1.124),
         created="2026-01-31T00:00:00+00:00",
         threads=0,

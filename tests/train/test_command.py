@@ -1,4 +1,4 @@
-"""``dynamo-train`` from text to a multi-token checkpoint, on a tiny corpus."""
+"""`dynamo-train` from text to a multi-token checkpoint, on a tiny corpus."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The look-ahead objective, whose one batched pass must equal the base run on ``x_1 … x_t [LA]_1 … [LA]_L``."""
+"""The look-ahead objective, whose one batched pass must equal the base run on `x_1 … x_t [LA]_1 … [LA]_L`."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""``dynamo-train texts``: what a bundle writes itself, on a tiny one, and how such a corpus is read."""
+"""`dynamo-train texts`: what a bundle writes itself, on a tiny one, and how such a corpus is read."""
 
 from __future__ import annotations
 

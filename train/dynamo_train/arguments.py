@@ -1,4 +1,4 @@
-"""Arguments that commands of ``dynamo-train`` share, and what they mean; needs no torch until a command runs."""
+"""Arguments that commands of `dynamo-train` share, and what they mean; needs no torch until a command runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DATA_HELP = (
 
 
 def add_job(parser: argparse.ArgumentParser, *, out: bool = True) -> None:
-    """Add text and folders; without ``out`` the command completes the folder that its argument ``out`` names."""
+    """Add text and folders; without `out` the command completes the folder that its argument `out` names."""
     parser.add_argument("--data", required=True, help=_DATA_HELP)
     parser.add_argument(
         "--held-out-percent",
@@ -44,7 +44,7 @@ def add_job(parser: argparse.ArgumentParser, *, out: bool = True) -> None:
 
 
 def job_of(arguments: argparse.Namespace) -> Job:
-    """What :func:`add_job` added."""
+    """Return what `add_job` added."""
     from .pipeline import Job
 
     how = getattr(arguments, "stream", False), getattr(arguments, "shuffle", 1)
@@ -68,7 +68,7 @@ def add_stream(parser: argparse.ArgumentParser) -> None:
 
 
 def work_of(arguments: argparse.Namespace) -> Path:
-    """Where tokens and checkpoints lie: named by the user, or beside the result."""
+    """Return where tokens and checkpoints lie: named by the user, or beside the result."""
     out: Path = arguments.out
     return arguments.work or out.with_name(out.name + "-work")
 
@@ -101,7 +101,7 @@ def add_recipe(parser: argparse.ArgumentParser, *, optimizer: str, length: int, 
 
 
 def add_memory(parser: argparse.ArgumentParser, *, activations: bool = True) -> None:
-    """Add how a model is kept in memory and run; without ``activations`` for one whose layers cannot run twice."""
+    """Add how a model is kept in memory and run; without `activations` for one whose layers cannot run twice."""
     parser.add_argument(
         "--shard",
         action="store_true",
@@ -121,7 +121,7 @@ def add_memory(parser: argparse.ArgumentParser, *, activations: bool = True) -> 
 
 
 def memory_of(arguments: argparse.Namespace) -> Memory:
-    """What :func:`add_memory` added."""
+    """Return what `add_memory` added."""
     from .spread import Memory
 
     return Memory(arguments.shard, getattr(arguments, "checkpoint_activations", False), arguments.compile)
@@ -153,7 +153,7 @@ def add_rates(parser: argparse.ArgumentParser) -> None:
 
 
 def _rates(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The learning rates that the user named, for the others the paper's."""
+    """Return the learning rates that the user named, for the others the paper's."""
     from dynamo_model.checkpoint import count_parameters
 
     from .optimizers import paper_learning_rates
@@ -172,10 +172,10 @@ def _rates(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    """What :func:`add_recipe` added, and :func:`add_rate` or :func:`add_rates`.
+    """Return what `add_recipe` added, and `add_rate` or `add_rates`.
 
     Raises:
-        CheckpointError: the paper's learning rates go by a base that does not load.
+        CheckpointError: The paper's learning rates go by a base that does not load.
     """
     from .precision import fastest_precision
     from .recipe import Recipe
@@ -199,7 +199,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
 
 
 def count(text: str) -> int:
-    """A whole number from 1 on."""
+    """Return a whole number from 1 on."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a positive number")
@@ -207,7 +207,7 @@ def count(text: str) -> int:
 
 
 def positive(text: str) -> float:
-    """A finite number above 0."""
+    """Return a finite number above 0."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
@@ -215,7 +215,7 @@ def positive(text: str) -> float:
 
 
 def not_negative(text: str) -> float:
-    """A finite number from 0 on."""
+    """Return a finite number from 0 on."""
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
@@ -223,7 +223,7 @@ def not_negative(text: str) -> float:
 
 
 def size(text: str) -> int:
-    """Bytes of a size such as ``8GB`` or ``500M``."""
+    """Return bytes of a size such as `8GB` or `500M`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.strip().upper())
     if match is None or not float(match[1]):
         raise argparse.ArgumentTypeError(f"'{text}' is no size such as 8GB")
@@ -231,7 +231,7 @@ def size(text: str) -> int:
 
 
 def setting(text: str) -> tuple[str, str]:
-    """Name and value of a setting, ``NAME=VALUE``."""
+    """Return the name and value of a setting, `NAME=VALUE`."""
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise argparse.ArgumentTypeError(f"'{text}' is not NAME=VALUE")

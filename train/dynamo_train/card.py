@@ -26,10 +26,10 @@ def measure(checkpoint: Path, source: str, held_out_percent: float) -> dict[str,
     """Measure a multi-token checkpoint on the held-out part of a corpus.
 
     Returns:
-        ``ppl_1`` …, ``ppl_1:2`` … (papers' definitions), and from greedy continuations of held-out prompts, for
-        every further head: ``agreement_i``, the share of positions where its first choice is what the base
-        writes i tokens on, and ``accepted_i``, the same where all heads before it agreed too; with a draft vocabulary
-        ``coverage`` besides.  A conditioned head is told what the base wrote.
+        `ppl_1` …, `ppl_1:2` … (papers' definitions), and from greedy continuations of held-out prompts, for
+        every further head: `agreement_i`, the share of positions where its first choice is what the base
+        writes i tokens on, and `accepted_i`, the same where all heads before it agreed too; with a draft vocabulary
+        `coverage` besides.  A conditioned head is told what the base wrote.
     """
     model = MultiTokenModel.load(checkpoint)
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
@@ -49,12 +49,12 @@ def measure(checkpoint: Path, source: str, held_out_percent: float) -> dict[str,
 
 @torch.no_grad()
 def greedy_agreement(model: MultiTokenModel, prompts: torch.Tensor, new_tokens: int) -> dict[str, float]:
-    """How often the further heads' first choice is what the base itself writes, greedily continued.
+    """Return how often the further heads' first choice is what the base itself writes, greedily continued.
 
     Args:
-        model: the multi-token model.
-        prompts: token ids [prompts, length].
-        new_tokens: tokens the base writes behind each prompt (end-of-text does not stop it).
+        model: The multi-token model.
+        prompts: Token ids [prompts, length].
+        new_tokens: Tokens the base writes behind each prompt (end-of-text does not stop it).
     """
     base: Any = model.base
     written = base.generate(
@@ -82,14 +82,14 @@ def greedy_agreement(model: MultiTokenModel, prompts: torch.Tensor, new_tokens: 
 
 
 def write_card(checkpoint: Path, source: str, held_out_percent: float) -> None:
-    """Measure a checkpoint and write its card and ``figures.json`` into its folder."""
+    """Measure a checkpoint and write its card and `figures.json` into its folder."""
     figures = measure(checkpoint, source, held_out_percent)
     write_whole(checkpoint / FIGURES_FILE, json.dumps(figures, indent=2) + "\n")
     write_whole(checkpoint / CARD_FILE, card_text(checkpoint, figures))
 
 
 def card_text(checkpoint: Path, figures: dict[str, float]) -> str:
-    """The card of a checkpoint, from its own record and what :func:`measure` found."""
+    """Return the card of a checkpoint, from its own record and what `measure` found."""
     config = json.loads((checkpoint / "config.json").read_text())
     n_heads = max(int(name.removeprefix("agreement_")) for name in figures if name.startswith("agreement_"))
     size = sum(path.stat().st_size for path in checkpoint.iterdir() if path.name != CARD_FILE) / 1e6
@@ -122,7 +122,7 @@ def card_text(checkpoint: Path, figures: dict[str, float]) -> str:
 
 
 def _training(checkpoint: Path) -> list[str]:
-    """A line for every text that was trained on, and one for every stage of which something is in the folder."""
+    """Return a line for every text that was trained on, and one for every stage of which something is in the folder."""
     record = read_record(checkpoint)
     titles, lines = {}, {}
     if BASE in record:
@@ -142,7 +142,7 @@ def _training(checkpoint: Path) -> list[str]:
 
 
 def _text(stage: dict[str, Any]) -> str:
-    """What a stage was trained on, and what of it was held out."""
+    """Return what a stage was trained on, and what of it was held out."""
     corpus = stage["corpus"]
     if "shards" in corpus:
         return (
@@ -173,7 +173,7 @@ def _ppl(name: str) -> str:
 
 
 def _runs(stage: dict[str, Any]) -> str:
-    """How a drafter was trained, and before that, if it went on from one that was there."""
+    """Return how a drafter was trained, and before that, if it went on from one that was there."""
     frozen = "base frozen" if stage["recipe"]["freeze_base"] else "base trained along"
     run = f"{_run(stage)}, {frozen}"
     return f"{run}; before that {_runs(stage['before'])}" if "before" in stage else run

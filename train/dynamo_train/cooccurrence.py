@@ -1,8 +1,8 @@
 """Counts of the n-grams of the training tokens, from which the runtime makes the co-occurrence mask.
 
-DynaMo, Eq. 3 and 6: ``m(x1..xn) = p̂(x1..xn) / Π_i p̂(x_i)``.  What is stored are the counts, as a trie: level 1
+DynaMo, Eq. 3 and 6: `m(x1..xn) = p̂(x1..xn) / Π_i p̂(x_i)`.  What is stored are the counts, as a trie: level 1
 is the vocabulary, the children of a node are the tokens that were seen to follow it.  What is kept: an n-gram
-that was counted at least ``min_count`` times; all others get m = 0.
+that was counted at least `min_count` times; all others get m = 0.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class NgramCounts:
     """A trie of n-gram counts.
 
     Attributes:
-        unigrams: counts of the single tokens [vocab]; index = token id = node number on level 1.
-        keys: for levels 2 … n, ``parent node * vocab + token id``, ascending [nodes].
-        counts: for levels 2 … n, the count of each node [nodes].
-        totals: how many 1-, 2-, … n-grams were counted, those that were dropped included.
-        min_counts: the rule, a level: kept if seen at least so often.
+        unigrams: Counts of the single tokens [vocab]; index = token id = node number on level 1.
+        keys: For levels 2 … n, `parent node * vocab + token id`, ascending [nodes].
+        counts: For levels 2 … n, the count of each node [nodes].
+        totals: How many 1-, 2-, … n-grams were counted, those that were dropped included.
+        min_counts: The rule, a level: kept if seen at least so often.
     """
 
     unigrams: NDArray[np.int64]
@@ -40,7 +40,7 @@ class NgramCounts:
     min_counts: list[int]
 
     def save(self, path: Path) -> None:
-        """Write the trie in CSR form: ``offsets_k``, ``ids_k``, ``counts_k`` a level."""
+        """Write the trie in CSR form: `offsets_k`, `ids_k`, `counts_k` a level."""
         vocab = len(self.unigrams)
         arrays = {
             "totals": np.asarray(self.totals, dtype=np.int64),
@@ -65,18 +65,18 @@ def count_ngrams(
     min_counts: Sequence[int],
     chunk_tokens: int = CHUNK,
 ) -> NgramCounts:
-    """Count all n-grams up to ``order`` that lie within one document.
+    """Count all n-grams up to `order` that lie within one document.
 
     Args:
-        tokens: the training tokens [tokens].
-        order: the longest n-gram, the number of heads.
-        vocab_size: number of token ids.
-        end_id: the token between documents; it may end an n-gram but nothing follows it.
-        min_counts: what is kept, for 1-, 2-, … n-grams; must not fall, since an n-gram needs its prefix.
-        chunk_tokens: positions counted at once, which bounds the memory on a long stream.
+        tokens: The training tokens [tokens].
+        order: The longest n-gram, the number of heads.
+        vocab_size: Number of token ids.
+        end_id: The token between documents; it may end an n-gram but nothing follows it.
+        min_counts: What is kept, for 1-, 2-, … n-grams; must not fall, since an n-gram needs its prefix.
+        chunk_tokens: Positions counted at once, which bounds the memory on a long stream.
 
     Raises:
-        TrainingError: ``min_counts`` has another length than ``order`` or falls.
+        TrainingError: `min_counts` has another length than `order` or falls.
     """
     check_min_counts(min_counts, order)
     unigrams = np.zeros(vocab_size, dtype=np.int64)
@@ -103,14 +103,14 @@ def check_min_counts(min_counts: Sequence[int], order: int) -> None:
     """Refuse what is no rule of what is kept.
 
     Raises:
-        TrainingError: ``min_counts`` has another length than ``order`` or falls.
+        TrainingError: `min_counts` has another length than `order` or falls.
     """
     if len(min_counts) != order or list(min_counts) != sorted(min_counts):
         raise TrainingError(f"{order} minimal counts that do not fall are needed, not {list(min_counts)}")
 
 
 def within_document(chunk: NDArray[np.int64], level: int, end_id: int | None) -> NDArray[np.bool_]:
-    """Which n-grams of ``level`` in ``chunk`` lie within one document: only their last token may end it."""
+    """Return which n-grams of `level` in `chunk` lie within one document: only their last token may end it."""
     positions = len(chunk) - level + 1
     inside = np.ones(positions, dtype=bool)
     if end_id is not None:
@@ -126,7 +126,7 @@ def _walk(
     vocab: int,
     end_id: int | None,
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """For every n-gram of ``level`` in ``chunk``: the node of its prefix (-1: dropped), and if it counts."""
+    """For every n-gram of `level` in `chunk`: the node of its prefix (-1: dropped), and if it counts."""
     inside = within_document(chunk, level, end_id)
     positions = len(inside)
     node = np.where(inside, chunk[:positions], -1)
@@ -138,14 +138,14 @@ def _walk(
 
 
 def read_chunks(tokens: NDArray[np.unsignedinteger], order: int, size: int) -> Iterator[NDArray[np.int64]]:
-    """Cut a stream so that every n-gram of ``order`` lies in exactly one chunk; of a file only these are in memory."""
+    """Cut a stream so that every n-gram of `order` lies in exactly one chunk; of a file only these are in memory."""
     for start in range(0, max(0, len(tokens) - order + 1), size):
         stop = min(start + size + order - 1, len(tokens))
         yield _read(tokens, start, stop).astype(np.int64)
 
 
 def _read(tokens: NDArray[np.unsignedinteger], start: int, stop: int) -> NDArray[np.unsignedinteger]:
-    """A piece of a stream; that of a mapped file is read, since pages of a map would stay with the process."""
+    """Return a piece of a stream; that of a mapped file is read, since pages of a map would stay with the process."""
     if not (isinstance(tokens, np.memmap) and isinstance(tokens.base, mmap)):  # slices of maps have another base
         return tokens[start:stop]
     offset = tokens.offset + start * tokens.itemsize
@@ -160,5 +160,5 @@ def _add(
 
 
 def _narrow(array: NDArray[np.int64]) -> NDArray[np.integer]:
-    """The same values in the smallest unsigned type that holds them."""
+    """Return the same values in the smallest unsigned type that holds them."""
     return array.astype(np.min_scalar_type(int(array.max(initial=0))))

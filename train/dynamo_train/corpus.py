@@ -24,7 +24,7 @@ from .errors import TrainingError
 
 GZIP = b"\x1f\x8b"
 PACKAGE = "package:"
-"""Prefix that names an installed package as a corpus: ``package:numpy``."""
+"""Prefix that names an installed package as a corpus: `package:numpy`."""
 TABLES = (".jsonl", ".parquet")
 """Endings of the files in a folder whose rows are texts, beside text files."""
 
@@ -33,14 +33,14 @@ def read_corpus(source: str) -> Iterator[Document]:
     """Read a corpus one document at a time.
 
     Args:
-        source: ``stdlib``, ``package:NAME`` (the Python files of an installed package), a ``.jsonl``, ``.parquet`` or
-            ``.txt`` file, or a folder of such and other text files; rows of the first two have a ``text`` column and
-            those of ``.parquet`` may have ``tokens`` besides or instead, a text file is one document.  Several are
-            joined by ``+``: ``stdlib+package:numpy``.
+        source: `stdlib`, `package:NAME` (the Python files of an installed package), a `.jsonl`, `.parquet` or
+            `.txt` file, or a folder of such and other text files; rows of the first two have a `text` column and
+            those of `.parquet` may have `tokens` besides or instead, a text file is one document.  Several are
+            joined by `+`: `stdlib+package:numpy`.
 
     Raises:
-        TrainingError: there is no such thing, or no text in it.
-        PromptError: a line of a ``.jsonl`` file has no text.
+        TrainingError: There is no such thing, or no text in it.
+        PromptError: A line of a `.jsonl` file has no text.
     """
     path = Path(source)
     documents: Iterator[Document]
@@ -73,8 +73,8 @@ class Shard:
     """A part of a corpus that a process reads by itself.
 
     Attributes:
-        source: a corpus that is not joined of others, see :func:`read_corpus`.
-        table: a file of rows in a folder, by its path in there; empty: all that is in no such file.
+        source: A corpus that is not joined of others, see `read_corpus`.
+        table: A file of rows in a folder, by its path in there; empty: all that is in no such file.
     """
 
     source: str
@@ -82,10 +82,10 @@ class Shard:
 
 
 def shards_of(source: str) -> list[Shard]:
-    """Cut a corpus into shards: every ``.jsonl`` and ``.parquet`` file of a folder is one, and whatever else is named.
+    """Cut a corpus into shards: every `.jsonl` and `.parquet` file of a folder is one, and whatever else is named.
 
     Args:
-        source: see :func:`read_corpus`.
+        source: See `read_corpus`.
     """
     shards = []
     for part in _parts(source):
@@ -96,11 +96,11 @@ def shards_of(source: str) -> list[Shard]:
 
 
 def read_shard(shard: Shard) -> Iterator[Document]:
-    """Read a shard: all shards of a corpus together give the documents of :func:`read_corpus`.
+    """Read a shard: all shards of a corpus together give the documents of `read_corpus`.
 
     Raises:
-        TrainingError: as :func:`read_corpus`; a folder's shard may hold no text.
-        PromptError: a line of a ``.jsonl`` file has no text.
+        TrainingError: As `read_corpus`; a folder's shard may hold no text.
+        PromptError: A line of a `.jsonl` file has no text.
     """
     root = Path(shard.source)
     if not root.is_dir():
@@ -111,12 +111,12 @@ def read_shard(shard: Shard) -> Iterator[Document]:
 
 
 def _parts(source: str) -> list[str]:
-    """The corpora that a corpus is joined of."""
+    """Return the corpora that a corpus is joined of."""
     return source.split("+") if "+" in source and not Path(source).exists() else [source]
 
 
 def held_out_documents(source: str = STANDARD_LIBRARY, percent: float = HELD_OUT_PERCENT) -> list[Document]:
-    """The documents of a corpus that training never sees."""
+    """Return the documents of a corpus that training never sees."""
     return [document for document in read_corpus(source) if is_held_out(document, percent)]
 
 
@@ -132,20 +132,20 @@ def _package(name: str) -> Iterator[Document]:
 
 
 def _folder(root: Path) -> Iterator[Document]:
-    """Text files, and then the rows of tables; those whose names begin with a dot or an underscore are no texts."""
+    """Yield text files, then rows of tables; those whose names begin with a dot or an underscore are no texts."""
     yield from text_files(root)
     for path in tables_of(root):
         yield from _rows_in(root, path)
 
 
 def tables_of(root: Path) -> list[Path]:
-    """The files below a folder whose rows are texts, in order."""
+    """Return the files below a folder whose rows are texts, in order."""
     files = [path for path in sorted(root.rglob("*")) if path.suffix in TABLES and path.is_file()]
     return [path for path in files if not any(part.startswith((".", "_")) for part in path.relative_to(root).parts)]
 
 
 def _rows_in(root: Path, path: Path) -> Iterator[Document]:
-    """The rows of a table in a folder, named by its place in there."""
+    """Yield the rows of a table in a folder, named by its place in there."""
     for document in _rows(path):
         name = "/".join((*path.relative_to(root).parts[:-1], document.name))
         yield replace(document, group=name, name=name)
@@ -187,7 +187,7 @@ def _table(path: Path, kind: str) -> Iterator[Document]:
 
 
 def token_ids(column: Any) -> tuple[int, ...] | None:
-    """Tokens in a row; None if there are none, or something else is called so."""
+    """Return tokens in a row; None if there are none, or something else is called so."""
     if isinstance(column, list) and column and all(isinstance(each, int) for each in column):
         return tuple(column)
     return None

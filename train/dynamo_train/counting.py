@@ -34,9 +34,9 @@ class Counting:
     """How to count.
 
     Attributes:
-        engine: ``memory`` (numpy), ``duckdb`` (out of core) or ``spark`` (many machines); None: the first where the
+        engine: `memory` (numpy), `duckdb` (out of core) or `spark` (many machines); None: the first where the
             n-grams fit into memory, else the second.
-        memory_limit: bytes that this process may take; None: half of the machine's.
+        memory_limit: Bytes that this process may take; None: half of the machine's.
         master: URL of Spark's master.
         settings: Spark's own, by name.
     """
@@ -58,19 +58,19 @@ def write_counts(
     """Count the n-grams of training tokens and write the co-occurrence file.
 
     Args:
-        streams: the tokens.
-        path: the file.
-        how: by which engine.
-        vocab_size: number of token ids.
-        end_id: the token between documents.
-        min_counts: what is kept, for 1-, 2-, … n-grams, see :func:`dynamo_train.cooccurrence.count_ngrams`.
-        work: folder for what does not fit into memory.
+        streams: The tokens.
+        path: The file.
+        how: By which engine.
+        vocab_size: Number of token ids.
+        end_id: The token between documents.
+        min_counts: What is kept, for 1-, 2-, … n-grams, see `dynamo_train.cooccurrence.count_ngrams`.
+        work: Folder for what does not fit into memory.
 
     Returns:
         How many n-grams of each level from 2 on are kept.
 
     Raises:
-        TrainingError: the rule does not fit, there is too little memory, or DuckDB is not installed.
+        TrainingError: The rule does not fit, there is too little memory, or DuckDB is not installed.
     """
     if engine_for(how, len(streams.train)) == "memory":
         counts = count_ngrams(
@@ -86,10 +86,10 @@ def write_counts(
 def write_counts_of_corpus(
     source: str, text: Text, path: Path, how: Counting, min_counts: list[int], work: Path
 ) -> list[int]:
-    """As :func:`write_counts`, of a corpus that Spark's workers read and tokenise.
+    """As `write_counts`, of a corpus that Spark's workers read and tokenise.
 
     Raises:
-        TrainingError: as there, and whatever Spark has to say.
+        TrainingError: As there, and whatever Spark has to say.
     """
     from .ngram_spark import Cluster, count_on_spark, start
 
@@ -107,7 +107,7 @@ def write_counts_of_corpus(
 
 
 def engine_for(how: Counting, tokens: int) -> str:
-    """The engine that was asked for, or that suits a number of tokens."""
+    """Return the engine that was asked for, or that suits a number of tokens."""
     if how.engine is not None:
         return how.engine
     need = _BYTES_AT_LEAST + _BYTES_PER_TOKEN * tokens
@@ -126,7 +126,7 @@ def engine_for(how: Counting, tokens: int) -> str:
 
 @contextmanager
 def _table(work: Path, how: Counting, vocab_size: int, min_counts: list[int]) -> Iterator[NgramTable]:
-    """A table within what the limit leaves to DuckDB; what it writes to disk goes with it."""
+    """Yield a table within what the limit leaves to DuckDB; what it writes to disk goes with it."""
     held = psutil.Process().memory_info().rss
     memory = how.memory - held
     if memory < LEAST_MEMORY:

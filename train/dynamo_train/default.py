@@ -61,8 +61,8 @@ def train_default(out: Path, work: Path) -> None:
     """Rebuild the checkpoint that ships with the package; the same call again goes on where it stopped.
 
     Args:
-        out: the new folder.
-        work: tokens and checkpoints of the stages.
+        out: The new folder.
+        work: Tokens and checkpoints of the stages.
     """
     base, heads, joint, last = (work / name for name in ("base", "heads", "cp", "lookahead"))
     if not base.exists():

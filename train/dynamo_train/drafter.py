@@ -23,10 +23,10 @@ class Start:
     """What a drafter is put on, and what it may be made from.
 
     Attributes:
-        checkpoint: the base's, with the drafters beside it.
-        base: the base, which has passed :func:`dynamo_model.preflight.preflight`.
-        streams: training and held-out tokens, made when they are asked for first, which may take long.
-        work: folder for what is made on the way.
+        checkpoint: The base's, with the drafters beside it.
+        base: The base, which has passed `dynamo_model.preflight.preflight`.
+        streams: Training and held-out tokens, made when they are asked for first, which may take long.
+        work: Folder for what is made on the way.
     """
 
     checkpoint: Checkpoint
@@ -39,10 +39,10 @@ class NewDrafter(ABC):
     """A drafter that is yet to be trained; a subclass is a frozen dataclass of what decides it besides the recipe.
 
     Attributes:
-        model: base and drafter; its ``command`` is the name of the stage in ``training.json``.
-        title: in the model card.
-        freezes_base: whether the base stays as it is whatever the recipe says.
-        keeps: whether it starts as the drafter of its kind beside the base, not anew.
+        model: Base and drafter; its `command` is the name of the stage in `training.json`.
+        title: In the model card.
+        freezes_base: Whether the base stays as it is whatever the recipe says.
+        keeps: Whether it starts as the drafter of its kind beside the base, not anew.
     """
 
     model: ClassVar[type[DrafterModel]]
@@ -62,24 +62,24 @@ class NewDrafter(ABC):
 
     @abstractmethod
     def objective(self, start: Start, recipe: Recipe) -> Objective:
-        """The drafter on a base, with the losses it is trained by.
+        """Return the drafter on a base, with the losses it is trained by.
 
         Args:
-            start: the base, and what there is besides.
-            recipe: of the training.
+            start: The base, and what there is besides.
+            recipe: Of the training.
 
         Raises:
-            CheckpointError: the drafter cannot be put on it.
-            TrainingError: the recipe does not go with it, or there is something about the text.
+            CheckpointError: The drafter cannot be put on it.
+            TrainingError: The recipe does not go with it, or there is something about the text.
         """
 
     @classmethod
     def card_line(cls, stage: dict[str, Any], run: str, held_out: str) -> str:
-        """What the model card says of the training.
+        """Return what the model card says of the training.
 
         Args:
-            stage: the record in ``training.json``.
-            run: steps, optimizer and so on, in words.
-            held_out: the figures, in words, for drafters of which the card has no table.
+            stage: The record in `training.json`.
+            run: Steps, optimizer and so on, in words.
+            held_out: The figures, in words, for drafters of which the card has no table.
         """
         return run

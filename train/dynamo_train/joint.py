@@ -24,9 +24,9 @@ class JointHead(NewDrafter):
     """A joint head over the next tokens.
 
     Attributes:
-        n_tokens: tokens of the joint distribution, 2 to 8.
-        rank: components of the mixture, 1 to 32.
-        balance: weight of the load-balancing loss, see :class:`JointCLM`.
+        n_tokens: Tokens of the joint distribution, 2 to 8.
+        rank: Components of the mixture, 1 to 32.
+        balance: Weight of the load-balancing loss, see `JointCLM`.
     """
 
     n_tokens: int
@@ -37,13 +37,13 @@ class JointHead(NewDrafter):
     title = "Joint head (CP)"
 
     def objective(self, start: Start, recipe: Recipe) -> JointCLM:
-        """See :class:`NewDrafter`."""
+        """See `NewDrafter`."""
         model = CPModel(start.base, n_tokens=self.n_tokens, rank=self.rank)
         return JointCLM(model, self.balance, recipe.freeze_base, recipe.shared_gradient_scale)
 
     @classmethod
     def card_line(cls, stage: dict[str, Any], run: str, held_out: str) -> str:
-        """See :class:`NewDrafter`."""
+        """See `NewDrafter`."""
         size = f"rank {stage['rank']} over {stage['n_tokens']} tokens, load balance {stage['balance']:g}"
         return f"{size}; {run}; {held_out}, smallest mean gate weight {stage['figures']['gate_min']:.3f}"
 
@@ -51,14 +51,14 @@ class JointHead(NewDrafter):
 class JointCLM(Objective):
     """Joint negative log-likelihood of the next n tokens, with a loss that keeps all components in use.
 
-    ``-(1/T) Σ_t log Σ_α exp(log w_α + Σ_s log p_α^(s)(x_{t+s}))``: of the n tokens together, not divided by n, so
+    `-(1/T) Σ_t log Σ_α exp(log w_α + Σ_s log p_α^(s)(x_{t+s}))`: of the n tokens together, not divided by n, so
     that rank 1 is the sum of n independent heads' cross-entropies, as DynaMo's Eq. 1.
 
     Args:
-        model: base and joint head.
-        balance: weight of the load-balancing loss (:func:`load_balance`), which is computed a micro-batch.
-        freeze_base: train the joint head alone: stem, final norm and output embedding get no gradient at all.
-        shared_gradient_scale: factor on the gradient from the joint head into weights it shares with the base.
+        model: Base and joint head.
+        balance: Weight of the load-balancing loss (`load_balance`), which is computed a micro-batch.
+        freeze_base: Train the joint head alone: stem, final norm and output embedding get no gradient at all.
+        shared_gradient_scale: Factor on the gradient from the joint head into weights it shares with the base.
     """
 
     model: CPModel
@@ -77,10 +77,10 @@ class JointCLM(Objective):
             model.base.requires_grad_(False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The base's own loss (0 if it is frozen), the joint loss, and ``balance`` times the load-balancing loss.
+        """Return the base's loss (0 if it is frozen), the joint loss, and `balance` times the load-balancing loss.
 
         Args:
-            tokens: ids [batch, length + n_tokens]; the last n_tokens are labels only.
+            tokens: Ids [batch, length + n_tokens]; the last n_tokens are labels only.
 
         Returns:
             Losses [3].
@@ -91,19 +91,19 @@ class JointCLM(Objective):
         return torch.stack([base.float(), joint, self.balance * load_balance(log_w.exp().flatten(0, -2))])
 
     def new_parameters(self) -> set[nn.Parameter]:
-        """The joint head: its layer, gate and factors."""
+        """Return the joint head: its layer, gate and factors."""
         modules = (self.model.multi.heads, self.model.gate, self.model.factors)
         return {parameter for module in modules for parameter in module.parameters()}
 
     def embeddings(self) -> set[nn.Parameter]:
-        """Input and output embedding of the base."""
+        """Return the input and output embedding of the base."""
         return base_embeddings(self.model.base)
 
     def figures(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        """PPL_1 of the base's own head, ``gate_min``, and the joint PPL_1:2 … PPL_1:n.
+        """PPL_1 of the base's own head, `gate_min`, and the joint PPL_1:2 … PPL_1:n.
 
-        ``PPL_1:m = exp(-(1/(mT)) Σ_t log Σ_α w_α Π_{s≤m} p_α^(s)(x_{t+s}))``: the factors behind m sum to 1.
-        ``gate_min`` is the smallest component's mean gate weight: 1/r if all are used alike, 0 if one is dead.
+        `PPL_1:m = exp(-(1/(mT)) Σ_t log Σ_α w_α Π_{s≤m} p_α^(s)(x_{t+s}))`: the factors behind m sum to 1.
+        `gate_min` is the smallest component's mean gate weight: 1/r if all are used alike, 0 if one is dead.
         """
         n = self.model.n_tokens
         first_nll, count = torch.zeros(2, dtype=torch.float64)
@@ -124,7 +124,10 @@ class JointCLM(Objective):
         return result
 
     def _terms(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The base's state [batch, length, hidden], log w [batch, length, rank], log p [batch, length, n, rank]."""
+        """Return the state of the base [batch, length, hidden], log w and log p.
+
+        log w is [batch, length, rank], log p [batch, length, n, rank].
+        """
         n, rank = self.model.n_tokens, self.model.rank
         length = tokens.shape[1] - n
         first, context = self.model.states(tokens[:, :length], shared_gradient_scale=self.shared_gradient_scale)
@@ -138,10 +141,10 @@ class JointCLM(Objective):
 
 
 def load_balance(weights: Tensor) -> Tensor:
-    """``r Σ_α f_α P_α`` (Switch Transformer, Fedus et al. 2021, Eq. 4): 1 at perfect balance, r if one has all.
+    """`r Σ_α f_α P_α` (Switch Transformer, Fedus et al. 2021, Eq. 4): 1 at perfect balance, r if one has all.
 
     Args:
-        weights: gate weights [positions, rank], each row a distribution.
+        weights: Gate weights [positions, rank], each row a distribution.
 
     Returns:
         The loss; P_α is the mean weight of a component, f_α the share of positions that prefer it, a constant for

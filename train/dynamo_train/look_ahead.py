@@ -24,11 +24,11 @@ from .spread import summed
 
 @dataclass(frozen=True)
 class LookAheadEmbeddings(NewDrafter):
-    """Embeddings of look-ahead tokens for a base that stays as it is; ``heads_lr`` of a recipe is their rate.
+    """Embeddings of look-ahead tokens for a base that stays as it is; `heads_lr` of a recipe is their rate.
 
     Attributes:
         n_look_ahead: L, 1 to 16.
-        anchors: positions a sequence that are trained on, see :class:`LookAheadCLM`.
+        anchors: Positions a sequence that are trained on, see `LookAheadCLM`.
     """
 
     n_look_ahead: int
@@ -39,7 +39,7 @@ class LookAheadEmbeddings(NewDrafter):
     freezes_base = True
 
     def objective(self, start: Start, recipe: Recipe) -> LookAheadCLM:
-        """See :class:`NewDrafter`; a base that attends to fewer tokens than the recipe's sequences is refused."""
+        """See `NewDrafter`; a base that attends to fewer tokens than the recipe's sequences is refused."""
         model = LookAheadModel(start.base, n_look_ahead=self.n_look_ahead)
         window = getattr(model.config, "sliding_window", None)
         if window is not None and window < recipe.length:
@@ -51,22 +51,22 @@ class LookAheadEmbeddings(NewDrafter):
 
     @classmethod
     def card_line(cls, stage: dict[str, Any], run: str, held_out: str) -> str:
-        """See :class:`NewDrafter`."""
+        """See `NewDrafter`."""
         return f"{stage['n_look_ahead']}, at {stage['anchors']} positions a sequence; {run}; {held_out}"
 
 
 class LookAheadCLM(Objective):
-    """Cross-entropy of what the base says at its look-ahead tokens: at ``[LA]_i`` behind x_1 … x_t about x_{t+1+i}.
+    """Cross-entropy of what the base says at its look-ahead tokens: at `[LA]_i` behind x_1 … x_t about x_{t+1+i}.
 
     Asking at every t would repeat the text as often.  Instead the frozen base runs over the text once, and the
     look-ahead blocks of some anchors t run together in a second pass on its KV cache.  Which anchors is a function
-    of ``seed`` and a sequence's tokens alone: a resumed run sees the same ones, and so does every validation,
+    of `seed` and a sequence's tokens alone: a resumed run sees the same ones, and so does every validation,
     while in training another epoch, which cuts the text elsewhere, sees others.
 
     Args:
-        model: base and look-ahead embeddings; the base is frozen.
-        anchors: positions a sequence at which the look-ahead tokens are put; all of them if there are fewer.
-        seed: of the choice.
+        model: Base and look-ahead embeddings; the base is frozen.
+        anchors: Positions a sequence at which the look-ahead tokens are put; all of them if there are fewer.
+        seed: Of the choice.
     """
 
     model: LookAheadModel
@@ -87,10 +87,10 @@ class LookAheadCLM(Objective):
         return self
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Mean negative log-likelihood at every look-ahead token.
+        """Return the mean negative log-likelihood at every look-ahead token.
 
         Args:
-            tokens: ids [batch, length + 1]; the last is a label only.
+            tokens: Ids [batch, length + 1]; the last is a label only.
 
         Returns:
             Losses [n_look_ahead].
@@ -98,11 +98,11 @@ class LookAheadCLM(Objective):
         return self.nll(tokens, self.choose_anchors(tokens)).mean((0, 1))
 
     def nll(self, tokens: Tensor, anchors: Tensor) -> Tensor:
-        """Negative log-likelihood of x_{t+1+i} at ``[LA]_i`` behind every anchor t.
+        """Negative log-likelihood of x_{t+1+i} at `[LA]_i` behind every anchor t.
 
         Args:
-            tokens: ids [batch, length + 1].
-            anchors: positions t [batch, anchors], each below length - n_look_ahead.
+            tokens: Ids [batch, length + 1].
+            anchors: Positions t [batch, anchors], each below length - n_look_ahead.
 
         Returns:
             [batch, anchors, n_look_ahead]
@@ -114,10 +114,10 @@ class LookAheadCLM(Objective):
         return label_nll(self.model.base, states, labels).float().view(places.shape)
 
     def choose_anchors(self, tokens: Tensor) -> Tensor:
-        """Ascending positions [batch, anchors], drawn without replacement for every sequence on its own.
+        """Return ascending positions [batch, anchors], drawn without replacement for every sequence on its own.
 
         Raises:
-            TrainingError: the sequences are too short for a block of look-ahead tokens.
+            TrainingError: The sequences are too short for a block of look-ahead tokens.
         """
         positions = tokens.shape[1] - 1 - self.model.n_look_ahead
         if positions < 1:
@@ -132,15 +132,15 @@ class LookAheadCLM(Objective):
         return torch.from_numpy(np.stack(rows)).to(tokens.device)
 
     def new_parameters(self) -> set[nn.Parameter]:
-        """The look-ahead embeddings."""
+        """Return the look-ahead embeddings."""
         return {self.model.embeddings}
 
     def embeddings(self) -> set[nn.Parameter]:
-        """The look-ahead embeddings, and input and output embedding of the base."""
+        """Return the look-ahead embeddings, and input and output embedding of the base."""
         return {self.model.embeddings} | base_embeddings(self.model.base)
 
     def figures(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        """PPL_2 … PPL_{L+1} at the anchors, PPL_{1+i} being ``[LA]_i``'s, and PPL_2:{L+1} of all of them together."""
+        """PPL_2 … PPL_{L+1} at the anchors, PPL_{1+i} being `[LA]_i`'s, and PPL_2:{L+1} of all of them together."""
         depth = self.model.n_look_ahead
         total, count = torch.zeros(depth, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for tokens in batches:
@@ -155,12 +155,12 @@ class LookAheadCLM(Objective):
         return result
 
     def _states(self, text: Tensor, anchors: Tensor, places: Tensor) -> Tensor:
-        """Normed states [batch, anchors * n_look_ahead, hidden] at the look-ahead tokens.
+        """Return normed states [batch, anchors * n_look_ahead, hidden] at the look-ahead tokens.
 
         Args:
-            text: ids [batch, text].
+            text: Ids [batch, text].
             anchors: [batch, anchors].
-            places: position ids of the look-ahead tokens [batch, anchors, n_look_ahead].
+            places: Position ids of the look-ahead tokens [batch, anchors, n_look_ahead].
         """
         decoder: Any = self.model.base.base_model
         cache = DynamicCache()

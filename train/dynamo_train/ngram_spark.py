@@ -1,6 +1,6 @@
 """N-grams counted on many machines by Apache Spark: workers read shards, tokenise, and count by shuffle.
 
-A shard is tokenised on one worker, where n-grams are counted block by block (:func:`count_shards`); sums over blocks
+A shard is tokenised on one worker, where n-grams are counted block by block (`count_shards`); sums over blocks
 and shards are made by a shuffle on the n-gram, and what the rule keeps goes to the driver.  Rows are whole numbers
 and their sums exact, so that neither the number of workers nor a task that is run again changes a bit.
 """
@@ -44,10 +44,10 @@ class Text:
     """What workers need to make training tokens of shards.
 
     Attributes:
-        tokenizer: the model's, as JSON.
-        vocab_size: number of token ids.
-        end_id: id put behind every document.
-        held_out_percent: share of the groups that is left out.
+        tokenizer: The model's, as JSON.
+        vocab_size: Number of token ids.
+        end_id: Id put behind every document.
+        held_out_percent: Share of the groups that is left out.
     """
 
     tokenizer: str
@@ -61,7 +61,7 @@ class Cluster:
     """Where Spark runs.
 
     Attributes:
-        master: its URL: ``local[2]``, ``spark://host:7077``, ``yarn``, ``k8s://…``.
+        master: Its URL: `local[2]`, `spark://host:7077`, `yarn`, `k8s://…`.
         settings: Spark's own, by name.
     """
 
@@ -74,8 +74,8 @@ class Found:
     """What Spark found.
 
     Attributes:
-        totals: how many 1-, 2-, … n-grams were counted, those that were dropped included.
-        batches: of the n-grams that are kept, see :meth:`dynamo_train.ngram_table.NgramTable.fill`.
+        totals: How many 1-, 2-, … n-grams were counted, those that were dropped included.
+        batches: Of the n-grams that are kept, see `dynamo_train.ngram_table.NgramTable.fill`.
     """
 
     totals: list[int]
@@ -86,7 +86,7 @@ def start(cluster: Cluster) -> SparkSession:
     """Start Spark, or join it.
 
     Raises:
-        TrainingError: it is not installed, there is no Java, or the master does not answer.
+        TrainingError: It is not installed, there is no Java, or the master does not answer.
     """
     try:
         from py4j.protocol import Py4JError
@@ -141,13 +141,13 @@ def count_on_spark(spark: SparkSession, source: str, text: Text, min_counts: Seq
     """Count all n-grams of a corpus that lie within one document.
 
     Args:
-        spark: the session, see :func:`start`.
-        source: see :func:`dynamo_train.corpus.read_corpus`; workers must find it under the same name.
-        text: how it becomes tokens.
-        min_counts: what is kept, for 1-, 2-, … n-grams.
+        spark: The session, see `start`.
+        source: See `dynamo_train.corpus.read_corpus`; workers must find it under the same name.
+        text: How it becomes tokens.
+        min_counts: What is kept, for 1-, 2-, … n-grams.
 
     Raises:
-        TrainingError: a worker could not read its shard, or Spark gave the job up.
+        TrainingError: A worker could not read its shard, or Spark gave the job up.
     """
     with _one_line():
         kept = _counted(spark, source, text, min_counts).persist()
@@ -156,7 +156,7 @@ def count_on_spark(spark: SparkSession, source: str, text: Text, min_counts: Seq
 
 
 def _counted(spark: SparkSession, source: str, text: Text, min_counts: Sequence[int]) -> DataFrame:
-    """Rows of n-grams that are kept, of all single tokens, and of totals."""
+    """Return rows of n-grams that are kept, of all single tokens, and of totals."""
     from pyspark.sql import functions
 
     order = len(min_counts)
@@ -174,7 +174,7 @@ def _counted(spark: SparkSession, source: str, text: Text, min_counts: Sequence[
 
 
 def _batches(kept: DataFrame) -> Iterator[pyarrow.RecordBatch]:
-    """The n-grams of a frame, a partition at a time, and many in a row, since Python is slow at taking rows."""
+    """Yield the n-grams of a frame, a partition at a time, and many in a row, since Python is slow at taking rows."""
     with _one_line():
         for row in kept.where(f"x1 <> {NONE}").mapInArrow(_pack, "batch binary").toLocalIterator():
             with pyarrow.ipc.open_stream(row.batch) as stream:
@@ -190,15 +190,15 @@ def _pack(batches: Iterator[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatc
 
 
 def count_shards(batches: Iterator[pyarrow.RecordBatch], text: Text, order: int) -> Iterator[pyarrow.RecordBatch]:
-    """The worker's part: the n-grams of shards, counted block by block.
+    """Yield the worker's part: the n-grams of shards, counted block by block.
 
     Args:
-        batches: of the columns of :class:`dynamo_train.corpus.Shard`.
-        text: how shards become tokens.
-        order: the longest n-gram.
+        batches: Of the columns of `dynamo_train.corpus.Shard`.
+        text: How shards become tokens.
+        order: The longest n-gram.
 
     Yields:
-        Rows of ``level``, ``x1`` … and ``n``; those of different blocks may be of the same n-gram.
+        Rows of `level`, `x1` … and `n`; those of different blocks may be of the same n-gram.
     """
     tokenizer = Tokenizer.from_str(text.tokenizer)
     for batch in batches:
@@ -211,7 +211,7 @@ def count_shards(batches: Iterator[pyarrow.RecordBatch], text: Text, order: int)
 
 
 def _blocks(shard: Shard, tokenizer: Tokenizer, text: Text) -> Iterator[NDArray[np.uint32]]:
-    """The training tokens of a shard; documents stay whole."""
+    """Yield the training tokens of a shard; documents stay whole."""
     block: list[int] = []
     for document in read_shard(shard):
         if not is_held_out(document, text.held_out_percent):
@@ -224,7 +224,7 @@ def _blocks(shard: Shard, tokenizer: Tokenizer, text: Text) -> Iterator[NDArray[
 
 
 def _rows(counts: NgramCounts) -> Iterator[pyarrow.RecordBatch]:
-    """A trie as rows, level by level."""
+    """Yield a trie as rows, level by level."""
     order = len(counts.totals)
     vocab = len(counts.unigrams)
     grams = [np.arange(vocab)]  # of a level: the i-th tokens of all its nodes
@@ -244,7 +244,7 @@ def _rows(counts: NgramCounts) -> Iterator[pyarrow.RecordBatch]:
 
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """What a worker said at last, out of the many lines in which Spark tells it."""
+    """Yield what a worker said at last, out of the many lines in which Spark tells it."""
     from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
 

@@ -1,6 +1,6 @@
 """N-grams counted out of core: sorted tables in a DuckDB database on disk, and the co-occurrence file made of them.
 
-What is kept, and every bit of the file, are those of :func:`dynamo_train.cooccurrence.count_ngrams`; only the memory
+What is kept, and every bit of the file, are those of `dynamo_train.cooccurrence.count_ngrams`; only the memory
 is another's: DuckDB's, which has a limit and writes to disk what does not fit.
 """
 
@@ -25,23 +25,23 @@ LEAST_MEMORY = 128 << 20
 
 
 class NgramTable:
-    """The n-grams that are kept, level by level; used with ``with``.
+    """The n-grams that are kept, level by level; used with `with`.
 
     Attributes:
-        unigrams: counts of the single tokens [vocab].
-        totals: how many 1-, 2-, … n-grams were counted, those that were dropped included.
-        min_counts: the rule, a level: kept if seen at least so often.
+        unigrams: Counts of the single tokens [vocab].
+        totals: How many 1-, 2-, … n-grams were counted, those that were dropped included.
+        min_counts: The rule, a level: kept if seen at least so often.
     """
 
     def __init__(self, folder: Path, vocab_size: int, min_counts: Sequence[int], *, memory: int, threads: int) -> None:
         """Make an empty table.
 
         Args:
-            folder: an empty folder with room for what does not fit into memory.
-            vocab_size: number of token ids.
-            min_counts: what is kept, for 1-, 2-, … n-grams.
-            memory: bytes that DuckDB may take.
-            threads: at most so many.
+            folder: An empty folder with room for what does not fit into memory.
+            vocab_size: Number of token ids.
+            min_counts: What is kept, for 1-, 2-, … n-grams.
+            memory: Bytes that DuckDB may take.
+            threads: At most so many.
 
         Raises:
             TrainingError: DuckDB is not installed, or the rule does not fit.
@@ -77,9 +77,9 @@ class NgramTable:
         """Count all n-grams of a stream that lie within one document.
 
         Args:
-            tokens: the training tokens [tokens]; a memory map is read in pieces and never held.
-            end_id: the token between documents; it may end an n-gram but nothing follows it.
-            chunk_tokens: positions looked at at once.
+            tokens: The training tokens [tokens]; a memory map is read in pieces and never held.
+            end_id: The token between documents; it may end an n-gram but nothing follows it.
+            chunk_tokens: Positions looked at at once.
         """
         order = len(self.min_counts)
         for chunk in read_chunks(tokens, 1, chunk_tokens):
@@ -98,8 +98,8 @@ class NgramTable:
         """Take n-grams that were counted elsewhere and are to be kept, in any order, each once.
 
         Args:
-            batches: pyarrow record batches of a column ``level``, of ``x1`` … (those behind the level's are not read)
-                and of ``n``, the count.
+            batches: Pyarrow record batches of a column `level`, of `x1` … (those behind the level's are not read)
+                and of `n`, the count.
         """
         order = len(self.min_counts)
         self._database.execute(
@@ -115,11 +115,11 @@ class NgramTable:
             self._keep(level, f"SELECT {_list(level)}, n FROM found WHERE level = {level}")
 
     def nodes(self, level: int) -> int:
-        """How many n-grams of a level, from 2, are kept."""
+        """Return how many n-grams of a level, from 2, are kept."""
         return int(self._database.execute(f"SELECT count(*) FROM level_{level}").fetchall()[0][0])
 
     def save(self, path: Path) -> None:
-        """Write what :meth:`dynamo_train.cooccurrence.NgramCounts.save` would write, an array's piece at a time."""
+        """Write what `dynamo_train.cooccurrence.NgramCounts.save` would write, an array's piece at a time."""
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, array in (
                 ("totals", np.asarray(self.totals, dtype=np.int64)),
@@ -147,7 +147,7 @@ class NgramTable:
         )
 
     def _offsets(self, level: int) -> Iterator[NDArray[np.int64]]:
-        """Where the children of each node of the level below begin, and where the last ones end."""
+        """Yield where the children of each node of the level below begin, and where the last ones end."""
         children = f"SELECT {_list(level - 1)}, count(*) AS children FROM level_{level} GROUP BY ALL"
         parents = f"(SELECT range AS x1 FROM range({len(self.unigrams)}))" if level == 2 else f"level_{level - 1}"
         end = 0
@@ -161,7 +161,7 @@ class NgramTable:
             end = int(ends[-1])
 
     def _column(self, query: str) -> Iterator[NDArray[np.int64]]:
-        """The one column of a result, in pieces."""
+        """Yield the one column of a result, in pieces."""
         for batch in self._database.sql(query).to_arrow_reader(BATCH):
             if batch.num_rows:
                 yield batch.column(0).to_numpy(zero_copy_only=False).astype(np.int64)
@@ -175,7 +175,7 @@ class NgramTable:
 
 
 def _windows(tokens: NDArray[np.unsignedinteger], level: int, chunk_tokens: int) -> Iterator[list[NDArray[np.int32]]]:
-    """All n-grams of a stream, the i-th tokens of many together."""
+    """Yield all n-grams of a stream, the i-th tokens of many together."""
     for chunk in read_chunks(tokens, level, min(chunk_tokens, BATCH)):
         narrow = chunk.astype(np.int32)
         positions = len(chunk) - level + 1
@@ -185,7 +185,7 @@ def _windows(tokens: NDArray[np.unsignedinteger], level: int, chunk_tokens: int)
 def _write_array(
     archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any], size: int, pieces: Iterable[NDArray[Any]]
 ) -> None:
-    """Add an array [size] that comes in pieces as :func:`numpy.savez_compressed` adds a whole one."""
+    """Add an array [size] that comes in pieces as `numpy.savez_compressed` adds a whole one."""
     with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (size,)}
         np.lib.format.write_array_header_1_0(file, header)

@@ -33,10 +33,10 @@ class Objective(nn.Module):
     """A model together with the losses it is trained by; what the loop, the optimizers and the card know of it.
 
     Attributes:
-        model: what is trained.
-        extra: tokens of a sequence behind its last position, which are labels only.
-        n_losses: how many losses :meth:`forward` returns; their sum is optimised.
-        settings: what decides the result besides the recipe; a checkpoint of other settings is not resumed.
+        model: What is trained.
+        extra: Tokens of a sequence behind its last position, which are labels only.
+        n_losses: How many losses `forward` returns; their sum is optimised.
+        settings: What decides the result besides the recipe; a checkpoint of other settings is not resumed.
     """
 
     model: nn.Module
@@ -45,20 +45,26 @@ class Objective(nn.Module):
     settings: dict[str, Any]
 
     def batch(self, streams: TokenStreams, step: int, recipe: Recipe) -> NDArray[np.int64]:
-        """What :meth:`forward` takes at a training step, over all processes: token ids [sequences, length + extra]."""
+        """Return what `forward` takes at a training step, over all processes.
+
+        These are token ids [sequences, length + extra].
+        """
         return batch(
             streams.train, step, sequences=recipe.sequences, length=recipe.length, extra=self.extra, seed=recipe.seed
         )
 
     def share(self, streams: TokenStreams, step: int, recipe: Recipe) -> NDArray[np.int64]:
-        """The part of :meth:`batch` that falls to this process; of a text that is streamed, what comes next."""
+        """Return the part of `batch` that falls to this process; of a text that is streamed, what comes next."""
         state = processes()
         if streams.text is not None:
             return streams.text.take(recipe.sequences // state.num_processes, recipe.length, self.extra)
         return np.split(self.batch(streams, step, recipe), state.num_processes)[state.process_index]
 
     def held_out(self, streams: TokenStreams, recipe: Recipe) -> list[NDArray[np.int64]]:
-        """What :meth:`figures` takes, batch by batch; of at most as many tokens as the recipe allows a validation."""
+        """Return what `figures` takes, batch by batch.
+
+        It has at most as many tokens as the recipe allows a validation.
+        """
         return validation_batches(
             streams.held_out[: recipe.validation_tokens or None],
             sequences=recipe.micro_batch,
@@ -68,28 +74,28 @@ class Objective(nn.Module):
 
     @abstractmethod
     def forward(self, tokens: Tensor) -> Tensor:
-        """Losses [n_losses] of what :meth:`batch` makes, or of a part of it."""
+        """Return losses [n_losses] of what `batch` makes, or of a part of it."""
 
     @abstractmethod
     def new_parameters(self) -> set[nn.Parameter]:
-        """What did not come with the base and takes the heads' learning rate."""
+        """Return what did not come with the base and takes the heads' learning rate."""
 
     @abstractmethod
     def embeddings(self) -> set[nn.Parameter]:
-        """Tables of vectors rather than matrices: AdamW without decay, whatever the optimizer."""
+        """Return tables of vectors rather than matrices: AdamW without decay, whatever the optimizer."""
 
     @abstractmethod
     def figures(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        """Held-out figures of batches as :meth:`held_out` makes them, which may differ between processes.
+        """Return held-out figures of batches as `held_out` makes them, which may differ between processes.
 
-        Called without gradient, by all processes; what is summed over batches has to be :func:`summed` over them.
+        Called without gradient, by all processes; what is summed over batches has to be `summed` over them.
         """
 
     def validate(self, batches: Iterable[NDArray[np.int64]]) -> dict[str, float]:
         """Measure on held-out text; every process reads a part of it, and returns the figures of all.
 
         Args:
-            batches: of :meth:`held_out`.
+            batches: Of `held_out`.
 
         Returns:
             Figures by name; early stopping looks at the last one, and lower is better.
@@ -110,8 +116,8 @@ class HeadsCLM(Objective):
     """Cross-entropy of every head against the labels shifted to its depth; L_T1 + L_T2 + … (DynaMo, Eq. 1).
 
     Attributes:
-        n_heads: heads of the model, its first predicting the next token.
-        freeze_base: train the further heads alone.
+        n_heads: Heads of the model, its first predicting the next token.
+        freeze_base: Train the further heads alone.
     """
 
     n_heads: int
@@ -124,10 +130,10 @@ class HeadsCLM(Objective):
 
     @abstractmethod
     def states(self, tokens: Tensor) -> list[tuple[Tensor, float]]:
-        """Every head's normed state, and the factor on its gradient into the output embedding.
+        """Return every head's normed state, and the factor on its gradient into the output embedding.
 
         Args:
-            tokens: ids [batch, length + n_heads], the last n_heads of which only tell a head what is in front of its
+            tokens: Ids [batch, length + n_heads], the last n_heads of which only tell a head what is in front of its
                 label.
 
         Returns:
@@ -140,12 +146,12 @@ class HeadsCLM(Objective):
         return None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Mean negative log-likelihood of every head that is trained, else 0.
+        """Return the mean negative log-likelihood of every head that is trained, else 0.
 
         Of a head with a draft vocabulary the mean is over the labels that are in it.
 
         Args:
-            tokens: ids [batch, length + n_heads]; the last n_heads are labels only.
+            tokens: Ids [batch, length + n_heads]; the last n_heads are labels only.
 
         Returns:
             Losses [n_heads].
@@ -160,7 +166,7 @@ class HeadsCLM(Objective):
 
     @torch.no_grad()
     def token_log_likelihoods(self, tokens: Tensor) -> Tensor:
-        """Log p of every head's label, for ``tokens`` as in :meth:`forward`.
+        """Return the log p of every head's label, for `tokens` as in `forward`.
 
         Returns:
             [n_heads, batch, length]; -inf for a label that is not in the head's draft vocabulary.
@@ -169,18 +175,18 @@ class HeadsCLM(Objective):
         return torch.stack([-self._nll(depth, state, tokens).float() for depth, (state, _) in states])
 
     def _nll(self, depth: int, state: Tensor, tokens: Tensor, **how: Any) -> Tensor:
-        """Of the labels of one head, the first being 1; see :func:`label_nll`."""
+        """Of the labels of one head, the first being 1; see `label_nll`."""
         labels = tokens[:, depth : depth + state.shape[1]]
         return label_nll(self.base, state, labels, words=self.draft_vocabulary if depth > 1 else None, **how)
 
     def figures(self, batches: Iterable[Tensor]) -> dict[str, float]:
         """PPL_1 … PPL_n and the joint PPL_1:2 … PPL_1:n (DynaMo, "Evaluation").
 
-        ``PPL_n = exp(-(1/T) Σ log p(x_{t+n} | x_{1:t}))``, and with independent heads
-        ``PPL_1:n = exp(-(1/(nT)) Σ_t Σ_i log p(x_{t+i} | x_{1:t}))``.
+        `PPL_n = exp(-(1/T) Σ log p(x_{t+n} | x_{1:t}))`, and with independent heads
+        `PPL_1:n = exp(-(1/(nT)) Σ_t Σ_i log p(x_{t+i} | x_{1:t}))`.
 
         With a draft vocabulary a further head's mean is over the labels that are in it, and their share is
-        ``coverage``.
+        `coverage`.
         """
         total, count = torch.zeros(2, self.n_heads, dtype=torch.float64)
         for tokens in batches:
@@ -201,7 +207,7 @@ class NextTokenCLM(HeadsCLM):
     """Cross-entropy of a plain causal language model, which is one head.
 
     Args:
-        model: any transformers causal LM.
+        model: Any transformers causal LM.
     """
 
     model: PreTrainedModel
@@ -215,11 +221,11 @@ class NextTokenCLM(HeadsCLM):
 
     @property
     def base(self) -> PreTrainedModel:
-        """See :class:`HeadsCLM`."""
+        """See `HeadsCLM`."""
         return self.model
 
     def states(self, tokens: Tensor) -> list[tuple[Tensor, float]]:
-        """See :class:`HeadsCLM`."""
+        """See `HeadsCLM`."""
         decoder: Any = self.model.base_model
         return [(decoder(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state, 1.0)]
 
@@ -228,12 +234,12 @@ class NextTokenCLM(HeadsCLM):
         return set()
 
     def embeddings(self) -> set[nn.Parameter]:
-        """Input and output embedding."""
+        """Return the input and output embedding."""
         return base_embeddings(self.model)
 
 
 def base_embeddings(base: Any) -> set[nn.Parameter]:
-    """Input and output embedding of a base; one and the same if they are tied."""
+    """Return the input and output embedding of a base; one and the same if they are tied."""
     return {base.get_input_embeddings().weight, base.get_output_embeddings().weight}
 
 
@@ -251,15 +257,15 @@ def label_nll(
     Chunked: the logits of all positions never exist at once, forward or backward.
 
     Args:
-        base: whose output embedding it is.
+        base: Whose output embedding it is.
         states: [*labels, hidden].
-        labels: token ids.
-        words: ids that the distribution is over [words], all without; another label has probability 0.
-        gradient_scale: factor on the gradient into the output embedding.
-        reduction: ``none``, or ``mean`` over all labels that are among the words.
+        labels: Token ids.
+        words: Ids that the distribution is over [words], all without; another label has probability 0.
+        gradient_scale: Factor on the gradient into the output embedding.
+        reduction: `none`, or `mean` over all labels that are among the words.
 
     Returns:
-        Shaped as ``labels``, or their mean: 0 if none of them is among the words.
+        Shaped as `labels`, or their mean: 0 if none of them is among the words.
     """
     head: Any = base.get_output_embeddings()
     output = Output.of(base)

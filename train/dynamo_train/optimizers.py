@@ -34,15 +34,15 @@ def paper_learning_rates(parameters: int) -> tuple[float, float]:
 def make_optimizers(
     objective: Objective, *, kind: str, base_lr: float, heads_lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """One optimizer for all parameters, or two: Muon for the layers' matrices and AdamW for the rest.
+    """Return one optimizer for all parameters, or two: Muon for the layers' matrices and AdamW for the rest.
 
     Args:
-        objective: what is trained; parameters without gradient are left out.
-        kind: ``adamw`` (the paper) or ``muon``, which needs fewer steps from a random start.
-        base_lr: the paper's LR_B, for stem, first head, final norm and embeddings.
-        heads_lr: the paper's LR_M, for what the base did not bring along: further heads, joint head, look-ahead
+        objective: What is trained; parameters without gradient are left out.
+        kind: `adamw` (the paper) or `muon`, which needs fewer steps from a random start.
+        base_lr: The paper's LR_B, for stem, first head, final norm and embeddings.
+        heads_lr: The paper's LR_M, for what the base did not bring along: further heads, joint head, look-ahead
             embeddings.
-        weight_decay: decoupled, on matrices alone.
+        weight_decay: Decoupled, on matrices alone.
     """
     new, embeddings = objective.new_parameters(), objective.embeddings()
     muon, adamw = [], []
@@ -63,7 +63,7 @@ def make_optimizers(
 
 
 def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> LambdaLR:
-    """Linear warm-up over the first share ``warmup`` of the steps, then a cosine to 0."""
+    """Schedule a linear warm-up over the first share `warmup` of the steps, then a cosine to 0."""
     warmup_steps = max(1, round(steps * warmup))
 
     def factor(step: int) -> float:

@@ -27,14 +27,14 @@ class TokenHeads(NewDrafter):
     """Further token heads.
 
     Attributes:
-        n_heads: tokens a pass predicts, 2 to 8.
-        draft_vocab: words that the further heads choose among, the most frequent of the training text; None for what
+        n_heads: Tokens a pass predicts, 2 to 8.
+        draft_vocab: Words that the further heads choose among, the most frequent of the training text; None for what
             they have chosen among before, and all words if they are new.
-        condition: whether they are told the token in front, see :class:`dynamo_model.parallel.Condition`.
-        init: of new heads' layers: ``random`` (DynaMo) or ``copied`` from the base's last layer.
-        cache: run the base once over the text, keep what it says on disk, and train on that.
-        loss: of heads that are trained so, see :class:`dynamo_train.cached.CachedHeads`.
-        keeps: start from the heads beside the base, whatever they have of a draft vocabulary and conditions included.
+        condition: Whether they are told the token in front, see `dynamo_model.parallel.Condition`.
+        init: Of new heads' layers: `random` (DynaMo) or `copied` from the base's last layer.
+        cache: Run the base once over the text, keep what it says on disk, and train on that.
+        loss: Of heads that are trained so, see `dynamo_train.cached.CachedHeads`.
+        keeps: Start from the heads beside the base, whatever they have of a draft vocabulary and conditions included.
     """
 
     n_heads: int
@@ -50,16 +50,16 @@ class TokenHeads(NewDrafter):
 
     @property
     def reads_states(self) -> bool:
-        """See :class:`NewDrafter`."""
+        """See `NewDrafter`."""
         return self.cache
 
     @property
     def reads_ahead(self) -> bool:
-        """See :class:`NewDrafter`."""
+        """See `NewDrafter`."""
         return self.cache or self.draft_vocab is not None
 
     def objective(self, start: Start, recipe: Recipe) -> Objective:
-        """See :class:`NewDrafter`."""
+        """See `NewDrafter`."""
         if self.cache and not recipe.freeze_base:
             raise TrainingError("--cache keeps what a base says, which must not change: it goes with --freeze-base")
         if self.loss != "ce" and not self.cache:
@@ -90,7 +90,7 @@ class TokenHeads(NewDrafter):
 
     @classmethod
     def card_line(cls, stage: dict[str, Any], run: str, held_out: str) -> str:
-        """See :class:`NewDrafter`."""
+        """See `NewDrafter`."""
         parts = []
         if words := stage.get("draft_vocabulary"):
             covered = stage["figures"]["coverage"]
@@ -101,12 +101,12 @@ class TokenHeads(NewDrafter):
 
 
 def most_frequent(tokens: NDArray[np.unsignedinteger], words: int, vocab_size: int) -> Tensor:
-    """A draft vocabulary: ids of the most frequent tokens of a text, of equally frequent ones the smaller first.
+    """Return a draft vocabulary: ids of the most frequent tokens of a text, of equally frequent ones the smaller first.
 
     Args:
-        tokens: of the text [tokens].
-        words: how many are wanted, at most ``vocab_size``.
-        vocab_size: how many there are.
+        tokens: Of the text [tokens].
+        words: How many are wanted, at most `vocab_size`.
+        vocab_size: How many there are.
 
     Returns:
         Ids, int64 [words].
@@ -119,9 +119,9 @@ class ModifiedCLM(HeadsCLM):
     """Cross-entropy of all heads of a multi-token model, the base's own first.
 
     Args:
-        model: base and heads.
-        shared_gradient_scale: LR_MB / LR_B, see :meth:`MultiTokenModel.states`.
-        freeze_base: train the further heads alone (the paper's "-H"): the base gets no gradient at all.
+        model: Base and heads.
+        shared_gradient_scale: LR_MB / LR_B, see `MultiTokenModel.states`.
+        freeze_base: Train the further heads alone (the paper's "-H"): the base gets no gradient at all.
     """
 
     model: MultiTokenModel
@@ -140,16 +140,16 @@ class ModifiedCLM(HeadsCLM):
 
     @property
     def base(self) -> PreTrainedModel:
-        """See :class:`HeadsCLM`."""
+        """See `HeadsCLM`."""
         return self.model.base
 
     @property
     def draft_vocabulary(self) -> Tensor | None:
-        """See :class:`HeadsCLM`."""
+        """See `HeadsCLM`."""
         return self.model.draft_vocabulary
 
     def states(self, tokens: Tensor) -> list[tuple[Tensor, float]]:
-        """See :class:`HeadsCLM`; gradients are scaled on the further heads' way."""
+        """See `HeadsCLM`; gradients are scaled on the further heads' way."""
         length = tokens.shape[1] - self.n_heads
         scale = self.shared_gradient_scale
         first, *further = self.model.states(tokens[:, :length], shared_gradient_scale=scale)
@@ -159,9 +159,9 @@ class ModifiedCLM(HeadsCLM):
         return result
 
     def new_parameters(self) -> set[nn.Parameter]:
-        """The further heads' layers and conditions."""
+        """Return the further heads' layers and conditions."""
         return {*self.model.heads.parameters(), *self.model.conditions.parameters()}
 
     def embeddings(self) -> set[nn.Parameter]:
-        """Input and output embedding of the base."""
+        """Return the input and output embedding of the base."""
         return base_embeddings(self.model.base)

@@ -51,12 +51,12 @@ class Job:
     """What a command reads and where it writes.
 
     Attributes:
-        out: folder of the checkpoint, a new one, or the one to be completed.
-        source: the corpus, see :func:`dynamo_train.corpus.read_corpus`.
-        held_out_percent: share of the corpus kept for validation.
-        work: tokens and checkpoints; the same job again goes on from the last checkpoint there.
-        stream: tokenize the text while it is trained on, see :mod:`dynamo_train.stream`, not before.
-        shuffled: documents of such a text that are shuffled among themselves.
+        out: Folder of the checkpoint, a new one, or the one to be completed.
+        source: The corpus, see `dynamo_train.corpus.read_corpus`.
+        held_out_percent: Share of the corpus kept for validation.
+        work: Tokens and checkpoints; the same job again goes on from the last checkpoint there.
+        stream: Tokenize the text while it is trained on, see `dynamo_train.stream`, not before.
+        shuffled: Documents of such a text that are shuffled among themselves.
     """
 
     out: Path
@@ -82,13 +82,13 @@ def train_base(job: Job, shape: BaseShape, recipe: Recipe, memory: Memory = PLAI
     """Train a tokenizer and a small GPT-NeoX base from scratch and write an ordinary HF model.
 
     Args:
-        job: text and folders.
-        shape: of the model.
-        recipe: of the training.
-        memory: how the model is kept while it is trained.
+        job: Text and folders.
+        shape: Of the model.
+        recipe: Of the training.
+        memory: How the model is kept while it is trained.
 
     Raises:
-        TrainingError: something about the text, the recipe or the folders; see :func:`dynamo_train.loop.train`.
+        TrainingError: Something about the text, the recipe or the folders; see `dynamo_train.loop.train`.
     """
     _refuse_existing(job.out)
     memory.check()
@@ -125,18 +125,18 @@ def train_base(job: Job, shape: BaseShape, recipe: Recipe, memory: Memory = PLAI
 def train_drafter(base: str, job: Job, drafter: NewDrafter, recipe: Recipe, memory: Memory = PLAIN) -> None:
     """Put a drafter on a base, train it, and write both; drafters beside a frozen base are taken along.
 
-    Of a drafter that goes on from the one beside the base, the record tells the earlier training as ``before``.
+    Of a drafter that goes on from the one beside the base, the record tells the earlier training as `before`.
 
     Args:
-        base: the base, see :func:`dynamo_model.sources.find_checkpoint`.
-        job: text and folders.
-        drafter: what is put on it.
-        recipe: of the training; ``freeze_base`` leaves the base bit-identical.
-        memory: how the model is kept while it is trained.
+        base: The base, see `dynamo_model.sources.find_checkpoint`.
+        job: Text and folders.
+        drafter: What is put on it.
+        recipe: Of the training; `freeze_base` leaves the base bit-identical.
+        memory: How the model is kept while it is trained.
 
     Raises:
-        CheckpointError: the base does not load or could not be exported, or the drafter cannot be put on it.
-        TrainingError: something about the text, the recipe or the folders; see :func:`dynamo_train.loop.train`.
+        CheckpointError: The base does not load or could not be exported, or the drafter cannot be put on it.
+        TrainingError: Something about the text, the recipe or the folders; see `dynamo_train.loop.train`.
     """
     _refuse_existing(job.out)
     memory.check()
@@ -179,12 +179,12 @@ def add_counts(job: Job, min_counts: list[int], how: Counting | None = None) -> 
     """Count the n-grams of the training tokens and put them into a checkpoint as its co-occurrence file.
 
     Args:
-        job: text, and the checkpoint's folder.
-        min_counts: see :func:`dynamo_train.cooccurrence.count_ngrams`.
-        how: by which engine; the file is the same.
+        job: Text, and the checkpoint's folder.
+        min_counts: See `dynamo_train.cooccurrence.count_ngrams`.
+        how: By which engine; the file is the same.
 
     Raises:
-        TrainingError: the folder is no multi-token checkpoint, or there is something about text, memory or engine.
+        TrainingError: The folder is no multi-token checkpoint, or there is something about text, memory or engine.
     """
     folder, how = job.out, how or Counting()
     if not drafters_of(folder):
@@ -231,11 +231,11 @@ def pack(checkpoint: Path, out: Path) -> None:
     """Copy what a checkpoint adds to its base, with matrices at 8 bits, and leave the base out.
 
     Args:
-        checkpoint: folder of a base with drafters, and perhaps n-gram counts, record and card.
-        out: the new folder; what a model that goes by a name ships with.
+        checkpoint: Folder of a base with drafters, and perhaps n-gram counts, record and card.
+        out: The new folder; what a model that goes by a name ships with.
 
     Raises:
-        TrainingError: there is no drafter, or ``out`` is not new.
+        TrainingError: There is no drafter, or `out` is not new.
     """
     kinds = drafters_of(checkpoint)
     if not kinds:
@@ -250,13 +250,13 @@ def pack(checkpoint: Path, out: Path) -> None:
 
 
 def read_record(name: str | Path | Checkpoint) -> dict[str, Any]:
-    """The stages that a checkpoint went through, by name; empty if it does not say."""
+    """Return the stages that a checkpoint went through, by name; empty if it does not say."""
     path = find_checkpoint(name).file(RECORD_FILE)
     return json.loads(path.read_text()) if path is not None else {}
 
 
 def _streams_of(checkpoint: Checkpoint, job: Job, recipe: Recipe | None = None) -> tuple[TokenStreams, Any]:
-    """The corpus in the tokens of an existing model, and its tokenizer."""
+    """Return the corpus in the tokens of an existing model, and its tokenizer."""
     tokenizer = _ending_tokenizer(checkpoint)
     state, backend, end_id = processes(), tokenizer.backend_tokenizer, tokenizer.eos_token_id
     if job.stream and recipe is not None:
@@ -268,7 +268,7 @@ def _streams_of(checkpoint: Checkpoint, job: Job, recipe: Recipe | None = None) 
 
 
 def _ending_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The tokenizer of an existing model, which has a token that ends documents."""
+    """Return the tokenizer of an existing model, which has a token that ends documents."""
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer.eos_token_id is None:
         raise TrainingError(f"the tokenizer of '{checkpoint.name}' has no end-of-text token to put between documents")
@@ -281,7 +281,7 @@ def _refuse_existing(out: Path) -> None:
 
 
 def _own_tokenizer(job: Job, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a base from scratch: what an earlier run trained on the same text, or a new one."""
+    """Return the tokenizer of a base from scratch: what an earlier run trained on the same text, or a new one."""
     made_of = f"{sha256_of(job.source)} {job.held_out_percent} {vocab_size} {tokenizers.__version__} {__version__}"
     path = job.work / f"tokenizer-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.json"
     if not path.is_file():
@@ -293,7 +293,7 @@ def _own_tokenizer(job: Job, vocab_size: int) -> Tokenizer:
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``out`` once everything in it is written."""
+    """Yield a folder to write into that becomes `out` once everything in it is written."""
     with WholeFolder(out) as place:
         folder = place.new()
         yield folder
@@ -302,7 +302,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 
 def _stage(streams: TokenStreams, recipe: Recipe, objective: Objective, outcome: Outcome) -> dict[str, Any]:
-    """The record of a run: interpreter, corpus, recipe, the objective's settings, figures."""
+    """Return the record of a run: interpreter, corpus, recipe, the objective's settings, figures."""
     return {
         "python": platform.python_version(),
         "corpus": asdict(streams.record),

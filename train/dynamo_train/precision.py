@@ -15,7 +15,7 @@ _ROWS, _SIZE, _REPEATS = 1024, 1024, 5
 
 
 def fastest_precision() -> str:
-    """``bf16`` if this machine multiplies bfloat16 matrices faster than float32 ones, else ``no``.
+    """`bf16` if this machine multiplies bfloat16 matrices faster than float32 ones, else `no`.
 
     Processors without instructions for bfloat16 emulate it, several times slower than float32.
     """
@@ -24,7 +24,7 @@ def fastest_precision() -> str:
 
 
 def _seconds(dtype: torch.dtype) -> float:
-    """The fastest of some products of a decoder layer's size."""
+    """Return the fastest of some products of a decoder layer's size."""
     device = processes().device
     rows, weight = (torch.ones(shape, _SIZE, dtype=dtype, device=device) for shape in (_ROWS, _SIZE))
     best = float("inf")

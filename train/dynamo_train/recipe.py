@@ -10,23 +10,23 @@ class Recipe:
     """Everything that decides the result of a training run, apart from the model and the text.
 
     Attributes:
-        steps: optimizer steps.
-        sequences: sequences in a batch, over all processes.
-        length: positions in a sequence.
-        micro_batch: sequences a process puts through the model at once; the rest is accumulated.
-        optimizer: ``adamw`` or ``muon``.
+        steps: Optimizer steps.
+        sequences: Sequences in a batch, over all processes.
+        length: Positions in a sequence.
+        micro_batch: Sequences a process puts through the model at once; the rest is accumulated.
+        optimizer: `adamw` or `muon`.
         base_lr: LR_B, stem and first head.
         heads_lr: LR_M, what the base did not bring along: further heads, joint head, look-ahead embeddings.
         shared_gradient_scale: LR_MB / LR_B, gradients from the further heads into shared weights.
-        freeze_base: train what is new alone.
-        weight_decay: on matrices.
-        warmup: share of the steps with rising learning rate.
-        clip: largest gradient norm.
-        precision: ``no`` or ``bf16`` (autocast).
-        seed: of the batches' order.
-        validate_every: steps between validations; 0 validates at the end alone.
-        validation_tokens: held-out tokens that a validation reads at most; 0 for all.
-        early_stop: end at the first validation that is no better than the one before.
+        freeze_base: Train what is new alone.
+        weight_decay: On matrices.
+        warmup: Share of the steps with rising learning rate.
+        clip: Largest gradient norm.
+        precision: `no` or `bf16` (autocast).
+        seed: Of the batches' order.
+        validate_every: Steps between validations; 0 validates at the end alone.
+        validation_tokens: Held-out tokens that a validation reads at most; 0 for all.
+        early_stop: End at the first validation that is no better than the one before.
     """
 
     steps: int

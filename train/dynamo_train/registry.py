@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DrafterCommand:
-    """A command of ``dynamo-train``.
+    """A command of `dynamo-train`.
 
     Attributes:
-        help: what it does.
-        base_help: what it does with other drafters of its base, behind the description of that argument.
-        add_arguments: adds recipe and learning rates, and an argument for every field of the drafter.
-        module: of this package, with objective and drafter; imported when the command runs.
-        name: of the drafter's class there.
+        help: What it does.
+        base_help: What it does with other drafters of its base, behind the description of that argument.
+        add_arguments: Adds recipe and learning rates, and an argument for every field of the drafter.
+        module: Of this package, with objective and drafter; imported when the command runs.
+        name: Of the drafter's class there.
     """
 
     help: str
@@ -35,7 +35,7 @@ class DrafterCommand:
     name: str
 
     def load(self) -> type[NewDrafter]:
-        """The drafter, a frozen dataclass."""
+        """Return the drafter, a frozen dataclass."""
         drafter: type[NewDrafter] = getattr(importlib.import_module(f".{self.module}", __package__), self.name)
         return drafter
 

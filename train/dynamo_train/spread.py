@@ -30,11 +30,11 @@ class Memory:
     """What a run does to need less memory and time; a checkpoint goes on with any other choice.
 
     Attributes:
-        shard: keep a part of every parameter, gradient and optimizer state in each process (FSDP2: Zhao et al. 2023,
+        shard: Keep a part of every parameter, gradient and optimizer state in each process (FSDP2: Zhao et al. 2023,
             arXiv 2304.11277), not a copy.
-        checkpoint_activations: of a decoder layer keep what goes in alone, and run it once more on the way back (Chen
+        checkpoint_activations: Of a decoder layer keep what goes in alone, and run it once more on the way back (Chen
             et al. 2016, arXiv 1604.06174).
-        compile: have torch translate decoder layers into one kernel for many operations (Ansel et al. 2024,
+        compile: Have torch translate decoder layers into one kernel for many operations (Ansel et al. 2024,
             DOI 10.1145/3620665.3640366), which takes its time in the first steps.
     """
 
@@ -46,7 +46,7 @@ class Memory:
         """Find out before the work begins whether a model can be sharded, and compiled.
 
         Raises:
-            TrainingError: there is one process, or no C++ compiler.
+            TrainingError: There is one process, or no C++ compiler.
         """
         if self.compile and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))):
             raise TrainingError(
@@ -64,7 +64,7 @@ PLAIN = Memory()
 
 
 def processes() -> PartialState:
-    """This process among all of a run.
+    """Return this process among all of a run.
 
     On processors accelerate looks for others only if it is told that it runs there; else each would be the main one.
     """
@@ -75,9 +75,9 @@ def spread(objective: nn.Module, accelerator: Accelerator, memory: Memory) -> nn
     """Put a model on the device of every process, whole or in parts.
 
     Args:
-        objective: losses and model, changed in place; sharded parameters are others than before.
-        accelerator: of the run.
-        memory: how.
+        objective: Losses and model, changed in place; sharded parameters are others than before.
+        accelerator: Of the run.
+        memory: How.
 
     Returns:
         What is called in place of the objective, so that gradients are means over all processes.
@@ -97,7 +97,7 @@ def checkpoint_activations(objective: nn.Module) -> None:
     """Have every decoder layer, further heads' included, run once more on the way back; in training mode alone.
 
     Raises:
-        TrainingError: the layers are of a kind that transformers does not do this for.
+        TrainingError: The layers are of a kind that transformers does not do this for.
     """
     layers = list(_layers(objective))
     if not layers:
@@ -113,7 +113,7 @@ def compile_layers(objective: nn.Module) -> None:
     A layer and not the model: all layers are alike and share what is compiled, and hooks between them stay.
 
     Raises:
-        TrainingError: the layers are of a kind that transformers has no common class for.
+        TrainingError: The layers are of a kind that transformers has no common class for.
     """
     layers = list(_layers(objective))
     if not layers:
@@ -157,7 +157,9 @@ def unshard(objective: nn.Module) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor | None:
-    """A tensor of which every process may hold a part, in the main process; None in others. Every process has to ask.
+    """Return a tensor of which every process may hold a part, in the main process.
+
+    In others it is None. Every process has to ask.
 
     A part is moved to the processor's memory, as the whole need not fit into an accelerator's.
     """
@@ -174,7 +176,7 @@ def part_as(tensor: Tensor, example: Tensor) -> Tensor:
 
 
 def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Sums over all processes, in the processor's memory."""
+    """Sum over all processes, in the processor's memory."""
     state = processes()
     if state.num_processes == 1:
         return tensors
@@ -182,7 +184,7 @@ def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def of_all(text: str) -> list[str]:
-    """What every process has to say."""
+    """Return what every process has to say."""
     state, data = processes(), text.encode()
     if state.num_processes == 1:
         return [text]
@@ -193,7 +195,7 @@ def of_all(text: str) -> list[str]:
 
 
 def _layers(objective: nn.Module) -> Iterator[Any]:
-    """Decoder layers of a base and of what is new."""
+    """Yield the decoder layers of a base and of what is new."""
     return (module for module in objective.modules() if isinstance(module, GradientCheckpointingLayer))
 
 

@@ -34,15 +34,15 @@ _OF_A_PATH = ("_name_or_path", "transformers_version")  # in configurations; say
 
 
 def fingerprint(objective: Objective, streams: TokenStreams, recipe: Any) -> dict[str, Any]:
-    """Everything that decides the result of a run, to be taken before its first step.
+    """Return everything that decides the result of a run, to be taken before its first step.
 
     Over how many processes a batch is divided is not in it: a step is the same but for the order of sums, and for the
     random numbers of dropout.
 
     Args:
-        objective: the model as it starts, base and what is new, and what it is trained by.
-        streams: the tokens.
-        recipe: of the training.
+        objective: The model as it starts, base and what is new, and what it is trained by.
+        streams: The tokens.
+        recipe: Of the training.
     """
     config = getattr(objective.model, "config", None)
     shape = config.to_dict() if config is not None else {}
@@ -61,7 +61,7 @@ def fingerprint(objective: Objective, streams: TokenStreams, recipe: Any) -> dic
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What two fingerprints do not agree on, each in words."""
+    """Return what two fingerprints do not agree on, each in words."""
     found = []
     for name in sorted({*there, *here}):
         before, now = there.get(name), here.get(name)
@@ -83,12 +83,12 @@ def save(
     """Write a checkpoint into an empty folder; the same one whether the model is sharded or not.
 
     Args:
-        folder: where to; None in the processes that are not the main one, which have to call it as well.
-        objective: whose weights.
-        optimizers: their states, with ``schedules``, one for each.
-        schedules: of the learning rates.
-        random: from `random_state`, of this process.
-        progress: what else there is to say, as JSON.
+        folder: Where to; None in the processes that are not the main one, which have to call it as well.
+        objective: Whose weights.
+        optimizers: Their states, with `schedules`, one for each.
+        schedules: Of the learning rates.
+        random: From `random_state`, of this process.
+        progress: What else there is to say, as JSON.
     """
     states = {
         f"{i}.{number}.{name}": tensor
@@ -107,10 +107,10 @@ def save(
 
 
 def read_progress(folder: Path) -> dict[str, Any] | None:
-    """What `save` was told of a checkpoint; None if there is no checkpoint.
+    """Return what `save` was told of a checkpoint; None if there is no checkpoint.
 
     Raises:
-        TrainingError: there is, and it is damaged or not one of this version.
+        TrainingError: There is, and it is damaged or not one of this version.
     """
     if not folder.exists():
         return None
@@ -137,11 +137,11 @@ def restore(
 ) -> None:
     """Take up what `save` wrote.
 
-    Random numbers go on where they were if there were as many processes, and else begin anew, by ``seed``, step and
+    Random numbers go on where they were if there were as many processes, and else begin anew, by `seed`, step and
     process.
 
     Raises:
-        TrainingError: it is damaged, or belongs to something else.
+        TrainingError: It is damaged, or belongs to something else.
     """
     try:
         ours = _tensors(objective)
@@ -171,13 +171,13 @@ def restore(
 
 
 def random_state() -> dict[str, Tensor]:
-    """The random numbers that training draws from: torch's, on this process' devices."""
+    """Return the random numbers that training draws from: torch's, on this process' devices."""
     cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     return {"cpu": torch.get_rng_state(), **cuda}
 
 
 def _of_all_processes(random: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Random states by process and name."""
+    """Return random states by process and name."""
     device = processes().device
     found = {name: gather(state[None].to(device)).cpu() for name, state in random.items()}
     return {f"{rank}.{name}": state.clone() for name, states in found.items() for rank, state in enumerate(states)}
@@ -187,7 +187,7 @@ def _random_states(stored: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """Of every process.
 
     Raises:
-        ValueError: they are none of this machine's.
+        ValueError: They are none of this machine's.
     """
     ranks = len({name.partition(".")[0] for name in stored})
     expected = random_state()
@@ -222,10 +222,10 @@ def _save_whole(tensors: Mapping[str, Tensor], folder: Path | None, file: str) -
 def _optimizer_states(
     stored: Mapping[str, Tensor], optimizers: Sequence[Optimizer]
 ) -> list[dict[int, dict[str, Tensor]]]:
-    """States by the number of their parameter, for every optimizer.
+    """Return states by the number of their parameter, for every optimizer.
 
     Raises:
-        ValueError: they are not those of these parameters.
+        ValueError: They are not those of these parameters.
     """
     states: list[dict[int, dict[str, Tensor]]] = []
     for i, optimizer in enumerate(optimizers):
@@ -244,7 +244,7 @@ def _optimizer_states(
 
 
 def _expected(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """What a state looks like."""
+    """Return what a state looks like."""
     if isinstance(optimizer, torch.optim.Muon):
         return {"momentum_buffer": parameter}
     return {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
@@ -259,7 +259,7 @@ def _check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
 
 
 def _tensors(objective: Objective) -> dict[str, Tensor]:
-    """Parameters and buffers by name, those that are tied once."""
+    """Return parameters and buffers by name, those that are tied once."""
     found: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in objective.state_dict(keep_vars=True).items():
         found.setdefault(id(tensor), (name, tensor))

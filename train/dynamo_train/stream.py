@@ -5,7 +5,7 @@ document.  Shards come in a random order, another one in every epoch, and docume
 many as memory may hold.  They are put end to end, each with the token that ends a text, and cut into sequences.
 
 A block is a function of where it begins, and so a run goes on exactly where it was, at the price of reading a block
-once more.  The shuffle buffer of ``datasets`` mixes farther, but its state leaves out what is in the buffer: a run that
+once more.  The shuffle buffer of `datasets` mixes farther, but its state leaves out what is in the buffer: a run that
 goes on from it sees other documents.
 """
 
@@ -43,8 +43,8 @@ class Order:
     """In which order documents come.
 
     Attributes:
-        block: documents that are shuffled among themselves, and are in memory together; 1 leaves all as it is stored.
-        seed: of the orders of shards and documents.
+        block: Documents that are shuffled among themselves, and are in memory together; 1 leaves all as it is stored.
+        seed: Of the orders of shards and documents.
     """
 
     block: int = 1
@@ -60,13 +60,13 @@ class StreamRecord:
     """What is known of a text that nobody has read to its end.
 
     Attributes:
-        source: folder, file or Hub id.
-        shards: how many files there are.
-        processes: among which they are divided; as many have to go on with a run.
-        held_out_tokens: that were read for validations.
-        held_out_percent: share of the documents that are never trained on, by the hash of their text.
-        sha256: of the names and sizes of the files, or of the dataset's own fingerprint.
-        block: documents that are shuffled among themselves.
+        source: Folder, file or Hub id.
+        shards: How many files there are.
+        processes: Among which they are divided; as many have to go on with a run.
+        held_out_tokens: That were read for validations.
+        held_out_percent: Share of the documents that are never trained on, by the hash of their text.
+        sha256: Of the names and sizes of the files, or of the dataset's own fingerprint.
+        block: Documents that are shuffled among themselves.
     """
 
     source: str
@@ -82,10 +82,10 @@ class TextStream:
     """The part of a text that one process trains on, without end: behind its last document the first one follows.
 
     Args:
-        dataset: with a column ``text``; the process' own part.
-        encode: token ids of a document, with the token that ends it.
-        percent: share of the documents that is left out, see :class:`StreamRecord`.
-        order: in which they come.
+        dataset: With a column `text`; the process' own part.
+        encode: Token ids of a document, with the token that ends it.
+        percent: Share of the documents that is left out, see `StreamRecord`.
+        order: In which they come.
     """
 
     def __init__(
@@ -97,18 +97,18 @@ class TextStream:
         self._begin(0)
 
     def take(self, rows: int, length: int, extra: int) -> NDArray[np.int64]:
-        """The next sequences.
+        """Return the next sequences.
 
         Args:
-            rows: how many.
-            length: positions of each.
-            extra: tokens behind the last position, which the next sequence begins with.
+            rows: How many.
+            length: Positions of each.
+            extra: Tokens behind the last position, which the next sequence begins with.
 
         Returns:
             Token ids [rows, length + extra].
 
         Raises:
-            TrainingError: there is no text to train on.
+            TrainingError: There is no text to train on.
         """
         needed = self._used + rows * length + extra
         there = sum(len(ids) for _, ids in self._pieces)
@@ -122,14 +122,14 @@ class TextStream:
         return np.stack([tokens[start : start + length + extra] for start in range(0, rows * length, length)])
 
     def position(self) -> str:
-        """Where :meth:`take` goes on, as JSON."""
+        """Return where `take` goes on, as JSON."""
         return json.dumps({"place": self._pieces[0][0] if self._pieces else self._place(), "used": self._used})
 
     def go_on(self, position: str) -> None:
-        """Go on at a :meth:`position` of the same text.
+        """Go on at a `position` of the same text.
 
         Raises:
-            TrainingError: it is none.
+            TrainingError: It is none.
         """
         try:
             found = json.loads(position)
@@ -154,7 +154,10 @@ class TextStream:
         self._rows = iter(self._dataset)
 
     def _order_of_shards(self, epoch: int) -> int:
-        """A number by which ``datasets`` orders shards, the same for all processes; 0 leaves them as they are."""
+        """Return a number by which `datasets` orders shards, the same for all processes.
+
+        0 leaves them as they are.
+        """
         if self._order.block == 1:
             return 0
         return int(np.random.default_rng([self._order.seed, epoch]).integers(1, 1 << 31))
@@ -193,10 +196,10 @@ def _is_trained_on(document: Document, percent: float) -> bool:
 
 
 def document_of(row: dict[str, Any]) -> Document:
-    """A row of a dataset; its text is its group as well, so that the same text is held out wherever it stands.
+    """Return a row of a dataset; its text is its group as well, so that the same text is held out wherever it stands.
 
     Raises:
-        TrainingError: it has no text.
+        TrainingError: It has no text.
     """
     text = row.get("text")
     if not isinstance(text, str):
@@ -205,13 +208,13 @@ def document_of(row: dict[str, Any]) -> Document:
 
 
 def open_shards(source: str) -> tuple[IterableDataset, str]:
-    """The rows of a folder of ``.parquet`` or ``.jsonl`` files, of one such file, or of a dataset on the Hub.
+    """Return the rows of a folder of `.parquet` or `.jsonl` files, of one such file, or of a dataset on the Hub.
 
     Returns:
         The rows, none of them read, and a SHA-256 that tells them from others.
 
     Raises:
-        TrainingError: there are none.
+        TrainingError: There are none.
     """
     import datasets
 
@@ -244,20 +247,20 @@ def stream_text(
     processes: int,
     order: Order = STORED,
 ) -> TokenStreams:
-    """What a process trains on, and the first held-out tokens, which are the same for all.
+    """Return what a process trains on, and the first held-out tokens, which are the same for all.
 
     Args:
-        source: see :func:`open_shards`.
-        tokenizer: the model's.
-        end_id: id put behind every document.
-        percent: share of the documents that is held out.
-        held_out_tokens: at most so many are read; 0 for all.
-        process: this one's number.
-        processes: how many there are.
-        order: in which documents are trained on.
+        source: See `open_shards`.
+        tokenizer: The model's.
+        end_id: Id put behind every document.
+        percent: Share of the documents that is held out.
+        held_out_tokens: At most so many are read; 0 for all.
+        process: This one's number.
+        processes: How many there are.
+        order: In which documents are trained on.
 
     Raises:
-        TrainingError: there is no such text, or nothing of it is held out.
+        TrainingError: There is no such text, or nothing of it is held out.
     """
     from datasets.distributed import split_dataset_by_node
 

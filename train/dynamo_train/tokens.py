@@ -64,11 +64,11 @@ class TokenStreams:
     """Training and held-out tokens of a corpus, memory-mapped; documents end with the end-of-text token.
 
     Attributes:
-        train: token ids [tokens]; none of a text that is streamed.
-        held_out: token ids [tokens].
-        record: what they were made from.
+        train: Token ids [tokens]; none of a text that is streamed.
+        held_out: Token ids [tokens].
+        record: What they were made from.
         tokenizer: sha256 of what made them.
-        text: what is trained on instead, if it is streamed.
+        text: What is trained on instead, if it is streamed.
     """
 
     train: NDArray[np.unsignedinteger]
@@ -92,20 +92,20 @@ def sha256_of_tokenizer(tokenizer: Tokenizer, end_id: int) -> str:
 
 
 def tokenize_corpus(source: str, tokenizer: Tokenizer, end_id: int, percent: float, folder: Path) -> TokenStreams:
-    """Tokenise a corpus into ``folder``, or map what an earlier run made there of the same text in the same way.
+    """Tokenise a corpus into `folder`, or map what an earlier run made there of the same text in the same way.
 
     Documents that have tokens of this tokenizer keep them: what a model wrote is not always cut as its text would be.
 
     Args:
-        source: see :func:`dynamo_train.corpus.read_corpus`.
-        tokenizer: the model's tokenizer; special tokens that it would add are left out.
-        end_id: id put behind every document.
-        percent: share of the groups that is held out.
-        folder: where the two token files and their record lie; it is replaced as a whole.
+        source: See `dynamo_train.corpus.read_corpus`.
+        tokenizer: The model's tokenizer; special tokens that it would add are left out.
+        end_id: Id put behind every document.
+        percent: Share of the groups that is held out.
+        folder: Where the two token files and their record lie; it is replaced as a whole.
 
     Raises:
-        TrainingError: there is no such text or too little of it, or it changed while it was read.
-        OutputError: the folder cannot be written, or another process writes it.
+        TrainingError: There is no such text or too little of it, or it changed while it was read.
+        OutputError: The folder cannot be written, or another process writes it.
     """
     content = sha256_of(source)
     how = sha256_of_tokenizer(tokenizer, end_id)
@@ -152,12 +152,12 @@ def _bytes(document: Document) -> bytes:
 
 
 def own_tokens(document: Document, tokenizer: Tokenizer) -> list[int] | None:
-    """The tokens that a document came with, if they are a tokenizer's: it decodes them to the document's text.
+    """Return the tokens that a document came with, if they are a tokenizer's: it decodes them to the document's text.
 
     Of a document that is tokens alone nothing else can be known than that the tokenizer has such tokens.
 
     Raises:
-        TrainingError: it has not, and there is no text to encode instead.
+        TrainingError: It has not, and there is no text to encode instead.
     """
     tokens = document.tokens
     known = tokens is not None and min(tokens) >= 0 and max(tokens) < tokenizer.get_vocab_size()
@@ -171,7 +171,7 @@ def own_tokens(document: Document, tokenizer: Tokenizer) -> list[int] | None:
 
 
 def encode(document: Document, tokenizer: Tokenizer, end_id: int) -> tuple[list[int], bool]:
-    """The tokens of a document with the one that ends it, and whether they are those that it came with."""
+    """Return the tokens of a document with the one that ends it, and whether they are those that it came with."""
     own = own_tokens(document, tokenizer)
     ids = own if own is not None else tokenizer.encode(document.text, add_special_tokens=False).ids
     if document.tokens is None or ids[-1:] != [end_id]:  # a model may have ended its text itself
@@ -215,23 +215,23 @@ def _tokenize(
 def batch(
     stream: NDArray[np.unsignedinteger], step: int, *, sequences: int, length: int, extra: int, seed: int
 ) -> NDArray[np.int64]:
-    """The batch of one training step: a function of the step alone, so that a resumed run sees the same.
+    """Return the batch of one training step: a function of the step alone, so that a resumed run sees the same.
 
     Every epoch cuts the stream at another random offset and shuffles the blocks.
 
     Args:
-        stream: token ids [tokens].
-        step: number of the step, from 0.
-        sequences: sequences in a batch.
-        length: positions in a sequence.
-        extra: tokens behind the last position, so that every head has a label everywhere.
-        seed: of the offsets and orders.
+        stream: Token ids [tokens].
+        step: Number of the step, from 0.
+        sequences: Sequences in a batch.
+        length: Positions in a sequence.
+        extra: Tokens behind the last position, so that every head has a label everywhere.
+        seed: Of the offsets and orders.
 
     Returns:
         Token ids [sequences, length + extra].
 
     Raises:
-        TrainingError: the stream is shorter than one block.
+        TrainingError: The stream is shorter than one block.
     """
     # The random cut may cost up to one block, so that every epoch has the same number of them.
     blocks = (len(stream) - extra) // length - 1
@@ -242,7 +242,7 @@ def batch(
 
 
 def window_numbers(windows: int, step: int, sequences: int, seed: int) -> NDArray[np.int64]:
-    """The windows of one training step [sequences], where a text is cut into the same ones in every epoch."""
+    """Return the windows of one training step [sequences], where a text is cut into the same ones in every epoch."""
     return np.array(_starts(windows, step, sequences, 1, seed), dtype=np.int64)
 
 
@@ -259,7 +259,7 @@ def validation_batches(
 
 
 def _starts(blocks: int, step: int, sequences: int, length: int, seed: int) -> list[int]:
-    """Where the blocks of one training step start."""
+    """Return where the blocks of one training step start."""
     starts = []
     for i in range(step * sequences, (step + 1) * sequences):
         epoch, index = divmod(i, blocks)

@@ -1,4 +1,4 @@
-"""The command ``dynamo-train``."""
+"""The command `dynamo-train`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    """What there is to say of an error: ours say it all, those of other libraries only what they are."""
+    """Return what there is to say of an error: ours say it all, those of other libraries only what they are."""
     said = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError):
         return f"this needs {error.name}: pip install 'dynamo-edge[cpu,train]'"

@@ -138,7 +138,7 @@ def _work(args: argparse.Namespace) -> None:
 
 
 def _also(args: argparse.Namespace) -> list[Setting]:
-    """The strategies beside the grid; those that draft with the drafter that was named.
+    """Return the strategies beside the grid; those that draft with the drafter that was named.
 
     Raises:
         EvaluationError: None of them drafts, and one was named.
@@ -155,7 +155,7 @@ def _also(args: argparse.Namespace) -> list[Setting]:
 
 
 def _engines(args: argparse.Namespace) -> tuple[Engine, Engine]:
-    """The multi-token bundle, and the plain one beside it, or the same where there is none."""
+    """Return the multi-token bundle, and the plain one beside it, or the same where there is none."""
     options = backend(args)
     multi = Engine(args.bundle, options)
     if why := refusal(Dynamo.name, multi.bundle, given_sampling(args)):

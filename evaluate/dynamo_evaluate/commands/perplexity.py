@@ -94,7 +94,7 @@ def _work(args: argparse.Namespace) -> None:
 
 
 def _window(sessions: Sequence[Session], args: argparse.Namespace) -> tuple[int, int]:
-    """Size and stride of the windows, the same for all bundles."""
+    """Return the size and stride of the windows, the same for all bundles."""
     from ..perplexity import window_size
 
     sizes = [window_size(session, args.window, args.stride) for session in sessions]
@@ -105,7 +105,7 @@ def _window(sessions: Sequence[Session], args: argparse.Namespace) -> tuple[int,
 
 
 def _sort_inputs(inputs: Sequence[str]) -> tuple[list[Bundle], list[str]]:
-    """Which of them are bundles, which are texts."""
+    """Return which of them are bundles, which are texts."""
     is_bundle = [name.endswith(".onnx") or (Path(name) / MANIFEST).is_file() for name in inputs]
     bundles = [load_bundle(name) for name, yes in zip(inputs, is_bundle, strict=True) if yes]
     texts = [name for name, yes in zip(inputs, is_bundle, strict=True) if not yes]

@@ -54,7 +54,7 @@ def _compare(args: argparse.Namespace) -> None:
     from .. import compare, report
     from ..shapes import check
 
-    made = compare.compare(check(Results.load(args.a)), check(Results.load(args.b)))
+    made = compare.compare_results(check(Results.load(args.a)), check(Results.load(args.b)))
     print(report.text(made, f"A is {args.a}, B is {args.b}. Brackets hold 95 % bootstrap intervals."))
 
 

@@ -15,7 +15,7 @@ from .command import PROG
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     parser = Parser(
         prog=PROG,
         description="What a bundle's speed costs in quality, measured on the bundle.",

@@ -18,12 +18,12 @@ class AddHeadStates(ir.passes.InPlacePass):
     """Ends the layers: chosen rows of what they make of the tokens."""
 
     def __init__(self, store: WeightStore, n_states: int, hidden: int, ahead: Ahead) -> None:
-        """Takes the weights, the number of states among the graph's outputs, their width, and what becomes of them."""
+        """Take the weights, the number of states among the graph's outputs, their width, and what becomes of them."""
         super().__init__()
         self.store, self.n_states, self.hidden, self.ahead = store, n_states, hidden, ahead
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Puts the outputs of the contract in the place of the states."""
+        """Put the outputs of the contract in the place of the states."""
         end, graph = DraftEnd(model, self.store), model.graph
         states, presents = graph.outputs[: self.n_states], graph.outputs[self.n_states :]
         graph.outputs.clear()
@@ -38,11 +38,11 @@ class AddDraft(ir.passes.InPlacePass):
     """Adds what makes drafts of states."""
 
     def __init__(self, store: WeightStore, words: Words, conditions: Sequence[Any]) -> None:
-        """Takes the weights and what `DraftEnd.draft` takes."""
+        """Take the weights and what `DraftEnd.draft` takes."""
         super().__init__()
         self.store, self.words, self.conditions = store, words, conditions
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Adds it."""
+        """Add it."""
         DraftEnd(model, self.store).draft(self.words, self.conditions)
         return ir.passes.PassResult(model, True)

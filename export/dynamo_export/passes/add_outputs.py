@@ -19,7 +19,7 @@ class AddOutputs(ir.passes.InPlacePass):
     def __init__(
         self, store: WeightStore, weight: np.ndarray, bias: np.ndarray | None, tied: bool, output: Output
     ) -> None:
-        """Takes what the trace leaves out.
+        """Take what the trace leaves out.
 
         Args:
             store: The graph's weights; added to.
@@ -36,7 +36,7 @@ class AddOutputs(ir.passes.InPlacePass):
         self.output = output
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Adds the end to a graph whose first output is the state.
+        """Add the end to a graph whose first output is the state.
 
         Raises:
             ExportError: The embedding is tied, and the graph looks nothing up in it.
@@ -52,7 +52,7 @@ OUTPUT_EMBEDDING = "lm_head.weight"
 
 
 def input_embedding(model: ir.Model) -> ir.Value:
-    """The initializer that tokens are looked up in.
+    """Return the initializer that tokens are looked up in.
 
     Raises:
         ExportError: There is none.

@@ -12,7 +12,7 @@ class ClearMetadata(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Clears it."""
+        """Clear it."""
         told = [item for item in [*model.graph, *model.graph.initializers.values()] if item.metadata_props]
         for item in told:
             item.metadata_props.clear()

@@ -28,7 +28,7 @@ class MergeAttentions(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Merges them."""
+        """Merge them."""
         there = [node for _, node in attentions(model)]
         found = [_normed(node) for node in there]
         normed = [each for each in found if each is not None]
@@ -45,7 +45,7 @@ class MergeAttentions(ir.passes.InPlacePass):
 def _side_by_side(
     model: ir.Model, there: Sequence[ir.Node], normed: Sequence[tuple[ir.Node, Projection]]
 ) -> list[ir.Node]:
-    """One norm, and one projection to the queries, keys and values of all; not yet placed."""
+    """Return one norm, and one projection to the queries, keys and values of all; not yet placed."""
     weight, bias = _merged_projection(model, there, normed)
     norm = normed[0][0]
     state = norm.inputs[0]
@@ -62,7 +62,7 @@ def _side_by_side(
 
 
 def _attend(graph: ir.Graph, there: Sequence[ir.Node], projected: list[ir.Node]) -> None:
-    """Puts one attention in the place of several, and cuts what it gives into theirs."""
+    """Put one attention in the place of several, and cut what it gives into theirs."""
     first, count = there[0], len(there)
     attributes = dict(first.attributes)
     for name in ("num_heads", "kv_num_heads"):
@@ -91,7 +91,7 @@ class MergeProducts(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Merges them; weights are joined when the graph is written."""
+        """Merge them; weights are joined when the graph is written."""
         graph, modified = model.graph, False
         attended = upstream(*(value for _, node in attentions(model) for value in node.inputs))
         readers: dict[ir.Value, list[ir.Node]] = {}
@@ -132,7 +132,7 @@ def _join_products(model: ir.Model, value: ir.Value, nodes: Sequence[ir.Node]) -
 
 
 def _normed(attention: ir.Node) -> tuple[ir.Node, Projection] | None:
-    """The norm whose result an attention's packed projection reads, and that projection."""
+    """Return the norm whose result an attention's packed projection reads, and that projection."""
     if attention.inputs[1] is not None:
         return None
     found = projection(attention.inputs[0])
@@ -143,7 +143,7 @@ def _normed(attention: ir.Node) -> tuple[ir.Node, Projection] | None:
 
 
 def _alike(there: Sequence[ir.Node], norms: Sequence[ir.Node]) -> bool:
-    """Whether attentions do the same to different projections of one and the same state, normed alike."""
+    """Tell whether attentions do the same to different projections of one and the same state, normed alike."""
 
     def said(node: ir.Node) -> object:
         return node.op_type, {name: str(attribute.value) for name, attribute in node.attributes.items()}
@@ -158,7 +158,7 @@ def _alike(there: Sequence[ir.Node], norms: Sequence[ir.Node]) -> bool:
 def _merged_projection(
     model: ir.Model, there: Sequence[ir.Node], normed: Sequence[tuple[ir.Node, Projection]]
 ) -> tuple[ir.Value, ir.Value | None]:
-    """Weight [in, out] and bias [out] from the norm of the state without weights to all queries, keys and values."""
+    """Return weight [in, out] and bias [out] from the unweighted norm of the state to all queries, keys and values."""
     sources: list[ir.Value] = []
     places: list[tuple[int | None, ...]] = []  # of norm weight, norm bias, weight and bias among the sources
     for norm, found in normed:
@@ -171,12 +171,12 @@ def _merged_projection(
     heads, kv_heads = (there[0].attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
 
     def parts(array: np.ndarray) -> list[np.ndarray]:
-        """Queries, keys and values of one head."""
+        """Return queries, keys and values of one head."""
         size = array.shape[-1] // (heads + 2 * kv_heads)
         return np.split(array, [heads * size, (heads + kv_heads) * size], axis=-1)
 
     def side_by_side(arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """All queries, then all keys, then all values."""
+        """Return all queries, then all keys, then all values."""
         return np.concatenate([each for kind in zip(*map(parts, arrays), strict=True) for each in kind], axis=-1)
 
     def weights(*arrays: np.ndarray) -> np.ndarray:
@@ -198,7 +198,7 @@ def _merged_projection(
 
 
 def _merged_inputs(graph: ir.Graph, there: Sequence[ir.Node]) -> list[ir.Value]:
-    """One past of keys and one of values, in the place of those that there were."""
+    """Return one past of keys and one of values, in the place of those that there were."""
     made = []
     for name, index in zip(caches(PAST, [0]), (3, 4), strict=True):
         olds = [old for node in there if (old := node.inputs[index]) is not None]
@@ -222,7 +222,7 @@ def _merge_outputs(graph: ir.Graph, there: Sequence[ir.Node], merged: ir.Node) -
 
 
 def _wide(cache: ir.Value, name: str, count: int) -> ir.Value:
-    """A cache of so many times the heads."""
+    """Return a cache of so many times the heads."""
     assert cache.shape is not None
     batch, heads, capacity, size = cache.shape
     assert isinstance(heads, int)

@@ -11,7 +11,7 @@ class NameByScope(ir.passes.InPlacePass):
     """Puts a node's innermost named module in front of its name: the tracer leaves it in the metadata."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Renames the nodes whose names do not say it yet."""
+        """Rename the nodes whose names do not say it yet."""
         modified = False
         for node in model.graph:
             scopes = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))

@@ -12,14 +12,14 @@ class Optimize(ir.passes.InPlacePass):
     """Folds constants, merges what is computed twice, drops what is unused; never touches a weight."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Optimizes the graph."""
+        """Optimize the graph."""
         before = _content(model)
         onnxscript.optimizer.optimize_ir(model, input_size_limit=BIG_BYTES, output_size_limit=BIG_BYTES)
         return ir.passes.PassResult(model, _content(model) != before)
 
 
 def _content(model: ir.Model) -> list[object]:
-    """What tells whether the optimizer, which does not say so, changed something."""
+    """Return what tells whether the optimizer, which does not say so, changed something."""
     nodes = [
         (node.domain, node.op_type, node.name, node.inputs, node.outputs, tuple(node.attributes.values()))
         for node in model.graph

@@ -34,7 +34,7 @@ class PackQKV(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Packs what can be packed; weights that two layers share are packed once."""
+        """Pack what can be packed; weights that two layers share are packed once."""
         modified = False
         for node in list(model.graph):
             if node.op_type == "GroupQueryAttention" and node.inputs[1] is not None:
@@ -46,7 +46,7 @@ class PackQKV(ir.passes.InPlacePass):
 
 
 def _packed(model: ir.Model, attention: ir.Node) -> Projection | None:
-    """The one projection that does what an attention's three do, where there is one."""
+    """Return the one projection that does what an attention's three do, where there is one."""
     heads = attention.attributes["num_heads"].as_int()
     if (parts := _separate(attention)) is not None:
         return _join(model, attention, parts)
@@ -57,7 +57,7 @@ def _packed(model: ir.Model, attention: ir.Node) -> Projection | None:
 
 
 def _feed(graph: ir.Graph, attention: ir.Node, packed: Projection) -> None:
-    """Has an attention read a projection instead of three."""
+    """Have an attention read a projection instead of three."""
     x, weight, bias = packed.x, packed.weight, packed.bias
     prefix = f"{(attention.name or '').rpartition('/')[0]}/qkv"
     nodes = [make("MatMul", [x, weight], f"{prefix}/MatMul", [f"{prefix}/MatMul/output"])]
@@ -73,7 +73,7 @@ def _feed(graph: ir.Graph, attention: ir.Node, packed: Projection) -> None:
 
 
 def projection(value: ir.Value | None) -> Projection | None:
-    """The projection that makes a value, if that is what makes it."""
+    """Return the projection that makes a value, if that is what makes it."""
     node = value.producer() if value is not None else None
     bias = None
     if node is not None and node.op_type == "Add":
@@ -91,7 +91,7 @@ def projection(value: ir.Value | None) -> Projection | None:
 
 
 def _separate(attention: ir.Node) -> tuple[Projection, ...] | None:
-    """Queries, keys and values that are three projections of one input (Llama, Qwen 2, Mistral)."""
+    """Return queries, keys and values that are three projections of one input (Llama, Qwen 2, Mistral)."""
     found = [projection(value) for value in attention.inputs[:3]]
     if any(p is None for p in found):
         return None
@@ -102,7 +102,7 @@ def _separate(attention: ir.Node) -> tuple[Projection, ...] | None:
 
 
 def _interleaved(attention: ir.Node) -> Projection | None:
-    """Queries, keys and values cut head by head out of one projection (GPT-NeoX)."""
+    """Return queries, keys and values cut head by head out of one projection (GPT-NeoX)."""
     cut = None
     for index, value in enumerate(attention.inputs[:3]):
         chain = []

@@ -9,7 +9,7 @@ class ShortenNames(ir.passes.InPlacePass):
     """Names weights and nodes as the checkpoint does, without the wrappers of the trace around them."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Renames them; where both layouts of a weight are in use, they differ in name."""
+        """Rename them; where both layouts of a weight are in use, they differ in name."""
         modified = False
         for value in list(model.graph.initializers.values()):
             assert value.name is not None

@@ -16,13 +16,13 @@ class SimplifyReshapes(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Rewrites them."""
+        """Rewrite them."""
         changes = [_simplify(model, node) for node in list(model.graph) if node.op_type == "Reshape" and node.inputs]
         return ir.passes.PassResult(model, any(changes))
 
 
 def _simplify(model: ir.Model, node: ir.Node) -> bool:
-    """Rewrites one Reshape; whether it changed."""
+    """Rewrite one Reshape; whether it changed."""
     skipped = _skip_first(node)
     source, target = node.inputs[0], node.outputs[0]
     old, new = _dims(source), _dims(target)
@@ -44,7 +44,7 @@ def _simplify(model: ir.Model, node: ir.Node) -> bool:
 
 
 def _skip_first(node: ir.Node) -> bool:
-    """Has a Reshape of a Reshape read what the first one reads, if that has the same leading axes."""
+    """Have a Reshape of a Reshape read what the first one reads, if that has the same leading axes."""
     assert node.inputs[0] is not None
     first = node.inputs[0].producer()
     if first is None or first.op_type != "Reshape":

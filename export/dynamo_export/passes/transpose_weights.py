@@ -14,7 +14,7 @@ class TransposeWeights(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Replaces them; the weights are transposed when the graph is written."""
+        """Replace them; the weights are transposed when the graph is written."""
         modified = False
         for node in list(model.graph):
             weight = node.inputs[0] if node.inputs else None

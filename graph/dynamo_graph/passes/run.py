@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 
 def run_passes(model: ir.Model, passes: Sequence[ir.passes.PassBase]) -> bool:
-    """Runs passes on a graph, in order.
+    """Run passes on a graph, in order.
 
     Returns:
         Whether one of them changed something.

@@ -23,12 +23,12 @@ class QuantizeCache(ir.passes.InPlacePass):
     """
 
     def __init__(self, ranges: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Takes the largest magnitude of the keys' and of the values' channels, [kv_heads, head_size], by layer."""
+        """Take the largest magnitude of the keys' and of the values' channels, [kv_heads, head_size], by layer."""
         super().__init__()
         self.ranges = ranges
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Changes every attention, and the types of the caches among the graph's inputs and outputs."""
+        """Change every attention, and the types of the caches among the graph's inputs and outputs."""
         found = [(layer, node) for layer, node in attentions(model) if "kv_cache_bit_width" not in node.attributes]
         for layer, node in found:
             replace_node(node, self._with_scales(model, layer, node))

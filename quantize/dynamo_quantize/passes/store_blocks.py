@@ -22,13 +22,13 @@ class StoreBlocks(ir.passes.InPlacePass):
     """
 
     def __init__(self, product: Product, blocks: Blocks) -> None:
-        """Takes the product to replace, and its weight in blocks."""
+        """Take the product to replace, and its weight in blocks."""
         super().__init__()
         self.product = product
         self.blocks = blocks
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Replaces it, unless that was done before."""
+        """Replace it, unless that was done before."""
         if self.product.node.graph is None:
             return ir.passes.PassResult(model, False)
         model.opset_imports.setdefault(CONTRIB, 1)

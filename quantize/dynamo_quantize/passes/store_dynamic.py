@@ -24,12 +24,12 @@ class StoreDynamic(ir.passes.InPlacePass):
     """
 
     def __init__(self, product: Product) -> None:
-        """Takes the product to replace."""
+        """Take the product to replace."""
         super().__init__()
         self.product = product
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Replaces it, unless that was done before."""
+        """Replace it, unless that was done before."""
         if self.product.node.graph is None:
             return ir.passes.PassResult(model, False)
         _replace(self.product)
@@ -60,7 +60,7 @@ def _replace(product: Product) -> None:
 
 
 def _quantized(reader: ir.Node) -> tuple[ir.Value, ...]:
-    """What a product reads as integers, with scale and zero point; once for all products that read it."""
+    """Return what a product reads as integers, with scale and zero point; once for all products that read it."""
     source = reader.inputs[0]
     assert source is not None
     for use in source.uses():

@@ -26,12 +26,12 @@ class ToHalf(ir.passes.InPlacePass):
     """
 
     def __init__(self, output: Product) -> None:
-        """Takes the product with the output embedding."""
+        """Take the product with the output embedding."""
         super().__init__()
         self.output = output
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Changes all types; the weights are converted when the graph is written.
+        """Change all types; the weights are converted when the graph is written.
 
         Raises:
             QuantizeError: A weight is too large for 16 bits.
@@ -68,7 +68,7 @@ def _converted(value: ir.Value) -> ir.TensorProtocol:
 
 
 def _cast(graph: ir.Graph, value: ir.Value) -> None:
-    """Gives the readers of a value, and the graph's outputs, its float32."""
+    """Give the readers of a value, and the graph's outputs, its float32."""
     producer = value.producer()
     assert producer is not None
     node = make("Cast", [value], f"{producer.name}/fp32", attributes={"to": ir.DataType.FLOAT.value})

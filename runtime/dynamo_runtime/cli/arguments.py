@@ -114,7 +114,7 @@ def check_chat(args: argparse.Namespace) -> None:
 
 
 def put(args: argparse.Namespace, bundle: Bundle, prompt: str) -> str | list[int]:
-    """A prompt as the flags want it: with `--chat` the tokens of a question.
+    """Return a prompt as the flags want it: with `--chat` the tokens of a question.
 
     Raises:
         DynamoError: The bundle has no chat template, or it does not want the question.
@@ -127,7 +127,7 @@ def put(args: argparse.Namespace, bundle: Bundle, prompt: str) -> str | list[int
 
 
 def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling parameters that were given as flags, by their names in `SamplingParameters`."""
+    """Return the sampling parameters that were given as flags, by their names in `SamplingParameters`."""
     names = [field.name for field in dataclasses.fields(SamplingParameters)]
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
@@ -163,7 +163,7 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
 
 
 def backend(args: argparse.Namespace) -> Backend:
-    """How a graph is run, from the flags.
+    """Return how a graph is run, from the flags.
 
     Raises:
         ParameterError: A provider option is not KEY=VALUE, or a value is out of range.

@@ -42,7 +42,7 @@ def check_stdin() -> None:
     """See that there is something to read.
 
     Raises:
-        PromptError: stdin was closed when the command began.
+        PromptError: Stdin was closed when the command began.
     """
     if sys.stdin is None:
         raise PromptError("stdin is closed: there is nothing to read from it")
@@ -106,7 +106,7 @@ def _answer(stream: TextStream, view: View | None, typed: bool) -> bool:
 
 @contextlib.contextmanager
 def _on_interrupt(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """What Ctrl-C does meanwhile."""
+    """Yield what Ctrl-C does meanwhile."""
     before = signal.signal(signal.SIGINT, handler)
     try:
         yield
@@ -115,7 +115,7 @@ def _on_interrupt(handler: Callable[[int, FrameType | None], Any]) -> Iterator[N
 
 
 def _typed() -> Iterator[str]:
-    """Lines of a terminal, edited with readline where there is one."""
+    """Yield lines of a terminal, edited with readline where there is one."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (makes `input` an editor)
     while True:

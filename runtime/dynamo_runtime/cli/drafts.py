@@ -51,19 +51,19 @@ KINDS = (_OWN, *_BY_DEPTH, _LOOKUP)
 
 
 def kind_of(origin: Origin) -> Kind:
-    """What a token looks like."""
+    """Return how a token is shown."""
     if origin.depth == OWN.depth:
         return _OWN
     return _LOOKUP if origin.source == Lookup.name else _BY_DEPTH[min(origin.depth, _DEEPEST) - 1]
 
 
 def counts(origins: Sequence[Origin]) -> Counter[Kind]:
-    """Tokens of every kind."""
+    """Return tokens of every kind."""
     return Counter(map(kind_of, origins))
 
 
 def visible(text: str) -> str:
-    """A text without anything that moves a cursor or turns a line around: that is shown escaped."""
+    """Return a text without anything that moves a cursor or turns a line around: that is shown escaped."""
     return "".join(each if _is_harmless(each) else each.encode("unicode_escape").decode() for each in text)
 
 
@@ -72,7 +72,10 @@ def _is_harmless(character: str) -> bool:
 
 
 def coloured(span: Span) -> str:
-    """A span in its colour, for terminals: line by line, as a background would else run to the terminal's edge."""
+    """Return a span in its colour, for terminals.
+
+    It is coloured line by line, as a background would else run to the terminal's edge.
+    """
     kind = kind_of(span.origin)
     text = visible(span.text)
     if kind.ground is None:
@@ -83,20 +86,20 @@ def coloured(span: Span) -> str:
 
 
 def bracketed(span: Span) -> str:
-    """A span where there are no colours: drafts in brackets, with their depth."""
+    """Return a span where there are no colours: drafts in brackets, with their depth."""
     kind = kind_of(span.origin)
     text = visible(span.text)
     return text if kind.ground is None else f"[{kind.mark.format(span.origin.depth)}|{text}]"
 
 
 def may_colour(stream: object) -> bool:
-    """Whether a stream is a terminal whose user wants colours (https://no-color.org)."""
+    """Tell whether a stream is a terminal whose user wants colours (https://no-color.org)."""
     is_terminal = getattr(stream, "isatty", lambda: False)()
     return is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def legend(origins: Sequence[Origin], *, colours: bool) -> str:
-    """One line: what every look means, and how many tokens have it."""
+    """Return one line: what every look means, and how many tokens have it."""
     found, parts = counts(origins), []
     for kind, origin in zip(KINDS, (OWN, Origin(1), Origin(2), Origin(3), Origin(1, Lookup.name)), strict=True):
         look = coloured(Span(kind.label, origin)) if colours else kind.label
@@ -118,7 +121,7 @@ class View:
     _sections: list[str] = field(default_factory=list)
 
     def pieces(self, stream: TextStream) -> Iterator[str]:
-        """What goes to stdout: beside a page the text as it is."""
+        """Yield what goes to stdout: beside a page the text as it is."""
         if self.page is not None:
             yield from stream
             return
@@ -129,7 +132,7 @@ class View:
             shown = len(stream.spans)
 
     def finish(self, prompt: str, stream: TextStream) -> None:
-        """Say what the looks meant, or write the page.
+        """Say what the colours meant, or write the page.
 
         Raises:
             OutputError: The page cannot be written.
@@ -143,7 +146,7 @@ class View:
 
 
 def view(argument: str | None) -> View | None:
-    """What `--show-drafts` asks for.
+    """Return what `--show-drafts` asks for.
 
     Raises:
         PromptError: Its value is no name of a page.
@@ -158,7 +161,10 @@ def view(argument: str | None) -> View | None:
 
 
 def given(arguments: Sequence[str]) -> list[str]:
-    """A command line on which `--show-drafts` is not followed by something else than a page: a prompt, perhaps."""
+    """Return a command line on which `--show-drafts` is not followed by something else than a page.
+
+    That may be a prompt.
+    """
     following = [*arguments, ""][1:]
     return [
         f"{argument}=" if argument == "--show-drafts" and not after.endswith(PAGE) else argument
@@ -167,7 +173,7 @@ def given(arguments: Sequence[str]) -> list[str]:
 
 
 def section(prompt: str, stream: TextStream) -> str:
-    """A prompt and what was written behind it, as HTML."""
+    """Return a prompt and what was written behind it, as HTML."""
     spans = "".join(map(_element, stream.spans))
     return (
         f'<pre><span class="prompt">{_escaped(prompt)}</span>{spans}</pre>\n'
@@ -176,7 +182,7 @@ def section(prompt: str, stream: TextStream) -> str:
 
 
 def page_of(sections: Sequence[str]) -> str:
-    """A page that needs nothing but itself."""
+    """Return a page that needs nothing but itself."""
     colours = "\n".join(
         f".k{number} {{ background: {kind.ground[1]} }}" for number, kind in enumerate(KINDS) if kind.ground
     )

@@ -28,7 +28,7 @@ def check_stdout() -> None:
     """See that what a command is asked for can be written.
 
     Raises:
-        OutputError: stdout was closed when it began.
+        OutputError: Stdout was closed when it began.
     """
     if sys.stdout is None:
         raise OutputError("stdout is closed: there is nowhere to write to")

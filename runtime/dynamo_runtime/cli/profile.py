@@ -13,7 +13,7 @@ from ..device.profile import PROFILES, Profile, cached_path, profiles_folder
 from ..errors import DynamoError, OutputError, ProfileError
 from ..files import check_writable, write_whole
 from ..profiling.measure import FULL, QUICK, Progress, measure
-from ..profiling.report import compare, summary, to_csv
+from ..profiling.report import compare_profiles, summary, to_csv
 from ..profiling.trials import PROMPTS
 from ..registry import can_draft
 from .arguments import Parser, add_backend, add_chat, add_version, backend, check_chat, put
@@ -23,7 +23,7 @@ PROG = "dynamo-profile"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     parser = Parser(
         prog=PROG,
         description="Measure what a bundle costs on this machine, and keep it: dynamo-run plans its drafts with it.",
@@ -92,7 +92,7 @@ def _compare(args: argparse.Namespace) -> int:
     profiles, names = [Profile.load(path) for path in args.compare], [path.stem for path in args.compare]
     if args.html:
         _write_page(args.html, profiles, names)
-    put_out(f"{compare(profiles, names)}\n")
+    put_out(f"{compare_profiles(profiles, names)}\n")
     return 0
 
 
@@ -165,7 +165,7 @@ def _write_page(path: Path | None, profiles: Sequence[Profile], names: Sequence[
 def _questions(
     args: argparse.Namespace, bundle: Bundle, built_in: int | None, prompts: Sequence[str] | None
 ) -> Sequence[str | Sequence[int]] | None:
-    """The prompts as the flags want them; None for the built-in ones as they are.
+    """Return the prompts as the flags want them; None for the built-in ones as they are.
 
     Raises:
         DynamoError: See `put`.
@@ -177,7 +177,7 @@ def _questions(
 
 
 def _read_prompts(path: Path) -> list[str]:
-    """Prompts of a file.
+    """Return prompts of a file.
 
     Raises:
         ProfileError: It cannot be read, or there are none in it.
@@ -197,7 +197,7 @@ def _read_prompts(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _progress(quick: bool) -> Iterator[Progress]:
-    """A progress bar on stderr where tqdm is there and stderr is a terminal, else a line."""
+    """Yield a progress bar on stderr where tqdm is there and stderr is a terminal, else a line."""
     tqdm = optional("tqdm")
     if tqdm is None:
         say(f"{PROG}: measuring, {'half a minute' if quick else 'two minutes'} or more")

@@ -43,7 +43,7 @@ SAMPLE_PROMPT = "class Stack:\n    def __init__(self):\n"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; sampling flags that are not given come from the bundle."""
+    """Return the command line; sampling flags that are not given come from the bundle."""
     parser = Parser(prog=PROG, description="Continue a prompt; only the continuation goes to stdout.")
     parser.add_argument(
         "bundle",
@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--draft-corpus",
         metavar="FILE",
-        help="text or .jsonl file of earlier texts, in which lookup looks besides; indexed once",
+        help="text or .jsonl file of earlier texts, which lookup searches too; indexed once",
     )
     parser.add_argument("--seed", type=int, help="for reproducible draws")
     parser.add_argument(
@@ -203,7 +203,9 @@ def _converse(args: argparse.Namespace, engine: Engine, options: dict[str, Any],
 
 
 def _bundle_and_prompt(args: argparse.Namespace) -> tuple[str | Path, str | None]:
-    """What to run and what to continue: whichever is not given is ours; no prompt where there is to be a conversation.
+    """Return what to run and what to continue: whichever is not given is ours.
+
+    There is no prompt where there is to be a conversation.
 
     Raises:
         PromptError: One of them is given twice, or a bundle and no prompt, or a path in place of a prompt.
@@ -238,7 +240,7 @@ def _is_bundle(argument: str) -> bool:
 
 
 def _lone(argument: str) -> str:
-    """A single argument, which is a prompt unless it can only be meant as a path.
+    """Return a single argument, which is a prompt unless it can only be meant as a path.
 
     Raises:
         PromptError: It is one.
@@ -301,7 +303,7 @@ class Side:
 
 
 def _plain_engine(args: argparse.Namespace, engine: Engine) -> Engine:
-    """The engine to compare with; `engine` itself if there is no plain bundle."""
+    """Return the engine to compare with; `engine` itself if there is no plain bundle."""
     if args.compare_with:
         plain = load_bundle(args.compare_with, verify=args.verify)
     else:

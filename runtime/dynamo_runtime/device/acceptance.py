@@ -13,7 +13,7 @@ Counts = Mapping[tuple[int, int], tuple[int, int]]
 
 
 def bin_of(confidence: float, bins: int = DEFAULT.bins) -> int:
-    """Which bin a draft's confidence in [0, 1] falls into."""
+    """Return which bin a draft's confidence in [0, 1] falls into."""
     return min(int(confidence * bins), bins - 1)
 
 
@@ -31,7 +31,7 @@ class Record:
     accepted: float = 0.0
 
     def rate(self, prior: float) -> float:
-        """Expected acceptance, where `prior` is what would be expected without any."""
+        """Return the expected acceptance, where `prior` is what would be expected without any."""
         weight = self.tuning.prior_weight
         return (prior * weight + self.accepted) / (weight + self.seen)
 
@@ -41,8 +41,8 @@ class Record:
         self.accepted = self.accepted * self.tuning.memory + accepted
 
 
-class _Looks:
-    """How often drafts at one depth are of each bin of confidence: of all that were looked at, fed or not."""
+class _BinShares:
+    """How often drafts at one depth are of each bin of confidence: of all that were made, fed or not."""
 
     def __init__(self, known: Sequence[float], tuning: Tuning):
         """Begin with what is known.
@@ -101,7 +101,7 @@ class Acceptances:
             self._known_rate(tuning.accepted, [n for (at, _), n in known.items() if at == d]) for d in depths
         ]
 
-        self._looks = [_Looks([known.get((d, b), (0, 0))[0] for b in bins], tuning) for d in depths]
+        self._bin_shares = [_BinShares([known.get((d, b), (0, 0))[0] for b in bins], tuning) for d in depths]
 
     def of(self, depth: int, confidence: float) -> float:
         """Of a draft of this confidence at this depth, given that those before it are right."""
@@ -120,14 +120,17 @@ class Acceptances:
         return self._depths[depth - 1].rate(self._of_depths[depth - 1])
 
     def kinds(self, depth: int) -> list[tuple[float, float]]:
-        """What a draft at this depth may turn out to be: share and expected acceptance by bins, from the lowest up."""
-        return [(share, self._rate(depth, index)) for index, share in enumerate(self._looks[depth - 1].shares())]
+        """Return what a draft at this depth may turn out to be.
 
-    def look(self, depth: int, confidence: float) -> None:
+        That is a share and an expected acceptance for every bin, from the lowest up.
+        """
+        return [(share, self._rate(depth, index)) for index, share in enumerate(self._bin_shares[depth - 1].shares())]
+
+    def observe(self, depth: int, confidence: float) -> None:
         """Count a draft whose confidence is known, whether or not it is fed."""
         if isinstance(confidence, Expected):
             return
-        self._looks[depth - 1].add(bin_of(confidence, self._tuning.bins))
+        self._bin_shares[depth - 1].add(bin_of(confidence, self._tuning.bins))
 
     def add(self, confidences: Sequence[float], accepted: int) -> None:
         """Count judged drafts: the first `accepted` were right, the next was not, of the others nothing is known."""

@@ -1,6 +1,6 @@
 """How many tokens of a repeat to feed: what the rows of a pass cost against how often such tokens are right.
 
-What the text itself says is known for nothing, so there is nothing to begin and nothing to look at: every pass may be
+What the text itself says is known for nothing, so there is nothing to begin and nothing to probe: every pass may be
 fed some of it. A repeat is a stretch of passes that are much alike, so the best length is the one with the most tokens
 a millisecond, if those are more than are to be had without it.
 """
@@ -81,7 +81,7 @@ class Copying:
         return self._tuning.vain * max(self.time, self._tuning.vain_passes * self._cost[0])
 
     def affords(self, rows: float) -> bool:
-        """Whether so many milliseconds of rows may be lost."""
+        """Tell whether so many milliseconds of rows may be lost."""
         return self.lost + rows <= self.most
 
     def judged(self, drafts: Sequence[Draft], final: Sequence[int]) -> None:
@@ -102,7 +102,7 @@ class Copying:
         self.lost = max(self.lost, -self._tuning.vain_savings * cost[0])
 
     def chain(self, repeats: Iterator[Repeat], past: int, least: float = 0.0) -> Chain:
-        """The drafts that pay: with the most tokens a millisecond.
+        """Return the drafts that pay: with the most tokens a millisecond.
 
         Args:
             repeats: What follows.

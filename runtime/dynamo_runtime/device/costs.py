@@ -16,15 +16,15 @@ Points = Sequence[tuple[float, float]]
 """(x, milliseconds), ascending in x."""
 
 
-class Making(Protocol):
+class DrafterCosts(Protocol):
     """What drafts cost that a graph of its own makes behind a pass, in milliseconds."""
 
     @property
     def further(self) -> float:
-        """A run for every draft that is looked at, the first among them; 0 where one run is for all of them."""
+        """A run for every draft that is made, the first among them; 0 where one run is for all of them."""
 
     def begin(self, unseen: float, past: int) -> float:
-        """What is to be paid before any draft: layers over `unseen` positions, in a text of about `past`.
+        """Return what is to be paid before any draft: layers over `unseen` positions, in a text of about `past`.
 
         The run is in it that is for all drafts, where there is such a one.
         """
@@ -34,7 +34,7 @@ class Costs(Protocol):
     """What things cost on a device, in milliseconds."""
 
     @property
-    def making(self) -> Making | None:
+    def making(self) -> DrafterCosts | None:
         """What the drafter's graph costs; None where heads are inside the base's, or there are none."""
 
     @property
@@ -46,14 +46,14 @@ class Costs(Protocol):
         """A plain token, outside the pass."""
 
     def step(self, rows: int, with_heads: bool, past: int) -> float:
-        """A pass over `rows` tokens behind `past` others, with or without further heads inside the base's graph."""
+        """Return what a pass over `rows` tokens behind `past` others costs, with or without heads inside the base."""
 
     def resume(self, skipped: int) -> float:
-        """What the first pass with such heads costs more after `skipped` positions without."""
+        """Return what the first pass with such heads costs more after `skipped` positions without."""
 
 
-class MadeCurve:
-    """`Making` as it was measured.
+class MeasuredDrafterCosts:
+    """`DrafterCosts` as it was measured.
 
     How much the layers cost by the positions that they read is known behind the shortest past, and behind longer ones
     as far as positions are few: what many cost more is taken for the same there.
@@ -63,7 +63,7 @@ class MadeCurve:
         """Take what was measured.
 
         Args:
-            layers: past -> (positions read, milliseconds).
+            layers: Past -> (positions read, milliseconds).
             run: Milliseconds of one that makes drafts.
             conditioned: Whether every draft takes such a run.
         """
@@ -72,23 +72,23 @@ class MadeCurve:
         self._most = min(points[-1][0] for points in layers.values())
 
     @staticmethod
-    def of(runs: DrafterRuns) -> MadeCurve:
-        """The medians of a profile."""
+    def of(runs: DrafterRuns) -> MeasuredDrafterCosts:
+        """Return the medians of a profile."""
         layers: dict[int, dict[float, float]] = {}  # one time for every number of positions
         for run in runs.layers:
             layers.setdefault(run.past, {})[float(run.positions)] = run.time.p50
         points = {past: sorted(times.items()) for past, times in layers.items()}
         drafts = [run.time.p50 for run in runs.drafts]
-        return MadeCurve(points, sum(drafts) / len(drafts), all(run.depth for run in runs.drafts))
+        return MeasuredDrafterCosts(points, sum(drafts) / len(drafts), all(run.depth for run in runs.drafts))
 
     def begin(self, unseen: float, past: int) -> float:
-        """See `Making`."""
+        """See `DrafterCosts`."""
         shortest, few = self._by_past[0][1], min(unseen, self._most)
         here = _interpolated([(at, _interpolated(points, few)) for at, points in self._by_past], past)
         return max(here + _interpolated(shortest, unseen) - _interpolated(shortest, few), 0.0) + self._once
 
 
-class Curve:
+class MeasuredCosts:
     """Costs as they were measured, interpolated linearly, and beyond the last measurement continued."""
 
     def __init__(
@@ -97,7 +97,7 @@ class Curve:
         resumes: Points = (),
         drafting: float = 0.0,
         overhead: float = 0.0,
-        making: Making | None = None,
+        making: DrafterCosts | None = None,
     ):
         """Take what was measured.
 
@@ -117,8 +117,8 @@ class Curve:
         self._steps: dict[tuple[int, bool, int], float] = {}
 
     @staticmethod
-    def of(profile: Profile) -> Curve:
-        """The medians of a profile."""
+    def of(profile: Profile) -> MeasuredCosts:
+        """Return the medians of a profile."""
         found: dict[tuple[bool, int], dict[float, float]] = {}  # one time for every number of rows
         for each in profile.passes:
             found.setdefault((each.heads, each.past), {})[float(each.rows)] = each.time.p50
@@ -126,8 +126,8 @@ class Curve:
             found.setdefault((True, past), times)
         passes = {key: sorted(times.items()) for key, times in found.items()}
         resumes = {float(each.skipped): each.extra for each in profile.resume if each.skipped > 0}
-        making = None if profile.drafter is None else MadeCurve.of(profile.drafter)
-        return Curve(passes, sorted(resumes.items()), profile.drafting, profile.overhead, making)
+        making = None if profile.drafter is None else MeasuredDrafterCosts.of(profile.drafter)
+        return MeasuredCosts(passes, sorted(resumes.items()), profile.drafting, profile.overhead, making)
 
     def step(self, rows: int, with_heads: bool, past: int) -> float:
         """See `Costs`."""
@@ -144,12 +144,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class MadePrior:
-    """`Making` on a device that has not been measured.
+    """`DrafterCosts` on a device that has not been measured.
 
     Attributes:
         first_ms: Layers over one position, and the run that is for all drafts, where there is such a one.
         position_ms: Layers over one more.
-        further: See `Making`.
+        further: See `DrafterCosts`.
     """
 
     first_ms: float
@@ -173,7 +173,7 @@ class MadePrior:
         return MadePrior(layers_ms + run_ms, row_ms)
 
     def begin(self, unseen: float, past: int) -> float:
-        """See `Making`; the past is taken for short."""
+        """See `DrafterCosts`; the past is taken for short."""
         return self.first_ms + max(unseen - 1, 0.0) * self.position_ms
 
 
@@ -229,7 +229,7 @@ class Knowledge(NamedTuple):
     widths_hold: bool = True
 
     def acceptances(self, depth: int, temperature: float, tuning: Tuning = DEFAULT) -> Acceptances:
-        """What is expected of up to `depth` drafts when decoding at a temperature."""
+        """Return what is expected of up to `depth` drafts when decoding at a temperature."""
         return Acceptances(depth, self.drafts.get(temperature < tuning.nearly_greedy, {}), tuning)
 
     @staticmethod
@@ -240,11 +240,11 @@ class Knowledge(NamedTuple):
         drafts: dict[bool, dict[tuple[int, int], tuple[int, int]]] = {False: {}, True: {}}
         for each in profile.acceptance:
             drafts[each.greedy][each.depth, bin_of(each.confidence)] = each.seen, each.accepted
-        return Knowledge(Curve.of(profile), drafts, profile.widths is None or profile.widths.holds)
+        return Knowledge(MeasuredCosts.of(profile), drafts, profile.widths is None or profile.widths.holds)
 
 
 def _reading_ms(bundle: Bundle, tuning: Tuning) -> tuple[float, float]:
-    """Milliseconds to read the weights of the base, and those of what predicts further tokens."""
+    """Return milliseconds to read the weights of the base, and those of what predicts further tokens."""
     if bundle.drafter is None:
         whole_ms = (bundle.graph_bytes or 1 << 20) / tuning.bytes_per_ms
         heads_ms = whole_ms * bundle.topology.weight_layers / (bundle.kv_layers + 1)
@@ -257,7 +257,7 @@ def _reading_ms(bundle: Bundle, tuning: Tuning) -> tuple[float, float]:
 
 
 def _continued(points: Points, rows: float) -> float:
-    """What so many rows cost: beyond the last measurement as much more as the second half of them says."""
+    """Return what so many rows cost: beyond the last measurement as much more as the second half of them says."""
     (last, most), (middle, half) = points[-1], points[len(points) // 2]
     if rows <= last or middle == last:
         return _interpolated(points, rows)
@@ -265,7 +265,10 @@ def _continued(points: Points, rows: float) -> float:
 
 
 def _interpolated(points: Points, x: float) -> float:
-    """A piecewise linear function through ascending points, continued at both ends; constant through a single one."""
+    """Return a piecewise linear function through ascending points, continued at both ends.
+
+    Through a single point it is constant.
+    """
     if len(points) == 1:
         return points[0][1]
     i = next((i for i in range(1, len(points) - 1) if x <= points[i][0]), len(points) - 1)

@@ -29,7 +29,7 @@ _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def optional(module: str) -> Any:
-    """A module of the extra [profile], or None."""
+    """Return a module of the extra [profile], or None."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -38,7 +38,7 @@ def optional(module: str) -> Any:
 
 @cache
 def processor() -> tuple[str, tuple[str, ...]]:
-    """Name of the CPU and its instruction sets of interest."""
+    """Return the name of the CPU and its instruction sets of interest."""
     name, flags = platform.processor() or platform.machine(), ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -61,14 +61,14 @@ def describe_processor() -> str:
 
 
 def device_key(provider: str) -> str:
-    """Tells devices apart, in a file name: what runs the graph, and onnxruntime's version."""
+    """Tell devices apart, in a file name: what runs the graph, and onnxruntime's version."""
     what = _nvidia()[0] if provider == "cuda" else f"{processor()[0]}-{cores()}"
     text = f"{what}-{provider}-ort{import_onnxruntime().__version__}"
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-").lower()
 
 
 def inspect_device(provider: str) -> Device:
-    """All that can be told of the device.
+    """Return all that can be told of the device.
 
     Args:
         provider: Execution provider that runs the graph.

@@ -47,10 +47,10 @@ class Planner:
         self._tuning = tuning
         self._depth = acceptances.depth
         self._most = max(most, self._depth)
-        self._looks = 0
+        self._drafting_passes = 0
         self._averaged: float = tuning.first_passes  # rounds that the gain is the average of
-        self._looked = 0  # drafts looked at behind this pass
-        self._patience: float = 1
+        self._made_drafts = 0  # behind this pass, whether fed or not
+        self._probe_after: float = 1  # plain tokens
         self._behind = 0  # positions that heads have not seen when a stretch without them begins: at first the prompt
         self._paid = 0.0  # milliseconds of a round with drafts beyond a plain pass, until it has been judged
         self._lost = 0.0  # of them, those that gave no tokens; below 0 what drafting gave more
@@ -73,7 +73,7 @@ class Planner:
         return max(self._tokens / self._time, 1.0 / self._cost_off[0])
 
     def further(self, confidences: Sequence[float]) -> bool:
-        """Whether the draft behind those there are is worth a look, where every look takes a run.
+        """Tell whether the draft behind those there are is worth making, where every draft takes a run.
 
         Called before the drafter is asked about that place, so by what such drafts usually turn out to be.
 
@@ -98,7 +98,7 @@ class Planner:
         return False
 
     def worth(self, confidences: Sequence[float]) -> bool:
-        """Whether one more draft is worth its cost.
+        """Tell whether one more draft is worth its cost.
 
         Called before the draft is drawn, so that which drafts are made does not depend on what they turn out to be:
         verification relies on that.
@@ -107,8 +107,8 @@ class Planner:
             confidences: Of the drafts there are, and then of the one in question.
         """
         acceptances, rate, depth = self.acceptances, self.rate, len(confidences)
-        acceptances.look(depth, confidences[-1])
-        self._looked = depth
+        acceptances.observe(depth, confidences[-1])
+        self._made_drafts = depth
         run = self._making.further if self._making else 0.0
         certain = self._certain(confidences)
         gained, before = 0.0, self._cost_on[depth - 1]
@@ -125,11 +125,11 @@ class Planner:
         Args:
             past: Positions that it will find in the cache.
         """
-        if not self._looks and not self._waited:
+        if not self._drafting_passes and not self._waited:
             self._behind = past
             self._turn_to(past)
         self._waited += 1
-        self.drafting = self._waited >= self._patience
+        self.drafting = self._waited >= self._probe_after
 
     def judged(self, confidences: Sequence[float], accepted: int) -> None:
         """Learn what became of the drafts of a pass, whoever made them, and settle what they cost.
@@ -158,33 +158,33 @@ class Planner:
         for depth, confidence in enumerate(confidences, 1):
             certain *= self.acceptances.of(depth, confidence)
             expected += certain
-        looked, self._looked = max(self._looked, 1), 0
-        cost = self._cost_on[len(confidences)] + self._made(looked, self._tokens)
-        gain = expected - 1 - self.rate * (cost - self._cost_of_a_look(self._tokens)) - instead
-        self._looks += 1
+        made, self._made_drafts = max(self._made_drafts, 1), 0
+        cost = self._cost_on[len(confidences)] + self._made(made, self._tokens)
+        gain = expected - 1 - self.rate * (cost - self._cost_of_probe(self._tokens)) - instead
+        self._drafting_passes += 1
         if self._waited:
-            self.acceptances.fade(self._tuning.fade_of_a_look)
-        elif self._looks % self._tuning.fade_every == 0:
+            self.acceptances.fade(self._tuning.fade_at_probe)
+        elif self._drafting_passes % self._tuning.fade_every == 0:
             self.acceptances.fade(self._tuning.fade)
-        # The last look may be long ago; by itself this one tells little, so those behind it soon count as much.
-        self._averaged = 1 / self._tuning.recent_look if self._waited else self._averaged + 1
+        # The last probe may be long ago; by itself this one tells little, so those behind it soon count as much.
+        self._averaged = 1 / self._tuning.probe_weight if self._waited else self._averaged + 1
         self._gain += max(1 - self._tuning.recent, 1 / self._averaged) * (gain - self._gain)
-        steady = max(1 - self._tuning.steady, 1 / (self._tuning.first_passes + self._looks))
+        steady = max(1 - self._tuning.steady, 1 / (self._tuning.first_passes + self._drafting_passes))
         self._tokens += steady * (expected - self._tokens)
         self._time += steady * (cost - self._time)
         self.drafting = self._goes_on()
         self._paid = cost - (1 - instead) * self._cost_off[0]
         self._waited = self._behind = 0
         if not self.drafting:
-            self._patience = self._wait()
+            self._probe_after = self._wait()
 
     def _goes_on(self) -> bool:
-        """Whether to draft again.
+        """Tell whether to draft again.
 
-        What drafts gain varies from round to round, and coming back costs a wait and a look: drafting that has paid, or
-        just begun, is given up when it has lost some time, and not by a few bad rounds. What counts as lost is what the
-        drafts did not give, not what was expected of them: as long as little is known, that is hope. Where there would
-        be no look again, though, it is given up by what is expected alone. A look has to convince.
+        What drafts gain varies from round to round, and coming back costs a wait and a probe: drafting that has paid,
+        or just begun, is given up when it has lost some time, and not by a few bad rounds. What counts as lost is what
+        the drafts did not give, not what was expected of them: as long as little is known, that is hope. Where there
+        would be no further probe, though, it is given up by what is expected alone. A probe has to convince.
         """
         pays = self._pays()
         if self._waited:
@@ -195,17 +195,17 @@ class Planner:
         return self._lost < (self._tuning.doubt if pays else self._tuning.trial) * self._cost_off[0]
 
     def _usual(self) -> list[tuple[float, float, float]]:
-        """Tokens and milliseconds a round of fixed settings by what is known, and those of them beyond a look.
+        """Return tokens and milliseconds a round of fixed settings by what is known, and those of them beyond a probe.
 
         The settings: so many drafts, or fewer as soon as one's confidence is below a bin. What drafters say of their
         drafts is gone by only where it is known what became of such drafts.
         """
-        looks = [self.acceptances.kinds(depth) for depth in range(1, self._depth + 1)]
+        kinds_at = [self.acceptances.kinds(depth) for depth in range(1, self._depth + 1)]
         found = [(1.0, self._cost_on[0] + self._made(1, 1.0), 0.0)]
         for least in range(self._tuning.bins) if self.acceptances.known else (0,):
             reached = certain = tokens = 1.0
             beyond = 0.0
-            for depth, kinds in enumerate(looks, 1):
+            for depth, kinds in enumerate(kinds_at, 1):
                 kept = sum(share for share, _ in kinds[least:])
                 right = sum(share * rate for share, rate in kinds[least:]) / kept if kept else 0.0
                 if not self.acceptances.known:
@@ -216,46 +216,47 @@ class Planner:
                 certain *= right
                 tokens += reached * certain
                 beyond += reached * (self._cost_on[depth] - self._cost_on[depth - 1])
-                found.append((tokens, self._cost_of_a_look(tokens) + beyond, beyond))
+                found.append((tokens, self._cost_of_probe(tokens) + beyond, beyond))
         return found
 
     def _certain(self, confidences: Sequence[float]) -> float:
-        """How likely all of the drafts of these confidences are right."""
+        """Return how likely all of the drafts of these confidences are right."""
         return math.prod(self.acceptances.of(depth, confidence) for depth, confidence in enumerate(confidences, 1))
 
-    def _made(self, looked: int, unseen: float) -> float:
-        """Milliseconds of the drafter's graph in a round, for so many drafts that were looked at.
+    def _made(self, drafts: int, unseen: float) -> float:
+        """Return milliseconds of the drafter's graph in a round, for so many drafts that were made.
 
         Args:
-            looked: One or more.
+            drafts: One or more.
             unseen: Positions that its layers have to read first.
         """
         making = self._making
-        return 0.0 if making is None else making.begin(unseen, self._past) + making.further * looked
+        return 0.0 if making is None else making.begin(unseen, self._past) + making.further * drafts
 
-    def _cost_of_a_look(self, unseen: float) -> float:
-        """Milliseconds of a round that yields drafts and is fed none; argument of `_made`."""
+    def _cost_of_probe(self, unseen: float) -> float:
+        """Return milliseconds of a round that yields drafts and is fed none; argument of `_made`."""
         return self._cost_on[0] + self._made(1, unseen)
 
     def _pays(self) -> bool:
-        """Whether having drafts gains more than yielding them costs."""
-        return self._gain > self.rate * (self._cost_of_a_look(self._tokens) - self._cost_off[0])
+        """Tell whether having drafts gains more than yielding them costs."""
+        return self._gain > self.rate * (self._cost_of_probe(self._tokens) - self._cost_off[0])
 
     def _wait(self) -> float:
-        """Plain tokens before the next look at what drafting would gain, which is not to cost much of their time.
+        """Plain tokens before the next probe of what drafting would gain, which is not to cost much of their time.
 
         Infinite if that costs too much however long the wait is.
         """
         plain, longest, waiting = self._cost_off[0], self._tuning.longest_wait, 1
-        while waiting < longest and self._look_after(waiting) > self._tuning.exploration * plain * waiting:
+        while waiting < longest and self._cost_of_probe_after(waiting) > self._tuning.exploration * plain * waiting:
             waiting *= 2
-        return waiting if self._look_after(waiting) <= self._tuning.dearest_look * plain * waiting else math.inf
+        most = self._tuning.costliest_probe * plain * waiting
+        return waiting if self._cost_of_probe_after(waiting) <= most else math.inf
 
-    def _look_after(self, waiting: int) -> float:
-        """Milliseconds of a look behind so many plain tokens, beyond what the pass costs anyway."""
+    def _cost_of_probe_after(self, waiting: int) -> float:
+        """Return milliseconds of a probe behind so many plain tokens, beyond what the pass costs anyway."""
         skipped = self._behind + waiting
         resuming = self._costs.resume(skipped) if self._ask.heads and self._making is None else 0.0
-        return self._cost_of_a_look(skipped + 1) - self._cost_off[0] + resuming
+        return self._cost_of_probe(skipped + 1) - self._cost_off[0] + resuming
 
     def _turn_to(self, past: int) -> None:
         """Look up what passes cost behind about so many positions, with 0, 1, … drafts."""
@@ -269,11 +270,11 @@ class Planner:
             return costs.step(rows, drafting and inside, past) + costs.overhead + costs.drafting * drafts
 
         self._cost_on, self._cost_off = ([cost(d, on) for d in range(self._most + 1)] for on in (True, False))
-        self._patience = self._wait()
+        self._probe_after = self._wait()
 
 
 def threshold_for(profile: Profile | None, target: float) -> float:
-    """The back-off threshold ε_b at which `dynamo` was so many times as fast as plain decoding, or a little more.
+    """Return the ε_b at which `dynamo` was so many times as fast as plain decoding, or a little more.
 
     The larger the threshold, the closer the text is to plain sampling's: this is the largest that is fast enough.
 

@@ -26,9 +26,9 @@ from .records import (
     Operator,
     Pass,
     Prefill,
+    ProfiledBundle,
     Resume,
     StrategyRun,
-    Subject,
     Widths,
 )
 
@@ -60,7 +60,7 @@ class Profile:
     """
 
     device: Device
-    bundle: Subject
+    bundle: ProfiledBundle
     conditions: Conditions
     created: str
     threads: int
@@ -84,7 +84,7 @@ class Profile:
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
-        """The profile as it is written."""
+        """Return the profile as it is written."""
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
 
     @staticmethod
@@ -115,7 +115,7 @@ class Profile:
         return profile
 
     def _wrong(self) -> str:
-        """What planning cannot go by; empty if nothing is wrong."""
+        """Return what planning cannot go by; empty if nothing is wrong."""
         if not any(not each.heads for each in self.passes) or min(each.time.p50 for each in self.passes) <= 0:
             return "it does not say what passes cost"
         if min(min(each.rows - 1, each.past) for each in self.passes) < 0:
@@ -139,7 +139,7 @@ class Profile:
 
 
 def _wrong_runs(drafter: DrafterRuns) -> str:
-    """What planning cannot go by in the costs of a drafter's graph; empty if nothing is wrong."""
+    """Return what planning cannot go by in the costs of a drafter's graph; empty if nothing is wrong."""
     if not drafter.layers or not drafter.drafts:
         return "drafter: it does not say what layers and drafts cost"
     times = [*(run.time for run in drafter.layers), *(run.time for run in drafter.drafts)]
@@ -153,7 +153,7 @@ def _wrong_runs(drafter: DrafterRuns) -> str:
 
 
 def _wrong_widths(widths: Widths) -> str:
-    """What cannot have been found by comparing widths; empty if nothing is wrong."""
+    """Return what cannot have been found by comparing widths; empty if nothing is wrong."""
     if widths.rows < 2 or not 0 <= widths.changed <= widths.compared or not widths.compared:
         return "widths: rows, compared or changed is out of range"
     if min(widths.difference, widths.largest) < 0:
@@ -162,7 +162,7 @@ def _wrong_widths(widths: Widths) -> str:
 
 
 def _read(kind: Any, value: Any, where: str = "it") -> Any:
-    """A value of JSON as the type that a dataclass wants.
+    """Return a value of JSON as the type that a dataclass wants.
 
     Args:
         kind: The type.
@@ -199,13 +199,13 @@ def _read(kind: Any, value: Any, where: str = "it") -> Any:
 
 
 def profiles_folder() -> Path:
-    """Where profiles are kept: `DYNAMO_PROFILES`, or a folder of the cache."""
+    """Return where profiles are kept: `DYNAMO_PROFILES`, or a folder of the cache."""
     given = os.environ.get(PROFILES)
     return Path(given) if given else cache_folder() / "profiles"
 
 
 def cached_path(device_key: str, bundle: Bundle, threads: int | None) -> Path:
-    """The file of a bundle's profile on a device, with so many threads.
+    """Return the file of a bundle's profile on a device, with so many threads.
 
     Args:
         device_key: From `device.device_key`.

@@ -58,7 +58,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ProfiledBundle:
     """The bundle that was measured.
 
     Attributes:

@@ -22,15 +22,15 @@ class Tuning:
         prior_weight: Drafts that must have been judged to count as much as what was known before. By hand.
         fade: What stays of the judged drafts of every kind, each time they fade. By hand.
         fade_every: Rounds with drafts between two fadings. By hand.
-        fade_of_a_look: What stays of them at a look after a stretch without drafts. By hand.
+        fade_at_probe: What stays of them at a probe after a stretch without drafts. By hand.
         memory: What a judged draft counts for once the next one of its kind is judged. By hand.
         recent: What a pass counts for once the next one is there, in the average of what drafting gains. By hand.
-        steady: The same in the rate that every choice is weighed with. By hand.
+        steady: The same in the rate that every choice is made by. By hand.
         first_passes: What was known before counts as so many passes. By hand.
-        longest_wait: Plain tokens before the next look, unless that is dearer than `dearest_look`. By hand.
-        dearest_look: Share of the time since the last look that a look may cost at most. Heads have to catch up on all
-            that they have not seen, so a longer wait does not make up for it: there is no look if it costs more. By
-            hand.
+        longest_wait: Plain tokens before the next probe, unless that costs more than `costliest_probe`. By hand.
+        costliest_probe: Share of the time since the last probe that a probe may cost at most. Heads have to catch up on
+            all that they have not seen, so a longer wait does not make up for it: there is no probe if it costs more.
+            By hand.
         trial: Plain passes' time that drafting may lose before it is given up, where it is not expected to pay. By
             hand.
         doubt: The same where it still is expected to pay. By hand.
@@ -48,7 +48,7 @@ class Tuning:
         accepted: Share of drafts expected to be right before any was judged. By hand.
         untried: What a kind of drafts never tried is hoped to be, between its own kind of confidence and its depth. By
             hand; without hope it never would be tried.
-        recent_look: Weight of a pass after a stretch without drafts, as the one before may be long ago. By hand.
+        probe_weight: Weight of a pass after a stretch without drafts, as the one before may be long ago. By hand.
         repeat_share: What a draft from the text takes of Python's time for a plain token, as it is only judged. By
             hand (0.16 with the embedded model in int8).
         vain: Share of the time that may go into rows of repeated tokens and not be won back. The aim of the plan.
@@ -61,13 +61,13 @@ class Tuning:
     prior_weight: float = 3.0
     fade: float = 0.9
     fade_every: int = 16
-    fade_of_a_look: float = 0.9
+    fade_at_probe: float = 0.9
     memory: float = 0.97
     recent: float = 0.95
     steady: float = 0.99
     first_passes: int = 4
     longest_wait: int = 512
-    dearest_look: float = 0.02
+    costliest_probe: float = 0.02
     trial: float = 0.9
     doubt: float = 2.0
     savings: float = 5.0
@@ -81,7 +81,7 @@ class Tuning:
     other_row_share: float = 0.25
     accepted: float = 0.5
     untried: float = 0.5
-    recent_look: float = 0.5
+    probe_weight: float = 0.5
     repeat_share: float = 0.2
     vain: float = 0.01
     vain_passes: float = 64.0

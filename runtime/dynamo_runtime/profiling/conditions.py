@@ -17,7 +17,7 @@ _BUSY, _DRIFT = 0.1, 0.1  # more of either, and the machine was not idle
 
 
 def memory(field: str) -> int:
-    """Bytes of this process's memory: "VmHWM" its peak, "VmRSS" now; 0 where the system does not tell."""
+    """Return bytes of this process's memory: "VmHWM" its peak, "VmRSS" now; 0 where the system does not tell."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
@@ -55,13 +55,13 @@ class Watch:
         self._others = None if others is None else max(others, 0.0) / elapsed
 
     def conditions(self, drift: float) -> Conditions:
-        """What was seen; `drift` is the largest over the smallest cost of one and the same pass."""
+        """Return what was seen; `drift` is the largest over the smallest cost of one and the same pass."""
         idle = (self._others is None or self._others < _BUSY) and drift < 1 + _DRIFT
         ends = [min(self._frequencies), max(self._frequencies)] if self._frequencies else []
         return Conditions(idle, self._others, drift, ends, max(self._temperatures, default=None))
 
     def _busy(self) -> Any:
-        """Seconds that our cores have been busy since they were started, or None."""
+        """Return seconds that our cores have been busy since they were started, or None."""
         if self._psutil is None:
             return None
         ours = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)

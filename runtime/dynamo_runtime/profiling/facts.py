@@ -36,7 +36,7 @@ def _temperature(profile: Profile) -> str:
 
 
 def _widths(profile: Profile) -> str:
-    """What the width test found, in a few words."""
+    """Return what the width test found, in a few words."""
     widths = profile.widths
     if widths is None:
         return ""
@@ -49,7 +49,7 @@ def _widths(profile: Profile) -> str:
 
 
 def _widths_measured(profile: Profile) -> dict[str, float] | None:
-    """The figures of the width test, by their names."""
+    """Return the figures of the width test, by their names."""
     widths = profile.widths
     if widths is None:
         return None
@@ -140,7 +140,7 @@ FACTS = (
     ),
     Fact(
         CONDITIONS,
-        "drift, dearest ÷ cheapest",
+        "drift, slowest ÷ quickest",
         lambda p: p.conditions.drift,
         lambda p: f"{p.conditions.drift:.2f}",
         ("conditions", "drift", "", "ratio"),

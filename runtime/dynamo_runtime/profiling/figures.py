@@ -9,7 +9,7 @@ from typing import Any
 from ..device.profile import Profile
 from ..tables import MISSING, Table, number, ratio
 
-Row = tuple[str, str, str, str, Any]
+CsvRow = tuple[str, str, str, str, Any]
 """Section, name, variant, unit and value, for a spreadsheet."""
 Line = tuple[Any, str, str, float]
 """What lines are sorted by, heading, label and value, of one profile beside others."""
@@ -43,7 +43,7 @@ class Fact:
     place: int = 0
 
     def value(self, profile: Profile) -> float | None:
-        """What was measured, in the label's unit."""
+        """Return what was measured, in the label's unit."""
         value = self.get(profile)
         return value / self.measured if value and self.measured else None
 
@@ -56,7 +56,7 @@ class Fact:
         value = self.value(profile)
         return "" if value is None else number(value)
 
-    def rows(self, profile: Profile) -> list[Row]:
+    def rows(self, profile: Profile) -> list[CsvRow]:
         """For a spreadsheet."""
         return [] if self.row is None else _rows(self.row, self.get(profile))
 
@@ -89,7 +89,7 @@ class Figure:
         """As people read it."""
         return self.show(item) if self.show else number(self.get(item))
 
-    def rows(self, item: Any, name: str) -> list[Row]:
+    def rows(self, item: Any, name: str) -> list[CsvRow]:
         """For a spreadsheet."""
         section = _of(self.section, item)
         return _rows((section, name, self.variant, self.unit), self.get(item)) if section else []
@@ -133,7 +133,7 @@ class Grid:
     cell: Callable[[Profile, Any], str]
 
     def make(self, profile: Profile, items: Sequence[Any]) -> Table:
-        """The table."""
+        """Return the table."""
         cells = {self.at(item): self.cell(profile, item) for item in items if self.has(item)}
         rows, columns = ([*sorted({place[axis] for place in cells})] for axis in (0, 1))
         return Table(
@@ -178,14 +178,14 @@ class Series:
         rows = [[figure.text(item) for figure in figures] for item in items]
         return Table(listing.title, [figure.column for figure in figures], rows, listing.cell_width)
 
-    def rows(self, profile: Profile) -> list[Row]:
+    def rows(self, profile: Profile) -> list[CsvRow]:
         """For a spreadsheet."""
         return [
             row for item in self.items(profile) for figure in self.figures for row in figure.rows(item, self.name(item))
         ]
 
     def beside(self, profiles: Sequence[Profile]) -> list[list[str]]:
-        """Lines of profiles side by side, below their headings."""
+        """Return lines of profiles side by side, below their headings."""
         figures = [figure for figure in self.figures if figure.compared]
         columns = [[self._lines(figure, profile) for profile in profiles] for figure in figures]
         return [line for of_figure in columns for line in side_by_side(of_figure)]
@@ -199,7 +199,7 @@ class Series:
 
 
 def side_by_side(columns: Sequence[Sequence[Line]]) -> list[list[str]]:
-    """Lines with every profile's value and its ratio to the first profile's, below their headings.
+    """Return lines with every profile's value and its ratio to the first profile's, below their headings.
 
     Args:
         columns: The lines of every profile.
@@ -223,8 +223,8 @@ def _relative(value: float | None, reference: float | None) -> str:
     return MISSING if value is None else f"{number(value)} ({ratio(value, reference)})"
 
 
-def _rows(row: tuple[str, str, str, str], value: Any) -> list[Row]:
-    """A row a value, without what is not known."""
+def _rows(row: tuple[str, str, str, str], value: Any) -> list[CsvRow]:
+    """Return a row a value, without what is not known."""
     section, name, variant, unit = row
     if isinstance(value, Mapping):
         found = list(value.items())

@@ -15,7 +15,7 @@ from ..bundle import Bundle
 from ..device.acceptance import bin_of, middle_of
 from ..device.inspection import cores, inspect_device
 from ..device.profile import Profile
-from ..device.records import Acceptance, Conditions, Subject
+from ..device.records import Acceptance, Conditions, ProfiledBundle
 from ..engine import Engine
 from ..errors import ProfileError
 from ..providers import Backend
@@ -23,7 +23,7 @@ from ..session import Session
 from .conditions import memory, watched
 from .passes import POSITIONS, ROWS, DrafterTimer, PassTimer, measure_operators, measure_prefill
 from .roofline import read_bandwidth, roofline
-from .trials import QUICK_THRESHOLDS, THRESHOLDS, Trials, encoded, look_outside, run_backoff, run_strategies
+from .trials import QUICK_THRESHOLDS, THRESHOLDS, Trials, encoded, run_backoff, run_strategies, time_outside
 from .widths import FARTHEST, STRETCH, measure_widths
 
 Progress = Callable[[str, float], None]
@@ -99,7 +99,7 @@ class Bench:
         return self.engine if self._plain is None else Engine(self._plain, self.engine.backend)
 
     def trials(self, profile: Profile) -> Trials:
-        """Prompts to decode, as long as the time allows by what a pass was found to cost."""
+        """Return prompts to decode, as long as the time allows by what a pass was found to cost."""
         per_token = next(each.time.p50 for each in profile.passes if each.rows == 1) + 0.2
         milliseconds = _TRIALS * self.effort.seconds * 1e3
         new_tokens = int(np.clip(milliseconds / per_token / (30 * len(self.texts)), 16, 64))
@@ -164,11 +164,11 @@ def measure(
 
 
 def _unmeasured(bench: Bench, load_s: float) -> Profile:
-    """A profile that says what is measured, and nothing yet of what that costs."""
+    """Return a profile that says what is measured, and nothing yet of what that costs."""
     bundle = bench.engine.bundle
     return Profile(
         device=inspect_device(bench.engine.session.provider),
-        bundle=Subject(
+        bundle=ProfiledBundle(
             name=bundle.folder.resolve().name,
             graph_sha256=bundle.graph_sha256,
             kind=bundle.topology.kind,
@@ -215,7 +215,7 @@ def _prefill(bench: Bench, profile: Profile, seconds: float) -> Profile:
 
 
 def _heads(bench: Bench, profile: Profile, seconds: float) -> Profile:
-    """What the drafter's graph costs, or heads inside the base's when they come back."""
+    """Return what the drafter's graph costs, or heads inside the base's when they come back."""
     session = bench.engine.session
     if session.heads is None:
         return replace(profile, resume=bench.timer.resume(bench.effort.skipped, seconds))
@@ -224,13 +224,13 @@ def _heads(bench: Bench, profile: Profile, seconds: float) -> Profile:
 
 
 def _operators(bench: Bench, profile: Profile, seconds: float) -> Profile:
-    """A few passes, however long they take."""
+    """Return a few passes, however long they take."""
     return replace(profile, operators=measure_operators(bench.engine))
 
 
 def _strategies(bench: Bench, profile: Profile, seconds: float) -> Profile:
     trials = bench.trials(profile)
-    outside = look_outside(trials, profile.drafter)
+    outside = time_outside(trials, profile.drafter)
     found = replace(
         profile,
         drafting=outside.drafting,
@@ -263,13 +263,13 @@ STAGES = (
 
 
 def _fitting(lengths: Sequence[int], session: Session, more: int) -> list[int]:
-    """Those lengths that leave room in the context; at least one."""
+    """Return those lengths that leave room in the context; at least one."""
     longest = session.max_length - more
     return [length for length in lengths if length <= longest] or [longest]
 
 
 def _binned(judged: Sequence[tuple[int, float, bool]]) -> dict[tuple[int, int], tuple[int, int]]:
-    """Drafts seen and accepted, by their depth and the bin of their confidence."""
+    """Return drafts seen and accepted, by their depth and the bin of their confidence."""
     found: dict[tuple[int, int], tuple[int, int]] = defaultdict(lambda: (0, 0))
     for depth, confidence, accepted in judged:
         seen, right = found[depth, bin_of(confidence)]

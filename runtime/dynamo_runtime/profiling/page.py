@@ -54,14 +54,14 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Curve:
+class PlotLine:
     """A line of a plot.
 
     Attributes:
         profile: Number of its profile.
         kind: What it is a line of.
         points: (x, y), or (x, y, low, high) with a band around the line.
-        line: matplotlib's style of line.
+        line: Matplotlib's style of line.
         color: Number of its colour and marker, if that is not the profile's.
     """
 
@@ -72,7 +72,7 @@ class Curve:
     color: int | None = None
 
     @property
-    def look(self) -> dict[str, Any]:
+    def style(self) -> dict[str, Any]:
         """Colour and marker, for matplotlib."""
         number = self.profile if self.color is None else self.color
         return {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)]}
@@ -82,7 +82,7 @@ def check_extra() -> None:
     """See that the page can be made, before anything is measured for it.
 
     Raises:
-        ProfileError: matplotlib or jinja2 is not installed.
+        ProfileError: Matplotlib or jinja2 is not installed.
     """
     hush()
     try:
@@ -93,14 +93,14 @@ def check_extra() -> None:
 
 
 def page(profiles: Sequence[Profile], names: Sequence[str]) -> str:
-    """A page with plots and tables of a profile, or of several side by side.
+    """Return a page with plots and tables of a profile, or of several side by side.
 
     Args:
         profiles: One or more.
         names: Of the profiles.
 
     Raises:
-        ProfileError: matplotlib or jinja2 is not installed.
+        ProfileError: Matplotlib or jinja2 is not installed.
     """
     check_extra()
     import jinja2
@@ -136,7 +136,7 @@ def _short(name: str) -> str:
 def _cost(named: Named) -> list[Plot | None]:
     """Cost of a pass by its rows, at the shortest past and at the longest."""
     several = len(named) > 1
-    ends: list[list[Curve]] = [[], []]
+    ends: list[list[PlotLine]] = [[], []]
     behind: list[set[int]] = [set(), set()]
     for i, (_, profile) in enumerate(named):
         passes, pasts = grid(profile), sorted({p.past for p in profile.passes})
@@ -148,7 +148,7 @@ def _cost(named: Named) -> list[Plot | None]:
             for heads in (False, True):
                 points = [(p.rows, p.time.p50 / unit) for p in profile.passes if (p.heads, p.past) == (heads, past)]
                 kind, line = ("with further heads", "--") if heads else ("without further heads", "-")
-                ends[end].append(Curve(i, kind, [*points], line, None if several else int(heads)))
+                ends[end].append(PlotLine(i, kind, [*points], line, None if several else int(heads)))
     axes = ("rows of the pass, m", "÷ one row without heads" if several else "ms, p50")
     heights = [y for curves in ends for curve in curves for _, y, *_ in curve.points if math.isfinite(y)]
     return [
@@ -164,7 +164,7 @@ def _cost(named: Named) -> list[Plot | None]:
 
 
 def _few(counts: set[int]) -> str:
-    """One count, or the range of several."""
+    """Return one count, or the range of several."""
     return " to ".join(f"{count:,}" for count in dict.fromkeys((min(counts), max(counts)))) if counts else "no"
 
 
@@ -174,7 +174,7 @@ def _layers(named: Named) -> Plot | None:
     for i, (_, profile) in enumerate(named):
         runs = profile.drafter.layers if profile.drafter else []
         shortest = min((run.past for run in runs), default=0)
-        curves.append(Curve(i, "layers", [(run.positions, run.time.p50) for run in runs if run.past == shortest]))
+        curves.append(PlotLine(i, "layers", [(run.positions, run.time.p50) for run in runs if run.past == shortest]))
     title = "The drafter's layers, by the positions that they catch up on"
     return _lines(title, ("positions read at once", "ms, p50"), curves, named)
 
@@ -184,8 +184,8 @@ def _past(named: Named) -> Plot | None:
     curves = []
     for i, (_, profile) in enumerate(named):
         measured = [(p.past, p.time.p50) for p in profile.passes if p.rows == 1 and not p.heads]
-        curves.append(Curve(i, "measured", [*measured]))
-        curves.append(Curve(i, "roofline floor", [(f.past, f.floor) for f in profile.roofline], ":"))
+        curves.append(PlotLine(i, "measured", [*measured]))
+        curves.append(PlotLine(i, "roofline floor", [(f.past, f.floor) for f in profile.roofline], ":"))
     return _lines("One row without heads, by the length of its past", ("positions before", "ms, p50"), curves, named)
 
 
@@ -193,7 +193,7 @@ def _first_token(named: Named) -> Plot | None:
     curves = []
     for i, (_, profile) in enumerate(named):
         times = [(p.tokens, p.first_token) for p in profile.prefill]
-        curves.append(Curve(i, "p50, shaded up to p99", [(tokens, t.p50, t.p50, t.p99) for tokens, t in times]))
+        curves.append(PlotLine(i, "p50, shaded up to p99", [(tokens, t.p50, t.p50, t.p99) for tokens, t in times]))
     return _lines("Time to the first token, by length of the prompt", ("prompt tokens", "ms"), curves, named)
 
 
@@ -201,7 +201,7 @@ def _backoff(named: Named) -> Plot | None:
     curves = []
     for i, (_, profile) in enumerate(named):
         gains = [(b.threshold, b.speedup) for b in profile.backoff]
-        curves.append(Curve(i, "estimate, 95 % interval", [(at, g.value, g.low, g.high) for at, g in gains]))
+        curves.append(PlotLine(i, "estimate, 95 % interval", [(at, g.value, g.low, g.high) for at, g in gains]))
     axes = ("back-off threshold ε_b", "tokens/s ÷ plain")
     return _lines("What dynamo gains, by back-off threshold", axes, curves, named, plain=1.0)
 
@@ -209,12 +209,12 @@ def _backoff(named: Named) -> Plot | None:
 def _lines(
     title: str,
     axes_names: tuple[str, str],
-    curves: list[Curve],
+    curves: list[PlotLine],
     named: Named,
     top: float | None = None,
     plain: float | None = None,
 ) -> Plot | None:
-    """A plot of curves; None if they have no points.
+    """Return a plot of curves; None if they have no points.
 
     Args:
         title: What it shows.
@@ -232,9 +232,9 @@ def _lines(
     def draw(axes: Axes) -> list[Artist]:
         for curve in curves:
             x, y, *band = zip(*curve.points, strict=True)
-            axes.plot(x, y, linestyle=curve.line, **curve.look)
+            axes.plot(x, y, linestyle=curve.line, **curve.style)
             if band:
-                axes.fill_between(x, band[0], band[1], color=curve.look["color"], alpha=0.2, linewidth=0)
+                axes.fill_between(x, band[0], band[1], color=curve.style["color"], alpha=0.2, linewidth=0)
         peaks = [max(y for _, y, *_ in curve.points) for curve in curves]
         if min(peaks) > 0 and max(peaks) / min(peaks) > WIDE_RANGE:
             axes.set_yscale("log")
@@ -256,16 +256,19 @@ def _lines(
     return _draw(title, f"Line plot: {axes_names[1]}, by {axes_names[0]}. {said}.", HEIGHT, draw)
 
 
-def _keys(curves: list[Curve], named: Named) -> list[Artist]:
-    """What the legend explains: colours as profiles and lines as kinds, or both as kinds if there is one profile."""
+def _keys(curves: list[PlotLine], named: Named) -> list[Artist]:
+    """Return what the legend explains.
+
+    It explains colours as profiles and lines as kinds, or both as kinds if there is one profile.
+    """
     from matplotlib.lines import Line2D
 
     several = len(named) > 1
-    profiles = {curve.profile: curve.look for curve in curves} if several else {}
-    kinds = {curve.kind: (curve.line, {"color": "0.35"} if several else curve.look) for curve in curves}
+    profiles = {curve.profile: curve.style for curve in curves} if several else {}
+    kinds = {curve.kind: (curve.line, {"color": "0.35"} if several else curve.style) for curve in curves}
     return [
-        *(Line2D([], [], label=_short(named[i][0]), **look) for i, look in profiles.items()),
-        *(Line2D([], [], label=kind, linestyle=line, **look) for kind, (line, look) in kinds.items()),
+        *(Line2D([], [], label=_short(named[i][0]), **style) for i, style in profiles.items()),
+        *(Line2D([], [], label=kind, linestyle=line, **style) for kind, (line, style) in kinds.items()),
     ]
 
 
@@ -311,7 +314,7 @@ def _plain_line(draw: Callable[..., Artist], at: float) -> Artist:
 
 
 def _draw(title: str, description: str, height: float, draw: Callable[[Axes], list[Artist]]) -> Plot:
-    """A figure of its own as SVG, its legend below it."""
+    """Return a figure of its own as SVG, its legend below it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")

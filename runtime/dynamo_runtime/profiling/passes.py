@@ -37,7 +37,7 @@ def rounds(seconds: float, least: int, most: int = 1000, clock: Clock = time.per
 
 
 def quantiles(milliseconds: Sequence[float]) -> Quantiles:
-    """Median and tail of some times."""
+    """Return the median and tail of some times."""
     p50, p90, p99 = (float(p) for p in np.percentile(milliseconds, [50, 90, 99]))
     return Quantiles(p50, p90, p99, len(milliseconds))
 
@@ -70,12 +70,15 @@ class PassTimer:
         return elapsed * 1e3, (session.ort_seconds - inside) * 1e3
 
     def reference(self, count: int = 30) -> float:
-        """Median milliseconds of a pass over one token: the same whenever it is taken, unless something drifts."""
+        """Return median milliseconds of a pass over one token: the same at any time, unless something drifts."""
         self.behind(8)
         return float(np.median([self.step(1, False)[0] for _ in range(count)]))
 
     def passes(self, pasts: Sequence[int], seconds: float) -> list[Pass]:
-        """What a pass costs by tokens, past and whether heads inside the graph take part; rounds in random order."""
+        """Return what a pass costs by tokens, past and whether heads inside the graph take part.
+
+        Rounds are in random order.
+        """
         inside = self.session.bundle.topology.has_head_rows and self.session.heads is None
         with_heads = [False, True] if inside else [False]
         kinds = [(heads, m, past) for past in pasts for m in ROWS for heads in with_heads]
@@ -92,7 +95,7 @@ class PassTimer:
         return [_pass(heads, m, past, found) for (heads, m, past), found in times.items()]
 
     def resume(self, lengths: Sequence[int], seconds: float) -> list[Resume]:
-        """What heads inside the graph cost to come back, by the positions that they have to catch up on."""
+        """Return what heads inside the graph cost to come back, by the positions that they have to catch up on."""
         session = self.session
         if not session.skips_heads or session.heads is not None:
             return []
@@ -110,7 +113,7 @@ class PassTimer:
         return [Resume(length, float(np.median(found))) for length, found in extra.items()]
 
     def _with_heads(self) -> float:
-        """Milliseconds of a pass over one token with further heads, which stays in the cache."""
+        """Return milliseconds of a pass over one token with further heads, which stays in the cache."""
         started = self._clock()
         self.session.step([1])
         return (self._clock() - started) * 1e3
@@ -126,7 +129,7 @@ class DrafterTimer:
         self._cache = timer.session.cache
 
     def runs(self, pasts: Sequence[int], lengths: Sequence[int], seconds: float) -> DrafterRuns:
-        """What layers and drafts cost; rounds over all, in random order.
+        """Return what layers and drafts cost; rounds over all, in random order.
 
         Args:
             pasts: Positions that the layers have read before.
@@ -156,12 +159,12 @@ class DrafterTimer:
         )
 
     def _layers(self, positions: int, past: int) -> tuple[float, float]:
-        """Milliseconds of the layers over some positions, and of that inside onnxruntime."""
+        """Return milliseconds of the layers over some positions, and of that inside onnxruntime."""
         self._cache.seen = past
         return self._timed(lambda: self._heads.ahead([past + positions - 1]))
 
     def _draft(self, depth: int) -> tuple[float, float]:
-        """The same of what goes from states to words, at a depth, or at all of them."""
+        """Return the same of what goes from states to words, at a depth, or at all of them."""
         ahead = self._heads.ahead([self._cache.length - 1])
         return self._timed(lambda: ahead.topk(max(depth - 1, 0), [1]))
 
@@ -172,7 +175,7 @@ class DrafterTimer:
 
 
 def _summary(times: Sequence[tuple[float, float]]) -> tuple[Quantiles, float]:
-    """The whole of some runs, and the median of what was inside onnxruntime."""
+    """Return the whole of some runs, and the median of what was inside onnxruntime."""
     whole, inside = zip(*times, strict=True)
     return quantiles(whole), float(np.median(inside))
 
@@ -199,7 +202,7 @@ def measure_prefill(engine: Engine, lengths: Sequence[int], seconds: float) -> l
 
 
 def measure_operators(engine: Engine, count: int = 20, most: int = 12) -> list[Operator]:
-    """The slowest operators of a pass over one token, by onnxruntime's own profile, which slows small ones down.
+    """Return the slowest operators of a pass over one token, by onnxruntime's own profile, which slows small ones down.
 
     Of the base's graph, with heads that are inside it: each graph would write a profile, all under one name.
     """

@@ -12,25 +12,25 @@ from ..device.records import Conditions, StrategyRun
 from ..errors import printable
 from ..tables import MISSING, NAME_WIDTH, WIDTH, Table, in_spreadsheet, percent
 from .facts import BUNDLE, CONDITIONS, CONSTANTS, DEVICE, FACTS
-from .figures import Fact, Line, Row, side_by_side
+from .figures import CsvRow, Fact, Line, side_by_side
 from .series import SERIES
 
 HEADER = ("section", "name", "variant", "unit", "value")
 
 
 def summary(profile: Profile) -> str:
-    """A profile as tables for a terminal; warnings come first, what was not measured is left out."""
+    """Return a profile as tables for a terminal; warnings come first, what was not measured is left out."""
     wrapped = [textwrap.fill(text, WIDTH) for text in caveats(profile)]
     return "\n\n".join([*wrapped, *(table.text() for table in tables(profile))])
 
 
 def markdown(profile: Profile) -> str:
-    """The tables of `summary` as Markdown, without headings, so that they fit below any."""
+    """Return the tables of `summary` as Markdown, without headings, so that they fit below any."""
     return "\n\n".join([*(f"**{text}**" for text in caveats(profile)), *(t.markdown() for t in tables(profile))])
 
 
 def caveats(profile: Profile) -> list[str]:
-    """Why the figures may not be what the device can do; empty if nothing is wrong."""
+    """Say why the figures may not be what the device can do; empty if nothing is wrong."""
     found = []
     if not profile.conditions.idle:
         found.append(f"NOT IDLE: do not rely on these figures. {_disturbance(profile.conditions)}")
@@ -52,24 +52,24 @@ def _disturbance(conditions: Conditions) -> str:
 
 
 def is_plain(run: StrategyRun) -> bool:
-    """Whether this is plain decoding, which the others are held against."""
+    """Tell whether this is plain decoding, which the others are held against."""
     return run.name == "plain"
 
 
 def tables(profile: Profile) -> list[Table]:
-    """Every table that has something in it."""
+    """Return every table that has something in it."""
     made = [_facts(title, profile) for title in (DEVICE, CONDITIONS, BUNDLE, CONSTANTS)]
     made += [table for series in SERIES for table in series.tables(profile)]
     return [table for table in made if table.rows]
 
 
 def _of_table(title: str) -> list[Fact]:
-    """Its lines, in their order."""
+    """Return its lines, in their order."""
     return sorted((fact for fact in FACTS if fact.table == title), key=lambda fact: fact.place)
 
 
 def _facts(title: str, profile: Profile) -> Table:
-    """Names and values, without what is not known."""
+    """Return names and values, without what is not known."""
     lines = [[fact.label, fact.text(profile)] for fact in _of_table(title) if fact.shown]
     return Table(title, [], [line for line in lines if line[1]])
 
@@ -83,12 +83,12 @@ def to_csv(profile: Profile) -> str:
     return buffer.getvalue()
 
 
-def csv_rows(profile: Profile) -> list[Row]:
-    """Every figure that was measured, in full precision, on a row of its own: see `HEADER`."""
+def csv_rows(profile: Profile) -> list[CsvRow]:
+    """Return every figure that was measured, in full precision, on a row of its own: see `HEADER`."""
     return [row for each in (*FACTS, *SERIES) for row in each.rows(profile)]
 
 
-def compare(profiles: Sequence[Profile], names: Sequence[str]) -> str:
+def compare_profiles(profiles: Sequence[Profile], names: Sequence[str]) -> str:
     """Profiles side by side in one table for a terminal, with ratios to the first; warnings come first.
 
     Args:
@@ -102,7 +102,7 @@ def compare(profiles: Sequence[Profile], names: Sequence[str]) -> str:
 
 
 def comparison(profiles: Sequence[Profile], names: Sequence[str]) -> Table:
-    """The table of `compare`."""
+    """Return the table of `compare_profiles`."""
     rows = [
         [fact.label, *(fact.text(profile) or MISSING for profile in profiles)]
         for title in (DEVICE, BUNDLE, CONDITIONS)
@@ -116,6 +116,6 @@ def comparison(profiles: Sequence[Profile], names: Sequence[str]) -> Table:
 
 
 def _constants(profile: Profile) -> list[Line]:
-    """What was measured once, as lines beside other profiles', in the order of the table."""
+    """Return what was measured once, as lines beside other profiles', in the order of the table."""
     lines = [(fact.label, fact.value(profile)) for fact in _of_table(CONSTANTS)]
     return [(0, CONSTANTS, label, value) for label, value in lines if value is not None]

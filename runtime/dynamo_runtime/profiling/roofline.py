@@ -16,7 +16,7 @@ from .passes import rounds
 
 
 def read_bandwidth(threads: int, seconds: float, read_bytes: int) -> float:
-    """Bytes a second that so many threads read from memory at once: the best of several tries.
+    """Return bytes a second that so many threads read from memory at once: the best of several tries.
 
     Args:
         threads: That read.
@@ -35,7 +35,7 @@ def read_bandwidth(threads: int, seconds: float, read_bytes: int) -> float:
 
 
 def roofline(bundle: Bundle, session: Session, passes: Sequence[Pass], bandwidth: float) -> list[Floor]:
-    """How close plain passes come to the time that reading weights and cache must take."""
+    """Return how close plain passes come to the time that reading weights and cache must take."""
     if bundle.pass_bytes is None:
         return []
     layers = bundle.base_layers

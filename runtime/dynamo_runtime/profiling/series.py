@@ -26,17 +26,17 @@ _BACKOFF = "Back-off threshold of dynamo"
 
 
 def _heading(table: str, column: str, show: Callable[[Any], str]) -> Figure:
-    """What names the items of a table."""
+    """Return what names the items of a table."""
     return Figure(show, table=table, column=column, show=show)
 
 
 def _part(figure: Figure, name: str) -> Callable[[Any], float]:
-    """One attribute of what a figure gets."""
+    """Return one attribute of what a figure gets."""
     return lambda item: getattr(figure.get(item), name)
 
 
 def _quantiles(figure: Figure) -> list[Figure]:
-    """A figure that is `Quantiles` as a figure a level; the median is what is compared."""
+    """Return a figure that is `Quantiles` as a figure a level; the median is what is compared."""
     levels = [
         replace(
             figure,
@@ -52,13 +52,13 @@ def _quantiles(figure: Figure) -> list[Figure]:
 
 
 def _interval(figure: Figure) -> list[Figure]:
-    """A figure that is an `Interval` as the estimate, which is shown and compared, and its ends."""
+    """Return a figure that is an `Interval` as the estimate, which is shown and compared, and its ends."""
     value, low, high = (replace(figure, get=_part(figure, part), variant=part) for part in ("value", "low", "high"))
     return [value, *(replace(end, table="", compared="") for end in (low, high))]
 
 
 def grid(profile: Profile) -> dict[tuple[bool, int, int], Pass]:
-    """The passes by heads, past and rows."""
+    """Return the passes by heads, past and rows."""
     return {(p.heads, p.past, p.rows): p for p in profile.passes}
 
 

@@ -13,13 +13,13 @@ from ..bundle import Bundle
 from ..device.records import Backoff, DrafterRuns, Quantiles, StrategyRun
 from ..engine import Engine
 from ..errors import ProfileError
+from ..generation_statistics import Statistics
 from ..interval import Interval
 from ..lookup import Lookup
 from ..parameters import SamplingParameters
 from ..registry import can_draft
 from ..sampling import Context
 from ..session import Session
-from ..statistics import Statistics
 from ..step import Step
 from ..strategies import Auto, Autoregressive, Dynamo, Speculative, Strategy, Turn, refusal
 from ..verification import Draft
@@ -116,7 +116,7 @@ class _Recorded(Speculative):
 
 
 def encoded(engine: Engine, prompts: Sequence[str | Sequence[int]] | None) -> list[list[int]]:
-    """Prompts as tokens, cut to half the context.
+    """Return prompts as tokens, cut to half the context.
 
     Raises:
         ProfileError: There are none.
@@ -128,8 +128,8 @@ def encoded(engine: Engine, prompts: Sequence[str | Sequence[int]] | None) -> li
     return [engine.encode(prompt)[:room] for prompt in (PROMPTS if prompts is None else prompts)]
 
 
-def look_outside(trials: Trials, drafter: DrafterRuns | None = None) -> Outside:
-    """What plain decoding and drafting do between passes, and how good the drafts are.
+def time_outside(trials: Trials, drafter: DrafterRuns | None = None) -> Outside:
+    """Return what plain decoding and drafting do between passes, and how good the drafts are.
 
     Args:
         trials: What to decode.
@@ -156,7 +156,10 @@ def look_outside(trials: Trials, drafter: DrafterRuns | None = None) -> Outside:
 
 
 def _in_python(drafter: DrafterRuns) -> tuple[float, float]:
-    """Milliseconds that the runs of a drafter's graph take outside onnxruntime: in a round, and for every draft."""
+    """Return milliseconds that the runs of a drafter's graph take outside onnxruntime.
+
+    There are those of a round, and those of every draft.
+    """
     layers = min(drafter.layers, key=lambda run: (run.positions, run.past))
     once = layers.time.p50 - layers.inside
     draft = sum(run.time.p50 - run.inside for run in drafter.drafts) / len(drafter.drafts)
@@ -164,7 +167,7 @@ def _in_python(drafter: DrafterRuns) -> tuple[float, float]:
 
 
 def _inside_s(session: Session) -> float:
-    """Seconds spent in passes so far, and in onnxruntime for the drafter's graph."""
+    """Return seconds spent in passes so far, and in onnxruntime for the drafter's graph."""
     return session.step_seconds + (0.0 if session.heads is None else session.heads.seconds)
 
 
@@ -187,7 +190,7 @@ def _outside_ms(trials: Trials, strategy: str | Strategy) -> list[tuple[float, i
 
 
 def run_strategies(trials: Trials, seconds: float) -> list[StrategyRun]:
-    """Every strategy that the bundle allows, on all prompts, in turn.
+    """Return every strategy that the bundle allows, on all prompts, in turn.
 
     Args:
         trials: What to decode.
@@ -211,7 +214,10 @@ def run_strategies(trials: Trials, seconds: float) -> list[StrategyRun]:
 
 
 def run_backoff(trials: Trials, seconds: float, thresholds: Sequence[float]) -> list[Backoff]:
-    """What `dynamo` gains by back-off threshold, where it can run with it. Other arguments of `run_strategies`."""
+    """Return what `dynamo` gains by back-off threshold, if it can run with one.
+
+    The other arguments are those of `run_strategies`.
+    """
     bundle = trials.engine.bundle
     thresholds = [t for t in thresholds if refusal(Dynamo.name, bundle, {"backoff_threshold": t}) is None]
     if not thresholds:
@@ -248,7 +254,7 @@ def _take_turns(ways: Mapping[str, Way], trials: Trials, seconds: float) -> list
 
 
 def _summary(name: str, samples: Sequence[Sample], plain: Sequence[Sample]) -> StrategyRun:
-    """Speeds of all tokens together, with intervals over the prompts; rounds are paired with plain decoding's."""
+    """Return speeds of all tokens together, with intervals over prompts; rounds are paired with plain decoding's."""
     count = 1 + max(sample.prompt for sample in samples)
     sums = np.zeros((count, 5))  # by prompt: tokens, seconds, passes, plain tokens, plain seconds
     for ours, theirs in zip(samples, plain, strict=True):
@@ -288,11 +294,11 @@ def _by_drafter(texts: Sequence[Statistics]) -> dict[str, list[int]]:
 
 
 def _decoded(statistics: Statistics) -> tuple[int, float]:
-    """Tokens after the first pass, and the time they took."""
+    """Return tokens after the first pass, and the time they took."""
     return statistics.new_tokens - statistics.first_tokens, max(statistics.total_s - statistics.ttft_s, 1e-9)
 
 
 def _interval(values: np.ndarray) -> Interval:
-    """An estimate [0] with the middle 95 % of its resamples [1:]."""
+    """Return an estimate [0] with the middle 95 % of its resamples [1:]."""
     low, high = np.percentile(values[1:], [2.5, 97.5])
     return Interval(float(values[0]), float(low), float(high))

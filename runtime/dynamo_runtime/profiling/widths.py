@@ -59,12 +59,12 @@ def measure_widths(session: Session, text: Sequence[int], pasts: Sequence[int], 
 
 
 def _part(text: Sequence[int], start: int, count: int) -> list[int]:
-    """Tokens of an endlessly repeated text."""
+    """Return tokens of an endlessly repeated text."""
     return [text[at % len(text)] for at in range(start, start + count)]
 
 
 def _pass_by(session: Session, tokens: Sequence[int], width: int) -> np.ndarray:
-    """Logits [tokens, V] of passes over `width` of them at once, which stay in the cache.
+    """Return logits [tokens, V] of passes over `width` of them at once, which stay in the cache.
 
     As when drafting, heads inside the base's graph take part where there are several rows.
     """
@@ -75,5 +75,5 @@ def _pass_by(session: Session, tokens: Sequence[int], width: int) -> np.ndarray:
 
 
 def _most(values: np.ndarray) -> float:
-    """Largest absolute value of those that are numbers."""
+    """Return the largest absolute value of those that are numbers."""
     return float(np.abs(values[np.isfinite(values)]).max(initial=0.0))

@@ -19,13 +19,13 @@ class DynamoExportCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """Adds the command's arguments."""
+        """Add the command's arguments."""
         from dynamo_export.cli import add_arguments
 
         add_arguments(parser)
 
     def run(self) -> None:
-        """Runs the export and ends the process with its status."""
+        """Run the export and end the process with its status."""
         from dynamo_export.cli import run
 
         sys.exit(run(self.args, "optimum-cli export dynamo"))

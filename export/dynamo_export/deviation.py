@@ -18,7 +18,7 @@ TOLERANCE = 1e-4
 Values = dict[str, np.ndarray]
 
 # What one pass put out, and what torch says of the same positions.
-Passed = tuple[Step, Values]
+PassOutputs = tuple[Step, Values]
 
 # Reads one output of a pass by name, and its top-K logits and ids if it has any, as [rows, parts, width] each; what
 # torch says of the same positions has the tokens that conditioned heads are told.
@@ -53,13 +53,13 @@ class Case:
 
 
 def between(values: Values, begin: int, end: int) -> Values:
-    """Some positions of all outputs."""
+    """Return some positions of all outputs."""
     return {name: array[begin:end] for name, array in values.items()}
 
 
 @dataclass
-class Row:
-    """One line of the table: one way of running one case, on one output.
+class Deviation:
+    """How far one output of the bundle is from torch, in one way of running one case: a line of the table.
 
     Attributes:
         case: Boundary.
@@ -88,8 +88,8 @@ class Row:
     passed: bool
 
 
-def compare(case: Case, run: str, steps: Iterable[Passed], put_out: PutOut) -> list[Row]:
-    """Compares one way of running a case.
+def deviations(case: Case, run: str, steps: Iterable[PassOutputs], put_out: PutOut) -> list[Deviation]:
+    """Compare one way of running a case with torch.
 
     Args:
         case: What is run.
@@ -98,7 +98,7 @@ def compare(case: Case, run: str, steps: Iterable[Passed], put_out: PutOut) -> l
         put_out: How the bundle's outputs are read.
 
     Returns:
-        One row an output.
+        One an output.
 
     Raises:
         ExportError: An output has another shape.
@@ -117,7 +117,7 @@ def compare(case: Case, run: str, steps: Iterable[Passed], put_out: PutOut) -> l
         for part in range(theirs[0].shape[1]):  # one at a time: a joint head's factors are many vocabularies
             ours, *top = (np.concatenate([values[:, part] for values in kind]) for kind in zip(*found, strict=True))
             expected = np.concatenate([values[:, part] for values in theirs])
-            parts.append(_row(case, run, name, ours, expected, _is_top(ours, *top) if top else True))
+            parts.append(_deviation(case, run, name, ours, expected, _is_top(ours, *top) if top else True))
         worst = max(parts, key=lambda row: (not row.passed, row.difference / row.limit))
         decided, argmax = sum(row.decided for row in parts), sum(row.argmax for row in parts)
         rows.append(replace(worst, decided=decided, argmax=argmax, topk=all(row.topk for row in parts)))
@@ -125,14 +125,14 @@ def compare(case: Case, run: str, steps: Iterable[Passed], put_out: PutOut) -> l
 
 
 def _is_top(logits: np.ndarray, values: np.ndarray, ids: np.ndarray) -> bool:
-    """Whether `values` [rows, K] are the largest logits in descending order, and `ids` where they are."""
+    """Tell whether `values` [rows, K] are the largest logits in descending order, and `ids` where they are."""
     if not ((ids >= 0) & (ids < logits.shape[1])).all():
         return False
     largest = -np.sort(-logits, axis=1)[:, : values.shape[1]]
     return bool(np.array_equal(values, largest) and np.array_equal(np.take_along_axis(logits, ids, 1), values))
 
 
-def _row(case: Case, run: str, name: str, ours: np.ndarray, theirs: np.ndarray, topk: bool) -> Row:
+def _deviation(case: Case, run: str, name: str, ours: np.ndarray, theirs: np.ndarray, topk: bool) -> Deviation:
     delta = np.abs(ours - theirs)
     difference = float(delta.max())
     limit = TOLERANCE * max(1.0, float(np.abs(theirs).max()))
@@ -143,7 +143,7 @@ def _row(case: Case, run: str, name: str, ours: np.ndarray, theirs: np.ndarray, 
         decided = np.ones(len(theirs), bool)
     agree = (ours.argmax(1) == theirs.argmax(1)) & decided
     finite = bool(np.isfinite(ours).all())
-    return Row(
+    return Deviation(
         case=case.name,
         length=len(case.tokens),
         run=run,
@@ -158,10 +158,10 @@ def _row(case: Case, run: str, name: str, ours: np.ndarray, theirs: np.ndarray, 
     )
 
 
-def table(rows: list[Row], left_out: list[str]) -> str:
-    """The table as text: one line per case and run, the worst output in it."""
+def table(rows: list[Deviation], left_out: list[str]) -> str:
+    """Return the table as text: one line per case and run, the worst output in it."""
     lines = [f"{'case':<24}{'tokens':>7}  {'run':<12}{'max |Δlogit|':>13}{'limit':>9}  {'argmax':>11}  top-K"]
-    groups: dict[tuple[str, int, str], list[Row]] = {}
+    groups: dict[tuple[str, int, str], list[Deviation]] = {}
     for row in rows:
         groups.setdefault((row.case, row.length, row.run), []).append(row)
     for (case, length, run), outputs in groups.items():

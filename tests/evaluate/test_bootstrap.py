@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from numpy.polynomial import Polynomial
 
-from dynamo_evaluate.statistics import (
+from dynamo_evaluate.bootstrap import (
     GRID,
     Draws,
     Ends,
     Estimates,
     Quotient,
     fit,
+    fit_curve,
     interval,
     same_quality,
     spread,
-    trace,
     widening,
 )
 
@@ -105,7 +105,7 @@ def traced(y: np.ndarray, plain: tuple[float, float], noise: float = 0.0, degree
     replicates = y + noise * rng.normal(size=(300, 1))  # all settings share their prompts
     ends = np.full(300, plain[0]), np.full(300, plain[1])
     speed = Estimates(x, np.broadcast_to(x, (300, 5)))
-    return trace(speed, Estimates(y, replicates), Ends(plain, ends), degree)
+    return fit_curve(speed, Estimates(y, replicates), Ends(plain, ends), degree)
 
 
 def test_same_quality_is_where_the_line_leaves_plains_spread() -> None:
@@ -152,7 +152,7 @@ def test_every_replicate_is_fitted_like_the_points() -> None:
     x, y = rng.uniform(0.5, 3, 7), rng.normal(size=7)
     xs, ys = x + 0.1 * rng.normal(size=(50, 7)), y + rng.normal(size=(50, 7))
     ends = np.full(50, -np.inf), np.full(50, 1.0)
-    curve = trace(Estimates(x, xs), Estimates(y, ys), Ends((-np.inf, 1.0), ends), 2)
+    curve = fit_curve(Estimates(x, xs), Estimates(y, ys), Ends((-np.inf, 1.0), ends), 2)
     places = np.linspace(x.min(), x.max(), GRID)
     fits = np.array([Polynomial.fit(a, b, 2)(places) for a, b in zip(xs, ys, strict=True)])
     within = (places >= xs.min(1, keepdims=True)) & (places <= xs.max(1, keepdims=True))

@@ -32,7 +32,7 @@ class Quotient:
 
     @classmethod
     def mean(cls, values: np.ndarray) -> Quotient:
-        """The mean of values [seeds, prompts], those that are not numbers left out."""
+        """Return the mean of values [seeds, prompts], those that are not numbers left out."""
         known = np.isfinite(values)
         return cls(np.where(known, values, 0.0), known.astype(float))
 
@@ -42,23 +42,26 @@ class Quotient:
         return float(_divide(self.top.sum(), self.bottom.sum()))
 
     def by_seed(self) -> np.ndarray:
-        """Of every seed, [seeds]."""
+        """Return the figure of every seed, [seeds]."""
         return _divide(self.top.sum(1), self.bottom.sum(1))
 
     def replicates(self, draws: Draws) -> np.ndarray:
-        """Bootstrap replicates, [resamples]."""
+        """Return bootstrap replicates, [resamples]."""
         if self._by_seeds(draws):
             return _divide(draws.seeds @ self.top.sum(1), draws.seeds @ self.bottom.sum(1))
         return _divide(draws.prompts @ self.top.sum(0), draws.prompts @ self.bottom.sum(0))
 
     def replicates_by_seed(self, draws: Draws) -> np.ndarray:
-        """The same of every seed, [resamples, seeds]."""
+        """Return the same of every seed, [resamples, seeds]."""
         if self._by_seeds(draws):
             return np.broadcast_to(self.by_seed(), (len(draws.seeds), len(self.top)))
         return _divide(draws.prompts @ self.top.T, draws.prompts @ self.bottom.T)
 
     def _by_seeds(self, draws: Draws) -> bool:
-        """Whether only seeds are there to be resampled: of a single prompt, and of figures of all prompts together."""
+        """Tell whether only seeds are there to be resampled.
+
+        So it is with a single prompt, and with figures of all prompts together.
+        """
         return draws.clusters == 1 or self.top.shape[1] == 1
 
 
@@ -78,7 +81,7 @@ class Draws:
 
     @classmethod
     def make(cls, clusters: Sequence[Hashable], seeds: int, stream: int = 0) -> Draws:
-        """Samples with replacement, the same on every call.
+        """Sample with replacement, the same on every call.
 
         Args:
             clusters: Of every prompt, what it is drawn together with: turns of one conversation are not independent.
@@ -96,7 +99,7 @@ class Draws:
 
 
 def interval(value: float, replicates: np.ndarray) -> Interval:
-    """An estimate with the percentile interval of its replicates; no width where there are none."""
+    """Return an estimate with the percentile interval of its replicates; no width where there are none."""
     known = replicates[np.isfinite(replicates)]
     if len(known) == 0:
         return Interval(value, value, value)
@@ -105,7 +108,7 @@ def interval(value: float, replicates: np.ndarray) -> Interval:
 
 
 def spread(by_seed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the mean over the prompts at one more seed would lie: the 95 % prediction interval of Student's t.
+    """Return where the mean over the prompts at one more seed would lie: the 95 % prediction interval of Student's t.
 
     Args:
         by_seed: Means over the prompts, [..., seeds >= 2].
@@ -121,12 +124,12 @@ def spread(by_seed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def widening(seeds: int) -> float:
-    """How many times as wide `spread` is with some seeds as with many."""
+    """Return how many times as wide `spread` is with some seeds as with many."""
     return float(stats.t.ppf((1 + LEVEL) / 2, seeds - 1) * np.sqrt(1 + 1 / seeds) / stats.norm.ppf((1 + LEVEL) / 2))
 
 
 def fit(x: np.ndarray, y: np.ndarray, degree: int) -> Polynomial:
-    """The least-squares polynomial, of a lower degree where the points do not determine it."""
+    """Return the least-squares polynomial, of a lower degree where the points do not determine it."""
     return Polynomial.fit(x, y, max(0, min(degree, len(np.unique(x)) - 1)))
 
 
@@ -146,13 +149,13 @@ class Ends:
     replicates: tuple[np.ndarray, np.ndarray]
 
     def hold(self, quality: float) -> bool:
-        """Whether a quality is plain's."""
+        """Tell whether a quality is plain's."""
         low, high = self.values
         return low <= quality <= high
 
 
 @dataclass(frozen=True)
-class Curve:
+class QualityCurve:
     """Quality against speed: a regression through the settings, and where it is as good as plain.
 
     Attributes:
@@ -174,7 +177,7 @@ class Curve:
     inside_replicates: np.ndarray
 
 
-def trace(speed: Estimates, quality: Estimates, plain: Ends, degree: int) -> Curve:
+def fit_curve(speed: Estimates, quality: Estimates, plain: Ends, degree: int) -> QualityCurve:
     """Fit quality against speed.
 
     The band comes from curves fitted to the replicates, so settings that share their prompts are not taken for
@@ -200,7 +203,7 @@ def trace(speed: Estimates, quality: Estimates, plain: Ends, degree: int) -> Cur
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a place that no replicate reaches has no band
         band = np.nanquantile(np.where(within, fits, np.nan), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return Curve(polynomial, places, fitted, band[0], band[1], _between(fitted, *plain.values), inside)
+    return QualityCurve(polynomial, places, fitted, band[0], band[1], _between(fitted, *plain.values), inside)
 
 
 @dataclass(frozen=True)
@@ -216,8 +219,8 @@ class SameQuality:
     share: float
 
 
-def same_quality(curves: Sequence[Curve]) -> SameQuality:
-    """The largest speed at which every one of some curves, over the same settings, is inside plain's quality."""
+def same_quality(curves: Sequence[QualityCurve]) -> SameQuality:
+    """Return the largest speed at which every one of some curves, over the same settings, is inside plain's quality."""
     places = curves[0].places
     inside = np.all([curve.inside for curve in curves], axis=0)
     replicates = np.array([_last(places, row) for row in np.all([c.inside_replicates for c in curves], axis=0)])
@@ -245,7 +248,7 @@ def _fit_all(x: np.ndarray, y: np.ndarray, degree: int, places: np.ndarray) -> n
 
 
 def _between(values: np.ndarray, low: float | np.ndarray, high: float | np.ndarray) -> np.ndarray:
-    """Whether values lie in [low, high], rounding aside; NaN does not."""
+    """Tell whether values lie in [low, high], rounding aside; NaN does not."""
     below, above = ROUNDING * (1 + np.abs(low)), ROUNDING * (1 + np.abs(high))
     inside: np.ndarray = (values >= low - below) & (values <= high + above)
     return inside
@@ -256,6 +259,6 @@ def _last(places: np.ndarray, inside: np.ndarray) -> float:
 
 
 def _divide(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
-    """The quotient; NaN for nothing over nothing."""
+    """Return the quotient; NaN for nothing over nothing."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(top / bottom)

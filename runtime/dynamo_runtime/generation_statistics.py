@@ -129,14 +129,14 @@ class Statistics:
         )
 
     def _by_drafter(self) -> str:
-        """What each drafter gave, where there are several."""
+        """Return what each drafter gave, where there are several."""
         if len(self.proposed_by) < 2:
             return ""
         shares = (f"{name} {self.accepted_by[name]} of {count}" for name, count in sorted(self.proposed_by.items()))
         return f"; {', '.join(shares)}"
 
     def line(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         steps = " ".join(f"{size}:{count}" for size, count in sorted(self.steps.items())) or "-"
         rates = " ".join(f"{rate:.0%}" for rate in self.acceptance_rate_at_depth)
         drafts = (
