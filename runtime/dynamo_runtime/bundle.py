@@ -166,7 +166,8 @@ class Bundle(Manifest):
             ParameterError: A name is unknown, or a value is out of range.
         """
         known = self.sampling if defaults is None else defaults
-        return resolve_parameters(known, given or {}, has_counts=self.has_cooccurrence)
+        conditioned = self.drafter is not None and self.drafter.conditioned
+        return resolve_parameters(known, given or {}, has_counts=self.has_cooccurrence, conditioned=conditioned)
 
     def write_manifest(self) -> None:
         """Write what this says into the bundle's folder."""

@@ -101,7 +101,8 @@ class SamplingParameters:
         draft_tokens: Most drafts a pass of `speculative`; 0 means as many as the bundle predicts.
         draft_choice: How `speculative` picks a draft: "argmax" of what the drafter thinks likely, which gives the
             very text of `autoregressive` under the same seed, or a "sample" of it.
-        draft_cooccurrence_weight: α_c of the mask on the drafts of `speculative`, where there are counts.
+        draft_cooccurrence_weight: α_c of the mask on the drafts of `speculative`, where there are counts; 0, unless
+            given, for heads that are told the token in front of what they predict.
         draft_confidence: In [0, 1]. Drafting stops where the drafter's own probability that all drafts so far and the
             next are right falls below it; 0 never stops.
     """
@@ -222,17 +223,23 @@ def check_defaults(defaults: Mapping[str, Any]) -> None:
 
 
 def resolve_parameters(
-    defaults: Mapping[str, Any] | SamplingParameters, given: Mapping[str, Any], *, has_counts: bool
+    defaults: Mapping[str, Any] | SamplingParameters,
+    given: Mapping[str, Any],
+    *,
+    has_counts: bool,
+    conditioned: bool = False,
 ) -> SamplingParameters:
     """Return the parameters of one generation: given ones, else the defaults, else those of `SamplingParameters`.
 
-    Without counts there is no mask to weigh, so its exponents are then 0 unless they are given.
+    Without counts there is no mask to weigh, so its exponents are then 0 unless they are given.  Nor are drafts masked
+    unasked if the heads are told the token in front: they know what the counts of pairs say.
 
     Args:
         defaults: The manifest's "sampling", whose fields beyond ours belong to other programs and are left alone; or
             the caller's own, or a strategy's, in place of those.
         given: What the caller named; None means not given.
         has_counts: Whether the bundle has n-gram counts.
+        conditioned: Whether its heads are told the token in front of what they predict.
 
     Raises:
         ParameterError: An unknown name among `given`, a value out of range, or a mask without counts.
@@ -245,7 +252,8 @@ def resolve_parameters(
     if isinstance(defaults, SamplingParameters):
         named |= defaults.named
         defaults = dataclasses.asdict(defaults)
-    unnamed = frozenset() if has_counts else _OF_COUNTS - named
+    needless = {"draft_cooccurrence_weight"} if has_counts and conditioned else set() if has_counts else _OF_COUNTS
+    unnamed = needless - named
     values = {name: value for name, value in defaults.items() if name in names} | dict.fromkeys(unnamed, 0.0) | values
     resolved = SamplingParameters(**values)
     object.__setattr__(resolved, "_named", named)  # not all that it was made of

@@ -38,7 +38,7 @@ def rows(bundles: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_every_way_of_every_task(rows: list[dict[str, Any]]) -> None:
     """Greedily plain and what drafts, sampled `dynamo` besides; a line each in the table."""
-    ways = [tasks.PLAIN, "speculative", "auto"]
+    ways = [tasks.PLAIN, "speculative", "auto", "auto, heads alone", "auto, lookup alone"]
     dynamo = [f"dynamo, first token {rule}" for rule in ("joint", "base")]
     expected = [
         (task, decoding, way)

@@ -248,5 +248,9 @@ def test_parameters_come_from_the_caller_then_the_bundle_then_the_paper() -> Non
     found = resolve_parameters(defaults, {"top_k": 7, "top_p": None}, has_counts=True)
     assert found == SamplingParameters(temperature=0.5, top_k=7)
     assert resolve_parameters({"cooccurrence_weight": 1.0}, {}, has_counts=False).cooccurrence_weight == 0
+    told = resolve_parameters({}, {}, has_counts=True, conditioned=True)
+    assert told.draft_cooccurrence_weight == 0 and told.cooccurrence_weight == 1
+    asked = resolve_parameters({}, {"draft_cooccurrence_weight": 0.5}, has_counts=True, conditioned=True)
+    assert asked.draft_cooccurrence_weight == 0.5
     with pytest.raises(ParameterError, match="unknown parameter heat"):
         resolve_parameters({}, {"heat": 1}, has_counts=True)
