@@ -8,8 +8,9 @@ the answer is (up to its end, or --new-tokens); then plain and all strategies wr
 rotates from prompt to prompt, so that a drift of the machine's speed falls on all alike.  "Plain" is the bundle of the
 same name under --plain, the same model exported with `--heads 0`, or else `autoregressive` on the bundle itself, which
 is as good where further heads have a graph of their own.  `auto` plans by the profile that `dynamo-profile` has kept of
-the bundle, or by one that is measured first.  `dynamo` (--dynamo) verifies nothing, writes other texts, and is run at
-temperature 0.7 alone: greedily its heads are certain, and nothing is backed off from.
+the bundle, or by one that is measured first; on a bundle with heads it is also run with one of its two drafters alone.
+`dynamo` (--dynamo) verifies nothing, writes other texts, and is run at temperature 0.7 alone: greedily its heads are
+certain, and nothing is backed off from.
 
 Columns: tokens a pass; share of the drafts at depth 1, 2, … that became text (one behind a rejected one did not);
 tokens/s behind the first pass over that of plain decoding; texts that are not plain's, and how many of them part from
@@ -95,14 +96,17 @@ def ways(engine: Engine, decoding: str, dynamo: bool, threshold: float) -> list[
     sampling = DECODING[decoding]
     found = [Way(PLAIN, sampling | {"strategy": "autoregressive"})]
     found += [Way(name, sampling | {"strategy": name}) for name in ("speculative", "auto")]
+    if engine.bundle.topology.parts:  # who of the two drafters `auto` has it from
+        alone = {"heads": engine.bundle.topology.kind, "lookup": "lookup"}
+        found += [Way(f"auto, {name} alone", found[-1].options | {"drafter": each}) for name, each in alone.items()]
     if dynamo and decoding != "greedy":
         mask = {} if engine.bundle.has_cooccurrence else {"cooccurrence_weight": 0.0}
         options = sampling | mask | {"strategy": "dynamo", "backoff_threshold": threshold}
         found += [Way(f"dynamo, first token {each}", options | {"first_token": each}) for each in FIRST_TOKENS]
     possible = []
     for way in found:
-        given = {name: value for name, value in way.options.items() if name != "strategy"}
-        if reason := refusal(way.options["strategy"], engine.bundle, given):
+        given = {name: value for name, value in way.options.items() if name not in ("strategy", "drafter")}
+        if reason := refusal(way.options["strategy"], engine.bundle, given, way.options.get("drafter")):
             print(f"tasks: note: left out, {way.name}: {reason}", file=sys.stderr)
         else:
             possible.append(way)

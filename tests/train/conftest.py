@@ -49,7 +49,7 @@ def whole_and_resumed(
     """The weights after a run in one go, and after one that Ctrl-C ended in its fourth step and that then went on."""
 
     def train(objective: Objective, folder: str) -> dict[str, torch.Tensor]:
-        loop.train(objective, streams, recipe, tmp_path / folder, checkpoint_every=2)
+        loop.train(objective, streams, recipe, tmp_path / folder, checkpoint_every=2, checkpoint_seconds=0)
         return objective.model.state_dict()
 
     def run(make: Callable[[], Objective]) -> list[dict[str, torch.Tensor]]:

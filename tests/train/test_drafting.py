@@ -159,7 +159,9 @@ def test_an_interrupted_run_ends_bit_equal_and_another_is_refused(
         (make(conditioned=False), r"objective\.conditioned was True and is None"),
     ):
         with pytest.raises(TrainingError, match=f"another run: .*{said}"):
-            loop.train(ModifiedCLM(other, 0.1), streams, recipe, tmp_path / "cut", checkpoint_every=2)
+            loop.train(
+                ModifiedCLM(other, 0.1), streams, recipe, tmp_path / "cut", checkpoint_every=2, checkpoint_seconds=0
+            )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -85,6 +85,23 @@ def test_ctrl_c_at_any_moment_ends_bit_equal(
         assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
+def test_checkpoints_are_apart(
+    recipe: Recipe, streams: TokenStreams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By steps and by time: of a small model one takes longer than a step."""
+    saved, save = list[int](), loop._Run.save
+
+    def noting(run: loop._Run) -> None:
+        saved.append(run.step)
+        save(run)
+
+    monkeypatch.setattr(loop._Run, "save", noting)
+    for seconds, steps in ((0, [2, 4, 6]), (60.0, [6])):
+        saved.clear()
+        loop.train(make(), streams, recipe, tmp_path / str(seconds), checkpoint_every=2, checkpoint_seconds=seconds)
+        assert saved == steps
+
+
 SCRIPT = """
 import hashlib, json, os, signal, sys
 from pathlib import Path
@@ -112,7 +129,7 @@ elif sys.argv[3] == "exchanged":
     files._exchange = killing(files._exchange)
 objective = make()
 recipe = loop.Recipe(**json.loads(sys.argv[5]))
-loop.train(objective, streams, recipe, Path(sys.argv[2]), checkpoint_every=2)
+loop.train(objective, streams, recipe, Path(sys.argv[2]), checkpoint_every=2, checkpoint_seconds=0)
 print(hashlib.sha256(b"".join(t.numpy().tobytes() for t in objective.model.state_dict().values())).hexdigest())
 """
 

@@ -172,7 +172,12 @@ def test_an_interrupted_run_ends_bit_equal(recipe: Recipe, tmp_path: Path) -> No
 
         objective.register_forward_pre_hook(interrupt)
         loop.train(
-            objective, open_text(source, order=Order(10, recipe.seed)), recipe, tmp_path / folder, checkpoint_every=2
+            objective,
+            open_text(source, order=Order(10, recipe.seed)),
+            recipe,
+            tmp_path / folder,
+            checkpoint_every=2,
+            checkpoint_seconds=0,
         )
         return model.state_dict()
 

@@ -25,12 +25,10 @@ from dynamo_model.parallel import Penultimate
 from .objective import Objective, base_embeddings
 from .recipe import Recipe
 from .spread import summed
-from .states import Said, StateCache
+from .states import Said, StateCache, rows_at_once
 from .tokens import TokenStreams, window_numbers
 
 LOSSES = ("kl", "ce")
-_ROWS = 1024
-"""Positions whose logits exist at once."""
 
 
 class CachedHeads(Objective):
@@ -61,6 +59,12 @@ class CachedHeads(Objective):
         self.register_buffer("_places", places.to(model.base.device), persistent=False)
         self._given: dict[tuple[int, int], Penultimate] = {}
         self._weights: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
+
+    @property
+    def rows(self) -> int:
+        """Positions whose logits exist at once, on the device that this is on by now."""
+        words = self.model.draft_vocabulary
+        return rows_at_once(self._places.device, len(self._places if words is None else words))
 
     def batch(self, streams: TokenStreams, step: int, recipe: Recipe) -> NDArray[np.int64]:
         """Numbers of the windows of a training step [sequences]."""
@@ -188,7 +192,7 @@ class CachedHeads(Objective):
         """First choices, and the labels' log-probabilities, -inf outside of the draft vocabulary [rows]."""
         words, places = self.model.draft_vocabulary, self._places[labels.to(self._places.device)]
         choices, log_p = [], []
-        for some, theirs in zip(states.split(_ROWS), places.split(_ROWS), strict=True):
+        for some, theirs in zip(states.split(self.rows), places.split(self.rows), strict=True):
             logits = self.logits(some)
             choices.append(logits.argmax(-1))
             label = logits.gather(-1, theirs.clamp(min=0)[:, None])[:, 0] - logits.logsumexp(-1)
@@ -207,7 +211,7 @@ class _Distil(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, heads: CachedHeads, places: Tensor, p: Tensor) -> Tensor:
         total, gradients = states.new_zeros((), dtype=torch.float32), []
-        chunks = zip(states.split(_ROWS), places.split(_ROWS), p.split(_ROWS), strict=True)
+        chunks = zip(*(each.split(heads.rows) for each in (states, places, p)), strict=True)
         for some, theirs, weights in chunks:
             with torch.enable_grad():
                 rows = some.detach().requires_grad_()

@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ def train(
     *,
     memory: Memory = PLAIN,
     checkpoint_every: int = 200,
+    checkpoint_seconds: float = 60.0,
 ) -> Outcome:
     """Train to the end of the recipe, from the last checkpoint in ``folder`` if there is one.
 
@@ -62,6 +64,7 @@ def train(
             result is refused.
         memory: how the model is kept.
         checkpoint_every: steps between checkpoints; an interrupt (Ctrl-C) writes one as well.
+        checkpoint_seconds: least time between them, as of a small model one takes longer than a step.
 
     Returns:
         The steps that were run and the held-out perplexities at the end.
@@ -92,7 +95,7 @@ def train(
                 losses = run.backward()
                 with interrupts.held():
                     run.update(losses, bar)
-                if run.step % checkpoint_every == 0 and run.step < recipe.steps:
+                if run.step % checkpoint_every == 0 and run.step < recipe.steps and run.due(checkpoint_seconds):
                     run.save()
         except KeyboardInterrupt:
             run.save()
@@ -139,6 +142,7 @@ class _Run:
         self._plain = [optimizer.optimizer for optimizer in self._optimizers]
         self._schedules = [cosine_schedule(optimizer, recipe.steps, recipe.warmup) for optimizer in self._plain]
         self._place = WholeFolder(folder / "checkpoint")
+        self._saved = time.monotonic()
         self._held = ExitStack()
 
     def __enter__(self) -> _Run:
@@ -218,6 +222,11 @@ class _Run:
         self._random = state.random_state()
         self._position = self._streams.text.position() if self._streams.text is not None else None
 
+    def due(self, seconds: float) -> bool:
+        """Whether the last checkpoint is so long ago, by the clock of the main process."""
+        here = self._accelerator.is_main_process and time.monotonic() - self._saved >= seconds
+        return bool(self._accelerator.reduce(torch.tensor(float(here), device=self._accelerator.device), "sum"))
+
     def save(self) -> None:
         """Put a checkpoint in the place of the last one."""
         progress = {"fingerprint": self._fingerprint, "step": self.step, "validations": self.validations}
@@ -228,6 +237,7 @@ class _Run:
         if new is not None:
             self._place.put(new)
         self._accelerator.wait_for_everyone()
+        self._saved = time.monotonic()
 
 
 class _Interrupts:

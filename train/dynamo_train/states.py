@@ -41,10 +41,13 @@ logger = logging.getLogger(__name__)
 TOP = 32
 """Likeliest tokens that are kept of a base's distribution."""
 RECORD = "states.json"
-_ROWS = 1024
-"""Positions whose logits over all words exist at once."""
 _NOTE_EVERY = 16
 """Batches between two notes of how far it is."""
+
+
+def rows_at_once(device: torch.device, words: int) -> int:
+    """Positions whose logits over so many words exist at once: on a GPU as many as keep it busy, within 2 GB."""
+    return 1024 if device.type == "cpu" else max(1024, min(8192, 2**29 // words))
 
 
 @dataclass(frozen=True)
@@ -253,11 +256,12 @@ def _say(model: MultiTokenModel, tokens: Tensor) -> dict[str, NDArray]:
     """What a base says of texts [windows, length + 1], each with the token behind it; by the names of the files."""
     tokens = tokens.to(model.base.device)
     first, given = model.penultimate(tokens[:, :-1])
-    labels = tokens[:, 1:].flatten().split(_ROWS)
     ids, log_p, label_log_p = [], [], []
     head = model.output_embedding
+    rows = rows_at_once(head.weight.device, len(head.weight))
+    labels = tokens[:, 1:].flatten().split(rows)
     weight, bias = (None if each is None else each.float() for each in (head.weight, head.bias))
-    for states, theirs in zip(first.flatten(0, 1).split(_ROWS), labels, strict=True):
+    for states, theirs in zip(first.flatten(0, 1).split(rows), labels, strict=True):
         logits = Output.of(model.base)(states.float(), weight, bias)  # logits in bfloat16 would tie
         mass = logits.logsumexp(-1, keepdim=True)
         best = logits.topk(TOP)

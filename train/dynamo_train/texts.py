@@ -1,14 +1,18 @@
-"""The command ``dynamo-train texts``: text that a bundle writes itself, to train heads on. Needs no torch."""
+"""The command ``dynamo-train texts``: text that a model writes itself, to train heads on.
+
+A bundle needs no torch for it; a checkpoint writes on torch, on a GPU where there is one.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +20,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from dynamo_runtime.batch import Batch
-from dynamo_runtime.bundle import Bundle, load_bundle, sha256
+from dynamo_runtime.bundle import TOKENIZER, Bundle, load_bundle, sha256
 from dynamo_runtime.chat import asked
 from dynamo_runtime.files import WholeFolder, read_object, write_whole
 from dynamo_runtime.manifest import MANIFEST
@@ -28,7 +32,7 @@ from .tokens import sha256_of
 from .writing import Recipe, Turns, Writing, first_token, loops, turns_of
 
 RECORD = "_texts.json"  # with an underscore, so that whoever reads the folder as parquet leaves it out
-SHARD_WAVES = 4  # texts in a shard: so many times the rows of a batch
+SHARD_WAVES = 4  # texts in a bundle's shard: so many times the rows of a batch, of which one that ends makes room
 ENOUGH_DROPPED = 40  # texts in a row, to know that no others come
 _MOST_RECORD_BYTES = 64 << 20
 logger = logging.getLogger(__name__)
@@ -39,16 +43,18 @@ class Job:
     """What is written, and where to.
 
     Attributes:
-        bundle: Its folder.
+        bundle: Its folder; or a checkpoint, where there is a device.
         out: Folder of the corpus; one that the same job began is gone on with.
         tokens: At least so many, of texts that are kept.
         recipe: How texts are written.
         batch: Texts at once.
         seed: Of the corpus.
-        prompts: What users say first, or texts begin with; see :func:`dynamo_train.corpus.read_corpus`. None: the model
-            invents it.
+        prompts: What users say first, or texts begin with; see :func:`dynamo_train.corpus.read_corpus`.
+        beginnings: Lines that questions begin with, and which the model completes; read alike. Without either the model
+            invents all of it.
         plain: Whether to do without the bundle's chat template.
         threads: Of onnxruntime.
+        device: Where a checkpoint writes on torch; None: a bundle does, and no torch.
     """
 
     bundle: str
@@ -58,8 +64,10 @@ class Job:
     batch: int
     seed: int
     prompts: str | None
+    beginnings: str | None
     plain: bool
     threads: int | None
+    device: str | None
 
 
 @dataclass(frozen=True)
@@ -89,24 +97,83 @@ class Record:
     shards: dict[str, str] = field(default_factory=dict)
 
 
+class Writer(Protocol):
+    """What writes many texts at once."""
+
+    def write(self, texts: Iterable[Writing], after_pass: Callable[[int], None]) -> Iterator[Writing]:
+        """Write texts to their ends; tells of every pass how many tokens it read."""
+
+
+@dataclass(frozen=True)
+class Author:
+    """Whose texts they are.
+
+    Attributes:
+        bundle: The model's; of a checkpoint what a bundle would say.
+        made_by: What names the model in the record.
+        writer: Makes what writes.
+        waves: Batches in a shard.
+    """
+
+    bundle: Bundle
+    made_by: dict[str, str]
+    writer: Callable[[], Writer]
+    waves: int
+
+
+@contextmanager
+def _author(job: Job) -> Iterator[Author]:
+    """Load a bundle, or a checkpoint on a device.
+
+    Raises:
+        DynamoError: The bundle does not load.
+        TrainingError: See `open_checkpoint`; or it is not one of the two that the options are for.
+        CheckpointError: The checkpoint does not load.
+    """
+    rows, length = job.batch, job.recipe.length
+    if job.device is not None:
+        if job.threads is not None:
+            raise TrainingError("--threads is of onnxruntime, and --device of torch: give one of them")
+        from .lockstep import Lockstep, open_checkpoint
+        from .state import sha256 as sha256_of_tensors
+
+        with open_checkpoint(job.bundle, job.device) as (base, said):
+            kind = f"{said.source.model} ({str(base.dtype).removeprefix('torch.')} on {base.device.type})"
+            made_by = {"checkpoint": sha256_of_tensors(base.state_dict()), "model": kind}
+            made_by["tokenizer"] = sha256(said.folder / TOKENIZER)
+            yield Author(said, made_by, lambda: Lockstep(base, rows, length), 1)
+        return
+    path = Path(job.bundle)
+    if path.suffix == ".gguf" or ((path / "config.json").is_file() and not (path / MANIFEST).is_file()):
+        raise TrainingError(f"{path} is a checkpoint and no bundle: give --device cpu or cuda, and it writes on torch")
+    bundle = load_bundle(job.bundle)
+    manifest = read_object(bundle.folder / MANIFEST, _MOST_RECORD_BYTES)
+    made_by = {
+        "bundle": manifest.get("sha256") or sha256(bundle.folder / MANIFEST),
+        "model": f"{bundle.source.model} ({bundle.precision})",
+        "tokenizer": bundle.files[TOKENIZER].sha256,
+    }
+    yield Author(bundle, made_by, lambda: Batch(bundle, rows, length, threads=job.threads), SHARD_WAVES)
+
+
 def write_texts(job: Job) -> Counts:
-    """Have a bundle write a corpus, shard by shard, or go on with one that an earlier run began.
+    """Have a model write a corpus, shard by shard, or go on with one that an earlier run began.
 
     Text i is a function of the seed and of i; every shard is there once it is whole.
 
     Raises:
-        TrainingError: The folder holds something else, an option does not fit the bundle, or nothing new comes.
+        TrainingError: The folder holds something else, an option does not fit the model, or nothing new comes.
         DynamoError: The bundle does not load or run, or there is something about the prompts or the folder.
+        CheckpointError: The checkpoint does not load.
     """
-    bundle = load_bundle(job.bundle)
-    begin = _beginnings(bundle, job)
-    made_by = _made_by(bundle, job)
-    with WholeFolder(job.out):  # for its lock: one process at a time
-        record = _begun(job.out, made_by)
-        known = {_key(tokens) for name in record.shards for tokens in _tokens_of(job.out / name)}
-        if record.counts.tokens < job.tokens:
-            batch = Batch(bundle, job.batch, job.recipe.length, threads=job.threads)
-            record = _write(batch, begin, record, known, job)
+    with _author(job) as author:
+        begin = _beginnings(author.bundle, job)
+        made_by = author.made_by | _made_by(job)
+        with WholeFolder(job.out):  # for its lock: one process at a time
+            record = _begun(job.out, made_by)
+            known = {_key(tokens) for name in record.shards for tokens in _tokens_of(job.out / name)}
+            if record.counts.tokens < job.tokens:
+                record = _write(author, begin, record, known, job)
     counts = record.counts
     logger.info(
         "%s: %d texts, %d tokens, %d of them in answers; of %d texts written %d that repeat themselves and %d "
@@ -116,15 +183,16 @@ def write_texts(job: Job) -> Counts:
     return counts
 
 
-def _write(batch: Batch, begin: Callable[[int], Writing], record: Record, known: set[bytes], job: Job) -> Record:
+def _write(author: Author, begin: Callable[[int], Writing], record: Record, known: set[bytes], job: Job) -> Record:
     """Write shards until there are tokens enough."""
+    writer = author.writer()
     dropped = 0  # in a row
-    dtype = np.uint16 if batch.bundle.vocab_size <= 2**16 else np.uint32
+    dtype = np.uint16 if author.bundle.vocab_size <= 2**16 else np.uint32
     with tqdm(total=job.tokens, initial=record.counts.tokens, unit=" tokens", disable=None) as bar:
         while record.counts.tokens < job.tokens:
             first, started = record.counts.written, time.perf_counter()
-            numbers = range(first, first + min(SHARD_WAVES * job.batch, _missing(record.counts, job)))
-            texts = sorted(batch.write(map(begin, numbers), bar.update), key=lambda text: text.number)
+            numbers = range(first, first + min(author.waves * job.batch, _missing(record.counts, job)))
+            texts = sorted(writer.write(map(begin, numbers), bar.update), key=lambda text: text.number)
             seconds = time.perf_counter() - started
             kept, counts = _kept(texts, known, record.counts)
             record = replace(record, counts=counts)
@@ -136,7 +204,7 @@ def _write(batch: Batch, begin: Callable[[int], Writing], record: Record, known:
                 )
             name = f"texts-{len(record.shards):05d}.parquet"
             if kept:
-                write_whole(job.out / name, _parquet(kept, batch.bundle, dtype))
+                write_whole(job.out / name, _parquet(kept, author.bundle, dtype))
                 record = replace(record, shards=record.shards | {name: sha256(job.out / name)})
             write_whole(job.out / RECORD, json.dumps(asdict(record), indent=1) + "\n")
             bar.n = counts.tokens
@@ -184,24 +252,26 @@ def _beginnings(bundle: Bundle, job: Job) -> Callable[[int], Writing]:
     turns = None
     if bundle.has_chat_template and not job.plain:
         turns = turns_of(bundle.chat_template, bundle.control_tokens, ends)
-    answers = turns is None or job.prompts is not None
+    openings = []  # and whether an answer follows
     if job.prompts is not None:
-        openings = [_opening(bundle, document.text, turns) for document in read_corpus(job.prompts)]
-    elif turns is None:
-        openings = [[first_token(bundle)]]
-    elif turns.question_ends:
-        openings = [turns.opening]
-    else:
-        raise TrainingError(
-            "the chat template ends questions by no token, so that none can be invented: give --prompts"
-        )
-    longest = max(map(len, openings))
+        openings += [(_opening(bundle, document.text, turns), True) for document in read_corpus(job.prompts)]
+    if turns is None and job.beginnings is not None:
+        raise TrainingError("--beginnings are of questions, and there is no chat template: give them as --prompts")
+    if turns is None:
+        openings = openings or [([first_token(bundle)], True)]
+    elif job.prompts is None or job.beginnings is not None:
+        if not turns.question_ends:
+            raise TrainingError(
+                "the chat template ends questions by no token, so that none can be invented: give --prompts"
+            )
+        openings += [([*turns.opening, *line], False) for line in _lines(bundle, job.beginnings)]
+    longest = max(len(opening) for opening, _ in openings)
     if longest >= recipe.length:
         raise TrainingError(f"a text begins with {longest} tokens and ends at {recipe.length}: give a larger --length")
 
     def begin(number: int) -> Writing:
         seed = int(np.random.SeedSequence([job.seed, number]).generate_state(1)[0])
-        opening = openings[number % len(openings)]
+        opening, answers = openings[number % len(openings)]
         return Writing(number, seed, opening, recipe, turns=turns, end_tokens=ends, answers=answers)
 
     return begin
@@ -221,9 +291,9 @@ def _check(bundle: Bundle, job: Job) -> None:
     if not recipe.length > 1:
         raise TrainingError("--length must be at least 2")
     if not 1 <= recipe.top_k <= bundle.top_k_outputs:
-        raise TrainingError(f"--top-k must be from 1 to the {bundle.top_k_outputs} that the bundle puts out")
+        raise TrainingError(f"--top-k must be from 1 to the {bundle.top_k_outputs} that the model puts out")
     if recipe.length > bundle.context_length:
-        raise TrainingError(f"--length must be at most the bundle's context of {bundle.context_length} tokens")
+        raise TrainingError(f"--length must be at most the model's context of {bundle.context_length} tokens")
 
 
 def _opening(bundle: Bundle, prompt: str, turns: Turns | None) -> list[int]:
@@ -233,17 +303,23 @@ def _opening(bundle: Bundle, prompt: str, turns: Turns | None) -> list[int]:
     return bundle.chat_template.encode(asked(prompt), bundle.control_tokens).encoded.ids
 
 
-def _made_by(bundle: Bundle, job: Job) -> dict[str, Any]:
-    """What the texts are a function of, but for their number."""
-    manifest = read_object(bundle.folder / MANIFEST, _MOST_RECORD_BYTES)
+def _lines(bundle: Bundle, beginnings: str | None) -> list[list[int]]:
+    """Lines that questions begin with, as tokens; one of nothing if there are none."""
+    if beginnings is None:
+        return [[]]
+    lines = [line.strip() for document in read_corpus(beginnings) for line in document.text.splitlines()]
+    # What looks like a control token is text.
+    return [bundle.control_tokens.encode(line, range(1, len(line))).ids for line in lines if line]
+
+
+def _made_by(job: Job) -> dict[str, Any]:
+    """What the texts are a function of, but for the model and their number."""
     return {
         "version": __version__,
-        "bundle": manifest.get("sha256") or sha256(bundle.folder / MANIFEST),
-        "model": f"{bundle.source.model} ({bundle.precision})",
-        "tokenizer": bundle.files["tokenizer.json"].sha256,
         "batch": job.batch,
         "seed": job.seed,
         "prompts": None if job.prompts is None else sha256_of(job.prompts),
+        "beginnings": None if job.beginnings is None else sha256_of(job.beginnings),
         "plain": job.plain,
         **asdict(job.recipe),
         "temperatures": list(job.recipe.temperatures),

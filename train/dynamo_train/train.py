@@ -161,7 +161,11 @@ def _add_counts(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", help="its folder, or a name in the cache; needs no drafter")
+    parser.add_argument(
+        "bundle",
+        help="its folder, or a name in the cache; needs no drafter. With --device a checkpoint: a folder, a GGUF file, "
+        "a Hub id, or smollm2",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="CORPUS", help="folder; a begun one is gone on with")
     parser.add_argument(
         "--tokens", type=count, required=True, metavar="N", help="at least so many, without what is dropped"
@@ -169,7 +173,10 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", metavar="DATA", help="what users say first, or texts begin with: as --data of other commands"
     )
-    parser.add_argument("--plain", action="store_true", help="do without the bundle's chat template")
+    parser.add_argument(
+        "--beginnings", metavar="FILE", help="what users begin to say, a line each, and the model completes"
+    )
+    parser.add_argument("--plain", action="store_true", help="do without the chat template")
     parser.add_argument("--length", type=count, default=512, help="most tokens a text (default: %(default)s)")
     parser.add_argument(
         "--temperatures",
@@ -183,6 +190,7 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=count, default=48, help="texts at once (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=count, help="of onnxruntime (default: its own choice)")
+    parser.add_argument("--device", metavar="cuda|cpu", help="have a checkpoint write on torch, in place of a bundle")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from, all of it")
 
 
@@ -220,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_counts(counts)
     counts.set_defaults(run=_counts)
 
-    texts = commands.add_parser("texts", help="have an exported bundle write the text that its heads are trained on")
+    texts = commands.add_parser("texts", help="have a model write the text that its heads are trained on")
     _add_texts(texts)
     texts.set_defaults(run=_texts)
 

@@ -119,6 +119,11 @@ class Writing:
         seed: Of all its draws.
         tokens: So far.
         roles: 1 for a token that the model wrote as an answer (its end included), else 0; one for every token.
+        recipe: How it is written.
+        turns: What follows the end of a turn; None: the text ends there.
+        ends: What ends it then.
+        answers: Whether the model is writing an answer, not a question.
+        temperature: Of its answers.
     """
 
     def __init__(
@@ -147,17 +152,17 @@ class Writing:
         self.tokens = list(opening)
         self.roles = [0] * len(self.tokens)
         self._rng = np.random.default_rng(seed)
-        self._length, self._turns, self._answers = recipe.length, turns, answers
-        self._ends = frozenset(end_tokens)
+        self.recipe, self.turns, self.answers = recipe, turns, answers
+        self.ends = frozenset(end_tokens)
         self._asking = SamplingParameters(temperature=1.0, top_k=recipe.top_k, top_p=recipe.top_p)
-        temperature = recipe.temperatures[self._rng.integers(len(recipe.temperatures))]
-        self._answering = replace(self._asking, temperature=temperature)
+        self.temperature = recipe.temperatures[self._rng.integers(len(recipe.temperatures))]
+        self._answering = replace(self._asking, temperature=self.temperature)
         self._begins = True  # a turn, which is to have something in it
 
     def go_on(self, logits: np.ndarray, ids: np.ndarray) -> bool:
         """Append the next token, or what the template puts behind the end of a turn; returns whether there is more."""
-        turns, answers = self._turns, self._answers
-        ends = self._ends if turns is None else turns.answer_ends if answers else turns.question_ends
+        turns, answers = self.turns, self.answers
+        ends = self.ends if turns is None else turns.answer_ends if answers else turns.question_ends
         if self._begins:
             something = ~np.isin(ids, list(ends))
             logits, ids = logits[something], ids[something]
@@ -171,13 +176,17 @@ class Writing:
         else:
             piece = turns.question if answers else turns.answer
             self._append(piece, [int(answers and piece[0] == token), *[0] * (len(piece) - 1)])
-            self._answers = not answers
-            if not self._answers and not turns.question_ends:
+            self.answers = not answers
+            if not self.answers and not turns.question_ends:
                 return False
-        return len(self.tokens) < self._length
+        return len(self.tokens) < self.recipe.length
+
+    def uniforms(self, count: int) -> np.ndarray:
+        """What its next draws go by, in [0, 1), [count]; `go_on` takes them one by one."""
+        return self._rng.random(count)
 
     def _append(self, tokens: Sequence[int], roles: Sequence[int]) -> None:
-        room = self._length - len(self.tokens)
+        room = self.recipe.length - len(self.tokens)
         self.tokens += tokens[:room]
         self.roles += roles[:room]
 
@@ -205,4 +214,4 @@ def first_token(bundle: Bundle) -> int:
     for token in (bundle.bos_token_id, *bundle.eos_token_ids):
         if token is not None:
             return token
-    raise ParameterError(f"{bundle.folder} names no token that begins or ends a text: give --prompts")
+    raise ParameterError("the model names no token that begins or ends a text: give --prompts")
