@@ -120,7 +120,7 @@ def _figures(name: str, heads: TokenHeads, recipe: Recipe, arguments: argparse.N
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Return tokens a pass greedily, by the text and at each depth; where they were judged, on answers to fresh prompts."""
+    """Return greedy tokens a pass, by the text and at each depth; where they were judged, on answers to new prompts."""
     first = next(iter(rows.values()))
     heads = sorted(int(key.removeprefix("greedy_")) for key in first if re.match(r"greedy_\d", key))
     tasks = list(first.get("tasks", {}))
