@@ -56,7 +56,7 @@ class Variant:
         return replace(scheme, formats={**scheme.formats, **self.formats})
 
 
-def settings() -> list[Variant]:
+def variants() -> list[Variant]:
     """Return the rows, widest first."""
     eight = [Variant(f"int8, blocks of {size}", "int8", Options(block_size=size)) for size in (32, 64, 128)]
     return [
@@ -173,7 +173,7 @@ def main() -> None:
     spoken = conversations(full)
     library = pieces(full, None, LIBRARY_PIECES, LIBRARY_TOKENS, held_out=True)
     theirs = first_sentences(full, [each.answer for each in spoken])
-    rows = settings()
+    rows = variants()
     figures = {FP32: measure(full, spoken, library, theirs)}
     with tempfile.TemporaryDirectory() as temporary:
         bundles = {FP32: full}

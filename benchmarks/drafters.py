@@ -100,7 +100,7 @@ def export_all(model: Path, also: dict[str, Path], folder: Path) -> dict[str, Ex
     return bundles
 
 
-def settings(bundles: dict[str, Exported], confidence: float) -> list[Decoding]:
+def decodings(bundles: dict[str, Exported], confidence: float) -> list[Decoding]:
     """Return the rows: plain and every drafter, greedily and sampled, with the mask on drafts and without."""
     rows = []
     drafters = [name for name in bundles if name != PLAIN]
@@ -228,7 +228,7 @@ def main() -> int:
         engines = {name: Engine(bundle.folder, threads=arguments.threads) for name, bundle in bundles.items()}
         wanted = re.compile(arguments.rows)
         rows = [
-            row for row in settings(bundles, arguments.confidence) if row.bundle == PLAIN or wanted.search(row.name)
+            row for row in decodings(bundles, arguments.confidence) if row.bundle == PLAIN or wanted.search(row.name)
         ]
         found = held_out_prompts(engines[PLAIN], arguments.prompts, arguments.prompt_tokens)
         prompts = [put(arguments, engines[PLAIN].bundle, prompt.turns[0]) for prompt in found]

@@ -35,7 +35,7 @@ METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """How a run ended: steps run, which an early stop makes fewer, and the held-out perplexities."""
 
     steps: int
@@ -51,7 +51,7 @@ def train(
     memory: Memory = PLAIN,
     checkpoint_every: int = 200,
     checkpoint_seconds: float = 60.0,
-) -> Outcome:
+) -> TrainingOutcome:
     """Train to the end of the recipe, from the last checkpoint in `folder` if there is one.
 
     All processes call it; the main one writes, and has the whole of a sharded model in the end.
@@ -103,7 +103,7 @@ def train(
         finally:
             bar.close()
         run.save()
-        outcome = Outcome(run.step, _validate(objective, streams, recipe))
+        outcome = TrainingOutcome(run.step, _validate(objective, streams, recipe))
         if memory.shard:
             unshard(objective)
         return outcome

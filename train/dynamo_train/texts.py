@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Job:
+class TextsJob:
     """What is written, and where to.
 
     Attributes:
@@ -71,7 +71,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Counts:
+class TextCounts:
     """What became of the texts that were written."""
 
     written: int = 0
@@ -93,7 +93,7 @@ class Record:
     """
 
     made_by: dict[str, Any]
-    counts: Counts = Counts()
+    counts: TextCounts = TextCounts()
     shards: dict[str, str] = field(default_factory=dict)
 
 
@@ -122,7 +122,7 @@ class Author:
 
 
 @contextmanager
-def _author(job: Job) -> Iterator[Author]:
+def _author(job: TextsJob) -> Iterator[Author]:
     """Load a bundle, or a checkpoint on a device.
 
     Raises:
@@ -156,7 +156,7 @@ def _author(job: Job) -> Iterator[Author]:
     yield Author(bundle, made_by, lambda: Batch(bundle, rows, length, threads=job.threads), SHARD_WAVES)
 
 
-def write_texts(job: Job) -> Counts:
+def write_texts(job: TextsJob) -> TextCounts:
     """Have a model write a corpus, shard by shard, or go on with one that an earlier run began.
 
     Text i is a function of the seed and of i; every shard is there once it is whole.
@@ -183,7 +183,7 @@ def write_texts(job: Job) -> Counts:
     return counts
 
 
-def _write(author: Author, begin: Callable[[int], Writing], record: Record, known: set[bytes], job: Job) -> Record:
+def _write(author: Author, begin: Callable[[int], Writing], record: Record, known: set[bytes], job: TextsJob) -> Record:
     """Write shards until there are tokens enough."""
     writer = author.writer()
     dropped = 0  # in a row
@@ -215,7 +215,7 @@ def _write(author: Author, begin: Callable[[int], Writing], record: Record, know
     return record
 
 
-def _missing(counts: Counts, job: Job) -> int:
+def _missing(counts: TextCounts, job: TextsJob) -> int:
     """Return texts that are probably missing, by what came of those before.
 
     There are more of them, as passes over few rows are a waste.
@@ -225,7 +225,7 @@ def _missing(counts: Counts, job: Job) -> int:
     return missing if missing <= job.batch else -(-missing // job.batch) * job.batch
 
 
-def _kept(texts: Iterable[Writing], known: set[bytes], counts: Counts) -> tuple[list[Writing], Counts]:
+def _kept(texts: Iterable[Writing], known: set[bytes], counts: TextCounts) -> tuple[list[Writing], TextCounts]:
     """Return the texts that neither repeat themselves nor one that is known, which they then are.
 
     The counts are returned with them.
@@ -244,10 +244,10 @@ def _kept(texts: Iterable[Writing], known: set[bytes], counts: Counts) -> tuple[
             found["kept"] += 1
             found["tokens"] += len(text.tokens)
             found["answer_tokens"] += sum(text.roles)
-    return kept, Counts(**found)
+    return kept, TextCounts(**found)
 
 
-def _beginnings(bundle: Bundle, job: Job) -> Callable[[int], Writing]:
+def _beginnings(bundle: Bundle, job: TextsJob) -> Callable[[int], Writing]:
     """Return what makes the text of a number, before the model has written any of it.
 
     Raises:
@@ -283,7 +283,7 @@ def _beginnings(bundle: Bundle, job: Job) -> Callable[[int], Writing]:
     return begin
 
 
-def _check(bundle: Bundle, job: Job) -> None:
+def _check(bundle: Bundle, job: TextsJob) -> None:
     """See that options are in range.
 
     Raises:
@@ -318,7 +318,7 @@ def _lines(bundle: Bundle, beginnings: str | None) -> list[list[int]]:
     return [bundle.control_tokens.encode(line, range(1, len(line))).ids for line in lines if line]
 
 
-def _made_by(job: Job) -> dict[str, Any]:
+def _made_by(job: TextsJob) -> dict[str, Any]:
     """Return what the texts are a function of, but for the model and their number."""
     return {
         "version": __version__,
@@ -347,7 +347,7 @@ def _begun(out: Path, made_by: dict[str, Any]) -> Record:
         return record
     try:
         found = read_object(out / RECORD, _MOST_RECORD_BYTES)
-        record = Record(found["made_by"], Counts(**found["counts"]), found["shards"])
+        record = Record(found["made_by"], TextCounts(**found["counts"]), found["shards"])
         other = [name for name in made_by if record.made_by.get(name) != made_by[name]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainingError(f"{out / RECORD} is no record of a corpus: name a new folder") from error
