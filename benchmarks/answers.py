@@ -41,7 +41,7 @@ LIBRARY_PIECES, LIBRARY_TOKENS = 12, 384
 
 
 @dataclass(frozen=True)
-class Setting:
+class Variant:
     """One row: a scheme, what departs from its defaults, and formats of parts that no option asks for."""
 
     name: str
@@ -56,22 +56,22 @@ class Setting:
         return replace(scheme, formats={**scheme.formats, **self.formats})
 
 
-def settings() -> list[Setting]:
+def variants() -> list[Variant]:
     """Return the rows, widest first."""
-    eight = [Setting(f"int8, blocks of {size}", "int8", Options(block_size=size)) for size in (32, 64, 128)]
+    eight = [Variant(f"int8, blocks of {size}", "int8", Options(block_size=size)) for size in (32, 64, 128)]
     return [
         *eight,
-        Setting("int8, blocks of 32, cache in fp32", "int8", Options(block_size=32, kv_cache="fp32")),
-        Setting("int8, blocks of 32, output in fp32", "int8", Options(block_size=32, parts={"output": "fp32"})),
-        Setting("int8, blocks of 32, last layer in fp32", "int8", Options(block_size=32, parts={"first_head": "fp32"})),
-        Setting("int8, blocks of 32, asymmetric", "int8", formats=dict.fromkeys(Part, Format(8, 32, False))),
-        Setting("int4, rounded", "int4", Options(algorithm="rtn")),
-        Setting("int4, GPTQ", "int4"),
-        Setting("int4, rounded, asymmetric", "int4", Options(algorithm="rtn", symmetric=False)),
-        Setting("int4, GPTQ, asymmetric", "int4", Options(symmetric=False)),
-        Setting("int4, GPTQ, last layer in int8, blocks of 32", "int4", formats={Part.FIRST_HEAD: Format(8, 32)}),
-        Setting("int4, GPTQ, blocks of 16", "int4", Options(block_size=16)),
-        Setting("int4, GPTQ, cache in fp32", "int4", Options(kv_cache="fp32")),
+        Variant("int8, blocks of 32, cache in fp32", "int8", Options(block_size=32, kv_cache="fp32")),
+        Variant("int8, blocks of 32, output in fp32", "int8", Options(block_size=32, parts={"output": "fp32"})),
+        Variant("int8, blocks of 32, last layer in fp32", "int8", Options(block_size=32, parts={"first_head": "fp32"})),
+        Variant("int8, blocks of 32, asymmetric", "int8", formats=dict.fromkeys(Part, Format(8, 32, False))),
+        Variant("int4, rounded", "int4", Options(algorithm="rtn")),
+        Variant("int4, GPTQ", "int4"),
+        Variant("int4, rounded, asymmetric", "int4", Options(algorithm="rtn", symmetric=False)),
+        Variant("int4, GPTQ, asymmetric", "int4", Options(symmetric=False)),
+        Variant("int4, GPTQ, last layer in int8, blocks of 32", "int4", formats={Part.FIRST_HEAD: Format(8, 32)}),
+        Variant("int4, GPTQ, blocks of 16", "int4", Options(block_size=16)),
+        Variant("int4, GPTQ, cache in fp32", "int4", Options(kv_cache="fp32")),
     ]
 
 
@@ -173,7 +173,7 @@ def main() -> None:
     spoken = conversations(full)
     library = pieces(full, None, LIBRARY_PIECES, LIBRARY_TOKENS, held_out=True)
     theirs = first_sentences(full, [each.answer for each in spoken])
-    rows = settings()
+    rows = variants()
     figures = {FP32: measure(full, spoken, library, theirs)}
     with tempfile.TemporaryDirectory() as temporary:
         bundles = {FP32: full}

@@ -42,7 +42,7 @@ def table(lines: list[dict[str, Any]], tokens: int) -> str:
 
 
 def task_table(tasks: dict[str, dict[str, Any]]) -> str:
-    """Tokens a pass, and how often a draft at every depth is right where those before it were, by task and decoding."""
+    """Return tokens a pass and, by depth, how often drafts are right where those before were; by task and decoding."""
     rows = [
         [task, decoding, f"{found['tokens_a_pass']:.2f}", " ".join(f"{share:.2f}" for share in found["by_depth"])]
         for task in next(iter(tasks.values()))

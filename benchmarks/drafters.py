@@ -48,7 +48,7 @@ SAMPLED: dict[str, Any] = {"temperature": 0.7, "top_k": 50, "repetition_penalty"
 
 
 @dataclass(frozen=True)
-class Setting:
+class Decoding:
     """One row of the table: the bundle that runs it, the plain row it is compared with, and its options."""
 
     name: str
@@ -100,14 +100,14 @@ def export_all(model: Path, also: dict[str, Path], folder: Path) -> dict[str, Ex
     return bundles
 
 
-def settings(bundles: dict[str, Exported], confidence: float) -> list[Setting]:
+def decodings(bundles: dict[str, Exported], confidence: float) -> list[Decoding]:
     """Return the rows: plain and every drafter, greedily and sampled, with the mask on drafts and without."""
     rows = []
     drafters = [name for name in bundles if name != PLAIN]
     longest = max((name for name in drafters if name.startswith("T")), default=None)
 
     def add(name: str, bundle: str, reference: str, options: dict[str, Any], strategy: str = "speculative") -> None:
-        rows.append(Setting(name, bundle, reference, options | {"strategy": strategy}))
+        rows.append(Decoding(name, bundle, reference, options | {"strategy": strategy}))
 
     add(PLAIN, PLAIN, PLAIN, GREEDY, "autoregressive")
     if longest:
@@ -129,7 +129,7 @@ def settings(bundles: dict[str, Exported], confidence: float) -> list[Setting]:
     return rows
 
 
-def run(engines: dict[str, Engine], rows: list[Setting], prompts: list[Said], new_tokens: int) -> dict[str, Outcome]:
+def run(engines: dict[str, Engine], rows: list[Decoding], prompts: list[Said], new_tokens: int) -> dict[str, Outcome]:
     """Run every setting on every prompt, interleaved."""
     outcomes = {row.name: Outcome() for row in rows}
     for row in rows:  # warm-up, not counted
@@ -151,7 +151,7 @@ def run(engines: dict[str, Engine], rows: list[Setting], prompts: list[Said], ne
 
 
 def summarize(
-    rows: list[Setting],
+    rows: list[Decoding],
     outcomes: dict[str, Outcome],
     engines: dict[str, Engine],
     bundles: dict[str, Exported],
@@ -228,7 +228,7 @@ def main() -> int:
         engines = {name: Engine(bundle.folder, threads=arguments.threads) for name, bundle in bundles.items()}
         wanted = re.compile(arguments.rows)
         rows = [
-            row for row in settings(bundles, arguments.confidence) if row.bundle == PLAIN or wanted.search(row.name)
+            row for row in decodings(bundles, arguments.confidence) if row.bundle == PLAIN or wanted.search(row.name)
         ]
         found = held_out_prompts(engines[PLAIN], arguments.prompts, arguments.prompt_tokens)
         prompts = [put(arguments, engines[PLAIN].bundle, prompt.turns[0]) for prompt in found]

@@ -56,7 +56,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Setting:
+class Variant:
     """One row: a scheme and what departs from its defaults."""
 
     name: str
@@ -65,31 +65,31 @@ class Setting:
     timed: bool = True
 
 
-def schemes() -> list[Setting]:
+def schemes() -> list[Variant]:
     """Return the rows that are compared with one another."""
     return [
-        Setting("int8", "int8"),
-        Setting("int8, blocks of 32", "int8", Options(block_size=32)),
-        Setting("int8, blocks of 128", "int8", Options(block_size=128)),
-        Setting("int8, cache in fp32", "int8", Options(kv_cache="fp32")),
-        Setting("int8-dynamic", "int8-dynamic"),
-        Setting("int4", "int4"),
-        Setting("int4, asymmetric", "int4", Options(symmetric=False)),
-        Setting("int4, blocks of 128", "int4", Options(block_size=128)),
-        Setting("int4, output too", "int4", Options(parts={"output": "int4"})),
-        Setting("int4, heads in int4", "int4", Options(parts={"heads": "int4"})),
-        Setting("int4, rtn", "int4", Options(algorithm="rtn")),
-        Setting("int4, cache in fp32", "int4", Options(kv_cache="fp32")),
-        Setting("fp16", "fp16"),
+        Variant("int8", "int8"),
+        Variant("int8, blocks of 32", "int8", Options(block_size=32)),
+        Variant("int8, blocks of 128", "int8", Options(block_size=128)),
+        Variant("int8, cache in fp32", "int8", Options(kv_cache="fp32")),
+        Variant("int8-dynamic", "int8-dynamic"),
+        Variant("int4", "int4"),
+        Variant("int4, asymmetric", "int4", Options(symmetric=False)),
+        Variant("int4, blocks of 128", "int4", Options(block_size=128)),
+        Variant("int4, output too", "int4", Options(parts={"output": "int4"})),
+        Variant("int4, heads in int4", "int4", Options(parts={"heads": "int4"})),
+        Variant("int4, rtn", "int4", Options(algorithm="rtn")),
+        Variant("int4, cache in fp32", "int4", Options(kv_cache="fp32")),
+        Variant("fp16", "fp16"),
     ]
 
 
-def single_parts() -> list[Setting]:
+def single_parts() -> list[Variant]:
     """Return one part at a time in 4 bits, the rest in fp32."""
     rows = []
     for part in Part:
         precisions = dict.fromkeys(map(str, Part), "fp32") | {str(part): "int4"}
-        rows.append(Setting(f"{part} alone in int4", "int4", Options(parts=precisions, kv_cache="fp32"), False))
+        rows.append(Variant(f"{part} alone in int4", "int4", Options(parts=precisions, kv_cache="fp32"), False))
     return rows
 
 
@@ -103,7 +103,7 @@ class Outcome:
     pass_seconds: dict[int, list[float]] = field(default_factory=dict)
 
 
-def write_all(full: dict[str, Bundle], rows: list[Setting], folder: Path) -> dict[str, dict[str, Bundle]]:
+def write_all(full: dict[str, Bundle], rows: list[Variant], folder: Path) -> dict[str, dict[str, Bundle]]:
     """Bundles by row and by "multi" or "plain"."""
     bundles = {FP32: full}
     for i, row in enumerate(tqdm(rows, desc="quantizing")):

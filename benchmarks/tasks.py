@@ -114,12 +114,12 @@ def ways(engine: Engine, decoding: str, dynamo: bool, threshold: float) -> list[
 
 
 def question(engine: Engine, prompt: str) -> list[int]:
-    """The tokens of a user's turn."""
+    """Return the tokens of a user's turn."""
     return engine.bundle.chat_template.encode(asked(prompt, None), engine.bundle.control_tokens).encoded.ids
 
 
 def prompts_of(task: str, engine: Engine, count: int | None) -> list[list[int]]:
-    """The tokens of a task's prompts: all, or so many that are spread evenly over the file."""
+    """Return the tokens of a task's prompts: all, or so many that are spread evenly over the file."""
     every = load_prompts(str(PROMPTS / f"{task}.jsonl"), engine)
     count = min(count or len(every), len(every))
     chosen = [every[i] for i in np.linspace(0, len(every) - 1, count).round().astype(int)]
@@ -129,7 +129,10 @@ def prompts_of(task: str, engine: Engine, count: int | None) -> list[list[int]]:
 def run(
     multi: Engine, plain: Engine, found: list[Way], prompts: list[list[int]], new_tokens: int, label: str
 ) -> tuple[list[Said], dict[str, Outcome]]:
-    """Every way on every prompt, interleaved; returns the prompts with answers to measure, and outcomes by way."""
+    """Run every way on every prompt, interleaved.
+
+    Returns the prompts with answers to measure, and outcomes by way.
+    """
 
     def generate(way: Way, prompt: list[int], seed: int, tokens: int, to_the_end: bool) -> Generation:
         engine = plain if way.name == PLAIN else multi
@@ -154,7 +157,7 @@ def run(
 def summarize(
     found: list[Way], outcomes: dict[str, Outcome], plain: Engine, prompts: list[Said], decoding: str, tie: float
 ) -> list[dict[str, Any]]:
-    """The figures of one task and one decoding, a row a way."""
+    """Return the figures of one task and one decoding, a row a way."""
     base = outcomes[PLAIN]
     rows = []
     for way in found:
@@ -198,7 +201,7 @@ def check_alike(name: str, multi: Bundle, plain: Bundle) -> None:
 
 
 def measured(arguments: argparse.Namespace, name: str, folder: Path, plain_folder: Path | None) -> Iterator[Any]:
-    """The rows of one bundle, task by task."""
+    """Yield the rows of one bundle, task by task."""
     bundle = load_bundle(folder)
     if plain_folder:
         check_alike(name, bundle, load_bundle(plain_folder))

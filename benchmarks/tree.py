@@ -230,7 +230,7 @@ def per_pass(tree: Tree, answers: Sequence[Answer]) -> float:
     return sum(len(each.ranks) for each in answers) / sum(replay(tree, each.ranks) for each in answers)
 
 
-def compare(answers: Sequence[Answer], times: Times, rows: int) -> dict[str, Any]:
+def compare_trees(answers: Sequence[Answer], times: Times, rows: int) -> dict[str, Any]:
     """Chains and trees of one decoding: chosen by every other answer, replayed on the others."""
     known, held = answers[::2], answers[1::2]
     right = acceptance([each.ranks for each in known], CHOICES)
@@ -384,7 +384,7 @@ def study(arguments: argparse.Namespace, name: str, folder: Path, kept: dict[str
             return found
         for decoding in DECODING:
             answers = answers_of(engine, decoding, arguments.tasks, arguments.prompts, arguments.new_tokens)
-            found["decodings"][decoding] = compare(answers, times, arguments.rows)
+            found["decodings"][decoding] = compare_trees(answers, times, arguments.rows)
             if decoding == "greedy":
                 widest = found["decodings"][decoding]["trees"][-1]["tree"]
                 tree = [tuple(ranks) for ranks in widest]

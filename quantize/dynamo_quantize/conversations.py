@@ -33,7 +33,7 @@ log = logging.getLogger("dynamo_quantize")
 
 
 @dataclass(frozen=True)
-class Conversation:
+class Exchange:
     """A question as the chat template puts it, and its answer, as tokens."""
 
     prompt: list[int]
@@ -45,7 +45,7 @@ class Conversation:
         return self.prompt + self.answer
 
 
-def conversations(bundle: Bundle) -> list[Conversation]:
+def conversations(bundle: Bundle) -> list[Exchange]:
     """Ask a bundle our questions, or look up what it answered before.
 
     Args:
@@ -70,10 +70,10 @@ def conversations(bundle: Bundle) -> list[Conversation]:
         ]
         with contextlib.suppress(OutputError):  # a cache that cannot be written costs time, nothing else
             write_whole(path, json.dumps(answers))
-    return [Conversation(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return [Exchange(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def own_words(bundle: Bundle) -> list[Conversation]:
+def own_words(bundle: Bundle) -> list[Exchange]:
     """Return the conversations of a bundle that can be talked to; none of one that cannot."""
     try:
         return conversations(bundle)

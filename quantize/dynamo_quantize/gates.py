@@ -26,7 +26,7 @@ from dynamo_runtime.strategies import refusal
 from .conversations import GREEDY as ANSWERING
 from .conversations import SENTENCE_TOKENS, first_sentences
 from .memory import peak_memory
-from .schemes import Limits
+from .schemes import GateLimits
 
 RESAMPLES = 2000
 ANSWERS = "answers"
@@ -220,7 +220,7 @@ def _in_passes(session: Session, text: Sequence[int], width: int, heads: range) 
     return {head: np.concatenate(rows) for head, rows in found.items()}
 
 
-def judge(full: Measured, small: Measured, limits: Limits, lossless: bool) -> list[GateResult]:
+def judge(full: Measured, small: Measured, limits: GateLimits, lossless: bool) -> list[GateResult]:
     """Compare a bundle with the one it came from.
 
     Args:

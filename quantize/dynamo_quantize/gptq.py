@@ -27,13 +27,11 @@ def gptq(weight: np.ndarray, hessian: np.ndarray, form: Format, outputs_at_once:
     """
     inverse = _inverse_factor(hessian)
     importance = np.diag(hessian) / max(float(np.diag(hessian).mean()), 1e-30) + DAMPING
-    k_blocks = -(-weight.shape[0] // form.block_size)
-    n = weight.shape[1]
-    q = np.zeros((n, k_blocks, form.block_size), np.uint8)
-    scales, zeros = np.zeros((n, k_blocks), np.float32), np.zeros((n, k_blocks), np.float32)
-    for at in range(0, n, outputs_at_once):
-        part = slice(at, at + outputs_at_once)
-        _round(weight[:, part].astype(np.float64), inverse, importance, form, q[part], scales[part], zeros[part])
+    pieces = [
+        _round(weight[:, at : at + outputs_at_once].astype(np.float64), inverse, importance, form)
+        for at in range(0, weight.shape[1], outputs_at_once)
+    ]
+    q, scales, zeros = (np.concatenate(each) for each in zip(*pieces, strict=True))
     return Blocks.pack(q, scales, zeros, form)
 
 
@@ -46,16 +44,13 @@ def _inverse_factor(hessian: np.ndarray) -> np.ndarray:
 
 
 def _round(
-    weight: np.ndarray,
-    inverse: np.ndarray,
-    importance: np.ndarray,
-    form: Format,
-    q: np.ndarray,
-    scales: np.ndarray,
-    zeros: np.ndarray,
-) -> None:
-    """Round weight [K, N], which it changes, into q [N, blocks, block], scales and zero points [N, blocks]."""
+    weight: np.ndarray, inverse: np.ndarray, importance: np.ndarray, form: Format
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Round weight [K, N], which it changes, to q [N, blocks, block], scales and zero points [N, blocks]."""
     largest = 2**form.bits - 1
+    blocks, n = -(-len(weight) // form.block_size), weight.shape[1]
+    q = np.zeros((n, blocks, form.block_size), np.uint8)
+    scales, zeros = np.zeros((n, blocks), np.float32), np.zeros((n, blocks), np.float32)
     for block, start in enumerate(range(0, len(weight), form.block_size)):
         rows = slice(start, min(start + form.block_size, len(weight)))
         errors = np.zeros((rows.stop - rows.start, weight.shape[1]))
@@ -68,6 +63,7 @@ def _round(
             rest = slice(row + 1, rows.stop)
             weight[rest] -= np.outer(inverse[row, rest], errors[i])
         weight[rows.stop :] -= inverse[rows, rows.stop :].T @ errors
+    return q, scales, zeros
 
 
 def _scales(block: np.ndarray, importance: np.ndarray, form: Format) -> tuple[np.ndarray, np.ndarray]:

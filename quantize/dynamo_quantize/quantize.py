@@ -17,7 +17,7 @@ from dynamo_runtime.errors import DynamoError
 from dynamo_runtime.manifest import Quantization
 
 from . import gates
-from .conversations import Conversation, own_words
+from .conversations import Exchange, own_words
 from .errors import QuantizeError
 from .graph import write_graphs
 from .schemes import Options, Scheme, resolve
@@ -169,7 +169,7 @@ def write_bundle(
     graph: str = "model.onnx",
     calibration: str | Path | None = None,
     external: bool = False,
-    spoken: Sequence[Conversation] = (),
+    spoken: Sequence[Exchange] = (),
 ) -> Bundle:
     """Write a smaller bundle that has not passed any gate.
 
@@ -209,9 +209,7 @@ def write_bundle(
     return load_bundle(folder)
 
 
-def _calibration(
-    bundle: Bundle, source: str | Path | None, spoken: Sequence[Conversation]
-) -> tuple[list[list[int]], str]:
+def _calibration(bundle: Bundle, source: str | Path | None, spoken: Sequence[Exchange]) -> tuple[list[list[int]], str]:
     """Return text to calibrate with, as tokens, and what it is."""
     if source is None and spoken:
         return [conversation.tokens for conversation in spoken], _answers_to(spoken)
@@ -220,7 +218,7 @@ def _calibration(
     return texts, OWN if source is None else Path(source).name
 
 
-def _answers_to(spoken: Sequence[Conversation]) -> str:
+def _answers_to(spoken: Sequence[Exchange]) -> str:
     return f"its own answers to {len(spoken)} questions"
 
 
@@ -250,7 +248,7 @@ def _pass_gates(full: Bundle, small: Bundle, scheme: Scheme, samples: gates.Samp
     return gates.summary(rows)
 
 
-def _samples(bundle: Bundle, source: str | Path | None, spoken: Sequence[Conversation]) -> gates.Samples:
+def _samples(bundle: Bundle, source: str | Path | None, spoken: Sequence[Exchange]) -> gates.Samples:
     """Return text for the gates, no longer than the bundle's context allows."""
     room = bundle.context_length
     new_tokens = min(NEW_TOKENS, room // 2)

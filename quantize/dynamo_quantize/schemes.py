@@ -30,7 +30,7 @@ class Part(StrEnum):
 
 
 @dataclass(frozen=True)
-class Limits:
+class GateLimits:
     """What a bundle may lose and still pass its gates, in percent of what the bundle in full precision does.
 
     Attributes:
@@ -61,7 +61,7 @@ class Scheme:
 
     name: str
     formats: Mapping[Part, Format | None]
-    limits: Limits
+    limits: GateLimits
     algorithm: str = "rtn"
     activations: str = "fp32"
     dynamic: bool = False
@@ -85,8 +85,8 @@ class Scheme:
 
 
 _NOTHING: dict[Part, Format | None] = dict.fromkeys(Part)
-_LITTLE = Limits(perplexity=2.0, tokens_per_pass=4.0)
-_MORE = Limits(perplexity=8.0, tokens_per_pass=8.0)
+_LITTLE = GateLimits(perplexity=2.0, tokens_per_pass=4.0)
+_MORE = GateLimits(perplexity=8.0, tokens_per_pass=8.0)
 # The widest blocks that are computed alike in passes of different width; they are faster than blocks of 32.
 _INT8 = Format(8, _WIDEST_ALIKE[8])
 # Within int4, where every bit counts. Blocks of 128 are not computed alike in passes of different width, by a last bit;
@@ -117,8 +117,8 @@ class Options:
         symmetric: Whether 4-bit blocks have no zero points.
         algorithm: From `ALGORITHMS`.
         kv_cache: From `KV_CACHES`.
-        perplexity_limit: See `Limits`, percent.
-        tokens_per_pass_limit: See `Limits`, percent.
+        perplexity_limit: See `GateLimits`, percent.
+        tokens_per_pass_limit: See `GateLimits`, percent.
     """
 
     parts: Mapping[str, str] = field(default_factory=dict)
@@ -165,7 +165,7 @@ def resolve(name: str, options: Options) -> Scheme:
         if form is not None:
             form = Format(form.bits, options.block_size or form.block_size, symmetric or form.bits == 8)
             formats[part] = form
-    limits = Limits(
+    limits = GateLimits(
         scheme.limits.perplexity if options.perplexity_limit is None else options.perplexity_limit,
         scheme.limits.tokens_per_pass if options.tokens_per_pass_limit is None else options.tokens_per_pass_limit,
     )

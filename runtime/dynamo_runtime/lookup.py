@@ -13,7 +13,7 @@ import numpy as np
 
 from .drafting import NO_GUESS, NOTHING, Guesses, Passed, Repeat
 from .repeat_rates import RepeatRates
-from .repeats import Found, Occurrences, Trail
+from .repeats import Match, Occurrences, Trail
 from .sampling import Candidates, Context
 
 
@@ -115,7 +115,7 @@ class Lookup:
         return candidates
 
 
-def _continued(among: Occurrences, match: Found) -> tuple[int, int]:
+def _continued(among: Occurrences, match: Match) -> tuple[int, int]:
     """Return the token behind a match, -1 if there is none, and whether another place agrees: see `Trail.agreement`."""
     length, place, other = match
     if not length or place + 1 >= len(among.tokens):

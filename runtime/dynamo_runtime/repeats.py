@@ -25,7 +25,7 @@ _FIRST, _SECOND, _FOUR = 0x9E3779B1, 0x85EBCA6B, 0x1B873  # of hashes: odd, and 
 _BITS = 0x7FFFFFFF
 
 
-class Found(NamedTuple):
+class Match(NamedTuple):
     """The longest earlier occurrence of the end of a text, the latest if there are several.
 
     Attributes:
@@ -39,7 +39,7 @@ class Found(NamedTuple):
     other: int
 
 
-NOWHERE = Found(0, -1, -1)
+NOWHERE = Match(0, -1, -1)
 
 
 class Occurrences:
@@ -94,7 +94,7 @@ class Occurrences:
         before.append(earlier)
         before_four.append(earlier_four)
 
-    def longest(self, text: array[int]) -> Found:
+    def longest(self, text: array[int]) -> Match:
         """Return the longest of the latest places at which the end of a text stood; that end itself is none.
 
         Args:
@@ -144,7 +144,7 @@ def _chained(hashes: np.ndarray, count: int, slots: int) -> tuple[array[int], ar
     return array("i", latest.tobytes()), array("i", before.tobytes())
 
 
-def _walked(tokens: array[int], text: array[int], place: int, before: array[int], least: int) -> Found:
+def _walked(tokens: array[int], text: array[int], place: int, before: array[int], least: int) -> Match:
     """Return the longest match along a chain, if it has at least so many tokens."""
     end, length, reach, best, other, walk = len(text) - 1, least - 1, least - 1, -1, -1, _WALK
     if place == end and tokens is text:
@@ -162,7 +162,7 @@ def _walked(tokens: array[int], text: array[int], place: int, before: array[int]
                 if length == FULL:
                     break
         place = before[place]
-    return Found(length, best, other) if best >= 0 else NOWHERE
+    return Match(length, best, other) if best >= 0 else NOWHERE
 
 
 class Trail:
@@ -170,9 +170,9 @@ class Trail:
 
     Attributes:
         among: Those tokens.
-        length: See `Found`; of a match that went on all of it, however long.
-        place: See `Found`.
-        other: See `Found`.
+        length: See `Match`; of a match that went on all of it, however long.
+        place: See `Match`.
+        other: See `Match`.
     """
 
     def __init__(self, among: Occurrences):

@@ -15,7 +15,7 @@ from support.naive import graph_paths, in_passes, initializers, outputs
 from dynamo_graph.read import pass_bytes
 from dynamo_quantize import gates
 from dynamo_quantize.gates import Measured, Samples, judge, measure
-from dynamo_quantize.schemes import Limits
+from dynamo_quantize.schemes import GateLimits
 from dynamo_runtime import Engine
 from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.look_ahead import LookAhead
@@ -23,7 +23,7 @@ from dynamo_runtime.scores import Scores
 from dynamo_runtime.session import Session
 from dynamo_runtime.step import Rows
 
-LIMITS = Limits(perplexity=2.0, tokens_per_pass=4.0)
+LIMITS = GateLimits(perplexity=2.0, tokens_per_pass=4.0)
 TEXTS = np.random.default_rng(0).integers(1, 320, (3, 24)).tolist()
 
 
@@ -50,14 +50,14 @@ def measured(**changes: Any) -> Measured:
     return replace(same, **changes)
 
 
-def failures(small: Measured, lossless: bool = True, limits: Limits = LIMITS) -> list[str]:
+def failures(small: Measured, lossless: bool = True, limits: GateLimits = LIMITS) -> list[str]:
     """Figures of the rows that fail."""
     return [row.figure for row in judge(measured(), small, limits, lossless) if not row.passed]
 
 
 def test_equal_bundles_pass() -> None:
     """Nothing lost is nothing failed, even with limits of 0."""
-    assert failures(measured(), limits=Limits(0.0, 0.0)) == []
+    assert failures(measured(), limits=GateLimits(0.0, 0.0)) == []
 
 
 @pytest.mark.parametrize(

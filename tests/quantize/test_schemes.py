@@ -8,9 +8,9 @@ import pytest
 
 from dynamo_quantize import SCHEMES, Options, QuantizeError
 from dynamo_quantize.blocks import Format
-from dynamo_quantize.schemes import Limits, Part, resolve
+from dynamo_quantize.schemes import GateLimits, Part, resolve
 
-LITTLE, MORE = Limits(2.0, 4.0), Limits(8.0, 8.0)
+LITTLE, MORE = GateLimits(2.0, 4.0), GateLimits(8.0, 8.0)
 
 
 def test_defaults() -> None:
@@ -95,8 +95,8 @@ def test_what_needs_text(scheme: str, options: dict[str, Any], expected: bool) -
 
 def test_limits() -> None:
     """Each can be set by itself; 0 is a limit."""
-    assert resolve("int8", Options(perplexity_limit=0.0)).limits == Limits(0.0, 4.0)
-    assert resolve("int4", Options(tokens_per_pass_limit=1.5)).limits == Limits(8.0, 1.5)
+    assert resolve("int8", Options(perplexity_limit=0.0)).limits == GateLimits(0.0, 4.0)
+    assert resolve("int4", Options(tokens_per_pass_limit=1.5)).limits == GateLimits(8.0, 1.5)
 
 
 @pytest.mark.parametrize(

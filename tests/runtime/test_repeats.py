@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dynamo_runtime import repeats
-from dynamo_runtime.repeats import FULL, NOWHERE, Found, Occurrences, Trail
+from dynamo_runtime.repeats import FULL, NOWHERE, Match, Occurrences, Trail
 
 
 def common(text: Sequence[int], end: int, tokens: Sequence[int], place: int) -> int:
@@ -21,14 +21,14 @@ def common(text: Sequence[int], end: int, tokens: Sequence[int], place: int) -> 
     return same
 
 
-def searched(text: Sequence[int], tokens: Sequence[int], places: int, most: int = FULL) -> Found:
+def searched(text: Sequence[int], tokens: Sequence[int], places: int, most: int = FULL) -> Match:
     """The longest match of a text's end among the first so many places, the latest of that length, and the next."""
     lengths = [min(common(text, len(text) - 1, tokens, place), most) for place in range(places)]
     longest = max(lengths, default=0)
     if longest < 2:
         return NOWHERE
     found = [place for place in range(places) if lengths[place] == longest]
-    return Found(longest, found[-1], found[-2] if len(found) > 1 else -1)
+    return Match(longest, found[-1], found[-2] if len(found) > 1 else -1)
 
 
 def random_text(rng: np.random.Generator, length: int) -> list[int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import devices
 import pytest
+from page import wrapped
 from support import profiles
 
 from dynamo_runtime.device.profile import Profile
@@ -387,7 +388,7 @@ def test_devices_page_is_written_and_checked(tmp_path: Path, monkeypatch: pytest
         "| dynamo, ε_b 0.5 | 1.58 [1.55, 1.61] |" in text
     )
     assert "| 4 cores of Cortex-A76 (not idle, quick run) | cpu | tiny | fp32 | – | 1.60 | – | – | – |" in text
-    assert report.markdown(FULL) in text and report.markdown(SPARSE) in text
+    assert wrapped(report.markdown(FULL)) in text and wrapped(report.markdown(SPARSE)) in text
     (tmp_path / "b.json").unlink()
     assert "out of date" in str(run_devices(monkeypatch, tmp_path, "--check"))
 

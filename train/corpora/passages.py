@@ -30,7 +30,7 @@ KINDS = {"edit": 16, "data": 10, "go_on": 12, "on_code": 6}
 
 
 def answers_of(corpus: Path, model: str) -> Iterator[str]:
-    """The answers in a corpus as text, in order; the first of every row alone, as later ones drift."""
+    """Yield the answers in a corpus as text, in order; the first of every row alone, as later ones drift."""
     tokenizer = load_tokenizer(model)
     for path in tables_of(corpus):
         for row in pq.read_table(path, columns=["tokens", "role"]).to_pylist():
@@ -40,7 +40,7 @@ def answers_of(corpus: Path, model: str) -> Iterator[str]:
 
 
 def passages_of(answer: str, rng: random.Random) -> tuple[list[str], list[str]]:
-    """Some of an answer's prose, and its code."""
+    """Return some of an answer's prose, and its code."""
     code = [block for block in re.findall(r"```\w*\n.*?```", answer, re.DOTALL) if CODE[0] < len(block) < CODE[1]]
     prose = []
     for paragraph in map(str.strip, answer.split("\n\n")):

@@ -35,10 +35,10 @@ class CachedHeads(Objective):
     """Losses of further heads on cached states; the base's own head is frozen and has none.
 
     Args:
-        model: base and heads; nothing of the base is run but its final norm and output embedding.
-        train: states of the training text.
-        held_out: states of the held-out text.
-        loss: ``kl``, to the base's distribution, or ``ce``, cross-entropy of the label (DynaMo, Eq. 1).
+        model: Base and heads; nothing of the base is run but its final norm and output embedding.
+        train: States of the training text.
+        held_out: States of the held-out text.
+        loss: `kl`, to the base's distribution, or `ce`, cross-entropy of the label (DynaMo, Eq. 1).
     """
 
     model: MultiTokenModel
@@ -79,7 +79,7 @@ class CachedHeads(Objective):
         """Mean loss of every further head over the positions of some training windows [n_heads - 1].
 
         Args:
-            windows: their numbers.
+            windows: Their numbers.
         """
         said = self._train.read(windows.cpu().numpy())
         losses = []
@@ -90,17 +90,17 @@ class CachedHeads(Objective):
         return torch.stack(losses)
 
     def figures(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        """How far the heads foresee, and their perplexities.
+        """Return how far the heads foresee, and their perplexities.
 
         Every position of the text is taken as one at which drafting starts.  A draft is the head's first choice, told
         the text so far.  It is judged twice: by the text that follows, which is how often it is accepted where the
         text is written as this one was, and by the base's first choice, which is greedy decoding.
 
         Returns:
-            ``accepted_i``: share of positions at which drafts 1 … i all are the text; ``tokens_a_pass``, one more
-            than their sum; ``greedy_i``, the share of drafts that are the base's first choice where the drafts before
-            it were and the text went on with them; ``greedy_tokens_a_pass`` of their products; ``coverage``,
-            ``ppl_1`` … ``ppl_n``, ``ppl_1:n`` as for the other objectives.
+            `accepted_i`: share of positions at which drafts 1 … i all are the text; `tokens_a_pass`, one more
+            than their sum; `greedy_i`, the share of drafts that are the base's first choice where the drafts before
+            it were and the text went on with them; `greedy_tokens_a_pass` of their products; `coverage`,
+            `ppl_1` … `ppl_n`, `ppl_1:n` as for the other objectives.
         """
         n = self.model.n_heads
         hits, chances, greedy_hits, greedy_chances = torch.zeros(4, n - 1, dtype=torch.float64)
@@ -141,7 +141,7 @@ class CachedHeads(Objective):
         return result | {f"ppl_1:{i}": math.exp(sum(means[:i]) / i) for i in range(2, n + 1)}
 
     def new_parameters(self) -> set[nn.Parameter]:
-        """The further heads' layers and conditions."""
+        """Return the further heads' layers and conditions."""
         return {*self.model.heads.parameters(), *self.model.conditions.parameters()}
 
     def embeddings(self) -> set[nn.Parameter]:
@@ -175,7 +175,7 @@ class CachedHeads(Objective):
             yield self.model.condition(head, state[:, : previous.shape[1]], previous)
 
     def _targets(self, said: Said, head: int) -> tuple[Tensor, Tensor]:
-        """What a head is to say: words by their place in its vocabulary, -1 for none, and their probabilities.
+        """Return what a head is to say: words by their place in its vocabulary, -1 for none, and their probabilities.
 
         Returns:
             Places [windows, length - head + 1, k] and probabilities alike, 0 where there is no place.
@@ -202,7 +202,7 @@ class CachedHeads(Objective):
 
 
 class _Distil(torch.autograd.Function):
-    """Mean over rows of ``-Σ_k p_k log q_k``, q a softmax over a frozen output embedding.
+    """Mean over rows of `-Σ_k p_k log q_k`, q a softmax over a frozen output embedding.
 
     The gradient of the states is made on the way forward, chunk by chunk: the logits of all rows never exist at once,
     and no product is computed twice.

@@ -22,10 +22,10 @@ class KnownDrafters:
     """What ships for a known model.
 
     Attributes:
-        heads: its heads.
-        recipe: of their training, on the model's own text.
-        min_counts: of the n-grams that are kept, see :func:`dynamo_train.cooccurrence.count_ngrams`.
-        took: what the training of those that ship took, states of the text left out.
+        heads: Its heads.
+        recipe: Of their training, on the model's own text.
+        min_counts: Of the n-grams that are kept, see `dynamo_train.cooccurrence.count_ngrams`.
+        took: What the training of those that ship took, states of the text left out.
     """
 
     heads: TokenHeads
@@ -59,22 +59,22 @@ KNOWN_DRAFTERS = {
         took="4.5 minutes on one NVIDIA H200",
     ),
 }
-"""By the names of :data:`dynamo_model.sources.KNOWN`."""
+"""By the names of `dynamo_model.sources.KNOWN`."""
 
 
 def train_known(name: str, data: str, out: Path, work: Path, steps: int | None = None) -> None:
     """Train what ships for a known model, and pack it; the same call again goes on where it stopped.
 
     Args:
-        name: of the model.
-        data: text of the model's own, as `dynamo-train texts` writes it.
-        out: the new folder: drafters at 8 bits, n-gram counts, record and card.
-        work: tokens, states and checkpoints.
-        steps: of the training, if not those of the recipe.
+        name: Of the model.
+        data: Text of the model's own, as `dynamo-train texts` writes it.
+        out: The new folder: drafters at 8 bits, n-gram counts, record and card.
+        work: Tokens, states and checkpoints.
+        steps: Of the training, if not those of the recipe.
 
     Raises:
-        CheckpointError: the model's package cannot be had.
-        TrainingError: there is something about the text or the folders.
+        CheckpointError: The model's package cannot be had.
+        TrainingError: There is something about the text or the folders.
     """
     known, trained = KNOWN_DRAFTERS[name], work / "heads"
     job = Job(trained, data, HELD_OUT_PERCENT, work)
@@ -88,11 +88,11 @@ def train_known(name: str, data: str, out: Path, work: Path, steps: int | None =
 
 
 def card_text(name: str, stage: dict[str, Any]) -> str:
-    """The card of a known model's heads.
+    """Return the card of a known model's heads.
 
     Args:
-        name: of the model.
-        stage: the record of the training.
+        name: Of the model.
+        stage: The record of the training.
     """
     model, corpus, recipe, figures = KNOWN[name], stage["corpus"], stage["recipe"], stage["figures"]
     heads = sum(key.startswith("accepted_") for key in figures)

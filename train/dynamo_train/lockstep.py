@@ -37,15 +37,15 @@ def open_checkpoint(name: str, device: str) -> Iterator[tuple[PreTrainedModel, B
     """Load a checkpoint to write with: in bfloat16, or in float32 on a CPU.
 
     Args:
-        name: as :func:`dynamo_model.sources.find_checkpoint` takes it.
-        device: torch's name of it, as ``cuda``.
+        name: As `dynamo_model.sources.find_checkpoint` takes it.
+        device: torch's name of it, as `cuda`.
 
     Yields:
         The base on its device, and what a bundle of it would say: vocabulary, tokenizer, chat template.
 
     Raises:
-        CheckpointError: there is something about the checkpoint.
-        TrainingError: there is no such device.
+        CheckpointError: There is something about the checkpoint.
+        TrainingError: There is no such device.
     """
     try:
         place = torch.empty(0, device=device).device
@@ -79,7 +79,7 @@ def open_checkpoint(name: str, device: str) -> Iterator[tuple[PreTrainedModel, B
 
 
 def _ids(found: list[Any], vocab_size: int) -> list[int]:
-    """Tokens named by configurations, each once: a number, several, or none."""
+    """Return tokens named by configurations, each once: a number, several, or none."""
     ids = [token for each in found for token in (each if isinstance(each, list) else [each])]
     return list(dict.fromkeys(token for token in ids if isinstance(token, int) and 0 <= token < vocab_size))
 
@@ -88,9 +88,9 @@ class Lockstep:
     """A model that writes many texts at once, in waves; beside `dynamo_runtime.batch.Batch`.
 
     Args:
-        base: any decoder with a cache of transformers', on its device.
-        rows: texts of a wave.
-        length: most tokens of a text.
+        base: Any decoder with a cache of transformers', on its device.
+        rows: Texts of a wave.
+        length: Most tokens of a text.
     """
 
     def __init__(self, base: PreTrainedModel, rows: int, length: int) -> None:
@@ -105,14 +105,14 @@ class Lockstep:
         """Write texts of one corpus to their ends.
 
         Args:
-            texts: so far their openings.
-            after_pass: told of every pass how many tokens it read.
+            texts: So far their openings.
+            after_pass: Told of every pass how many tokens it read.
 
         Yields:
             Each, when its wave has ended.
 
         Raises:
-            TrainingError: the device has no memory for so many rows.
+            TrainingError: The device has no memory for so many rows.
         """
         waiting = iter(texts)
         while wave := list(islice(waiting, self._rows)):
@@ -139,7 +139,10 @@ class Lockstep:
         rows.hand_back(texts)
 
     def _cache(self) -> DynamicCache:
-        """What transformers would take, with room for all positions from the start where a layer reads all of them."""
+        """Return the cache that transformers would take.
+
+        There is room for all positions from the start where a layer reads all of them.
+        """
         cache = DynamicCache(config=self._config)
         cache.layers = [_Room(self._length) if type(each) is DynamicLayer else each for each in cache.layers]
         return cache
@@ -203,7 +206,7 @@ class _Rows:
         """Put the tokens of a position where they are not given.
 
         Args:
-            position: behind what was read.
+            position: Behind what was read.
             logits: [rows, vocab], changed in place.
         """
         free = (self._given <= position) & (position < self._lengths)
@@ -230,7 +233,7 @@ class _Rows:
         self._answers = self._answers ^ end
 
     def ended(self, length: int) -> bool:
-        """Whether no text is longer."""
+        """Tell whether no text is longer."""
         return bool((self._lengths <= length).all())
 
     def hand_back(self, texts: list[Writing]) -> None:
@@ -241,13 +244,13 @@ class _Rows:
 
 
 def choose(logits: Tensor, temperatures: Tensor, uniforms: Tensor, recipe: Recipe) -> Tensor:
-    """Plain decoding's choice in every row, as :func:`dynamo_train.writing.choose` has it in one.
+    """Plain decoding's choice in every row, as `dynamo_train.writing.choose` has it in one.
 
     Args:
         logits: [rows, vocab].
         temperatures: 0 for the likeliest token [rows].
-        uniforms: in [0, 1) [rows, 1].
-        recipe: its top-k and top-p.
+        uniforms: In [0, 1) [rows, 1].
+        recipe: Its top-k and top-p.
 
     Returns:
         Tokens [rows].

@@ -35,7 +35,7 @@ METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """How a run ended: steps run, which an early stop makes fewer, and the held-out perplexities."""
 
     steps: int
@@ -51,27 +51,27 @@ def train(
     memory: Memory = PLAIN,
     checkpoint_every: int = 200,
     checkpoint_seconds: float = 60.0,
-) -> Outcome:
-    """Train to the end of the recipe, from the last checkpoint in ``folder`` if there is one.
+) -> TrainingOutcome:
+    """Train to the end of the recipe, from the last checkpoint in `folder` if there is one.
 
     All processes call it; the main one writes, and has the whole of a sharded model in the end.
 
     Args:
-        objective: holds the model, which is trained in place.
-        streams: training and held-out tokens.
-        recipe: what to do.
-        folder: checkpoints and ``metrics.jsonl``; a checkpoint of a run that differs in anything that decides its
+        objective: Holds the model, which is trained in place.
+        streams: Training and held-out tokens.
+        recipe: What to do.
+        folder: Checkpoints and `metrics.jsonl`; a checkpoint of a run that differs in anything that decides its
             result is refused.
-        memory: how the model is kept.
-        checkpoint_every: steps between checkpoints; an interrupt (Ctrl-C) writes one as well.
-        checkpoint_seconds: least time between them, as of a small model one takes longer than a step.
+        memory: How the model is kept.
+        checkpoint_every: Steps between checkpoints; an interrupt (Ctrl-C) writes one as well.
+        checkpoint_seconds: Least time between them, as of a small model one takes longer than a step.
 
     Returns:
         The steps that were run and the held-out perplexities at the end.
 
     Raises:
-        TrainingError: ``folder`` holds another run's checkpoint or a damaged one, or the loss is no longer finite.
-        OutputError: another process trains in ``folder``, or it cannot be written.
+        TrainingError: `folder` holds another run's checkpoint or a damaged one, or the loss is no longer finite.
+        OutputError: Another process trains in `folder`, or it cannot be written.
     """
     processes()  # before accelerate looks for them itself
     copies = DistributedDataParallelKwargs(broadcast_buffers=False)  # which training does not change
@@ -103,7 +103,7 @@ def train(
         finally:
             bar.close()
         run.save()
-        outcome = Outcome(run.step, _validate(objective, streams, recipe))
+        outcome = TrainingOutcome(run.step, _validate(objective, streams, recipe))
         if memory.shard:
             unshard(objective)
         return outcome
@@ -113,8 +113,8 @@ class _Run:
     """A run between two steps: all that its next step depends on.
 
     Attributes:
-        step: steps done.
-        validations: what early stopping goes by, so far.
+        step: Steps done.
+        validations: What early stopping goes by, so far.
     """
 
     def __init__(
@@ -149,8 +149,8 @@ class _Run:
         """Go on from the last checkpoint, if there is one, and keep other runs out of the folder.
 
         Raises:
-            TrainingError: the checkpoint is damaged, or another run's.
-            OutputError: another process trains in there.
+            TrainingError: The checkpoint is damaged, or another run's.
+            OutputError: Another process trains in there.
         """
         with ExitStack() as held:
             if self._accelerator.is_main_process:
@@ -186,14 +186,14 @@ class _Run:
             _cut(self._folder / METRICS, self.step)
 
     def backward(self) -> torch.Tensor:
-        """The gradients of the next step; returns the mean of every loss."""
+        """Return the gradients of the next step; returns the mean of every loss."""
         return _backward(self._accelerator, self._prepared, self._streams, self._recipe, self.step)
 
     def update(self, losses: torch.Tensor, bar: tqdm) -> None:
         """Apply the gradients, and note down how the step went.
 
         Raises:
-            TrainingError: the loss is no longer finite.
+            TrainingError: The loss is no longer finite.
         """
         if not torch.isfinite(losses).all():
             raise TrainingError(f"the loss is no longer finite at step {self.step}: lower the learning rate")
@@ -218,12 +218,12 @@ class _Run:
         self._note_place()
 
     def _note_place(self) -> None:
-        """What a step that is broken off must not have used up: random numbers and text."""
+        """Keep what a step that is broken off must not have used up: random numbers and text."""
         self._random = state.random_state()
         self._position = self._streams.text.position() if self._streams.text is not None else None
 
     def due(self, seconds: float) -> bool:
-        """Whether the last checkpoint is so long ago, by the clock of the main process."""
+        """Tell whether the last checkpoint is so long ago, by the clock of the main process."""
         here = self._accelerator.is_main_process and time.monotonic() - self._saved >= seconds
         return bool(self._accelerator.reduce(torch.tensor(float(here), device=self._accelerator.device), "sum"))
 
@@ -261,7 +261,7 @@ class _Interrupts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """An interrupt comes at the end; of several processes to all, if it came to one."""
+        """Yield an interrupt comes at the end; of several processes to all, if it came to one."""
         self._holding = True
         yield
         self._holding = self._together
@@ -286,7 +286,7 @@ def _cut(metrics: Path, step: int) -> None:
 def _backward(
     accelerator: Accelerator, objective: torch.nn.Module, streams: TokenStreams, recipe: Recipe, step: int
 ) -> torch.Tensor:
-    """The gradients of this process' share of a batch; returns the mean of every loss."""
+    """Return the gradients of this process' share of a batch; returns the mean of every loss."""
     plain: Objective = accelerator.unwrap_model(objective)
     share = plain.share(streams, step, recipe)
     micro_batches = np.split(share, len(share) // recipe.micro_batch)

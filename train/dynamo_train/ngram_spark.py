@@ -70,7 +70,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Found:
+class CountedNgrams:
     """What Spark found.
 
     Attributes:
@@ -137,7 +137,7 @@ def _check_master(master: str, seconds: float = 5) -> None:
     )
 
 
-def count_on_spark(spark: SparkSession, source: str, text: Text, min_counts: Sequence[int]) -> Found:
+def count_on_spark(spark: SparkSession, source: str, text: Text, min_counts: Sequence[int]) -> CountedNgrams:
     """Count all n-grams of a corpus that lie within one document.
 
     Args:
@@ -152,7 +152,7 @@ def count_on_spark(spark: SparkSession, source: str, text: Text, min_counts: Seq
     with _one_line():
         kept = _counted(spark, source, text, min_counts).persist()
         totals: dict[int, int] = dict(kept.where(f"x1 = {NONE}").select("level", "n").toLocalIterator())
-    return Found([totals.get(level, 0) for level in range(1, len(min_counts) + 1)], _batches(kept))
+    return CountedNgrams([totals.get(level, 0) for level in range(1, len(min_counts) + 1)], _batches(kept))
 
 
 def _counted(spark: SparkSession, source: str, text: Text, min_counts: Sequence[int]) -> DataFrame:

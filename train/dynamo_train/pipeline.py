@@ -32,7 +32,7 @@ from .corpus import read_corpus
 from .counting import Counting, write_counts, write_counts_of_corpus
 from .drafter import NewDrafter, Start
 from .errors import TrainingError
-from .loop import Outcome, train
+from .loop import TrainingOutcome, train
 from .objective import NextTokenCLM, Objective
 from .recipe import Recipe
 from .spread import PLAIN, Memory, processes
@@ -301,7 +301,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
         place.put(folder)
 
 
-def _stage(streams: TokenStreams, recipe: Recipe, objective: Objective, outcome: Outcome) -> dict[str, Any]:
+def _stage(streams: TokenStreams, recipe: Recipe, objective: Objective, outcome: TrainingOutcome) -> dict[str, Any]:
     """Return the record of a run: interpreter, corpus, recipe, the objective's settings, figures."""
     return {
         "python": platform.python_version(),

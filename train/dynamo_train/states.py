@@ -3,7 +3,7 @@
 A text is cut into windows of one length, which the base reads one by one.  Of every position there are kept
 
 - the *penultimate state*, which is all that a further head reads, in bfloat16,
-- the base's :data:`TOP` likeliest next tokens and their log-probabilities, which a head learns from, and
+- the base's `TOP` likeliest next tokens and their log-probabilities, which a head learns from, and
 - the log-probability of the token that follows.
 """
 
@@ -46,7 +46,7 @@ _NOTE_EVERY = 16
 
 
 def rows_at_once(device: torch.device, words: int) -> int:
-    """Positions whose logits over so many words exist at once: on a GPU as many as keep it busy, within 2 GB."""
+    """Return positions whose logits over so many words exist at once: on a GPU as many as keep it busy, within 2 GB."""
     return 1024 if device.type == "cpu" else max(1024, min(8192, 2**29 // words))
 
 
@@ -55,11 +55,11 @@ class Said:
     """What a base says of some windows of a text.
 
     Attributes:
-        tokens: the text, and the token behind it, int64 [windows, length + 1].
-        stem: penultimate states, bfloat16 [windows, length, hidden].
-        ids: likeliest next tokens, the likeliest first, int64 [windows, length, TOP].
-        log_p: their log-probabilities, float32 [windows, length, TOP].
-        label_log_p: log-probability of the token that follows, float32 [windows, length].
+        tokens: The text, and the token behind it, int64 [windows, length + 1].
+        stem: Penultimate states, bfloat16 [windows, length, hidden].
+        ids: Likeliest next tokens, the likeliest first, int64 [windows, length, TOP].
+        log_p: Their log-probabilities, float32 [windows, length, TOP].
+        label_log_p: Log-probability of the token that follows, float32 [windows, length].
     """
 
     tokens: Tensor
@@ -76,18 +76,18 @@ class StateCache:
     one as well as a longer one, for which the base reads the rest.
 
     Args:
-        folder: of its own; what an earlier run left there is used as far as it fits.
-        tokens: the stream, token ids [tokens].
-        length: positions of a window.
-        hidden_size: of the base.
-        made_of: says which base it is, and in which precision it runs; states of another are not used.
+        folder: Of its own; what an earlier run left there is used as far as it fits.
+        tokens: The stream, token ids [tokens].
+        length: Positions of a window.
+        hidden_size: Of the base.
+        made_of: Says which base it is, and in which precision it runs; states of another are not used.
 
     Attributes:
-        windows: how many there are; what is left of the stream behind the last is not read.
-        length: positions of each.
+        windows: How many there are; what is left of the stream behind the last is not read.
+        length: Positions of each.
 
     Raises:
-        TrainingError: the stream is shorter than a window.
+        TrainingError: The stream is shorter than a window.
     """
 
     def __init__(
@@ -129,9 +129,9 @@ class StateCache:
         All processes call it, and each reads batches of its own.
 
         Args:
-            model: whose base it is, in the precision that it is to run in.
-            batch: windows at once.
-            bar: advanced by the tokens read.
+            model: Whose base it is, in the precision that it is to run in.
+            batch: Windows at once.
+            bar: Advanced by the tokens read.
         """
         state, done = processes(), self.windows - self.missing()
         if done == self.windows:
@@ -160,7 +160,7 @@ class StateCache:
                         self._note(end)
 
     def read(self, windows: NDArray[np.int64]) -> Said:
-        """What the base says of some windows, by their numbers."""
+        """Return what the base says of some windows, by their numbers."""
         part = {name: torch.from_numpy(self._map(name, self.windows)[windows]) for name in self._rows}
         return Said(
             tokens=part["tokens"].long(),
@@ -206,19 +206,19 @@ class StateCache:
 def cache_states(
     base: PreTrainedModel, streams: TokenStreams, recipe: Recipe, folder: Path
 ) -> tuple[StateCache, StateCache]:
-    """What a base says of training and held-out text, read from disk as far as it is there.
+    """Return what a base says of training and held-out text, read from disk as far as it is there.
 
     Args:
-        base: it runs in bfloat16 where the recipe does.
-        streams: the text; of the held-out part as much as the recipe allows a validation.
-        recipe: its length is that of the windows.
-        folder: where the states are kept.
+        base: It runs in bfloat16 where the recipe does.
+        streams: The text; of the held-out part as much as the recipe allows a validation.
+        recipe: Its length is that of the windows.
+        folder: Where the states are kept.
 
     Returns:
         The states of the training text, and of the held-out text.
 
     Raises:
-        TrainingError: the text is too short, or the disk too full.
+        TrainingError: The text is too short, or the disk too full.
     """
     dtype = torch.bfloat16 if recipe.precision == "bf16" else next(base.parameters()).dtype
     made_of = f"{sha256(base.state_dict())} in {dtype}"
@@ -253,7 +253,10 @@ def cache_states(
 
 @torch.no_grad()
 def _say(model: MultiTokenModel, tokens: Tensor) -> dict[str, NDArray]:
-    """What a base says of texts [windows, length + 1], each with the token behind it; by the names of the files."""
+    """Return what a base says of texts [windows, length + 1], each with the token behind it.
+
+    It stands under the names of the files.
+    """
     tokens = tokens.to(model.base.device)
     first, given = model.penultimate(tokens[:, :-1])
     ids, log_p, label_log_p = [], [], []

@@ -1,4 +1,4 @@
-"""The command ``dynamo-train texts``: text that a model writes itself, to train heads on.
+"""The command `dynamo-train texts`: text that a model writes itself, to train heads on.
 
 A bundle needs no torch for it; a checkpoint writes on torch, on a GPU where there is one.
 """
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Job:
+class TextsJob:
     """What is written, and where to.
 
     Attributes:
@@ -49,7 +49,7 @@ class Job:
         recipe: How texts are written.
         batch: Texts at once.
         seed: Of the corpus.
-        prompts: What users say first, or texts begin with; see :func:`dynamo_train.corpus.read_corpus`.
+        prompts: What users say first, or texts begin with; see `dynamo_train.corpus.read_corpus`.
         beginnings: Lines that questions begin with, and which the model completes; read alike. Without either the model
             invents all of it.
         plain: Whether to do without the bundle's chat template.
@@ -71,7 +71,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Counts:
+class TextCounts:
     """What became of the texts that were written."""
 
     written: int = 0
@@ -84,7 +84,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Record:
-    """What a corpus was made of, and how far it is; stands in its folder as ``_texts.json``.
+    """What a corpus was made of, and how far it is; stands in its folder as `_texts.json`.
 
     Attributes:
         made_by: Version, bundle and options, which are the same whenever it is gone on with.
@@ -93,7 +93,7 @@ class Record:
     """
 
     made_by: dict[str, Any]
-    counts: Counts = Counts()
+    counts: TextCounts = TextCounts()
     shards: dict[str, str] = field(default_factory=dict)
 
 
@@ -122,7 +122,7 @@ class Author:
 
 
 @contextmanager
-def _author(job: Job) -> Iterator[Author]:
+def _author(job: TextsJob) -> Iterator[Author]:
     """Load a bundle, or a checkpoint on a device.
 
     Raises:
@@ -156,7 +156,7 @@ def _author(job: Job) -> Iterator[Author]:
     yield Author(bundle, made_by, lambda: Batch(bundle, rows, length, threads=job.threads), SHARD_WAVES)
 
 
-def write_texts(job: Job) -> Counts:
+def write_texts(job: TextsJob) -> TextCounts:
     """Have a model write a corpus, shard by shard, or go on with one that an earlier run began.
 
     Text i is a function of the seed and of i; every shard is there once it is whole.
@@ -183,7 +183,7 @@ def write_texts(job: Job) -> Counts:
     return counts
 
 
-def _write(author: Author, begin: Callable[[int], Writing], record: Record, known: set[bytes], job: Job) -> Record:
+def _write(author: Author, begin: Callable[[int], Writing], record: Record, known: set[bytes], job: TextsJob) -> Record:
     """Write shards until there are tokens enough."""
     writer = author.writer()
     dropped = 0  # in a row
@@ -215,15 +215,21 @@ def _write(author: Author, begin: Callable[[int], Writing], record: Record, know
     return record
 
 
-def _missing(counts: Counts, job: Job) -> int:
-    """Texts that are probably missing, by what came of those before; and more, as passes over few rows are a waste."""
+def _missing(counts: TextCounts, job: TextsJob) -> int:
+    """Return texts that are probably missing, by what came of those before.
+
+    There are more of them, as passes over few rows are a waste.
+    """
     each = counts.tokens / counts.written if counts.tokens else 0.75 * job.recipe.length
     missing = int((job.tokens - counts.tokens) / each) + job.batch // 8 + 1
     return missing if missing <= job.batch else -(-missing // job.batch) * job.batch
 
 
-def _kept(texts: Iterable[Writing], known: set[bytes], counts: Counts) -> tuple[list[Writing], Counts]:
-    """The texts that neither repeat themselves nor one that is known, which they then are; and the counts with them."""
+def _kept(texts: Iterable[Writing], known: set[bytes], counts: TextCounts) -> tuple[list[Writing], TextCounts]:
+    """Return the texts that neither repeat themselves nor one that is known, which they then are.
+
+    The counts are returned with them.
+    """
     kept, found = list[Writing](), asdict(counts)
     for text in texts:
         key = _key(text.tokens)
@@ -238,11 +244,11 @@ def _kept(texts: Iterable[Writing], known: set[bytes], counts: Counts) -> tuple[
             found["kept"] += 1
             found["tokens"] += len(text.tokens)
             found["answer_tokens"] += sum(text.roles)
-    return kept, Counts(**found)
+    return kept, TextCounts(**found)
 
 
-def _beginnings(bundle: Bundle, job: Job) -> Callable[[int], Writing]:
-    """What makes the text of a number, before the model has written any of it.
+def _beginnings(bundle: Bundle, job: TextsJob) -> Callable[[int], Writing]:
+    """Return what makes the text of a number, before the model has written any of it.
 
     Raises:
         TrainingError: See `write_texts`.
@@ -277,7 +283,7 @@ def _beginnings(bundle: Bundle, job: Job) -> Callable[[int], Writing]:
     return begin
 
 
-def _check(bundle: Bundle, job: Job) -> None:
+def _check(bundle: Bundle, job: TextsJob) -> None:
     """See that options are in range.
 
     Raises:
@@ -297,7 +303,7 @@ def _check(bundle: Bundle, job: Job) -> None:
 
 
 def _opening(bundle: Bundle, prompt: str, turns: Turns | None) -> list[int]:
-    """A prompt as the model reads it, up to where it begins to write."""
+    """Return a prompt as the model reads it, up to where it begins to write."""
     if turns is None:
         return bundle.tokenizer.encode(prompt).ids
     return bundle.chat_template.encode(asked(prompt), bundle.control_tokens).encoded.ids
@@ -312,8 +318,8 @@ def _lines(bundle: Bundle, beginnings: str | None) -> list[list[int]]:
     return [bundle.control_tokens.encode(line, range(1, len(line))).ids for line in lines if line]
 
 
-def _made_by(job: Job) -> dict[str, Any]:
-    """What the texts are a function of, but for the model and their number."""
+def _made_by(job: TextsJob) -> dict[str, Any]:
+    """Return what the texts are a function of, but for the model and their number."""
     return {
         "version": __version__,
         "batch": job.batch,
@@ -327,7 +333,7 @@ def _made_by(job: Job) -> dict[str, Any]:
 
 
 def _begun(out: Path, made_by: dict[str, Any]) -> Record:
-    """The record of what lies in a folder, which is made if there is none.
+    """Return the record of what lies in a folder, which is made if there is none.
 
     Raises:
         TrainingError: It holds something else.
@@ -341,7 +347,7 @@ def _begun(out: Path, made_by: dict[str, Any]) -> Record:
         return record
     try:
         found = read_object(out / RECORD, _MOST_RECORD_BYTES)
-        record = Record(found["made_by"], Counts(**found["counts"]), found["shards"])
+        record = Record(found["made_by"], TextCounts(**found["counts"]), found["shards"])
         other = [name for name in made_by if record.made_by.get(name) != made_by[name]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainingError(f"{out / RECORD} is no record of a corpus: name a new folder") from error
@@ -357,18 +363,18 @@ def _begun(out: Path, made_by: dict[str, Any]) -> Record:
 
 
 def _key(tokens: Any) -> bytes:
-    """What two texts have in common if they are the same."""
+    """Return what two texts have in common if they are the same."""
     return np.asarray(tokens, np.uint32).tobytes()
 
 
 def _tokens_of(path: Path) -> list[np.ndarray]:
-    """The texts of a shard."""
+    """Return the texts of a shard."""
     column = pq.read_table(path, columns=["tokens"])["tokens"]
     return [each.values.to_numpy() for each in column]
 
 
 def _parquet(texts: list[Writing], bundle: Bundle, dtype: type) -> bytes:
-    """A shard: tokens, roles, decoded text with its special tokens, and seed of every text."""
+    """Return a shard: tokens, roles, decoded text with its special tokens, and seed of every text."""
     table = pa.table(
         {
             "tokens": pa.array([np.array(text.tokens, dtype) for text in texts]),

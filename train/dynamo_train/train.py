@@ -85,12 +85,12 @@ def _drafter(arguments: argparse.Namespace) -> None:
 
 
 def _texts(arguments: argparse.Namespace) -> None:
-    from .texts import Job, write_texts
+    from .texts import TextsJob, write_texts
     from .writing import Recipe
 
     recipe = Recipe(arguments.length, arguments.temperatures, arguments.top_k, arguments.top_p)
-    values = {each.name: getattr(arguments, each.name) for each in fields(Job) if each.name != "recipe"}
-    write_texts(Job(recipe=recipe, **values))
+    values = {each.name: getattr(arguments, each.name) for each in fields(TextsJob) if each.name != "recipe"}
+    write_texts(TextsJob(recipe=recipe, **values))
 
 
 def _counts(arguments: argparse.Namespace) -> None:

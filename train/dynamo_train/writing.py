@@ -182,7 +182,7 @@ class Writing:
         return len(self.tokens) < self.recipe.length
 
     def uniforms(self, count: int) -> np.ndarray:
-        """What its next draws go by, in [0, 1), [count]; `go_on` takes them one by one."""
+        """Return what its next draws go by, in [0, 1), [count]; `go_on` takes them one by one."""
         return self._rng.random(count)
 
     def _append(self, tokens: Sequence[int], roles: Sequence[int]) -> None:
@@ -200,13 +200,13 @@ def choose(logits: np.ndarray, ids: np.ndarray, parameters: SamplingParameters, 
 
 
 def loops(tokens: Sequence[int]) -> bool:
-    """Whether a text repeats itself: more than half of its 4-grams stood in it before."""
+    """Tell whether a text repeats itself: more than half of its 4-grams stood in it before."""
     grams = list(zip(*(tokens[start:] for start in range(GRAM)), strict=False))
     return len(grams) - len(set(grams)) > REPEATED_SHARE * len(grams)
 
 
 def first_token(bundle: Bundle) -> int:
-    """What a text of a base model begins with.
+    """Return what a text of a base model begins with.
 
     Raises:
         ParameterError: The bundle names no such token.

@@ -45,15 +45,7 @@ SAMPLE_PROMPT = "class Stack:\n    def __init__(self):\n"
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line; sampling flags that are not given come from the bundle."""
     parser = Parser(prog=PROG, description="Continue a prompt; only the continuation goes to stdout.")
-    parser.add_argument(
-        "bundle",
-        nargs="?",
-        help="ONNX file of a bundle, or its folder (default: the model of Python source code "
-        "that ships with the package); a single argument that is no path is the prompt",
-    )
-    parser.add_argument("prompt", nargs="?", help="text to continue; - reads it from stdin")
-    parser.add_argument("-m", "--model", metavar="BUNDLE", help="the bundle, in place of the first argument")
-    parser.add_argument("-p", "--prompt", dest="text", metavar="PROMPT", help="the prompt, in place of the last one")
+    _add_prompt(parser)
     parser.add_argument(
         "--strategy",
         default=Auto.name,
@@ -101,6 +93,25 @@ def build_parser() -> argparse.ArgumentParser:
         "are no colours drafts are in brackets; a name that ends in .html has a page written beside the bare text",
     )
     parser.add_argument("--verify", action="store_true", help="compare the sha256 of every file first")
+    _add_compare(parser)
+    add_backend(parser)
+    add_version(parser)
+    return parser
+
+
+def _add_prompt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "bundle",
+        nargs="?",
+        help="ONNX file of a bundle, or its folder (default: the model of Python source code "
+        "that ships with the package); a single argument that is no path is the prompt",
+    )
+    parser.add_argument("prompt", nargs="?", help="text to continue; - reads it from stdin")
+    parser.add_argument("-m", "--model", metavar="BUNDLE", help="the bundle, in place of the first argument")
+    parser.add_argument("-p", "--prompt", dest="text", metavar="PROMPT", help="the prompt, in place of the last one")
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare",
         action="store_true",
@@ -112,9 +123,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--compare-with", metavar="PLAIN", help="plain bundle (exported with --heads 0); with --compare"
     )
     parser.add_argument("--repeats", type=int, metavar="N", help=f"runs a side for --compare (default: {_REPEATS})")
-    add_backend(parser)
-    add_version(parser)
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..repeat_rates import Expected
 from .tuning import DEFAULT, Tuning
 
-Counts = Mapping[tuple[int, int], tuple[int, int]]
+AcceptanceCounts = Mapping[tuple[int, int], tuple[int, int]]
 """(depth, bin of confidence) -> drafts seen, and those of them accepted."""
 
 
@@ -78,7 +78,7 @@ class Acceptances:
         known: Whether drafts were counted before.
     """
 
-    def __init__(self, depth: int, known: Counts | None = None, tuning: Tuning = DEFAULT):
+    def __init__(self, depth: int, known: AcceptanceCounts | None = None, tuning: Tuning = DEFAULT):
         """Begin with what is known.
 
         Args:

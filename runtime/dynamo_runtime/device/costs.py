@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from ..bundle import Bundle
-from .acceptance import Acceptances, Counts, bin_of
+from .acceptance import AcceptanceCounts, Acceptances, bin_of
 from .profile import Profile
 from .records import DrafterRuns
 from .tuning import DEFAULT, Tuning
@@ -225,7 +225,7 @@ class Knowledge(NamedTuple):
     """
 
     costs: Costs
-    drafts: Mapping[bool, Counts]
+    drafts: Mapping[bool, AcceptanceCounts]
     widths_hold: bool = True
 
     def acceptances(self, depth: int, temperature: float, tuning: Tuning = DEFAULT) -> Acceptances:
