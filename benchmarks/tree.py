@@ -299,7 +299,7 @@ class Flips:
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Rows, flips among them, the same of rows that the text goes through, and the largest difference."""
-        found = {}
+        found: dict[str, dict[str, float]] = {}
         for kind, rows in self._rows.items():
             right = [other for is_right, other, _ in rows if is_right]
             largest = max((difference for *_, difference in rows), default=0.0)
@@ -413,7 +413,9 @@ def main(argv: list[str] | None = None) -> int:
     runtime = f"onnxruntime {import_onnxruntime().__version__}, Python {platform.python_version()}"
     machine = f"{describe_machine()}; {runtime}"
     given = arguments.times is not None and arguments.times.is_file()
-    kept = json.loads(arguments.times.read_text(encoding="utf-8")) if given else {"machine": machine, "bundles": {}}
+    kept: dict[str, Any] = (
+        json.loads(arguments.times.read_text(encoding="utf-8")) if given else {"machine": machine, "bundles": {}}
+    )
     content = {name: getattr(arguments, name) for name in ("prompts", "new_tokens", "rows", "past", "positions")}
     content |= {"machine": kept["machine"], "bundles": {}}
     try:

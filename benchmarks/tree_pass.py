@@ -74,7 +74,7 @@ class TreePasses:
                 depths[row] = depths[parent] + 1
         bias = np.zeros((1, 1, rows, total), np.float32)
         bias[0, 0, :, past:][~sees] = _MASKED
-        given = {
+        given: dict[str, np.ndarray] = {
             INPUT_IDS: np.array([tokens], np.int64),
             ATTENTION_MASK: np.ones((1, total), np.int64),
             KEPT_ROWS: np.array(rows, np.int64),
