@@ -27,7 +27,7 @@ from machine import describe_machine
 from tqdm import tqdm
 
 from dynamo_quantize.blocks import Format
-from dynamo_quantize.conversations import GREEDY, SENTENCE_TOKENS, Conversation, conversations, first_sentences
+from dynamo_quantize.conversations import GREEDY, SENTENCE_TOKENS, Exchange, conversations, first_sentences
 from dynamo_quantize.quantize import write_bundle
 from dynamo_quantize.schemes import Options, Part, Scheme, resolve
 from dynamo_quantize.texts import pieces
@@ -85,13 +85,13 @@ def perplexity(engine: Engine, texts: list[list[int]], starts: list[int]) -> flo
     return float(np.exp(np.concatenate(found).mean()))
 
 
-def sentences(engine: Engine, spoken: list[Conversation]) -> list[str]:
+def sentences(engine: Engine, spoken: list[Exchange]) -> list[str]:
     """First sentences of greedy answers."""
     answers = [engine.generate(each.prompt, max_new_tokens=SENTENCE_TOKENS, **GREEDY).tokens for each in spoken]
     return first_sentences(engine.bundle, answers)
 
 
-def measure(bundle: Bundle, spoken: list[Conversation], library: list[list[int]], theirs: list[str]) -> dict[str, Any]:
+def measure(bundle: Bundle, spoken: list[Exchange], library: list[list[int]], theirs: list[str]) -> dict[str, Any]:
     """Return figures of one bundle.
 
     Args:

@@ -21,7 +21,7 @@ from typing import Any
 from support import handmade
 
 from dynamo_graph.errors import WriteError
-from dynamo_graph.staging import Target
+from dynamo_graph.staging import Destination
 from dynamo_runtime import DynamoError, load_bundle
 
 from .workers import Log, Verdict, place
@@ -75,7 +75,7 @@ def _fill(folder: Path, what: str, rng: Random) -> None:
 
 def _replace(folder: Path, what: str, rng: Random) -> None:
     """As a user's program does it."""
-    with Target(folder / "model.onnx", overwrite=True) as target:
+    with Destination(folder / "model.onnx", overwrite=True) as target:
         staged = target.stage()
         _fill(staged, what, rng)
         target.move_in(staged)
@@ -180,7 +180,7 @@ def _failed(rng: Random, folder: Path, log: Log) -> Verdict:
             raise OSError(number, os.strerror(number))
 
     def act() -> None:
-        with Target(folder / "model.onnx", overwrite=True) as target:
+        with Destination(folder / "model.onnx", overwrite=True) as target:
             staged = target.stage()
             _fill(staged, "new", rng)
             inside[0] = True  # what fails before is the caller's
