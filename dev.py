@@ -78,6 +78,7 @@ def check(environment: Environment) -> None:
     environment.run("python", ROOT / "benchmarks/architectures.py", "--check")  # docs/architectures.md
     environment.run("python", ROOT / "benchmarks/readme.py", "--check")  # the table in README.md
     environment.run("python", ROOT / "benchmarks/picture.py", "--check")  # docs/images/drafts.svg
+    environment.run("python", ROOT / "benchmarks/tasks_page.py", "--check")  # tables in docs/speculative.md
     environment.run("python", ROOT / "benchmarks/tree_page.py", "--check")  # docs/trees.md
     environment.run("python", ROOT / "benchmarks/peers_page.py", "--check")  # docs/peers.md
 
