@@ -140,8 +140,10 @@ def test_ctrl_c_during_the_imports_of_the_others(command: str, delay: float) -> 
     started.send_signal(signal.SIGINT)
     _, err = started.communicate(timeout=60)
     ended = started.returncode in (130, -signal.SIGINT)
-    # By then it may have found that it has no arguments.
-    assert (ended or started.returncode in (1, 2)) and b"Traceback" not in err
+    # By then it may have found that it has no arguments.  An interrupt in a callback of the interpreter's own import
+    # lock is lost there, and the interpreter says so.
+    lost = err.startswith(b"Exception ignored in: <function _get_module_lock")
+    assert (ended or started.returncode in (1, 2)) and (lost or b"Traceback" not in err)
 
 
 @pytest.mark.parametrize("module", ["dynamo_quantize.cli nowhere -o out --scheme int8", "dynamo_train.train counts x"])
