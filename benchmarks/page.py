@@ -1,8 +1,12 @@
-"""What pages that scripts write have in common: prose in lines that can be read."""
+"""What pages that scripts write have in common: prose in readable lines, and a check that they are up to date."""
 
 from __future__ import annotations
 
+import sys
 import textwrap
+from pathlib import Path
+
+from dynamo_runtime.files import write_whole
 
 WIDTH = 120
 
@@ -10,6 +14,16 @@ WIDTH = 120
 def wrapped(page: str) -> str:
     """Return a page whose paragraphs stand on one line each, in lines of `WIDTH`; rows and headings stay one."""
     return "".join(f"{_wrapped(line)}\n" for line in page.splitlines())
+
+
+def write_or_check(path: Path, page: str, *, check: bool) -> int:
+    """Write a page, or with `check` see that it is what would be written; returns the exit status."""
+    if not check:
+        write_whole(path, page)
+    elif not path.is_file() or path.read_text(encoding="utf-8") != page:
+        print(f"{path} is out of date: run python benchmarks/{Path(sys.argv[0]).name}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _wrapped(line: str) -> str:

@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from page import wrapped
+from page import wrapped, write_or_check
 
-from dynamo_runtime.files import write_whole
 from dynamo_runtime.tables import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,12 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     before, rest = page.split(BEGIN)
     behind = rest.partition(END)[2]
     made = before + BEGIN + "\n".join(map(table, results)) + END + behind
-    if not arguments.check:
-        write_whole(PAGE, made)
-    elif made != page:
-        print(f"{PAGE} is out of date: run python benchmarks/tasks_page.py", file=sys.stderr)
-        return 1
-    return 0
+    return write_or_check(PAGE, made, check=arguments.check)
 
 
 if __name__ == "__main__":

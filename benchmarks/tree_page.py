@@ -13,9 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from page import wrapped
+from page import wrapped, write_or_check
 
-from dynamo_runtime.files import write_whole
 from dynamo_runtime.tables import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,12 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the file is out of date")
     arguments = parser.parse_args(argv)
     page = document(json.loads(arguments.results.read_text(encoding="utf-8")))
-    if not arguments.check:
-        write_whole(arguments.output, page)
-    elif not arguments.output.is_file() or arguments.output.read_text(encoding="utf-8") != page:
-        print(f"{arguments.output} is out of date: run python benchmarks/tree_page.py", file=sys.stderr)
-        return 1
-    return 0
+    return write_or_check(arguments.output, page, check=arguments.check)
 
 
 if __name__ == "__main__":
