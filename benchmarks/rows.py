@@ -10,6 +10,7 @@ attention  all attentions of the model and nothing else, with caches of their ow
            types of cache, with and without tiles, ways to have rows share work, ONNX's own operator.
 products   all products of the model and nothing else, with random weights: blocks, fixed scales, 4 bits.
 passes     the bundle itself with attention tiled and not, and on small and huge pages; whether widths agree.
+operators  where a pass of the bundle spends its time, by onnxruntime's own profile.
 options    the bundle itself with options of a session that onnxruntime offers.
 
 Everything in a table is measured in turns that rotate; ratios are medians over rounds of the ratio within a round.
@@ -33,6 +34,7 @@ import numpy as np
 from blocks import exactness
 from machine import describe_machine
 from rows_kernels import ATTENTIONS, PRODUCTS, Attentions, Products, Shapes
+from rows_operators import operators
 from tqdm import tqdm
 
 from dynamo_quantize.texts import pieces
@@ -42,6 +44,8 @@ from dynamo_runtime.providers import import_onnxruntime
 
 WIDTHS, PASTS, THREADS = (1, 2, 3, 4, 6, 8), (64, 256, 1024, 4096), (1, 2)
 PASS_PASTS = (64, 1024)
+OPERATOR_WIDTHS = (1, 2, 4, 8)
+LEAST_SHARE = 0.003  # of a pass: operators below it are in the sum alone
 TEXTS, TEXT_TOKENS = 4, 96
 MARGIN = 64  # slots of a cache behind the past
 
@@ -223,6 +227,8 @@ def tables(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if section in record:
             titles, rows = row_of(record[section])
             yield section, _table([*titles[:-1], *widths, titles[-1]], rows)
+    if "operators" in record:
+        yield "operators", _operators_table(record["operators"])
     if "options" in record:
         rows = [[row["way"], *_cells(row["ratio"])] for row in record["options"]]
         yield "options", _table(["session's options, ÷ as the runtime loads it", *widths], rows)
@@ -282,16 +288,42 @@ def _pass_row(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
     ]
 
 
+def _operators_table(rows: Sequence[dict[str, Any]]) -> str:
+    totals = {str(m): sum(row["ms"][str(m)] for row in rows) for m in OPERATOR_WIDTHS}
+    titles = [f"ms, m = {m}" for m in OPERATOR_WIDTHS]
+    shown = [row for row in rows if row["ms"]["1"] >= LEAST_SHARE * totals["1"]]
+    read = rows[0]["bandwidth"] / 1e9
+    lines = [
+        [
+            row["way"],
+            str(row["count"]),
+            *(f"{row['ms'][str(m)]:.2f}" for m in OPERATOR_WIDTHS),
+            f"{row['ms']['1'] / totals['1']:.0%}",
+            *(
+                [f"{row['bytes'] / 1e6:.1f}", f"{row['bytes'] / row['ms']['1'] / 1e6:.0f}"]
+                if row["bytes"]
+                else ["", ""]
+            ),
+        ]
+        for row in shown
+    ]
+    weights = sum(row["bytes"] for row in rows)
+    sums = [f"{totals[str(m)]:.2f}" for m in OPERATOR_WIDTHS]
+    lines.append(["all", str(sum(row["count"] for row in rows)), *sums, "100%", f"{weights / 1e6:.1f}", ""])
+    columns = ["operator", "how many", *titles, "share, m = 1", "MB read", f"GB/s, m = 1 (of {read:.0f})"]
+    return _table(columns, lines)
+
+
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("| ---", "|---").replace("--- |", "---|")
 
 
-SECTIONS = ("attention", "products", "passes", "options")
+SECTIONS = ("attention", "products", "passes", "operators", "options")
 
 
 def measure(section: str, bundle: Bundle, threads: Sequence[int], rounds: int) -> list[dict[str, Any]]:
-    """Return one section's rows; attention and options with the most threads alone."""
+    """Return one section's rows; attention, operators and options with the most threads alone."""
     if section in ("attention", "products"):
         shapes = Shapes.read(str(bundle.graph_path))
         if section == "attention":
@@ -299,6 +331,8 @@ def measure(section: str, bundle: Bundle, threads: Sequence[int], rounds: int) -
         return [row for count in threads for row in products(shapes, count, rounds)]
     if section == "passes":
         return [row for count in threads for row in passes(bundle, count, rounds)]
+    if section == "operators":
+        return operators(bundle, threads[-1], OPERATOR_WIDTHS, rounds)
     return options(bundle, threads[-1], rounds)
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 import rows
+from onnx import numpy_helper
 from rows_kernels import ATTENTIONS, PRODUCTS, Attention, Attentions, Product, Products, Shapes
+from rows_operators import operators
 
 from dynamo_quantize.blocks import Format
+from dynamo_runtime import DEFAULT_BUNDLE, load_bundle
 
 SHAPES = Shapes(2, 4, 2, 16, (("a", 64, 128), ("b", 64, 64), ("b", 64, 64), ("c", 64, 320)))
 PAST = 40
@@ -45,6 +49,18 @@ def test_every_product_runs(way: Product) -> None:
     difference = Products(SHAPES, way, 1).difference()
     narrow = way.form in (Format(8, 32), Format(8, 64), Format(4, 32))
     assert difference == 0 if narrow or way.static else difference < 0.1
+
+
+def test_operators_of_a_pass_are_those_of_its_graph() -> None:
+    """Every attention and product once, and as many bytes as the products' weights and scales take in the file."""
+    bundle = load_bundle(DEFAULT_BUNDLE)
+    found = {row["way"]: row for row in operators(bundle, 1, (1, 2), 2)}
+    assert found["GroupQueryAttention"]["count"] == bundle.kv_layers
+    graph = onnx.load(str(bundle.graph_path)).graph
+    sizes = {each.name: len(numpy_helper.to_array(each).tobytes()) for each in graph.initializer}
+    nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert sum(row["bytes"] for row in found.values()) == sum(sizes.get(name, 0) for n in nodes for name in n.input)
+    assert all(row["ms"]["1"] > 0 and row["ms"]["2"] > 0 for row in found.values() if row["bytes"])
 
 
 def test_tables_go_between_their_marks() -> None:
