@@ -2,6 +2,7 @@ r"""The tables of speed and quality in docs, from reports of `dynamo-eval`.
 
     python benchmarks/quality.py            # what every back-off threshold does to quality, and to speed on every model
     python benchmarks/quality.py --ablation # the paper's ablation and the other readings
+    python benchmarks/quality.py --smollm2  # the first table, of SmolLM2
 
 Reads `benchmarks/results/quality/*.json`, each the report.json of
 
@@ -11,7 +12,10 @@ Reads `benchmarks/results/quality/*.json`, each the report.json of
     dynamo-eval report run.jsonl --out FOLDER
 
 on the embedded model in int8, once again with 16 seeds, of shorter runs in fp32 and on the widened model
-(benchmarks/widen.py), and of `dynamo-eval ablation`; every file says how it was run.
+(benchmarks/widen.py), and of `dynamo-eval ablation`; every file says how it was run.  SmolLM2's are of
+
+    dynamo-eval generate BUNDLE --plain PLAIN --prompts benchmarks/prompts/chat.jsonl --chat --limit 16 --seeds 5 \
+        --thresholds 0.1 0.3 0.5 0.7 0.9 --repetition-penalty 1 --max-new-tokens 96 --first-token joint --out run.jsonl
 """
 
 from __future__ import annotations
@@ -29,7 +33,6 @@ from dynamo_evaluate.settings import ABLATION, PLAIN, READINGS
 from dynamo_evaluate.summary import ALL
 
 RESULTS = Path(__file__).parent / "results" / "quality"
-QUALITY = "embedded-int8"  # the longest run; the other models write the same texts, rounding aside
 SAME_QUALITY = (
     "embedded-int8-joint",
     "embedded-fp32-joint",
@@ -37,7 +40,9 @@ SAME_QUALITY = (
     "embedded-int8-base-again",
     "embedded-fp32-base",
 )
+# Quality is that of the first, the longest run; the other models write the same texts, rounding aside.
 MODELS = ("embedded-int8", "embedded-fp32", "widened-int8", "widened-fp32")
+REAL = ("smollm2-int8",)
 FIRST_TOKENS = {"joint": "drawn with the others, as in the paper", "base": "drawn as plain does (`--first-token base`)"}
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 SHOWN = ("nll", "distinct_3", "repetition", "parsing", "mauve")
@@ -70,15 +75,15 @@ def speed_cell(report: dict[str, Any], setting: str) -> str:
     return f"{speed['value']:.2f} [{speed['low']:.2f}, {speed['high']:.2f}]"
 
 
-def settings_table(thresholds: Sequence[float]) -> list[str]:
-    """Quality at some thresholds, and speed on every model."""
-    columns = ["setting", "tokens/pass", *(MEASURES[name] for name in SHOWN), *(f"speed ÷ plain, {m}" for m in MODELS)]
+def settings_table(thresholds: Sequence[float], models: Sequence[str]) -> list[str]:
+    """Quality of the first model at some thresholds, and speed on every model."""
+    columns = ["setting", "tokens/pass", *(MEASURES[name] for name in SHOWN), *(f"speed ÷ plain, {m}" for m in models)]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for number, (first_token, meaning) in enumerate(FIRST_TOKENS.items()):
-        reports = {model: load(f"{model}-{first_token}") for model in MODELS}
-        quality = reports[QUALITY]
+        reports = {model: load(f"{model}-{first_token}") for model in models}
+        quality = reports[models[0]]
         if number == 0:
-            cells = ["plain", "1.00", *quality_cells(quality, PLAIN), *["1"] * len(MODELS)]
+            cells = ["plain", "1.00", *quality_cells(quality, PLAIN), *["1"] * len(models)]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append(f"| **first token {meaning}** |" + " |" * (len(columns) - 1))
         for threshold in thresholds:
@@ -90,11 +95,11 @@ def settings_table(thresholds: Sequence[float]) -> list[str]:
     return lines
 
 
-def same_quality_table() -> list[str]:
-    """Same-quality speed-ups by measure, of the runs with seeds enough for a spread of plain."""
+def same_quality_table(runs: Sequence[str]) -> list[str]:
+    """Same-quality speed-ups by measure, of runs with seeds enough for a spread of plain."""
     lines = ["| run | axis | " + " | ".join([*(MEASURES[name] for name in SHOWN), "all of these"]) + " |"]
     lines.append("|---" * (len(SHOWN) + 3) + "|")
-    for run in SAME_QUALITY:
+    for run in runs:
         report = load(run)
         for axis, label in AXES.items():
             found = {each["measure"]: each for each in report["same_quality"] if each["axis"] == axis}
@@ -147,7 +152,9 @@ def conditions(*names: str) -> str:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ablation", action="store_true")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--ablation", action="store_true")
+    what.add_argument("--smollm2", action="store_true")
     parser.add_argument("--thresholds", type=float, nargs="+", help=f"ε_b (default: {THRESHOLDS}, of the ablation 0.5)")
     arguments = parser.parse_args()
     if arguments.ablation:
@@ -155,8 +162,10 @@ def main() -> None:
             print("\n".join([*ablation_table(threshold), ""]))
         print(conditions("ablation"))
         return
-    print("\n".join([*settings_table(arguments.thresholds or THRESHOLDS), "", *same_quality_table(), ""]))
-    print(conditions(*(f"{model}-base" for model in MODELS)))
+    models = REAL if arguments.smollm2 else MODELS
+    runs = [f"{model}-{first}" for model in REAL for first in FIRST_TOKENS] if arguments.smollm2 else SAME_QUALITY
+    print("\n".join([*settings_table(arguments.thresholds or THRESHOLDS, models), "", *same_quality_table(runs), ""]))
+    print(conditions(*(f"{model}-base" for model in models)))
 
 
 if __name__ == "__main__":
