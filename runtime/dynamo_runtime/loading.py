@@ -14,7 +14,7 @@ _UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 _COLLAPSE, _HUGE = 25, 14  # Linux: MADV_COLLAPSE (6.1 and later) and MADV_HUGEPAGE
 _LEAST_BYTES = 16 << 20  # of a mapping: no thread's stack
 _PIECE_BYTES = 16 << 20
-_MOST_SECONDS = 0.1
+_SECONDS_WAITED_FOR, _SECONDS_BESIDE = 0.1, 3.0
 
 Ranges = list[tuple[int, int]]
 
@@ -53,8 +53,8 @@ def huge_pages() -> Iterator[None]:
     """Ask Linux to put the memory that is mapped inside, and stays, on huge pages: weights are read once a pass.
 
     A pass reads all weights, and with pages of 4 KiB the processor looks up an address for every 64 lines that it
-    reads.  It is a wish: kernels that do not know it, or have no such pages left, are asked in vain, and what has not
-    been moved in time is left for the kernel to move later.
+    reads.  It is a wish: kernels that do not know it, or have no such pages left, are asked in vain.  A thread of its
+    own goes on with what has not been moved in a tenth of a second, and leaves the rest for the kernel to move later.
     """
     before = _mapped()
     yield
@@ -65,14 +65,19 @@ def huge_pages() -> Iterator[None]:
     large = [(a, b) for a, b in without(_mapped(), before) if b - a >= _LEAST_BYTES]
     for start, end in large:
         madvise(start, end - start, _HUGE)
-    deadline = time.perf_counter() + _MOST_SECONDS
     # Pieces end where huge pages may: a page that two of them share would be left as it is.
-    for start, end in large:
-        bounds = range(-(-start // _PIECE_BYTES) * _PIECE_BYTES, end, _PIECE_BYTES)
-        for at, until in pairwise([start, *bounds, end]):
-            if time.perf_counter() > deadline:
-                return
-            madvise(at, until - at, _COLLAPSE)
+    bounds = [[a, *range(-(-a // _PIECE_BYTES) * _PIECE_BYTES, b, _PIECE_BYTES), b] for a, b in large]
+    pieces = (piece for each in bounds for piece in pairwise(each))
+
+    def collapse(seconds: float) -> None:
+        deadline = time.perf_counter() + seconds
+        while time.perf_counter() < deadline and (piece := next(pieces, None)):
+            madvise(piece[0], piece[1] - piece[0], _COLLAPSE)  # without the interpreter's lock
+
+    collapse(_SECONDS_WAITED_FOR)
+    # What is left is moved beside the first passes; memory that is gone by then is no longer this session's to move,
+    # and of whatever is mapped there instead no byte changes.
+    threading.Thread(target=collapse, args=(_SECONDS_BESIDE,), name="huge pages", daemon=True).start()
 
 
 def without(ranges: Ranges, taken: Ranges) -> Ranges:
