@@ -26,8 +26,9 @@ from .errors import ParameterError, ProfileError, PromptError, printable
 from .parameters import SamplingOptions, SamplingParameters, check_kind, whole
 from .providers import Backend, BackendOptions, log
 from .sampling import LogitsProcessor
+from .selection import check_reads, is_lossless, make_strategy, parameters_for
 from .session import Session
-from .strategies import TARGET_SPEEDUP, Auto, Strategy, check_reads, is_lossless, make_strategy, parameters_for
+from .strategies import TARGET_SPEEDUP, Auto, Strategy
 from .stream import Generation, Limits, TextStream
 from .text import as_text
 from .turns import Ticket
