@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import numbers
-import operator
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, Unpack
@@ -20,17 +19,17 @@ from .device.costs import Knowledge
 from .device.inspection import device_key
 from .device.plan import threshold_for
 from .device.profile import Profile, cached_path
-from .drafting import Ask, Drafter
+from .drafting import Drafter
 from .earlier import load_earlier
 from .errors import ParameterError, ProfileError, PromptError, printable
 from .parameters import SamplingOptions, SamplingParameters, check_kind, whole
 from .providers import Backend, BackendOptions, log
 from .sampling import LogitsProcessor
-from .selection import check_reads, is_lossless, make_strategy, parameters_for
+from .selection import check_own, check_reads, is_lossless, make_strategy, parameters_for
 from .session import Session
 from .strategies import TARGET_SPEEDUP, Auto, Strategy
 from .stream import Generation, Limits, TextStream
-from .text import as_text
+from .text import as_text, token_ids
 from .turns import Ticket
 
 CHARACTERS_A_TOKEN = 1000
@@ -192,7 +191,7 @@ class Engine:
         elif plain_prompt:
             raise ParameterError("plain_prompt is about text, and this prompt is made of tokens already")
         else:
-            tokens = _token_ids(prompt)
+            tokens = token_ids(prompt)
         if not tokens:
             if bundle.bos_token_id is None:
                 raise PromptError("the prompt is empty")
@@ -286,7 +285,7 @@ class Engine:
         elif parameters is not None or named or logits_processors or drafter is not None:
             raise ParameterError("a strategy of your own has parameters, processors and drafter of its own: name none")
         else:
-            chosen = _own(strategy)
+            chosen = check_own(strategy)
         # The last token need not be fed, so it may stand one behind the last position.
         limit, reason = self.session.max_length - len(tokens) + 1, "context"
         if max_new_tokens is not None and max_new_tokens <= limit:
@@ -377,23 +376,6 @@ class Engine:
         )
 
 
-def _own(strategy: Strategy) -> Strategy:
-    """Return a strategy of somebody's own.
-
-    Raises:
-        ParameterError: It is none.
-    """
-    kind = type(strategy).__name__
-    if isinstance(strategy, type):
-        raise ParameterError(f"a strategy of your own is an object, not the class {strategy.__name__}")
-    for needed in ("name", "ask", "advance"):
-        if not hasattr(strategy, needed):
-            raise ParameterError(f"a strategy is a name, or has name, ask and advance, and {kind} has no {needed}")
-    check_kind(f"name of strategy {kind}", strategy.name, str, "text")
-    check_kind(f"ask of strategy {kind}", strategy.ask, Ask, "an Ask")
-    return strategy
-
-
 def _stop_strings(stop: str | Sequence[str]) -> list[str]:
     """Stop strings, of which there may be one.
 
@@ -408,26 +390,3 @@ def _stop_strings(stop: str | Sequence[str]) -> list[str]:
         if not each:
             raise ParameterError("a stop string must not be empty")
     return stops
-
-
-def _token_ids(prompt: Sequence[int]) -> list[int]:
-    """Return tokens given as whole numbers of any kind.
-
-    Raises:
-        PromptError: They are something else.
-    """
-    if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
-        raise PromptError(f"a prompt is text or token ids, not a {type(prompt).__name__}")
-    tokens = []
-    for token in prompt:
-        if isinstance(token, str):
-            raise PromptError("a prompt is one text, not a list of them: give one after the other")
-        if isinstance(token, Mapping):
-            raise PromptError("a prompt is text or token ids: messages are for Engine.chat")
-        try:
-            tokens.append(operator.index(token))
-        except TypeError:
-            raise PromptError(f"token ids are whole numbers, not {token!r}") from None
-        if isinstance(token, bool | np.bool_):
-            raise PromptError(f"token ids are whole numbers, not {token!r}")
-    return tokens

@@ -7,9 +7,9 @@ from typing import Any
 
 from .bundle import Bundle
 from .device.costs import Knowledge
-from .drafting import Drafter
+from .drafting import Ask, Drafter
 from .errors import ParameterError
-from .parameters import PAPER, SamplingParameters
+from .parameters import PAPER, SamplingParameters, check_kind
 from .repeats import Occurrences
 from .sampling import LogitsProcessor
 from .strategies import Auto, Autoregressive, Dynamo, Speculative, Strategy
@@ -140,6 +140,23 @@ def read_by(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         given: Parameters by name, perhaps of several strategies.
     """
     return {parameter: value for parameter, value in given.items() if parameter in _named(name).reads}
+
+
+def check_own(strategy: Strategy) -> Strategy:
+    """Return a strategy of somebody's own.
+
+    Raises:
+        ParameterError: It does not have what a `Strategy` has.
+    """
+    kind = type(strategy).__name__
+    if isinstance(strategy, type):
+        raise ParameterError(f"a strategy of your own is an object, not the class {strategy.__name__}")
+    for needed in ("name", "ask", "advance"):
+        if not hasattr(strategy, needed):
+            raise ParameterError(f"a strategy is a name, or has name, ask and advance, and {kind} has no {needed}")
+    check_kind(f"name of strategy {kind}", strategy.name, str, "text")
+    check_kind(f"ask of strategy {kind}", strategy.ask, Ask, "an Ask")
+    return strategy
 
 
 def _named(name: str) -> type[Autoregressive] | type[Dynamo] | type[Speculative]:
