@@ -107,12 +107,15 @@ class Source:
         architecture: Class of the base.
         rotary: Whether attention rotates "inside" the operator or "outside" it.
         versions: Of what made it.
+        drafters: SHA-256 of every file of drafters that the checkpoint had, by the file's name, whether or not one of
+            them was exported; empty where it had none, and where an earlier version made the bundle.
     """
 
     model: str = ""
     architecture: str = ""
     rotary: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    drafters: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +296,7 @@ def _quantization(read: Fields) -> Quantization:
         calibration=_calibration(read.object("calibration")) if read.has("calibration") else None,
         lossless=read.flag("lossless", True),
         degraded=read.flag("degraded", False),
-        versions=_versions(read),
+        versions=_texts(read, "versions"),
     )
 
 
@@ -303,12 +306,13 @@ def _calibration(read: Fields) -> dict[str, Any]:
 
 def _source(read: Fields) -> Source:
     model, architecture, rotary = (read.text(name, "") for name in ("model", "architecture", "rotary"))
-    return Source(model, architecture, rotary, _versions(read))
+    return Source(model, architecture, rotary, _texts(read, "versions"), _texts(read, "drafters"))
 
 
-def _versions(read: Fields) -> dict[str, str]:
-    entries = read.entries("versions")
-    read.texts("versions", list(entries.values()))
+def _texts(read: Fields, name: str) -> dict[str, str]:
+    """Return an object of texts."""
+    entries = read.entries(name)
+    read.texts(name, list(entries.values()))
     return entries
 
 
