@@ -60,8 +60,8 @@ class Engine:
     A generation that another thread has begun is waited for; one of the same thread ends when the next begins. As a
     context manager it is closed at the end.
 
-    What the cache holds of one prompt is not computed again for the next: only what follows the common prefix
-    is. (A pass over fewer rows rounds differently in the last bits; call `reset` where runs must agree bit by
+    What the cache holds of one prompt is not computed again for the next: only the tokens behind the common prefix
+    are computed. (A pass over fewer rows rounds differently in the last bits; call `reset` where runs must agree bit by
     bit.)
 
     Attributes:
@@ -110,7 +110,7 @@ class Engine:
 
     @property
     def profile(self) -> Profile | None:
-        """What strategy "auto" plans with; may be replaced."""
+        """The profile that strategy "auto" plans with; it may be replaced."""
         return self._profile
 
     @profile.setter
@@ -121,7 +121,10 @@ class Engine:
 
     @property
     def lossless(self) -> bool:
-        """Whether verified text is plain decoding's: by the bundle, and as far as a profile has tested the device."""
+        """Whether verified drafts leave the text as plain decoding writes it.
+
+        The bundle says so, and the profile has found nothing else on this device, if it was tested.
+        """
         return is_lossless(self.bundle, self.knowledge)
 
     def _kept_profile(self) -> Profile | None:
@@ -143,7 +146,7 @@ class Engine:
         self.close()
 
     def reset(self) -> None:
-        """Forget the cached prompt, in a turn of its own: see `stream`.
+        """Forget the cached prompt; waits for its turn, as `stream` does.
 
         Raises:
             EngineError: The engine is closed.
@@ -152,7 +155,7 @@ class Engine:
             self.session.cache.reset()
 
     def close(self) -> None:
-        """Free the graph and its memory, in a turn of its own: see `stream`. The engine is of no use any more."""
+        """Free the graph and its memory; waits for its turn, as `stream` does. Afterwards the engine cannot be used."""
         if not self.session.turns.closed:
             with self._alone():
                 self.session.close()
@@ -228,8 +231,8 @@ class Engine:
 
         A parameter that is named, in one way or the other, has to be one that the strategy reads.
 
-        It begins with its first piece, and is then alone with the engine: a generation of another thread has to be over
-        before, one of the same thread is over then, wherever it was.
+        The generation begins when its first piece is asked for, and then has the engine to itself: it waits until a
+        generation of another thread is over, and it ends a generation of the same thread, wherever that was.
 
         Args:
             prompt: Text, or token ids.

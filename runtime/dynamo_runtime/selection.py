@@ -86,7 +86,7 @@ def is_lossless(bundle: Bundle, knowledge: Knowledge | None) -> bool:
 def _running(
     name: str, bundle: Bundle, knowledge: Knowledge | None
 ) -> type[Autoregressive] | type[Dynamo] | type[Speculative]:
-    """Return the strategy of that name; of "auto" what it comes down to on a bundle and device."""
+    """Return the strategy that runs under a name; "auto" is plain decoding where drafts would change the text."""
     strategy = _named(name)
     if issubclass(strategy, Auto) and not is_lossless(bundle, knowledge):
         return Autoregressive

@@ -32,7 +32,7 @@ from .step import Step
 from .verification import Draft, verify
 
 TARGET_SPEEDUP = "target_speedup"
-"""What may be given instead of a back-off threshold."""
+"""Name of the option that may be given in place of a back-off threshold: see `Engine.stream`."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Strategy(Protocol):
 
     @property
     def ask(self) -> Ask:
-        """See above."""
+        """What the first pass is to be fed and to compute besides."""
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
         """Judge the drafts by this pass and go on from the last accepted one.
@@ -105,7 +105,7 @@ class Speculative:
     name = "speculative"
     reads: ClassVar[Collection[str]] = TARGET | DRAFTS_ONLY
     all_drafters: ClassVar[bool] = False
-    """Whether it takes the text and the bundle's own drafter where it is told none."""
+    """Whether it drafts from both the text and the bundle's own drafter where no drafter is named."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class Speculative:
 
     @property
     def ask(self) -> Ask:
-        """What the drafter wants."""
+        """What the drafter wants of the next pass."""
         return NOTHING if self._sources.drafter is None else self._sources.drafter.ask
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
@@ -147,7 +147,7 @@ class Speculative:
         return Turn(passed.final[-1:], passed.accepted, following, self.ask)
 
     def _judge(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Passed:
-        """Return drafts that stand become final, and the token that the target puts behind them."""
+        """Return the pass with what it makes final: the drafts that stand, and the target's token behind them."""
         accepted, token = self._verify(step, context, drafts, rng)
         return Passed(step, context, [*(draft.token for draft in drafts[:accepted]), token], len(drafts))
 
@@ -171,7 +171,10 @@ class Speculative:
 
 
 class Auto(Speculative):
-    """`speculative` with as many drafts as are expected to pay on this device and in this text, none if none does."""
+    """`speculative` with as many drafts as are expected to pay on this device and in this text.
+
+    Where no draft is expected to pay, it drafts nothing.
+    """
 
     name = "auto"
     all_drafters = True
@@ -210,13 +213,14 @@ class Auto(Speculative):
 
     @property
     def ask(self) -> Ask:
-        """What the drafter wants, if the next pass is to yield drafts."""
+        """What the drafter wants of the next pass if that pass is to yield drafts; else nothing."""
         return super().ask if self._planner is not None and self._planner.drafting else NOTHING
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
-        """Verify what drafts there are, draft on if the pass is to yield drafts, and plan the next.
+        """Verify the drafts there are, draft on if this pass is to yield drafts, and plan the next pass.
 
-        A drafter's graph of its own is run here and nowhere else, so only if the plan wants drafts.
+        If the drafter has a graph of its own, that graph is run here and nowhere else; so it is run only if the plan
+        wants drafts.
         """
         planner = self._planner
         passed = self._judge(step, context, drafts, rng)
@@ -240,7 +244,7 @@ class Auto(Speculative):
         return Turn(token, accepted, following, self.ask)
 
     def _repeated(self, passed: Passed, drafts: Sequence[Draft]) -> Chain:
-        """Return drafts of what the text repeats, if those alone are fed."""
+        """Return the drafts to feed if the next pass is fed nothing but what the text repeats."""
         lookup, copying = self._lookup, self.copying
         if lookup is None or copying is None:
             return NO_CHAIN
@@ -278,7 +282,7 @@ class Dynamo:
 
     @staticmethod
     def fits(bundle: Bundle) -> bool:
-        """Tell whether a bundle has heads whose joint Alg. 1 is about."""
+        """Tell whether a bundle has several heads, whose joint distribution Alg. 1 samples from."""
         return bundle.topology.n_heads > 1
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
@@ -293,9 +297,9 @@ class Dynamo:
         return Turn(ngram.tokens, ask=self.ask, proposed=len(heads) - 1)
 
     def length(self, step: Step, context: Context, row: int, following: int) -> int:
-        """Return how many tokens Alg. 1 emits between `context` and a `following` text.
+        """Return how many tokens Alg. 1 emits behind `context` where the text goes on with the token `following`.
 
-        The context ends with one row of a pass.
+        `row` is the row of the pass that the context ends with.
         """
         first = self._first(step, context, row)
         token = following if self._parameters.first_token == "base" else int(first.ids[0])
@@ -326,6 +330,6 @@ class Dynamo:
             token = int(found.ids[0])
 
     def _truncated(self, context: Context, logits: np.ndarray) -> Candidates:
-        """Return the same of a full row."""
+        """Process, sort and truncate a full row of logits [V]."""
         processed = apply_processors(self._processors, context.tokens, logits)
         return truncate(*sort_logits(processed, self._parameters.top_k), self._parameters)
