@@ -180,7 +180,7 @@ def main() -> None:
         for i, row in enumerate(tqdm(rows, desc="quantizing")):
             folder = Path(temporary) / str(i)
             folder.mkdir()
-            bundles[row.name] = write_bundle(full, row.resolved, folder, spoken=spoken[::2])
+            bundles[row.name] = write_bundle(full, row.resolved, folder, calibration=spoken[::2])
             figures[row.name] = measure(bundles[row.name], spoken, library, theirs)
         for name, passes in time_passes(bundles, arguments.rounds).items():
             figures[name]["passes"] = passes

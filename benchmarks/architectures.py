@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from page import write_or_check
 
 from dynamo_model import CheckpointError, LookAheadModel
 from dynamo_model.preflight import Supported, preflight
-from dynamo_runtime.files import write_whole
 from dynamo_runtime.tables import MISSING, Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,19 +113,15 @@ def _union(cells: Iterable[list[str]]) -> str:
     return ", ".join(dict.fromkeys(part for cell in cells for part in cell)) or MISSING
 
 
-def main() -> None:
+def main() -> int:
     """Write the page, or check it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "docs/architectures.md", metavar="FILE")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the file is out of date")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    content = document()
-    if not arguments.check:
-        write_whole(arguments.output, content)
-    elif not arguments.output.is_file() or arguments.output.read_text(encoding="utf-8") != content:
-        sys.exit(f"{arguments.output} is out of date: run python benchmarks/architectures.py")
+    return write_or_check(arguments.output, document(), check=arguments.check)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -30,7 +30,8 @@ from dynamo_runtime.device.profile import Profile
 from dynamo_runtime.generation_statistics import Statistics
 from dynamo_runtime.profiling.measure import FULL, QUICK, measure
 from dynamo_runtime.sampling import Candidates, Context, Target
-from dynamo_runtime.strategies import Autoregressive, Speculative, make_strategy
+from dynamo_runtime.selection import make_strategy
+from dynamo_runtime.strategies import Autoregressive, Speculative
 
 PROMPT_TOKENS = 64
 TEXTS: dict[str, dict[str, Any]] = {

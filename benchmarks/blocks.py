@@ -152,7 +152,7 @@ def main() -> None:
                 folder = Path(temporary) / str(size)
                 folder.mkdir()
                 scheme = resolve("int8", Options(block_size=size))
-                bundles[size] = write_bundle(full, scheme, folder, spoken=own_words(full)[::2])
+                bundles[size] = write_bundle(full, scheme, folder, calibration=own_words(full)[::2])
             rows = measure(bundles, texts, arguments.rounds)
         record = {
             "machine": f"{describe_machine()}; onnxruntime {import_onnxruntime().__version__}.",

@@ -63,10 +63,11 @@ def write_shards(stream: Path, folder: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / f"texts-{number:05}.parquet")
 
 
-def count(engine: str, stream: Path, shards: Path, out: Path, limit: int, min_counts: list[int], master: str) -> None:
-    """Count in a process that is measured, and say its own peak of memory."""
+def count(engine: str, folder: Path, limit: int, min_counts: list[int], master: str) -> None:
+    """Count the text in a folder, in a process that is measured, and say its own peak of memory."""
     from dynamo_train.counting import Counting, write_counts, write_counts_of_corpus
 
+    out, work = folder / "counts.npz", folder / "work"
     began = time.perf_counter()
     if engine in ("spark", "cluster"):
         from dynamo_train.ngram_spark import Text
@@ -75,16 +76,14 @@ def count(engine: str, stream: Path, shards: Path, out: Path, limit: int, min_co
         settings["spark.executorEnv.PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         how = Counting("spark", limit, master, settings)
         text = Text(_tokenizer(), VOCAB, END, 1e-9)
-        kept = write_counts_of_corpus(str(shards), text, out, how, min_counts, out.parent / "work")
+        kept = write_counts_of_corpus(str(folder / "shards"), text, out, how, min_counts, work)
     else:
         from dynamo_train.tokens import CorpusRecord, TokenStreams
 
-        tokens = np.memmap(stream, np.uint16, "r")
+        tokens = np.memmap(folder / "tokens.bin", np.uint16, "r")
         streams = TokenStreams(tokens, tokens[:0], CorpusRecord("Zipf", 1, 0, 0, len(tokens), 0, 0.0, ""))
         how = Counting(engine, limit)
-        kept = write_counts(
-            streams, out, how, vocab_size=VOCAB, end_id=END, min_counts=min_counts, work=out.parent / "work"
-        )
+        kept = write_counts(streams, out, how, vocab_size=VOCAB, end_id=END, min_counts=min_counts, work=work)
     [peak] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     print(json.dumps({"seconds": time.perf_counter() - began, "peak_bytes": 1024 * int(peak), "kept": kept}))
 
@@ -260,8 +259,7 @@ def main() -> None:
     if arguments.count:
         engine, folder = arguments.count[0], Path(arguments.count[1])
         least = [int(part) for part in arguments.min_counts.split(",")]
-        where = folder / "tokens.bin", folder / "shards", folder / "counts.npz"
-        count(engine, *where, arguments.memory_limit, least, arguments.master)
+        count(engine, folder, arguments.memory_limit, least, arguments.master)
         return
     if not arguments.table:
         results: dict[str, Any] = {"machine": describe_machine(), "runs": run(arguments)}

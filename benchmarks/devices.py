@@ -12,12 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from page import wrapped
+from page import wrapped, write_or_check
 
 from dynamo_runtime.device.costs import MeasuredDrafterCosts
 from dynamo_runtime.device.profile import Profile
 from dynamo_runtime.errors import ProfileError
-from dynamo_runtime.files import write_whole
 from dynamo_runtime.profiling import report
 from dynamo_runtime.profiling.series import grid
 from dynamo_runtime.tables import MISSING, Table, interval, number, ratio
@@ -96,7 +95,7 @@ def _machine(profile: Profile) -> str:
     return device.gpu or f"{device.cores} cores of {device.processor}"
 
 
-def main() -> None:
+def main() -> int:
     """Write the page, or check it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profiles", type=Path, default=ROOT / "benchmarks/results/devices", metavar="FOLDER")
@@ -105,13 +104,10 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         content = document(load(arguments.profiles))
-        if not arguments.check:
-            write_whole(arguments.output, content)
     except ProfileError as error:
         sys.exit(str(error))
-    if arguments.check and (not arguments.output.is_file() or arguments.output.read_text(encoding="utf-8") != content):
-        sys.exit(f"{arguments.output} is out of date: run python benchmarks/devices.py")
+    return write_or_check(arguments.output, content, check=arguments.check)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -29,7 +29,7 @@ from dynamo_runtime import DEFAULT_BUNDLE, Auto, Context, Engine, ParameterError
 from dynamo_runtime.corpus import standard_library
 from dynamo_runtime.lookup import Lookup
 from dynamo_runtime.repeats import Occurrences
-from dynamo_runtime.strategies import make_strategy
+from dynamo_runtime.selection import make_strategy
 
 CONTEXT, STEPS = 8192, 4096
 _LETTER = (

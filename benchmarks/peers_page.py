@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from page import wrapped
+from page import wrapped, write_or_check
 from peers import NOT_LOSSLESS
 from ratios import Interval, interval, speed_ratio
 
-from dynamo_runtime.files import write_whole
 from dynamo_runtime.tables import MISSING, Table, number
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -322,18 +321,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
     arguments = parser.parse_args(argv)
     try:
-        page = document(json.loads(arguments.results.read_text(encoding="utf-8")))
+        content = json.loads(arguments.results.read_text(encoding="utf-8"))
+        page = document(content)
     except (OSError, ValueError, KeyError) as error:
         print(f"peers_page: error: {arguments.results} is no file of benchmarks/peers.py: {error!r}", file=sys.stderr)
         return 1
-    if arguments.check:
-        if arguments.output.is_file() and arguments.output.read_text(encoding="utf-8") == page:
-            return 0
-        print(f"{arguments.output} is out of date: run python benchmarks/peers_page.py", file=sys.stderr)
-        return 1
-    write_whole(arguments.output, page)
-    plot(json.loads(arguments.results.read_text(encoding="utf-8")), arguments.output.parent / PICTURE)
-    return 0
+    if not arguments.check:
+        plot(content, arguments.output.parent / PICTURE)
+    return write_or_check(arguments.output, page, check=arguments.check)
 
 
 if __name__ == "__main__":

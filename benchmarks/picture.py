@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe_machine
+from page import write_or_check
 
 from dynamo_runtime import Engine
 from dynamo_runtime.chat import asked
@@ -151,7 +152,7 @@ def load_results() -> dict[str, Any]:
     return loaded
 
 
-def main() -> None:
+def main() -> int:
     """Decode, and draw or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", help="decode with it; else the results file is drawn")
@@ -165,12 +166,8 @@ def main() -> None:
         except DynamoError as error:
             sys.exit(f"picture: error: {error}")
         write_whole(RESULTS, json.dumps(decoded, indent=1, ensure_ascii=False) + "\n")
-    picture = drawn(load_results())
-    if not arguments.check:
-        write_whole(PICTURE, picture)
-    elif not PICTURE.is_file() or PICTURE.read_text(encoding="utf-8") != picture:
-        sys.exit(f"{PICTURE} is out of date: run python benchmarks/picture.py")
+    return write_or_check(PICTURE, drawn(load_results()), check=arguments.check)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

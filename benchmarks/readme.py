@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from page import write_or_check
+
 from dynamo_evaluate.cells import SPEED, TOKENS_PER_PASS
-from dynamo_runtime.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -101,17 +102,14 @@ def with_table(text: str) -> str:
     return f"{before}{begin}{table()}{end}{after}"
 
 
-def main() -> None:
+def main() -> int:
     """Write the table, or check it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README is out of date")
     arguments = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    if not arguments.check:
-        write_whole(README, with_table(text))
-    elif with_table(text) != text:
-        sys.exit(f"{README} is out of date: run python benchmarks/readme.py")
+    page = with_table(README.read_text(encoding="utf-8"))
+    return write_or_check(README, page, check=arguments.check)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

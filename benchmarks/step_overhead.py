@@ -22,7 +22,7 @@ from machine import describe_machine
 
 from dynamo_runtime import DEFAULT_BUNDLE, Engine, SamplingParameters
 from dynamo_runtime.sampling import Candidates, draw, sort_logits, truncate, truncate_row
-from dynamo_runtime.strategies import refusal
+from dynamo_runtime.selection import refusal
 
 PROMPT = "def fib(n):\n"
 SAMPLED = {"temperature": 0.7, "top_k": 50, "top_p": 0.9}

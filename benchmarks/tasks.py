@@ -43,7 +43,7 @@ from dynamo_runtime.files import write_whole
 from dynamo_runtime.parameters import FIRST_TOKENS
 from dynamo_runtime.profiling.measure import FULL, QUICK, measure
 from dynamo_runtime.providers import import_onnxruntime
-from dynamo_runtime.strategies import refusal
+from dynamo_runtime.selection import refusal
 
 PROMPTS = Path(__file__).parent / "prompts"
 TASKS = ("chat", "code", "prose", "edit", "json")

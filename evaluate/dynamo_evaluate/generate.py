@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from dynamo_runtime import Engine
 from dynamo_runtime.chat import asked
-from dynamo_runtime.strategies import read_by
+from dynamo_runtime.selection import read_by
 from dynamo_runtime.stream import Generation
 
 from .errors import EvaluationError

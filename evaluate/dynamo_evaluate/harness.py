@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dynamo_runtime import Engine
 from dynamo_runtime.errors import PromptError
 from dynamo_runtime.scoring import score_base
-from dynamo_runtime.strategies import check_reads, refusal
+from dynamo_runtime.selection import check_reads, refusal
 
 from .errors import EvaluationError
 

@@ -14,8 +14,9 @@ from dynamo_runtime.corpus import Document
 from dynamo_runtime.sampling import Context
 from dynamo_runtime.scores import Scores
 from dynamo_runtime.scoring import LOOK_AHEAD_STRIDE, Stretch, score_window
+from dynamo_runtime.selection import parameters_for
 from dynamo_runtime.session import Session
-from dynamo_runtime.strategies import Dynamo, parameters_for
+from dynamo_runtime.strategies import Dynamo
 
 from .errors import EvaluationError
 from .results import Record, Results

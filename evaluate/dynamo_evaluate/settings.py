@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dynamo_runtime.bundle import Bundle
-from dynamo_runtime.strategies import refusal
+from dynamo_runtime.selection import refusal
 
 from .errors import EvaluationError
 

@@ -11,10 +11,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from dynamo_graph.files import read_json, version, write_json
-from dynamo_model import CheckpointError
+from dynamo_model import DRAFTERS, CheckpointError
 from dynamo_model.checkpoint import load_tokenizer
 from dynamo_model.sources import Checkpoint
-from dynamo_runtime.bundle import Bundle
+from dynamo_runtime.bundle import Bundle, sha256
 from dynamo_runtime.errors import DynamoError
 from dynamo_runtime.manifest import DrafterGraph, Source
 from dynamo_runtime.parameters import SamplingParameters
@@ -80,6 +80,7 @@ def write_rest(checkpoint: Checkpoint, staged: Path, graph: str, inspected: Insp
             architecture=type(base).__name__,
             rotary="inside" if inspected.rotary.inside else "outside",
             versions={name: version(name) for name in ("dynamo-edge", "torch", "transformers", "onnx", "onnxruntime")},
+            drafters={each.file: sha256(path) for each in DRAFTERS.values() if (path := checkpoint.file(each.file))},
         ),
     )
     pad = _first(_special(generation, base.config, "pad_token_id", vocab_size))

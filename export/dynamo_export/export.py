@@ -7,7 +7,7 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dynamo_graph.files import write_report
 from dynamo_graph.read import pass_bytes, places
@@ -72,7 +72,9 @@ def export_bundle(
             check_request(quantize, **quantization)
         checkpoint = find_source(model)
         try:
-            staged = _stage(destination, checkpoint, heads, drafter, context_length, external_data, parity_length)
+            staged = _stage(
+                destination, checkpoint, _Wanted(heads, drafter, context_length), external_data, parity_length
+            )
         except OSError as error:
             raise ExportError(f"cannot write the bundle: {error.strerror or error}; nothing was written") from error
         if quantize is not None:
@@ -82,18 +84,20 @@ def export_bundle(
     return destination.folder / destination.graph
 
 
+class _Wanted(NamedTuple):
+    """What of a checkpoint is wanted; fields as the arguments of `export_bundle`."""
+
+    heads: int | None
+    drafter: str | None
+    context_length: int | None
+
+
 def _stage(
-    destination: Destination,
-    checkpoint: Checkpoint,
-    heads: int | None,
-    drafter: str | None,
-    context_length: int | None,
-    external_data: bool,
-    parity_length: int,
+    destination: Destination, checkpoint: Checkpoint, wanted: _Wanted, external_data: bool, parity_length: int
 ) -> Path:
     """Make the bundle in a folder of its own and prove it; arguments as of `export_bundle`."""
     clock = _Clock()
-    inspected = _load(checkpoint, heads, drafter, context_length)
+    inspected = _load(checkpoint, wanted)
     topology = inspected.exported.topology
     if topology.layers and destination.graph == DRAFTER:
         raise ExportError(f"{DRAFTER} is what the graph of further heads is called: choose another name for the base's")
@@ -136,13 +140,13 @@ class _Clock:
         self.last = now
 
 
-def _load(checkpoint: Checkpoint, heads: int | None, kind: str | None, context_length: int | None) -> InspectedModel:
-    base, drafter = load_model(checkpoint, heads, kind)
+def _load(checkpoint: Checkpoint, wanted: _Wanted) -> InspectedModel:
+    base, drafter = load_model(checkpoint, wanted.heads, wanted.drafter)
     longest = getattr(base.config, "max_position_embeddings", None)
     if not isinstance(longest, int) or longest < 2:
         raise ExportError(f"the configuration of {checkpoint.name} does not say how long the model's context is")
     model = exported(base, drafter)
-    context = longest if context_length is None else context_length
+    context = longest if wanted.context_length is None else wanted.context_length
     if not model.least_context <= context <= longest:
         raise ExportError(f"--context-length must be {model.least_context} to {longest}, not {context}")
     return inspect(model, context)

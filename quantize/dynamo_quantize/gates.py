@@ -19,9 +19,9 @@ from dynamo_graph.read import pass_bytes
 from dynamo_runtime import Engine
 from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.scoring import Scores, score_window
+from dynamo_runtime.selection import refusal
 from dynamo_runtime.session import Session
 from dynamo_runtime.step import ALL, NONE
-from dynamo_runtime.strategies import refusal
 
 from .conversations import GREEDY as ANSWERING
 from .conversations import SENTENCE_TOKENS, first_sentences

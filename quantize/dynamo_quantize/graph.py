@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,32 @@ Stored = dict[Part, list[str]]
 """What the weights of every part are stored as."""
 
 
+@dataclass(frozen=True)
+class _Graph:
+    """One graph, and what becomes of it.
+
+    Attributes:
+        model: The graph in full precision; changed when it is written.
+        products: Its weights, and what they are to be stored as.
+        ranges: Of its caches; empty where they stay as they are.
+        path: The `.onnx` file to write.
+    """
+
+    model: ir.Model
+    products: Sequence[tuple[Product, Format | None]]
+    ranges: Sequence[tuple[np.ndarray, np.ndarray]]
+    path: Path
+
+    @property
+    def jobs(self) -> list[tuple[Product, Format]]:
+        """The weights that are stored smaller."""
+        return [(product, form) for product, form in self.products if form is not None]
+
+    def in_blocks(self, scheme: Scheme) -> list[tuple[Product, Format]]:
+        """Return those of them that are stored in blocks."""
+        return [job for job in self.jobs if job[0].is_lookup or not scheme.dynamic]
+
+
 def write_graphs(
     bundle: Bundle, scheme: Scheme, folder: Path, graph: str, texts: list[list[int]], external: bool
 ) -> Stored:
@@ -49,71 +75,57 @@ def write_graphs(
     drafter = None if bundle.drafter is None else read_model(bundle.folder / bundle.drafter.graph)
     model = read_model(bundle.graph_path)
     ranges = cache_ranges(bundle, model, drafter, texts) if scheme.kv_cache == "int8" else ([], [])
-    products = find_products(model, bundle.kv_layers)
-    jobs = list(zip(products, _formats(products, scheme), strict=True))
-    made = _write(bundle, scheme, model, jobs, ranges[0], folder / graph, external, texts=texts)
+    found = find_products(model, bundle.kv_layers)
+    products = list(zip(found, _formats(found, scheme), strict=True))
+    base = _Graph(model, products, ranges[0], folder / graph)
+    blocks = _all_blocks(bundle, model, base.in_blocks(scheme), scheme, texts, {})
+    _write(base, blocks, scheme, external)
     if drafter is not None and bundle.drafter is not None:
-        of_base = {product.name: form for product, form in jobs if product.part in (Part.OUTPUT, Part.INPUT)}
-        heads = _drafter_formats(find_drafter_products(drafter), scheme, of_base)
-        made = {key: blocks for key, blocks in made.items() if key[0] in of_base}
-        path, shared = folder / bundle.drafter.graph, places(folder / graph)
-        _write(bundle, scheme, drafter, heads, ranges[1], path, external, known=made, elsewhere=shared)
-        jobs += [(product, form) for product, form in heads if product.name not in of_base]
-    stored: dict[Part, set[str]] = {product.part: set() for product, _ in jobs}
-    for product, form in jobs:
+        of_base = {product.name: form for product, form in products if product.part in (Part.OUTPUT, Part.INPUT)}
+        of_heads = _drafter_formats(find_drafter_products(drafter), scheme, of_base)
+        heads = _Graph(drafter, of_heads, ranges[1], folder / bundle.drafter.graph)
+        # Those of the base stay what they were fitted to there; the others are rounded to nearest.
+        blocks = {key: those for key, those in blocks.items() if key[0] in of_base}
+        blocks = _all_blocks(bundle, drafter, heads.in_blocks(scheme), scheme, (), blocks)
+        _write(heads, blocks, scheme, external, places(folder / graph))
+        products += [(product, form) for product, form in of_heads if product.name not in of_base]
+    stored: dict[Part, set[str]] = {product.part: set() for product, _ in products}
+    for product, form in products:
         stored[product.part].add(_described(form, scheme, product))
     return {part: sorted(names) for part, names in stored.items()}
 
 
 def _write(
-    bundle: Bundle,
+    graph: _Graph,
+    blocks: Mapping[tuple[str, Format], Blocks],
     scheme: Scheme,
-    model: ir.Model,
-    products: Sequence[tuple[Product, Format | None]],
-    ranges: Sequence[tuple[np.ndarray, np.ndarray]],
-    path: Path,
     external: bool,
-    *,
-    texts: Sequence[list[int]] = (),
-    known: Mapping[tuple[str, Format], Blocks] | None = None,
     elsewhere: Mapping[str, Place] | None = None,
-) -> dict[tuple[str, Format], Blocks]:
+) -> None:
     """Write one smaller graph.
 
     Args:
-        bundle: The bundle in full precision.
+        graph: What is written.
+        blocks: Of every weight that is stored in such, by name and format.
         scheme: From `resolve`.
-        model: The graph; changed.
-        products: Its weights, and what they are to be stored as.
-        ranges: Of its caches; empty where they stay as they are.
-        path: The `.onnx` file to write.
         external: See `write_graphs`.
-        texts: Text that 4-bit weights are fitted to; without any they are rounded to nearest.
-        known: Blocks of some weights, by name and format: those of the base stay what they were fitted to there.
         elsewhere: Where weights of the base's graph stand.
-
-    Returns:
-        The blocks of every weight that is stored in such.
     """
-    jobs = [(product, form) for product, form in products if form is not None]
-    in_blocks = [job for job in jobs if job[0].is_lookup or not scheme.dynamic]
-    made = _all_blocks(bundle, model, in_blocks, scheme, texts, known or {})
     passes: list[ir.passes.PassBase] = [
-        StoreBlocks(product, made[product.name, form]) if (product.name, form) in made else StoreDynamic(product)
-        for product, form in jobs
+        StoreBlocks(product, blocks[product.name, form]) if (product.name, form) in blocks else StoreDynamic(product)
+        for product, form in graph.jobs
     ]
     passes.append(RemoveUnusedNodesPass())
-    if ranges:
-        passes.append(QuantizeCache(ranges))
+    if graph.ranges:
+        passes.append(QuantizeCache(graph.ranges))
     if scheme.activations == "fp16":
-        passes.append(ToHalf(output_product(model, [product for product, _ in products])))
-    run_passes(model, passes)
-    for graph in model.graphs():  # the weights that were replaced inside branches
-        for name, value in list(graph.initializers.items()):
+        passes.append(ToHalf(output_product(graph.model, [product for product, _ in graph.products])))
+    run_passes(graph.model, passes)
+    for part in graph.model.graphs():  # the weights that were replaced inside branches
+        for name, value in list(part.initializers.items()):
             if not value.uses() and not value.is_graph_input():
-                del graph.initializers[name]
-    write_model(model, path, external, elsewhere)
-    return made
+                del part.initializers[name]
+    write_model(graph.model, graph.path, external, elsewhere)
 
 
 def _drafter_formats(

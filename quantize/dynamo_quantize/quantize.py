@@ -124,7 +124,8 @@ def quantize_into(
         log.info(
             "quantizing to %s%s", scheme, ": reading the calibration text takes a while" if wanted.calibrated else ""
         )
-        small = write_bundle(bundle, wanted, staged, destination.graph, calibration, external_data, spoken[::2])
+        text = spoken[::2] if calibration is None else calibration
+        small = write_bundle(bundle, wanted, staged, destination.graph, text, external_data)
         log.info("wrote it; running both bundles through the gates")
         lost = _pass_gates(bundle, small, wanted, samples, allow_degraded)
     except DynamoError as error:
@@ -167,9 +168,8 @@ def write_bundle(
     scheme: Scheme,
     folder: Path,
     graph: str = "model.onnx",
-    calibration: str | Path | None = None,
+    calibration: str | Path | Sequence[Exchange] | None = None,
     external: bool = False,
-    spoken: Sequence[Exchange] = (),
 ) -> Bundle:
     """Write a smaller bundle that has not passed any gate.
 
@@ -178,15 +178,14 @@ def write_bundle(
         scheme: From `resolve`.
         folder: An empty folder.
         graph: File name of the graph in it.
-        calibration: See `quantize_bundle`.
+        calibration: See `quantize_bundle`; or conversations to calibrate with.
         external: Weights in a file of their own even where one file would do.
-        spoken: Conversations to calibrate with where there is no other text.
 
     Raises:
         QuantizeError: The graph or the calibration text does not allow it.
         DynamoError: The bundle does not run.
     """
-    texts, name = _calibration(bundle, calibration, spoken) if scheme.calibrated else ([], "")
+    texts, name = _calibration(bundle, calibration) if scheme.calibrated else ([], "")
     parts = write_graphs(bundle, scheme, folder, graph, texts, external)
     _copy_rest(bundle, folder, graph)
     made = replace(
@@ -209,10 +208,12 @@ def write_bundle(
     return load_bundle(folder)
 
 
-def _calibration(bundle: Bundle, source: str | Path | None, spoken: Sequence[Exchange]) -> tuple[list[list[int]], str]:
-    """Return text to calibrate with, as tokens, and what it is."""
-    if source is None and spoken:
-        return [conversation.tokens for conversation in spoken], _answers_to(spoken)
+def _calibration(bundle: Bundle, source: str | Path | Sequence[Exchange] | None) -> tuple[list[list[int]], str]:
+    """Return text to calibrate with, as tokens, and what it is: the package's own where there is no other."""
+    if source is not None and not isinstance(source, str | Path):
+        if source:
+            return [conversation.tokens for conversation in source], _answers_to(source)
+        source = None
     length = min(CALIBRATION_TOKENS, bundle.context_length)
     texts = pieces(bundle, source, CALIBRATION_PIECES, length, held_out=False)
     return texts, OWN if source is None else Path(source).name

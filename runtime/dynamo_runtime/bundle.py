@@ -1,6 +1,7 @@
 """The bundle: the folder that crosses from host to device, described by its manifest."""
 
 import hashlib
+import logging
 import mmap
 import os
 import re
@@ -16,6 +17,7 @@ from .errors import BundleError, shown
 from .files import CONFIG, SPECIAL_TOKENS, TEMPLATE, lies_in, recover, recover_below
 from .manifest import MANIFEST, FileRecord, Manifest, read_manifest
 from .parameters import SamplingParameters, resolve_parameters
+from .shipped import outdated
 from .wire import external_files
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ TOKENIZER, COUNTS = "tokenizer.json", "cooccurrence.npz"
 DEFAULT_BUNDLE = Path(__file__).parent / "default"
 """The bundle that ships with the package: a small model of Python source code, in int8."""
 _CHUNK_BYTES = 1 << 20
+log = logging.getLogger("dynamo_runtime")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +180,8 @@ class Bundle(Manifest):
 def load_bundle(path: str | Path, verify: bool = False) -> Bundle:
     """Read a bundle's manifest and check that its files are all there and whole.
 
+    A bundle that goes by a model's name and has another drafter than the one that ships for it now is warned of.
+
     Args:
         path: The folder, or the ONNX file inside it; or the name of a model that was exported into the cache.
         verify: Compare the sha256 of every file, and that of the manifest if it has one. Otherwise sizes are compared,
@@ -187,7 +192,8 @@ def load_bundle(path: str | Path, verify: bool = False) -> Bundle:
     """
     if not isinstance(path, str | os.PathLike):
         raise BundleError(f"a bundle is named by its path, not by a {type(path).__name__}")
-    path = _named(path) if _is_name(path) else Path(path)
+    name = str(path) if _is_name(path) else None
+    path = Path(path) if name is None else _named(name)
     if not os.path.exists(path):
         recover(path)
         recover(path.parent)
@@ -203,6 +209,8 @@ def load_bundle(path: str | Path, verify: bool = False) -> Bundle:
         if graph not in manifest.files:
             raise BundleError(f"{folder / MANIFEST} does not list its own graph {graph}")
     check_files(folder, manifest, verify)
+    if name is not None and (told := outdated(name, manifest)):
+        log.warning("%s", told)
     return Bundle(folder=folder, **{each.name: getattr(manifest, each.name) for each in fields(Manifest)})
 
 
@@ -211,7 +219,7 @@ def _is_name(path: str | Path) -> bool:
     return bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", str(path))) and not os.path.exists(path)
 
 
-def _named(name: str | Path) -> Path:
+def _named(name: str) -> Path:
     """Return the newest bundle of a model in the cache.
 
     Raises:

@@ -78,7 +78,7 @@ class Passed:
 
     @property
     def accepted(self) -> int:
-        """Drafts that stand; so also the row that gave the newest final token, which the text goes on from."""
+        """How many drafts stand; also the number of the row that gave the newest final token."""
         return len(self.final) - 1
 
 
@@ -87,7 +87,7 @@ class Drafter(Protocol):
 
     Attributes:
         depth: Most drafts a pass.
-        ask: What a pass is to be fed and to compute, for drafts behind it.
+        ask: What a pass is to be fed and to compute so that the drafter can guess behind it.
     """
 
     depth: int
@@ -207,7 +207,7 @@ class Proposer:
         name: str = "",
         repeats: Repeats | None = None,
     ):
-        """Take a drafter, or what repeats, or both: then every draft is of the one that expects more of it.
+        """Take a drafter, or what repeats, or both: then each draft is of the one that expects more of its guess.
 
         Args:
             drafter: Whose guesses they are.
@@ -234,11 +234,12 @@ class Proposer:
         *,
         may_repeat: bool = True,
     ) -> list[Draft]:
-        """Draft what follows a pass as far as it is worth while.
+        """Draft what follows a pass as far as drafts are worth their cost.
 
-        That is settled before a draft is drawn, by what is known then: before the drafter is asked about its place, and
-        again with what it says of it. If it depended on what was drawn, drafts that are judged would not be
-        distributed as the drafter says, and verification would not be exact. The same goes for whose draft it is.
+        Whether a draft is worth it is decided before it is drawn: once before the drafter is asked about its place, and
+        again with what the drafter says of that place. If the decision depended on what was drawn, the drafts that are
+        judged would not be distributed as the drafter says, and verification would not be exact. For the same reason
+        it is decided beforehand whose draft it is.
 
         Args:
             passed: The pass, which `repeats` follows already.
@@ -282,7 +283,7 @@ class Proposer:
         return masked(found, before, self._counts, self._parameters.draft_cooccurrence_weight)
 
     def _confidence(self, found: Candidates) -> float:
-        """Of a draft still to be drawn: how likely two draws are the same."""
+        """Return the confidence in a draft that is still to be drawn: the probability that two draws are the same."""
         if len(found.ids) == 0:
             return 0.0
         return float(found.probabilities.max() if self._certain else (found.probabilities**2).sum())
@@ -315,10 +316,10 @@ class Proposer:
 def masked(candidates: Candidates, before: int, counts: Cooccurrence, alpha: float) -> Candidates:
     """Return candidates weighted by how much more often than by chance they were counted behind the token `before`.
 
-    If none of them ever was, they stay as they are.
+    If no candidate was ever counted there, all stay as they are.
 
     Args:
-        candidates: F.
+        candidates: f, the distribution that the drafter gives.
         before: x_(i-1).
         counts: n-grams.
         alpha: α_c.

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import numbers
-import operator
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, Unpack
@@ -20,16 +19,17 @@ from .device.costs import Knowledge
 from .device.inspection import device_key
 from .device.plan import threshold_for
 from .device.profile import Profile, cached_path
-from .drafting import Ask, Drafter
+from .drafting import Drafter
 from .earlier import load_earlier
 from .errors import ParameterError, ProfileError, PromptError, printable
 from .parameters import SamplingOptions, SamplingParameters, check_kind, whole
 from .providers import Backend, BackendOptions, log
 from .sampling import LogitsProcessor
+from .selection import check_own, check_reads, is_lossless, make_strategy, parameters_for
 from .session import Session
-from .strategies import TARGET_SPEEDUP, Auto, Strategy, check_reads, is_lossless, make_strategy, parameters_for
+from .strategies import TARGET_SPEEDUP, Auto, Strategy
 from .stream import Generation, Limits, TextStream
-from .text import as_text
+from .text import as_text, token_ids
 from .turns import Ticket
 
 CHARACTERS_A_TOKEN = 1000
@@ -60,8 +60,8 @@ class Engine:
     A generation that another thread has begun is waited for; one of the same thread ends when the next begins. As a
     context manager it is closed at the end.
 
-    What the cache holds of one prompt is not computed again for the next: only what follows the common prefix
-    is. (A pass over fewer rows rounds differently in the last bits; call `reset` where runs must agree bit by
+    What the cache holds of one prompt is not computed again for the next: only the tokens behind the common prefix
+    are computed. (A pass over fewer rows rounds differently in the last bits; call `reset` where runs must agree bit by
     bit.)
 
     Attributes:
@@ -110,7 +110,7 @@ class Engine:
 
     @property
     def profile(self) -> Profile | None:
-        """What strategy "auto" plans with; may be replaced."""
+        """The profile that strategy "auto" plans with; it may be replaced."""
         return self._profile
 
     @profile.setter
@@ -121,7 +121,10 @@ class Engine:
 
     @property
     def lossless(self) -> bool:
-        """Whether verified text is plain decoding's: by the bundle, and as far as a profile has tested the device."""
+        """Whether verified drafts leave the text as plain decoding writes it.
+
+        The bundle says so, and the profile has found nothing else on this device, if it was tested.
+        """
         return is_lossless(self.bundle, self.knowledge)
 
     def _kept_profile(self) -> Profile | None:
@@ -143,7 +146,7 @@ class Engine:
         self.close()
 
     def reset(self) -> None:
-        """Forget the cached prompt, in a turn of its own: see `stream`.
+        """Forget the cached prompt; waits for its turn, as `stream` does.
 
         Raises:
             EngineError: The engine is closed.
@@ -152,7 +155,7 @@ class Engine:
             self.session.cache.reset()
 
     def close(self) -> None:
-        """Free the graph and its memory, in a turn of its own: see `stream`. The engine is of no use any more."""
+        """Free the graph and its memory; waits for its turn, as `stream` does. Afterwards the engine cannot be used."""
         if not self.session.turns.closed:
             with self._alone():
                 self.session.close()
@@ -191,7 +194,7 @@ class Engine:
         elif plain_prompt:
             raise ParameterError("plain_prompt is about text, and this prompt is made of tokens already")
         else:
-            tokens = _token_ids(prompt)
+            tokens = token_ids(prompt)
         if not tokens:
             if bundle.bos_token_id is None:
                 raise PromptError("the prompt is empty")
@@ -228,8 +231,8 @@ class Engine:
 
         A parameter that is named, in one way or the other, has to be one that the strategy reads.
 
-        It begins with its first piece, and is then alone with the engine: a generation of another thread has to be over
-        before, one of the same thread is over then, wherever it was.
+        The generation begins when its first piece is asked for, and then has the engine to itself: it waits until a
+        generation of another thread is over, and it ends a generation of the same thread, wherever that was.
 
         Args:
             prompt: Text, or token ids.
@@ -285,7 +288,7 @@ class Engine:
         elif parameters is not None or named or logits_processors or drafter is not None:
             raise ParameterError("a strategy of your own has parameters, processors and drafter of its own: name none")
         else:
-            chosen = _own(strategy)
+            chosen = check_own(strategy)
         # The last token need not be fed, so it may stand one behind the last position.
         limit, reason = self.session.max_length - len(tokens) + 1, "context"
         if max_new_tokens is not None and max_new_tokens <= limit:
@@ -376,23 +379,6 @@ class Engine:
         )
 
 
-def _own(strategy: Strategy) -> Strategy:
-    """Return a strategy of somebody's own.
-
-    Raises:
-        ParameterError: It is none.
-    """
-    kind = type(strategy).__name__
-    if isinstance(strategy, type):
-        raise ParameterError(f"a strategy of your own is an object, not the class {strategy.__name__}")
-    for needed in ("name", "ask", "advance"):
-        if not hasattr(strategy, needed):
-            raise ParameterError(f"a strategy is a name, or has name, ask and advance, and {kind} has no {needed}")
-    check_kind(f"name of strategy {kind}", strategy.name, str, "text")
-    check_kind(f"ask of strategy {kind}", strategy.ask, Ask, "an Ask")
-    return strategy
-
-
 def _stop_strings(stop: str | Sequence[str]) -> list[str]:
     """Stop strings, of which there may be one.
 
@@ -407,26 +393,3 @@ def _stop_strings(stop: str | Sequence[str]) -> list[str]:
         if not each:
             raise ParameterError("a stop string must not be empty")
     return stops
-
-
-def _token_ids(prompt: Sequence[int]) -> list[int]:
-    """Return tokens given as whole numbers of any kind.
-
-    Raises:
-        PromptError: They are something else.
-    """
-    if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
-        raise PromptError(f"a prompt is text or token ids, not a {type(prompt).__name__}")
-    tokens = []
-    for token in prompt:
-        if isinstance(token, str):
-            raise PromptError("a prompt is one text, not a list of them: give one after the other")
-        if isinstance(token, Mapping):
-            raise PromptError("a prompt is text or token ids: messages are for Engine.chat")
-        try:
-            tokens.append(operator.index(token))
-        except TypeError:
-            raise PromptError(f"token ids are whole numbers, not {token!r}") from None
-        if isinstance(token, bool | np.bool_):
-            raise PromptError(f"token ids are whole numbers, not {token!r}")
-    return tokens

@@ -22,7 +22,7 @@ class Lookup:
 
     Attributes:
         depth: Most drafts a pass.
-        ask: Nothing: it is all in the text.
+        ask: Nothing, as all that it needs is in the text.
     """
 
     name = "lookup"
@@ -32,7 +32,7 @@ class Lookup:
         """Begin with no text.
 
         Args:
-            corpus: Earlier texts, which are looked through besides.
+            corpus: Earlier texts, which are searched as well.
         """
         self._corpus = corpus
         self._context: Context | None = None
@@ -48,9 +48,9 @@ class Lookup:
                 trail.go_on(self._own.tokens)
 
     def follow(self, passed: Passed) -> None:
-        """Take what has become final, and learn which of it was foreseen.
+        """Take the tokens that have become final, and learn which of them were foreseen.
 
-        A text that does not go on from the one before is taken as a whole.
+        If they do not continue the text that was followed before, the whole text is read anew.
         """
         own, context = self._own, passed.context
         known = len(own.tokens)
@@ -69,7 +69,7 @@ class Lookup:
     def ahead(self) -> Iterator[Repeat]:
         """Yield what follows the text, one token after the other.
 
-        It ends where the place that is most likely right ends.
+        The place that is most likely to be right is followed, until its text ends.
         """
         best, expected = None, 0.0
         for trail, rates in self._trails:

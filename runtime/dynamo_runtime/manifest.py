@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BundleError, ParameterError, shown
+from .fields import MOST_ENTRIES, Fields
 from .files import read_object
 from .parameters import check_defaults
 from .registry import TOPOLOGIES
@@ -34,8 +35,6 @@ _MOST_HEAD_SIZE = 1 << 14
 _MOST_POSITION_BYTES = 64 << 20  # of keys and values, in fp32
 _MOST_AHEAD = 1024  # heads, tokens, ranks
 _MOST_FILE_BYTES = 1 << 50
-_MOST_ENTRIES = 4096
-_MOST_CHARACTERS = 4096
 _MOST_NAME_BYTES = 255
 
 
@@ -108,12 +107,15 @@ class Source:
         architecture: Class of the base.
         rotary: Whether attention rotates "inside" the operator or "outside" it.
         versions: Of what made it.
+        drafters: SHA-256 of every file of drafters that the checkpoint had, by the file's name, whether or not one of
+            them was exported; empty where it had none, and where an earlier version made the bundle.
     """
 
     model: str = ""
     architecture: str = ""
     rotary: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    drafters: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,13 +211,13 @@ def read_manifest(path: Path, verify: bool = False) -> Manifest:
             f"{path} does not have the sha256 that it says: copy the bundle again, or take the field sha256 out of it "
             "if you changed it yourself"
         )
-    version = _Fields(path, content).integer("format_version", 1, _MOST_ENTRIES)
+    version = Fields(path, content).integer("format_version", 1, MOST_ENTRIES)
     if version not in READABLE_VERSIONS:
         raise BundleError(
             f"{path} has format version {version}; this program reads {', '.join(map(str, READABLE_VERSIONS))}: "
             "export the bundle again"
         )
-    read = _Fields(path, _from_version_2(path, content) if version == 2 else content)
+    read = Fields(path, _from_version_2(path, content) if version == 2 else content)
     manifest = Manifest(
         graph=_graph(read),
         topology=_topology(read.object("topology")),
@@ -245,12 +247,12 @@ def read_manifest(path: Path, verify: bool = False) -> Manifest:
 
 def _from_version_2(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of version 2 under today's names: what predicts further tokens stood among the others there."""
-    kind = _Fields(path, content).text("kind")
+    kind = Fields(path, content).text("kind")
     sizes = TOPOLOGIES[kind].sizes_in_version_2(content) if kind in TOPOLOGIES else {}
     return {**content, "topology": {"kind": kind, **sizes}}
 
 
-def _graph(read: _Fields, usual: str = "model.onnx") -> str:
+def _graph(read: Fields, usual: str = "model.onnx") -> str:
     """Return a graph's name, which lies in the bundle's folder itself."""
     name = read.text("graph", usual)
     if wrong := wrong_name(name) or ("in a folder of its own" if "/" in name else ""):
@@ -258,7 +260,7 @@ def _graph(read: _Fields, usual: str = "model.onnx") -> str:
     return name
 
 
-def _topology(read: _Fields) -> Topology:
+def _topology(read: Fields) -> Topology:
     kind = read.text("kind")
     if kind not in TOPOLOGIES:
         raise BundleError(f"{read.path}: kind {shown(kind)} is not one of {', '.join(TOPOLOGIES)}")
@@ -266,14 +268,14 @@ def _topology(read: _Fields) -> Topology:
     return chosen(**{name: read.integer(name, least, _MOST_AHEAD) for name, least in chosen.least.items()})
 
 
-def _drafter(read: _Fields) -> DrafterGraph:
+def _drafter(read: Fields) -> DrafterGraph:
     vocabulary = tuple(read.integers("vocabulary", 0, _MOST_TOKENS, _MOST_TOKENS)) if read.has("vocabulary") else None
     top_k, conditioned = read.integer("top_k_outputs", 1, _MOST_TOKENS), read.flag("conditioned", False)
     layers, heads = read.integer("kv_layers", 1, _MOST_LAYERS), read.integer("kv_heads", 1, _MOST_KV_HEADS)
     return DrafterGraph(_graph(read, "drafter.onnx"), layers, heads, top_k, conditioned, vocabulary)
 
 
-def _sampling(read: _Fields) -> dict[str, Any]:
+def _sampling(read: Fields) -> dict[str, Any]:
     values: dict[str, Any] = read.get("sampling", dict, {})
     try:
         check_defaults(values)
@@ -282,11 +284,11 @@ def _sampling(read: _Fields) -> dict[str, Any]:
     return values
 
 
-def _pass_bytes(read: _Fields) -> PassBytes:
+def _pass_bytes(read: Fields) -> PassBytes:
     return PassBytes(read.integer("plain", 0, _MOST_FILE_BYTES), read.integer("heads", 0, _MOST_FILE_BYTES))
 
 
-def _quantization(read: _Fields) -> Quantization:
+def _quantization(read: Fields) -> Quantization:
     return Quantization(
         scheme=read.text("scheme", ""),
         parts={name: read.texts(name, names) for name, names in read.entries("parts").items()},
@@ -294,33 +296,34 @@ def _quantization(read: _Fields) -> Quantization:
         calibration=_calibration(read.object("calibration")) if read.has("calibration") else None,
         lossless=read.flag("lossless", True),
         degraded=read.flag("degraded", False),
-        versions=_versions(read),
+        versions=_texts(read, "versions"),
     )
 
 
-def _calibration(read: _Fields) -> dict[str, Any]:
+def _calibration(read: Fields) -> dict[str, Any]:
     return {"text": read.text("text", ""), "tokens": read.integer("tokens", 0, _MOST_FILE_BYTES)}
 
 
-def _source(read: _Fields) -> Source:
+def _source(read: Fields) -> Source:
     model, architecture, rotary = (read.text(name, "") for name in ("model", "architecture", "rotary"))
-    return Source(model, architecture, rotary, _versions(read))
+    return Source(model, architecture, rotary, _texts(read, "versions"), _texts(read, "drafters"))
 
 
-def _versions(read: _Fields) -> dict[str, str]:
-    entries = read.entries("versions")
-    read.texts("versions", list(entries.values()))
+def _texts(read: Fields, name: str) -> dict[str, str]:
+    """Return an object of texts."""
+    entries = read.entries(name)
+    read.texts(name, list(entries.values()))
     return entries
 
 
-def _files(outer: _Fields) -> dict[str, FileRecord]:
+def _files(outer: Fields) -> dict[str, FileRecord]:
     files = {}
     for name, entry in outer.entries("files", required=True).items():
         if wrong := wrong_name(name):
             raise BundleError(f"{outer.path} lists a file {wrong}: {shown(name)}")
         if not isinstance(entry, dict) or "bytes" not in entry:
             raise BundleError(f"{outer.path} does not give the size of {name}")
-        read = _Fields(outer.path, entry)
+        read = Fields(outer.path, entry)
         sha256 = read.text("sha256", "").lower()
         if sha256 and not re.fullmatch(r"[0-9a-f]{64}", sha256):
             raise BundleError(f"{outer.path}: field 'sha256' of {name} is not 64 hex digits")
@@ -377,67 +380,3 @@ def _check_drafter(path: Path, manifest: Manifest, drafter: DrafterGraph) -> Non
         raise BundleError(f"{path}: the draft vocabulary is not a set of tokens of the vocabulary")
     if drafter.top_k_outputs > (manifest.vocab_size if words is None else len(words)):
         raise BundleError(f"{path}: field 'top_k_outputs' of the drafter exceeds its vocabulary")
-
-
-class _Fields:
-    """Typed access to a JSON object whose every complaint names the file and the field."""
-
-    def __init__(self, path: Path, values: Mapping[str, Any]):
-        self.path, self._values = path, values
-
-    def has(self, name: str) -> bool:
-        return self._values.get(name) is not None
-
-    def get(self, name: str, kind: type, default: Any = None) -> Any:
-        value = self._values.get(name, default)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise BundleError(f"{self.path}: field {name!r} is missing or not a {kind.__name__}")
-        return value
-
-    def text(self, name: str, default: str | None = None) -> str:
-        value: str = self.get(name, str, default)
-        return self.texts(name, [value])[0]
-
-    def texts(self, name: str, values: Any) -> list[str]:
-        """Return a list of texts that stands in a field."""
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            raise BundleError(f"{self.path}: field {shown(name)} is not made of texts")
-        if len(values) > _MOST_ENTRIES or any(len(value) > _MOST_CHARACTERS for value in values):
-            raise BundleError(f"{self.path}: field {shown(name)} is too long")
-        if any(re.search("[\ud800-\udfff]", value) for value in values):
-            raise BundleError(f"{self.path}: field {shown(name)} is not valid UTF-8")
-        return values
-
-    def entries(self, name: str, *, required: bool = False) -> dict[str, Any]:
-        """Return an object whose names are the bundle's own."""
-        values: dict[str, Any] = self.get(name, dict, None if required else {})
-        self.texts(name, list(values))
-        return values
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self._values.get(name, default)
-        if not isinstance(value, bool):
-            raise BundleError(f"{self.path}: field {name!r} is not true or false")
-        return value
-
-    def integer(self, name: str, least: int, most: int) -> int:
-        return self._within(name, self.get(name, int), least, most)
-
-    def integers(self, name: str, least: int, most: int, entries: int = _MOST_ENTRIES) -> list[int]:
-        values: list[Any] = self.get(name, list, [])
-        if len(values) > entries or not all(type(value) is int for value in values):
-            raise BundleError(f"{self.path}: field {name!r} is not a short list of whole numbers")
-        return [self._within(name, value, least, most) for value in values]
-
-    def optional_integer(self, name: str, least: int, most: int) -> int | None:
-        return self.integer(name, least, most) if self.has(name) else None
-
-    def object(self, name: str) -> _Fields:
-        return _Fields(self.path, self.get(name, dict))
-
-    def _within(self, name: str, value: int, least: int, most: int) -> int:
-        if value < least:
-            raise BundleError(f"{self.path}: field {name!r} is {shown(value)}, less than {least}")
-        if value > most:
-            raise BundleError(f"{self.path}: field {name!r} is {shown(value)}, more than {most}")
-        return value

@@ -35,7 +35,7 @@ class Context:
 
     @property
     def seen(self) -> np.ndarray:
-        """Whether a token occurs, [V], as of now."""
+        """Whether each token of the vocabulary occurs in the text so far, [V]."""
         if self._marked < len(self.tokens):
             if self._shared:
                 self._seen, self._shared = self._seen.copy(), False
@@ -96,7 +96,7 @@ def penalize_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) ->
 
 
 def truncate(logits: np.ndarray, ids: np.ndarray, parameters: SamplingParameters) -> Candidates:
-    """Apply softmax at temperature T to the top-k of some logits, cut to the nucleus top-p and to min-p, renormalised.
+    """Apply softmax at temperature T to the top-k logits, cut the result to top-p and min-p, and renormalise it.
 
     Args:
         logits: [K], descending.
@@ -125,9 +125,9 @@ def truncate(logits: np.ndarray, ids: np.ndarray, parameters: SamplingParameters
 
 
 def truncate_row(logits: np.ndarray, parameters: SamplingParameters) -> Candidates:
-    """Return the same of a full row [V] whatever top_k says.
+    """Truncate a full row of logits [V] as `truncate` does, but without top_k.
 
-    It is not sorted: the candidates come in the order of ids.
+    The row is not sorted: the candidates come in the order of their ids.
 
     Raises:
         ParameterError: See `truncate`.
@@ -149,7 +149,7 @@ def truncate_row(logits: np.ndarray, parameters: SamplingParameters) -> Candidat
 
 
 def _check_finite(largest: np.floating) -> None:
-    """See that something can be chosen.
+    """Check that there is a token to choose.
 
     Raises:
         ParameterError: The largest logit is not finite.
@@ -168,7 +168,7 @@ def _weights(logits: np.ndarray, largest: np.floating, parameters: SamplingParam
 
 
 def _nucleus(weights: np.ndarray, logits: np.ndarray, mass: float) -> np.ndarray:
-    """Places, ascending, of the largest weights that come before `mass` is reached; of equal logits the first.
+    """Return the places, ascending, of the largest weights until their sum reaches `mass`; of equal logits the first.
 
     Weights are put into narrow bins, by the upper bits of their float64, and only the bin in which the mass is reached
     is sorted.
@@ -236,7 +236,7 @@ class Target:
         self._top_k = 1 if parameters.greedy else parameters.top_k
 
     def distribution(self, step: Step, context: Context, row: int = -1) -> Candidates:
-        """Return what the token behind `context` is drawn from; greedily all of it is on one token.
+        """Return the distribution of the token behind `context`; of greedy decoding, all of it is on one token.
 
         Args:
             step: The pass.
@@ -258,7 +258,7 @@ class Target:
         return truncate(logits, ids, self._parameters)
 
     def sample(self, step: Step, context: Context, uniform: float, row: int = -1) -> int:
-        """Draw the token; arguments of `distribution`, and the only randomness, in [0, 1)."""
+        """Draw the token; arguments as of `distribution`, and the uniform number in [0, 1) that decides the draw."""
         candidates = self.distribution(step, context, row)
         return int(candidates.ids[draw(candidates.probabilities, uniform)])
 

@@ -212,11 +212,12 @@ class Session:
         return Step(values, look, head_rows=count, behind=further, what=what)
 
     def _want(self, head_rows: Sequence[int], seen_from: int) -> None:
-        """Bind what heads inside the base's graph are given.
+        """Bind the inputs of heads that are inside the base's graph.
 
         Args:
             head_rows: Rows of them, counted from the end, where they see states of earlier passes in front.
-            seen_from: Where the states begin that they are given besides the pass's own, as they have not seen them.
+            seen_from: Where the states of earlier passes end that the heads are given as well; those begin with the
+                first one that the heads have not seen.
         """
         wanted = np.array(head_rows, np.int64)
         self._bound.input(HEAD_ROWS, wanted, (len(wanted),))
@@ -227,7 +228,7 @@ class Session:
             self._bound.input(SKIPPED, owed, (1, *owed.shape))
 
     def bind(self, names: Sequence[str]) -> Binding:
-        """Return the base's graph once more, with buffers that are bound by whoever asks.
+        """Return a second binding of the base's graph, whose buffers the caller binds.
 
         Args:
             names: Of the outputs that are fetched.
@@ -235,7 +236,7 @@ class Session:
         return Binding(self._session, names, self._device)
 
     def close(self) -> None:
-        """Free graph and cache; passes that were taken keep what they say."""
+        """Free graph and cache; the steps that were returned keep their values."""
         if self.turns.closed:
             return
         self.turns.close()
@@ -254,9 +255,9 @@ class Session:
         return import_onnxruntime().OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, self._device, 0)
 
     def _make_room(self) -> None:
-        """Make room for what a pass is given, for as many positions as the cache.
+        """Make the inputs of a pass as long as the cache is now.
 
-        A context may be long, and most texts are short.
+        They grow with it, as a context may be long while most texts are short.
         """
         self._ones = np.ones(self.cache.capacity, np.int64)
         self._ids = np.empty(self.cache.capacity, np.int64)
@@ -301,7 +302,7 @@ class Session:
         return inputs, outputs
 
     def _check_heads(self) -> None:
-        """Run one pass: how many heads there are is in no shape of the graph, and with others its text would be wrong.
+        """Run one pass to count the heads, as no shape of the graph says how many there are.
 
         Raises:
             BundleError: They are not as many as the manifest says, or the graph does not run.

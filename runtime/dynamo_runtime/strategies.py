@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from .device.plan import Planner
 from .drafting import NOTHING, Ask, Drafter, Passed, Proposer
 from .dynamo import check_dynamo, choose_first, emitted_length, sample_ngram
 from .errors import ParameterError
-from .parameters import DRAFTS_ONLY, DYNAMO_ONLY, PAPER, TARGET, SamplingParameters
+from .parameters import DRAFTS_ONLY, DYNAMO_ONLY, TARGET, SamplingParameters
 from .registry import make_sources
 from .repeats import Occurrences
 from .sampling import (
@@ -32,7 +32,7 @@ from .step import Step
 from .verification import Draft, verify
 
 TARGET_SPEEDUP = "target_speedup"
-"""What may be given instead of a back-off threshold."""
+"""Name of the option that may be given in place of a back-off threshold: see `Engine.stream`."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Strategy(Protocol):
 
     @property
     def ask(self) -> Ask:
-        """See above."""
+        """What the first pass is to be fed and to compute besides."""
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
         """Judge the drafts by this pass and go on from the last accepted one.
@@ -105,7 +105,7 @@ class Speculative:
     name = "speculative"
     reads: ClassVar[Collection[str]] = TARGET | DRAFTS_ONLY
     all_drafters: ClassVar[bool] = False
-    """Whether it takes the text and the bundle's own drafter where it is told none."""
+    """Whether it drafts from both the text and the bundle's own drafter where no drafter is named."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class Speculative:
 
     @property
     def ask(self) -> Ask:
-        """What the drafter wants."""
+        """What the drafter wants of the next pass."""
         return NOTHING if self._sources.drafter is None else self._sources.drafter.ask
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
@@ -147,7 +147,7 @@ class Speculative:
         return Turn(passed.final[-1:], passed.accepted, following, self.ask)
 
     def _judge(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Passed:
-        """Return drafts that stand become final, and the token that the target puts behind them."""
+        """Return the pass with what it makes final: the drafts that stand, and the target's token behind them."""
         accepted, token = self._verify(step, context, drafts, rng)
         return Passed(step, context, [*(draft.token for draft in drafts[:accepted]), token], len(drafts))
 
@@ -171,7 +171,10 @@ class Speculative:
 
 
 class Auto(Speculative):
-    """`speculative` with as many drafts as are expected to pay on this device and in this text, none if none does."""
+    """`speculative` with as many drafts as are expected to pay on this device and in this text.
+
+    Where no draft is expected to pay, it drafts nothing.
+    """
 
     name = "auto"
     all_drafters = True
@@ -210,13 +213,14 @@ class Auto(Speculative):
 
     @property
     def ask(self) -> Ask:
-        """What the drafter wants, if the next pass is to yield drafts."""
+        """What the drafter wants of the next pass if that pass is to yield drafts; else nothing."""
         return super().ask if self._planner is not None and self._planner.drafting else NOTHING
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
-        """Verify what drafts there are, draft on if the pass is to yield drafts, and plan the next.
+        """Verify the drafts there are, draft on if this pass is to yield drafts, and plan the next pass.
 
-        A drafter's graph of its own is run here and nowhere else, so only if the plan wants drafts.
+        If the drafter has a graph of its own, that graph is run here and nowhere else; so it is run only if the plan
+        wants drafts.
         """
         planner = self._planner
         passed = self._judge(step, context, drafts, rng)
@@ -240,7 +244,7 @@ class Auto(Speculative):
         return Turn(token, accepted, following, self.ask)
 
     def _repeated(self, passed: Passed, drafts: Sequence[Draft]) -> Chain:
-        """Return drafts of what the text repeats, if those alone are fed."""
+        """Return the drafts to feed if the next pass is fed nothing but what the text repeats."""
         lookup, copying = self._lookup, self.copying
         if lookup is None or copying is None:
             return NO_CHAIN
@@ -278,7 +282,7 @@ class Dynamo:
 
     @staticmethod
     def fits(bundle: Bundle) -> bool:
-        """Tell whether a bundle has heads whose joint Alg. 1 is about."""
+        """Tell whether a bundle has several heads, whose joint distribution Alg. 1 samples from."""
         return bundle.topology.n_heads > 1
 
     def advance(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Turn:
@@ -293,9 +297,9 @@ class Dynamo:
         return Turn(ngram.tokens, ask=self.ask, proposed=len(heads) - 1)
 
     def length(self, step: Step, context: Context, row: int, following: int) -> int:
-        """Return how many tokens Alg. 1 emits between `context` and a `following` text.
+        """Return how many tokens Alg. 1 emits behind `context` where the text goes on with the token `following`.
 
-        The context ends with one row of a pass.
+        `row` is the row of the pass that the context ends with.
         """
         first = self._first(step, context, row)
         token = following if self._parameters.first_token == "base" else int(first.ids[0])
@@ -326,140 +330,6 @@ class Dynamo:
             token = int(found.ids[0])
 
     def _truncated(self, context: Context, logits: np.ndarray) -> Candidates:
-        """Return the same of a full row."""
+        """Process, sort and truncate a full row of logits [V]."""
         processed = apply_processors(self._processors, context.tokens, logits)
         return truncate(*sort_logits(processed, self._parameters.top_k), self._parameters)
-
-
-STRATEGIES: dict[str, type[Autoregressive] | type[Dynamo] | type[Speculative]] = {
-    strategy.name: strategy for strategy in (Auto, Autoregressive, Dynamo, Speculative)
-}
-
-
-def parameters_for(
-    name: str, bundle: Bundle, given: Mapping[str, Any] | None = None, parameters: SamplingParameters | None = None
-) -> SamplingParameters:
-    """Return the parameters that a strategy runs with on a bundle.
-
-    What the caller does not name is the bundle's, or of `parameters` in place of that. `dynamo` is the paper's
-    algorithm and has the paper's: of bundle and `parameters` it takes only what a caller named.
-
-    Args:
-        name: Of the strategy.
-        bundle: What it is to run on.
-        given: What the caller named.
-        parameters: In place of the bundle's defaults.
-
-    Raises:
-        ParameterError: There is no such strategy, a name is unknown, or a value is out of range.
-    """
-    if _named(name) is not Dynamo:
-        return bundle.parameters(given, parameters)
-    named = {} if parameters is None else {each: getattr(parameters, each) for each in parameters.named}
-    named |= {each: value for each, value in (given or {}).items() if value is not None}
-    return bundle.parameters(named, PAPER)
-
-
-def make_strategy(
-    name: str,
-    bundle: Bundle,
-    parameters: SamplingParameters,
-    processors: Sequence[LogitsProcessor] = (),
-    *,
-    drafter: str | Drafter | None = None,
-    knowledge: Knowledge | None = None,
-    corpus: Occurrences | None = None,
-) -> Strategy:
-    """Return a strategy by name.
-
-    Args:
-        name: One of `STRATEGIES`. "auto" is "autoregressive" where nothing can be drafted without changing the text: on
-            bundles that say so, and on devices where the width test failed.
-        bundle: What it runs on.
-        parameters: Of all strategies.
-        processors: Of the logits.
-        drafter: For "auto" and "speculative": see `Speculative`.
-        knowledge: Of the device, for "auto".
-        corpus: Earlier texts, for the drafters "lookup" and "both".
-
-    Raises:
-        ParameterError: There is none of that name, or it does not fit the bundle or the parameters.
-    """
-    strategy = _running(name, bundle, knowledge)
-    if issubclass(strategy, Auto):
-        return strategy(bundle, parameters, processors, drafter, knowledge, corpus)
-    if issubclass(strategy, Speculative):
-        return strategy(bundle, parameters, processors, drafter, corpus)
-    if drafter is not None:
-        raise ParameterError(f"strategy {name} drafts nothing on this bundle: it takes no drafter")
-    return strategy(bundle, parameters, processors)
-
-
-def is_lossless(bundle: Bundle, knowledge: Knowledge | None) -> bool:
-    """Tell whether verified text is that of plain decoding, by the bundle and as far as the device was tested."""
-    return bundle.lossless and (knowledge is None or knowledge.widths_hold)
-
-
-def _running(
-    name: str, bundle: Bundle, knowledge: Knowledge | None
-) -> type[Autoregressive] | type[Dynamo] | type[Speculative]:
-    """Return the strategy of that name; of "auto" what it comes down to on a bundle and device."""
-    strategy = _named(name)
-    if issubclass(strategy, Auto) and not is_lossless(bundle, knowledge):
-        return Autoregressive
-    return strategy
-
-
-def refusal(
-    name: str, bundle: Bundle, given: Mapping[str, Any] | None = None, drafter: str | Drafter | None = None
-) -> str | None:
-    """Say why a strategy cannot run on a bundle; None if it can.
-
-    Args:
-        name: Of the strategy.
-        bundle: What is to run.
-        given: Sampling parameters that the caller names.
-        drafter: See `make_strategy`.
-    """
-    try:
-        make_strategy(name, bundle, parameters_for(name, bundle, given), drafter=drafter)
-    except ParameterError as error:
-        return str(error)
-    return None
-
-
-def check_reads(name: str, named: Collection[str], bundle: Bundle, knowledge: Knowledge | None = None) -> None:
-    """See that a strategy reads what the caller named: what it does not read would silently do nothing.
-
-    Args:
-        name: Of the strategy.
-        named: Names of parameters.
-        bundle: What it is to run on.
-        knowledge: Of the device.
-
-    Raises:
-        ParameterError: There is no such strategy, or it does not read one of them.
-    """
-    running = _running(name, bundle, knowledge)
-    for unread in sorted(set(named) - set(running.reads)):
-        readers = [each.name for each in STRATEGIES.values() if unread in each.reads]
-        if name in readers:
-            raise ParameterError(f"strategy {name} cannot draft on this bundle, so {unread} would do nothing")
-        if readers:  # else nobody knows it, which is told elsewhere
-            raise ParameterError(f"strategy {name} does not read {unread}: it is for {' and '.join(readers)}")
-
-
-def read_by(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a strategy reads of some parameters: for one side of a comparison.
-
-    Args:
-        name: Of the strategy.
-        given: Parameters by name, perhaps of several strategies.
-    """
-    return {parameter: value for parameter, value in given.items() if parameter in _named(name).reads}
-
-
-def _named(name: str) -> type[Autoregressive] | type[Dynamo] | type[Speculative]:
-    if name not in STRATEGIES:
-        raise ParameterError(f"unknown strategy {name!r}: choose {' or '.join(STRATEGIES)}")
-    return STRATEGIES[name]

@@ -1,7 +1,9 @@
-"""From tokens to streamed text: whole characters only, and nothing behind a stop string."""
+"""A prompt as it is given, and from tokens to streamed text: whole characters, and nothing behind a stop string."""
 
-from collections.abc import Collection, Iterator, Sequence
+import operator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from .errors import PromptError
@@ -31,6 +33,29 @@ def as_text(given: str, what: str) -> str:
     except UnicodeEncodeError:
         raise PromptError(f"{what} is not valid UTF-8") from None
     return given.removeprefix(_BYTE_ORDER_MARK)
+
+
+def token_ids(prompt: Sequence[int]) -> list[int]:
+    """Return tokens given as whole numbers of any kind.
+
+    Raises:
+        PromptError: They are something else.
+    """
+    if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
+        raise PromptError(f"a prompt is text or token ids, not a {type(prompt).__name__}")
+    tokens = []
+    for token in prompt:
+        if isinstance(token, str):
+            raise PromptError("a prompt is one text, not a list of them: give one after the other")
+        if isinstance(token, Mapping):
+            raise PromptError("a prompt is text or token ids: messages are for Engine.chat")
+        try:
+            tokens.append(operator.index(token))
+        except TypeError:
+            raise PromptError(f"token ids are whole numbers, not {token!r}") from None
+        if isinstance(token, bool | np.bool_):
+            raise PromptError(f"token ids are whole numbers, not {token!r}")
+    return tokens
 
 
 class Detokenizer:

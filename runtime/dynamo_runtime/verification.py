@@ -28,18 +28,20 @@ class Draft:
 def verify(
     drafts: Sequence[Draft], target: Callable[[int], Candidates], uniform: Callable[[], float]
 ) -> tuple[int, int]:
-    """Return how many drafts stand, and the token that follows them; together distributed as the target says.
+    """Return how many drafts stand, and the token that follows them.
+
+    The tokens that stand and the one that follows are together distributed as the target says.
 
     A draft d is accepted with min(1, p(d) / q(d)); the first rejected one is replaced by a draw from
-    norm(max(0, p - q)), and if all stand one more token is drawn from p. A certain draft (q(d) = 1) stands with p(d)
-    and otherwise leaves p without d: that is a plain draw from p, and the draft stands if it is what was drawn. So
-    certain drafts take one uniform number a token, just as plain decoding does, and give the same text from
-    the same seed.
+    norm(max(0, p - q)), and if all stand one more token is drawn from p. A certain draft (q(d) = 1) stands with
+    probability p(d); if it does not, the token is drawn from p without d. Both come to one plain draw from p: the
+    draft stands if it is the token that was drawn. So certain drafts take one uniform number a token, just as plain
+    decoding does, and give the same text from the same seed.
 
     Args:
         drafts: In order.
-        target: I -> p of the token behind the first i drafts.
-        uniform: Gives numbers in [0, 1).
+        target: Function of i that returns p of the token behind the first i drafts.
+        uniform: Function that draws a number from [0, 1).
 
     Returns:
         Number of drafts accepted, and the next token.
@@ -64,7 +66,7 @@ def probability(candidates: Candidates, token: int) -> float:
 
 
 def residual(p: Candidates, q: Candidates) -> np.ndarray:
-    """max(0, p - q) over p's candidates [k], not normalised; p itself where rounding left nothing of it."""
+    """Return max(0, p - q) over the candidates of p [k], not normalised; p itself where rounding leaves nothing."""
     order = np.argsort(q.ids)
     place = np.minimum(np.searchsorted(q.ids, p.ids, sorter=order), len(order) - 1)
     found = order[place]

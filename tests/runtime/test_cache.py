@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,3 +75,83 @@ def test_no_bundle_of_that_name(cache: Path, capsys: pytest.CaptureFixture[str])
             load_bundle(path)
     assert main(["-m", "tiny", "-p", "def"]) == 1
     assert capsys.readouterr().err.startswith("dynamo-run: error: tiny does not exist, and the cache has no bundle")
+
+
+# --- drafters that ship for a name ------------------------------------------------------------------------------------
+
+NONE_SHIPPED = "was exported when no drafter shipped for this model; `dynamo-export -m tiny --quantize int8` makes it"
+ANOTHER = "has another drafter than the one that ships now; `dynamo-export -m tiny` makes it anew"
+
+
+@pytest.fixture
+def ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of what ships for "tiny" in an installation of `dynamo_model` that cannot be imported: empty."""
+    folder = tmp_path / "site-packages/dynamo_model/tiny"
+    folder.mkdir(parents=True)
+    installed = SimpleNamespace(origin=str(folder.with_name("__init__.py")))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed if name == "dynamo_model" else None)
+    return folder
+
+
+def made_from(bundle: Path, drafters: dict[str, str], precision: str) -> None:
+    """Keep a bundle whose manifest says which drafters its checkpoint had."""
+    folder = keep(bundle, precision, 1_000)
+    content = json.loads((folder / "dynamo_config.json").read_text())
+    content |= {"precision": precision, "source": {"drafters": drafters}}
+    (folder / "dynamo_config.json").write_text(json.dumps(content))
+
+
+OLD, NEW = ({"heads.safetensors": hashlib.sha256(weights).hexdigest()} for weights in (b"old heads", b"new heads"))
+
+
+@pytest.mark.parametrize(
+    ("drafted", "recorded", "precision", "told"),
+    [
+        (False, {}, "int8", NONE_SHIPPED),  # or by an earlier version, which is the same
+        (False, OLD, "int8", ""),  # with --heads 0
+        (True, OLD, "fp32", ANOTHER),
+        (True, {**NEW, "cp.safetensors": "ab" * 32}, "fp32", ANOTHER),
+        (True, NEW, "fp32", ""),
+        (True, {}, "fp32", ""),  # by an earlier version: nobody knows
+    ],
+)
+def test_a_name_whose_drafter_is_another_now(
+    drafted: bool,
+    recorded: dict[str, str],
+    precision: str,
+    told: str,
+    cache: Path,
+    ships: Path,
+    plain: Path,
+    multi: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One line as it is loaded by name, and none where it is loaded by its path or nothing ships."""
+    made_from(multi if drafted else plain, recorded, precision)
+    (ships / "README.md").write_text("a card alone")
+    load_bundle("tiny")
+    assert not caplog.messages
+    (ships / "heads.safetensors").write_bytes(b"new heads")
+    load_bundle(kept_bundle("tiny", precision))
+    assert not caplog.messages
+    load_bundle("tiny")
+    assert len(caplog.messages) == bool(told)
+    assert all(told in message and message.startswith("tiny: its bundle in the cache ") for message in caplog.messages)
+
+
+def test_the_command_says_it_once(cache: Path, ships: Path, multi: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And goes on."""
+    made_from(multi, OLD, "fp32")
+    (ships / "heads.safetensors").write_bytes(b"new heads")
+    assert main(["-m", "tiny", "-p", "def", "--max-new-tokens", "4", "--threads", "1"]) == 0
+    assert sum(ANOTHER in message for message in caplog.messages) == 1
+
+
+def test_without_the_package_that_drafters_ship_in(
+    cache: Path, multi: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a device: nothing is known, and nothing is said."""
+    made_from(multi, OLD, "fp32")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    load_bundle("tiny")
+    assert not caplog.messages

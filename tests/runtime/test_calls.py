@@ -16,7 +16,7 @@ from dynamo_runtime import Ask, Autoregressive, Backend, Engine, ParameterError,
 from dynamo_runtime.engine import StreamOptions
 from dynamo_runtime.parameters import SamplingOptions
 from dynamo_runtime.providers import BackendOptions
-from dynamo_runtime.strategies import parameters_for
+from dynamo_runtime.selection import parameters_for
 
 PROMPT = "def fib(n):\n    if n < 2:\n        return n\n"
 

@@ -16,8 +16,8 @@ from dynamo_runtime.dynamo import check_dynamo, sample_ngram, surviving_joint, w
 from dynamo_runtime.errors import ParameterError
 from dynamo_runtime.parameters import SamplingParameters
 from dynamo_runtime.sampling import Context, sort_logits, truncate
+from dynamo_runtime.selection import make_strategy
 from dynamo_runtime.session import Session
-from dynamo_runtime.strategies import make_strategy
 
 VOCAB = 40
 

@@ -47,7 +47,7 @@ def full(kind: str, *, old: bool = False) -> Manifest:
         quantization=Quantization(
             "int8", {"stem": ["int8, blocks of 64"]}, "int8", {"text": "ours", "tokens": 9}, False, True, {"onnx": "1"}
         ),
-        source=Source("model", "GPTNeoXForCausalLM", "inside", {"torch": "2"}),
+        source=Source("model", "GPTNeoXForCausalLM", "inside", {"torch": "2"}, {"heads.safetensors": "cd" * 32}),
         files={"m.onnx": FileRecord(9, "ab" * 32)},
     )
 
@@ -159,6 +159,7 @@ UNBELIEVABLE: dict[str, tuple[dict[str, Any], str]] = {
     "sha256 a number": ({"files": {"m.onnx": {"bytes": 9, "sha256": 7}}}, "field 'sha256' is missing or not a str"),
     "parts of numbers": ({"quantization": {"parts": {"stem": [1]}}}, "field 'stem' is not made of texts"),
     "parts, a text": ({"quantization": {"parts": "int8"}}, "field 'parts' is missing or not a dict"),
+    "drafters of numbers": ({"source": {"drafters": {"heads": 2}}}, "field 'drafters' is not made of texts"),
     "versions of numbers": ({"source": {"versions": {"torch": 2}}}, "field 'versions' is not made of texts"),
     "calibration of numbers": ({"quantization": {"calibration": {"text": 1}}}, "field 'text' is missing"),
     "drafter, a list": ({"drafter": []}, "field 'drafter' is missing or not a dict"),

@@ -19,9 +19,10 @@ from dynamo_runtime.engine import Engine
 from dynamo_runtime.errors import ParameterError
 from dynamo_runtime.parameters import SamplingParameters
 from dynamo_runtime.sampling import Candidates, Context
+from dynamo_runtime.selection import make_strategy
 from dynamo_runtime.session import Session
 from dynamo_runtime.step import ALL, Step
-from dynamo_runtime.strategies import Autoregressive, Speculative, make_strategy
+from dynamo_runtime.strategies import Autoregressive, Speculative
 from dynamo_runtime.verification import Draft
 
 N_TOKENS, RANK, VOCAB = 4, 3, 12

@@ -29,7 +29,7 @@ from dynamo_train.parallel import ModifiedCLM
 from dynamo_train.recipe import Recipe
 from dynamo_train.spread import PLAIN, Memory, processes
 from dynamo_train.states import cache_states
-from dynamo_train.stream import Order, TextStream, stream_text
+from dynamo_train.stream import HeldOut, Order, Share, TextStream, stream_text
 from dynamo_train.tokens import CorpusRecord, TokenStreams
 
 VOCAB = 40
@@ -90,7 +90,9 @@ def streamed(work: Path) -> TokenStreams:
     tokenizer.pre_tokenizer = WhitespaceSplit()
     every = state.num_processes == 1
     numbers = range(PROCESSES) if every else [state.process_index]
-    found = [stream_text(str(folder), tokenizer, 0, 20.0, 100, i, PROCESSES, Order(5, 1)) for i in numbers]
+    found = [
+        stream_text(str(folder), tokenizer, 0, HeldOut(20.0, 100), Share(i, PROCESSES), Order(5, 1)) for i in numbers
+    ]
     parts: Any = [each.text for each in found]
     return replace(found[0], text=Together(parts) if every else parts[0])
 

@@ -19,7 +19,7 @@ from dynamo_runtime.corpus import Document, is_held_out
 from dynamo_train import TrainingError, loop
 from dynamo_train.parallel import ModifiedCLM
 from dynamo_train.recipe import Recipe
-from dynamo_train.stream import STORED, Order, StreamRecord, stream_text
+from dynamo_train.stream import STORED, HeldOut, Order, Share, StreamRecord, stream_text
 from dynamo_train.tokens import TokenStreams
 from dynamo_train.train import main
 
@@ -44,7 +44,7 @@ def write(folder: Path, kind: str, shards: int = 4) -> str:
 def open_text(
     source: str, process: int = 0, processes: int = 1, held_out: int = 50, order: Order = STORED
 ) -> TokenStreams:
-    return stream_text(source, train_tokenizer(), 0, PERCENT, held_out, process, processes, order)
+    return stream_text(source, train_tokenizer(), 0, HeldOut(PERCENT, held_out), Share(process, processes), order)
 
 
 def packed(texts: list[str]) -> list[int]:

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -243,6 +243,17 @@ def base_embeddings(base: Any) -> set[nn.Parameter]:
     return {base.get_input_embeddings().weight, base.get_output_embeddings().weight}
 
 
+class _Embedding(NamedTuple):
+    """Rows of an output embedding [words, hidden], and their bias [words]."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def of(self, words: Tensor) -> _Embedding:
+        """Return those of some words."""
+        return _Embedding(self.weight[words], None if self.bias is None else self.bias[words])
+
+
 def label_nll(
     base: PreTrainedModel,
     states: Tensor,
@@ -269,39 +280,38 @@ def label_nll(
     """
     head: Any = base.get_output_embeddings()
     output = Output.of(base)
-    weight = scale_gradient(head.weight, gradient_scale)
     bias = None if head.bias is None else scale_gradient(head.bias, gradient_scale)
+    embedding = _Embedding(scale_gradient(head.weight, gradient_scale), bias)
     rows, flat = states.flatten(0, -2), labels.flatten()
     if words is None:
-        nll = _row_nll(output, rows, weight, bias, flat, reduction)
+        nll = _row_nll(output, rows, embedding, flat, reduction)
     else:
-        nll = _nll_among(words, output, rows, weight, bias, flat, reduction)
+        nll = _nll_among(words, output, rows, embedding, flat, reduction)
     return nll if reduction == "mean" else nll.view(labels.shape)
 
 
 def _nll_among(
-    words: Tensor, output: Output, rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, reduction: str
+    words: Tensor, output: Output, rows: Tensor, embedding: _Embedding, labels: Tensor, reduction: str
 ) -> Tensor:
     """-log p of every label [rows] among some words, infinite if it is none of them, or the mean of the others."""
-    places = labels.new_full((len(weight),), -1)
+    places = labels.new_full((len(embedding.weight),), -1)
     places[words] = torch.arange(len(words), device=words.device)
     places = places[labels]
     known = places >= 0
-    rows, weight, bias = rows[known], weight[words], None if bias is None else bias[words]
+    rows = rows[known]
     if known.any():
-        nll = _row_nll(output, rows, weight, bias, places[known], reduction)
+        nll = _row_nll(output, rows, embedding.of(words), places[known], reduction)
     else:  # no label, no mean: 0, which has a gradient
         nll = rows.sum() if reduction == "mean" else rows.sum(-1)
     return nll if reduction == "mean" else nll.new_full(labels.shape, math.inf).masked_scatter(known, nll)
 
 
-def _row_nll(
-    output: Output, rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, reduction: str
-) -> Tensor:
+def _row_nll(output: Output, rows: Tensor, embedding: _Embedding, labels: Tensor, reduction: str) -> Tensor:
     """-log p of every label [rows], or their mean."""
     if output.softcap:
-        nll = _capped_nll(output, rows, weight, bias, labels)
+        nll = _capped_nll(output, rows, embedding, labels)
         return nll.mean() if reduction == "mean" else nll
+    weight, bias = embedding
     if output.scale != 1.0:  # s (h W + b) = (s h) W + s b
         rows, bias = rows * output.scale, None if bias is None else bias * output.scale
     return F.linear_cross_entropy(
@@ -309,12 +319,13 @@ def _row_nll(
     )
 
 
-def _capped_nll(output: Output, rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+def _capped_nll(output: Output, rows: Tensor, embedding: _Embedding, labels: Tensor) -> Tensor:
     """-log p of every label [rows] of soft-capped logits, which a backward pass computes once more."""
 
     def nll(some: Tensor, weight: Tensor, bias: Tensor | None, theirs: Tensor) -> Tensor:
         return F.cross_entropy(output(some, weight, bias).float(), theirs, reduction="none")
 
+    weight, bias = embedding
     size = max(1, CAPPED_LOGITS // len(weight))
     pairs = zip(rows.split(size), labels.split(size), strict=True)
     return torch.cat([checkpoint(nll, some, weight, bias, theirs, use_reentrant=False) for some, theirs in pairs])

@@ -36,7 +36,7 @@ from .loop import TrainingOutcome, train
 from .objective import NextTokenCLM, Objective
 from .recipe import Recipe
 from .spread import PLAIN, Memory, processes
-from .stream import Order, stream_text
+from .stream import HeldOut, Order, Share, stream_text
 from .tokens import END_OF_TEXT, TokenStreams, sha256_of, tokenize_corpus, train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -260,9 +260,10 @@ def _streams_of(checkpoint: Checkpoint, job: Job, recipe: Recipe | None = None) 
     tokenizer = _ending_tokenizer(checkpoint)
     state, backend, end_id = processes(), tokenizer.backend_tokenizer, tokenizer.eos_token_id
     if job.stream and recipe is not None:
-        text = job.source, backend, end_id, job.held_out_percent, recipe.validation_tokens
+        held_out = HeldOut(job.held_out_percent, recipe.validation_tokens)
+        share = Share(state.process_index, state.num_processes)
         order = Order(job.shuffled, recipe.seed)
-        return stream_text(*text, state.process_index, state.num_processes, order), tokenizer
+        return stream_text(job.source, backend, end_id, held_out, share, order), tokenizer
     with state.main_process_first():
         return tokenize_corpus(job.source, backend, end_id, job.held_out_percent, job.work / "tokens"), tokenizer
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,25 @@ class Order:
 
 STORED = Order()
 """As it is stored, in every epoch."""
+
+
+class HeldOut(NamedTuple):
+    """What is never trained on.
+
+    Attributes:
+        percent: Share of the documents, by the hash of their text.
+        tokens: At most so many of them are read; 0 for all.
+    """
+
+    percent: float
+    tokens: int = 0
+
+
+class Share(NamedTuple):
+    """Which part of a text is one process' own: its number, and how many processes there are."""
+
+    process: int
+    processes: int
 
 
 @dataclass(frozen=True)
@@ -241,10 +260,8 @@ def stream_text(
     source: str,
     tokenizer: Tokenizer,
     end_id: int,
-    percent: float,
-    held_out_tokens: int,
-    process: int,
-    processes: int,
+    held_out: HeldOut,
+    share: Share,
     order: Order = STORED,
 ) -> TokenStreams:
     """Return what a process trains on, and the first held-out tokens, which are the same for all.
@@ -253,10 +270,8 @@ def stream_text(
         source: See `open_shards`.
         tokenizer: The model's.
         end_id: Id put behind every document.
-        percent: Share of the documents that is held out.
-        held_out_tokens: At most so many are read; 0 for all.
-        process: This one's number.
-        processes: How many there are.
+        held_out: What is held out of it.
+        share: Which part is this process' own.
         order: In which documents are trained on.
 
     Raises:
@@ -269,17 +284,17 @@ def stream_text(
 
     rows, sha256 = open_shards(source)
     found: Ids = []
-    for ids in _held_out(rows, encode_one, percent):
+    for ids in _held_out(rows, encode_one, held_out.percent):
         found += ids
-        if len(found) >= held_out_tokens > 0:
+        if len(found) >= held_out.tokens > 0:
             break
     if not found:
         raise TrainingError(f"nothing of '{source}' is held out: it needs more text, or another --held-out-percent")
-    held_out = np.array(found[: held_out_tokens or None], dtype=np.uint32)
-    record = StreamRecord(source, rows.num_shards, processes, len(held_out), percent, sha256, order.block)
-    mine = split_dataset_by_node(open_shards(source)[0], process, processes)
+    tokens = np.array(found[: held_out.tokens or None], dtype=np.uint32)
+    record = StreamRecord(source, rows.num_shards, share.processes, len(tokens), held_out.percent, sha256, order.block)
+    mine = split_dataset_by_node(open_shards(source)[0], share.process, share.processes)
     how = sha256_of_tokenizer(tokenizer, end_id)
-    return TokenStreams(held_out[:0], held_out, record, how, TextStream(mine, encode_one, percent, order))
+    return TokenStreams(tokens[:0], tokens, record, how, TextStream(mine, encode_one, held_out.percent, order))
 
 
 def _held_out(rows: IterableDataset, encode: Callable[[Document], Ids], percent: float) -> Iterator[Ids]:

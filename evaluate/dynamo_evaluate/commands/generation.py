@@ -19,7 +19,8 @@ from dynamo_runtime.cli.arguments import (
     given_sampling,
 )
 from dynamo_runtime.registry import can_draft
-from dynamo_runtime.strategies import STRATEGIES, Autoregressive, Dynamo, Speculative, read_by, refusal
+from dynamo_runtime.selection import STRATEGIES, read_by, refusal
+from dynamo_runtime.strategies import Autoregressive, Dynamo, Speculative
 
 from ..errors import EvaluationError
 from ..prompts import fingerprint, load_prompts

@@ -17,7 +17,8 @@ from ..engine import Engine
 from ..errors import DynamoError, PromptError
 from ..manifest import MANIFEST
 from ..registry import can_draft
-from ..strategies import Auto, Autoregressive, Speculative, parameters_for, read_by
+from ..selection import parameters_for, read_by
+from ..strategies import Auto, Autoregressive, Speculative
 from .arguments import (
     Parser,
     add_backend,

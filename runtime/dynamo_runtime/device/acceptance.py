@@ -9,7 +9,7 @@ from ..repeat_rates import Expected
 from .tuning import DEFAULT, Tuning
 
 AcceptanceCounts = Mapping[tuple[int, int], tuple[int, int]]
-"""(depth, bin of confidence) -> drafts seen, and those of them accepted."""
+"""By depth and bin of confidence: how many drafts were seen, and how many of those were accepted."""
 
 
 def bin_of(confidence: float, bins: int = DEFAULT.bins) -> int:
@@ -24,14 +24,14 @@ def middle_of(index: int, bins: int = DEFAULT.bins) -> float:
 
 @dataclass
 class Record:
-    """How often drafts of a kind were right, recent ones above all."""
+    """How often drafts of a kind were right; recent drafts weigh more than older ones."""
 
     tuning: Tuning = DEFAULT
     seen: float = 0.0
     accepted: float = 0.0
 
     def rate(self, prior: float) -> float:
-        """Return the expected acceptance, where `prior` is what would be expected without any."""
+        """Return the expected acceptance; `prior` is what would be expected if no draft had been seen."""
         weight = self.tuning.prior_weight
         return (prior * weight + self.accepted) / (weight + self.seen)
 
@@ -42,13 +42,13 @@ class Record:
 
 
 class _BinShares:
-    """How often drafts at one depth are of each bin of confidence: of all that were made, fed or not."""
+    """How often drafts at one depth fall into each bin of confidence, among all drafts that were made, fed or not."""
 
     def __init__(self, known: Sequence[float], tuning: Tuning):
         """Begin with what is known.
 
         Args:
-            known: Drafts of each bin; all bins are taken for as likely where none was seen.
+            known: How many drafts of each bin were seen; if none was, all bins are taken to be equally likely.
             tuning: How fast it is learnt and forgotten.
         """
         self._tuning = tuning
@@ -61,7 +61,7 @@ class _BinShares:
         self._weights = [weight * memory + (i == index) for i, weight in enumerate(self._weights)]
 
     def shares(self) -> list[float]:
-        """Of every bin."""
+        """Return the share of every bin."""
         whole = sum(self._weights)
         return [weight / whole for weight in self._weights]
 
@@ -69,9 +69,9 @@ class _BinShares:
 class Acceptances:
     """Expected acceptance of a draft, by depth and by the drafter's own confidence in it.
 
-    What a drafter says of itself is seldom calibrated; what became of its drafts in this text, and when the device was
-    profiled, tells by how much it is off. Drafts of one confidence inform each other across depths, so that a depth
-    which was never worth trying may become so.
+    A drafter's own confidence is seldom calibrated. How far it is off is learnt from what became of its drafts in this
+    text, and when the device was profiled. What is learnt of a confidence at one depth counts for the other depths too,
+    so that a depth which was never worth trying may become worth it.
 
     Attributes:
         depth: Most drafts a pass.

@@ -50,7 +50,7 @@ class Copying:
     """
 
     def __init__(self, costs: Costs, depth: int, source: str, tuning: Tuning = DEFAULT):
-        """Start with no account.
+        """Start with an empty account.
 
         Args:
             costs: Of the device.
@@ -72,12 +72,12 @@ class Copying:
 
     @property
     def may_try(self) -> bool:
-        """Whether a row may be fed."""
+        """Whether a pass may be fed one row more."""
         return self.affords(self._cost[1] - self._cost[0])
 
     @property
     def most(self) -> float:
-        """Milliseconds that may be lost by now."""
+        """Most milliseconds that rows may have lost so far."""
         return self._tuning.vain * max(self.time, self._tuning.vain_passes * self._cost[0])
 
     def affords(self, rows: float) -> bool:
@@ -85,7 +85,7 @@ class Copying:
         return self.lost + rows <= self.most
 
     def judged(self, drafts: Sequence[Draft], final: Sequence[int]) -> None:
-        """Settle a pass.
+        """Enter what a pass cost and gave into the account.
 
         Args:
             drafts: It was fed, of whatever source.
@@ -102,7 +102,7 @@ class Copying:
         self.lost = max(self.lost, -self._tuning.vain_savings * cost[0])
 
     def chain(self, repeats: Iterator[Repeat], past: int, least: float = 0.0) -> Chain:
-        """Return the drafts that pay: with the most tokens a millisecond.
+        """Return as many drafts as give the most tokens a millisecond; none if none pays.
 
         Args:
             repeats: What follows.

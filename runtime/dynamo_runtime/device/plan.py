@@ -21,9 +21,9 @@ from .tuning import DEFAULT, Tuning
 class Planner:
     """Decides, for one text, whether a pass is to yield drafts and how many of them the next is to be fed.
 
-    Heads inside the base's graph have to be asked for with the pass, so whether the next one is to yield drafts is
-    decided when one has been judged. Those with a graph of their own are run behind it, if at all; nothing is learnt
-    meanwhile that the decision would need.
+    Heads inside the base's graph have to be asked for with the pass, so whether the next pass is to yield drafts
+    is decided as soon as one has been judged. Heads with a graph of their own are run after the pass, if at all; for
+    them the decision is made at the same time, as nothing that it needs is learnt in between.
 
     Attributes:
         drafting: Whether the next pass is to yield drafts.
@@ -64,18 +64,19 @@ class Planner:
 
     @property
     def runs(self) -> bool:
-        """Whether drafts take a run behind the pass that may still be left out."""
+        """Whether making drafts takes a run of its own behind the pass, which may still be left out."""
         return self._making is not None
 
     @property
     def rate(self) -> float:
-        """Tokens a millisecond: of drafting as it went lately, or of plain decoding, whichever is more."""
+        """Tokens a millisecond: those of recent drafting or those of plain decoding, whichever are more."""
         return max(self._tokens / self._time, 1.0 / self._cost_off[0])
 
     def further(self, confidences: Sequence[float]) -> bool:
-        """Tell whether the draft behind those there are is worth making, where every draft takes a run.
+        """Tell whether one draft more is worth making where every draft takes a run of its own.
 
-        Called before the drafter is asked about that place, so by what such drafts usually turn out to be.
+        It is called before the drafter is asked about that place, so it judges by what such drafts usually turn out
+        to be.
 
         Args:
             confidences: Of the drafts there are, which are to be fed.
@@ -100,8 +101,8 @@ class Planner:
     def worth(self, confidences: Sequence[float]) -> bool:
         """Tell whether one more draft is worth its cost.
 
-        Called before the draft is drawn, so that which drafts are made does not depend on what they turn out to be:
-        verification relies on that.
+        It is called before the draft is drawn. So which drafts are made does not depend on what they turn out to be,
+        and verification relies on that.
 
         Args:
             confidences: Of the drafts there are, and then of the one in question.
@@ -120,7 +121,7 @@ class Planner:
         return False
 
     def wait(self, past: int) -> None:
-        """After a pass that was not to yield drafts, decide about the next.
+        """Decide whether the next pass is to yield drafts, after one that was not to.
 
         Args:
             past: Positions that it will find in the cache.

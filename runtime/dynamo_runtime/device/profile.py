@@ -42,7 +42,7 @@ _MOST_NUMBER = 1e18  # in it, where bytes are counted
 
 @dataclass(frozen=True)
 class Profile:
-    """All of it; times in milliseconds unless their names say otherwise.
+    """All that was measured; times are in milliseconds unless their names say otherwise.
 
     Attributes:
         created: Date and time, UTC, ISO 8601.
@@ -115,7 +115,7 @@ class Profile:
         return profile
 
     def _wrong(self) -> str:
-        """Return what planning cannot go by; empty if nothing is wrong."""
+        """Return what is wrong with the figures that planning uses; empty if nothing is."""
         if not any(not each.heads for each in self.passes) or min(each.time.p50 for each in self.passes) <= 0:
             return "it does not say what passes cost"
         if min(min(each.rows - 1, each.past) for each in self.passes) < 0:
@@ -139,7 +139,7 @@ class Profile:
 
 
 def _wrong_runs(drafter: DrafterRuns) -> str:
-    """Return what planning cannot go by in the costs of a drafter's graph; empty if nothing is wrong."""
+    """Return what is wrong with the costs of a drafter's graph; empty if nothing is."""
     if not drafter.layers or not drafter.drafts:
         return "drafter: it does not say what layers and drafts cost"
     times = [*(run.time for run in drafter.layers), *(run.time for run in drafter.drafts)]
@@ -153,7 +153,7 @@ def _wrong_runs(drafter: DrafterRuns) -> str:
 
 
 def _wrong_widths(widths: Widths) -> str:
-    """Return what cannot have been found by comparing widths; empty if nothing is wrong."""
+    """Return what is wrong with the figures of the width test; empty if nothing is."""
     if widths.rows < 2 or not 0 <= widths.changed <= widths.compared or not widths.compared:
         return "widths: rows, compared or changed is out of range"
     if min(widths.difference, widths.largest) < 0:
@@ -209,7 +209,7 @@ def cached_path(device_key: str, bundle: Bundle, threads: int | None) -> Path:
 
     Args:
         device_key: From `device.device_key`.
-        bundle: Told from others by its graph.
+        bundle: It is told from others by the checksum of its graph.
         threads: Within an operator; None is onnxruntime's choice.
     """
     graph = file_name(bundle.graph_sha256[:16] or bundle.folder.name)

@@ -19,9 +19,10 @@ from ..lookup import Lookup
 from ..parameters import SamplingParameters
 from ..registry import can_draft
 from ..sampling import Context
+from ..selection import refusal
 from ..session import Session
 from ..step import Step
-from ..strategies import Auto, Autoregressive, Dynamo, Speculative, Strategy, Turn, refusal
+from ..strategies import Auto, Autoregressive, Dynamo, Speculative, Strategy, Turn
 from ..verification import Draft
 
 PROMPTS = (
