@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,7 +118,7 @@ def run(work: Path, name: str, command: list[str]) -> None:
     if process.wait():
         sys.exit(f"{' '.join(called)} ends with status {process.returncode}")
     record = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"processors": {}}
-    record["processors"][name] = {"command": " ".join([Path(each).name for each in command]), "schemes": rows}
+    record["processors"][name] = {"command": without_paths(command), "schemes": rows}
     if not command:
         from machine import describe_machine
 
@@ -125,6 +126,12 @@ def run(work: Path, name: str, command: list[str]) -> None:
 
         record["machine"] = f"{describe_machine()}; onnxruntime {import_onnxruntime().__version__}"
     RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def without_paths(command: list[str]) -> str:
+    """Return the emulator and what it is told, without folders of this machine and what is before it (env, nice)."""
+    first = next((at for at, each in enumerate(command) if Path(each).name.startswith("qemu-")), 0)
+    return re.sub(r"[^ =]*/", "", " ".join(command[first:]))
 
 
 def verdict(row: dict[str, Any]) -> str:
