@@ -176,18 +176,19 @@ def tables(record: dict[str, Any]) -> str:
             rows = [record["processors"][name]["schemes"].get(scheme) for name in names]
             lines.append(f"| {scheme} | " + " | ".join(cell(scheme, row) if row else "" for row in rows) + " |")
         lines.append("")
-    commands = [f"{name}: `{each['command']}`" for name, each in record["processors"].items() if each["command"]]
-    return "\n".join([*lines, f"Not emulated: {record['machine']}. {'; '.join(commands)}.", ""])
+    commands = [f"- {name}: `{each['command']}`" for name, each in record["processors"].items() if each["command"]]
+    return "\n".join([*lines, f"{names[0]}: {record['machine']}. The others:", "", *commands, ""])
 
 
 def write_page() -> None:
     """Put the tables into the page, between their marks."""
+    from page import wrapped
+
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    PAGE.write_text(
-        before + BEGIN + "\n" + tables(json.loads(RESULTS.read_text())) + "\n" + END + after, encoding="utf-8"
-    )
+    made = wrapped(tables(json.loads(RESULTS.read_text())))
+    PAGE.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
 
 
 def main() -> None:
