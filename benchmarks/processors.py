@@ -8,6 +8,7 @@
     python benchmarks/processors.py table                  # writes the tables of docs/exactness.md
 
 The command behind `--` is an emulator with a Python that has numpy and onnxruntime; it is given this file to run.
+It takes long: what is found for a scheme is kept at once, and --schemes runs some, beside those that were run before.
 Passes over 2 … 8 tokens are compared with passes over one as `dynamo-profile` does it, behind two pasts, at one thread.
 As passes may agree and all be wrong, logits of passes over one token and over eight are held against those of the fp32
 bundle as this machine computes it: the root of the mean square of what they differ by, over the standard deviation of
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,8 +83,8 @@ def logits_of(bundle: Any, text: list[int], width: int) -> np.ndarray:
     return np.concatenate([session.step(part, rows=ALL, heads=NONE).logits() for part in parts])
 
 
-def test(work: Path) -> None:
-    """Run the width test on every bundle and print a line of JSON for each: what an emulator is told to do."""
+def test(work: Path, schemes: list[str]) -> None:
+    """Run the width test on bundles and print a line of JSON for each: what an emulator is told to do."""
     from dataclasses import asdict
 
     from dynamo_runtime.bundle import load_bundle
@@ -90,7 +92,7 @@ def test(work: Path) -> None:
     from dynamo_runtime.session import Session
 
     text, reference = json.loads((work / "text.json").read_text()), np.load(work / "reference.npy")
-    for name in (FULL, *SCHEMES):
+    for name in schemes:
         bundle = load_bundle(folder_of(work, name))
         widths = measure_widths(Session(bundle, provider="cpu", threads=1), text, PASTS, 0.0)
         found: dict[str, Any] = {"scheme": name, **asdict(widths), "exact": widths.exact, "holds": widths.holds}
@@ -104,27 +106,38 @@ def error(logits: np.ndarray, reference: np.ndarray) -> float:
     return float(np.sqrt(((logits - reference) ** 2).mean() / reference.var(axis=-1).mean()))
 
 
-def run(work: Path, name: str, command: list[str]) -> None:
-    """Have `test` run by a command, and keep what it finds under a name."""
+def run(work: Path, name: str, schemes: list[str], command: list[str]) -> None:
+    """Have `test` run by a command, and keep what it finds under a name, beside schemes that were run before."""
     called = [*(command or [sys.executable]), str(Path(__file__).resolve()), "test", str(work.resolve())]
-    process = subprocess.Popen(called, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*called, "--schemes", *schemes], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    rows = {}
     for line in process.stdout:
-        row = json.loads(line)
-        rows[row.pop("scheme")] = row
         print(line, end="", flush=True)
+        row = json.loads(line)
+        keep(name, command, row.pop("scheme"), row)
     if process.wait():
         sys.exit(f"{' '.join(called)} ends with status {process.returncode}")
+
+
+def keep(name: str, command: list[str], scheme: str, row: dict[str, Any]) -> None:
+    """Write what was found for one scheme into the results."""
     record = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"processors": {}}
-    record["processors"][name] = {"command": " ".join([Path(each).name for each in command]), "schemes": rows}
     if not command:
         from machine import describe_machine
 
         from dynamo_runtime.providers import import_onnxruntime
 
         record["machine"] = f"{describe_machine()}; onnxruntime {import_onnxruntime().__version__}"
+    processor = record["processors"].setdefault(name, {"schemes": {}})
+    processor["command"] = without_paths(command)
+    processor["schemes"][scheme] = row
     RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def without_paths(command: list[str]) -> str:
+    """Return the emulator and what it is told, without folders of this machine and what is before it (env, nice)."""
+    first = next((at for at, each in enumerate(command) if Path(each).name.startswith("qemu-")), 0)
+    return re.sub(r"[^ =]*/", "", " ".join(command[first:]))
 
 
 def verdict(row: dict[str, Any]) -> str:
@@ -160,21 +173,22 @@ def tables(record: dict[str, Any]) -> str:
     ):
         lines += [f"| {title} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
         for scheme in first:
-            rows = [record["processors"][name]["schemes"][scheme] for name in names]
-            lines.append(f"| {scheme} | " + " | ".join(cell(scheme, row) for row in rows) + " |")
+            rows = [record["processors"][name]["schemes"].get(scheme) for name in names]
+            lines.append(f"| {scheme} | " + " | ".join(cell(scheme, row) if row else "" for row in rows) + " |")
         lines.append("")
-    commands = [f"{name}: `{each['command']}`" for name, each in record["processors"].items() if each["command"]]
-    return "\n".join([*lines, f"Not emulated: {record['machine']}. {'; '.join(commands)}.", ""])
+    commands = [f"- {name}: `{each['command']}`" for name, each in record["processors"].items() if each["command"]]
+    return "\n".join([*lines, f"{names[0]}: {record['machine']}. The others:", "", *commands, ""])
 
 
 def write_page() -> None:
     """Put the tables into the page, between their marks."""
+    from page import wrapped
+
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    PAGE.write_text(
-        before + BEGIN + "\n" + tables(json.loads(RESULTS.read_text())) + "\n" + END + after, encoding="utf-8"
-    )
+    made = wrapped(tables(json.loads(RESULTS.read_text())))
+    PAGE.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -183,6 +197,7 @@ def main() -> None:
     parser.add_argument("task", choices=["make", "run", "test", "table"])
     parser.add_argument("folder", nargs="?", type=Path, help="of the bundles")
     parser.add_argument("name", nargs="?", help="of the processor")
+    parser.add_argument("--schemes", nargs="+", choices=[FULL, *SCHEMES], default=[FULL, *SCHEMES], help="(all)")
     place = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     arguments, command = parser.parse_args(sys.argv[1:place]), sys.argv[place + 1 :]
     folder, task = arguments.folder, arguments.task
@@ -191,11 +206,11 @@ def main() -> None:
     elif folder is None or (task == "run" and not arguments.name):
         parser.error(f"{task} needs the folder of the bundles{' and a name' * (task == 'run')}")
     elif task == "run":
-        run(folder, arguments.name, command)
+        run(folder, arguments.name, arguments.schemes, command)
     elif task == "make":
         make(folder)
     else:
-        test(folder)
+        test(folder, arguments.schemes)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs of training that one process and several do alike; `torchrun … -m support.spread_cases WORK` does them all."""
+"""Runs of training that one process and several do alike; `accelerate launch … -m support.spread_cases WORK`."""
 
 from __future__ import annotations
 

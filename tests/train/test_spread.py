@@ -22,6 +22,11 @@ from dynamo_train.spread import PLAIN, Memory
 from dynamo_train.train import main
 
 TESTS = Path(__file__).parents[1]
+LAUNCH = [
+    "--multi_gpu", "--num_processes", str(PROCESSES), "--num_machines", "1", "--main_process_port", "0",
+    "--mixed_precision", "no", "--dynamo_backend", "no",
+]  # fmt: skip
+"""As docs/scale.md has it for processors without a GPU: `--cpu` would start one process."""
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -39,11 +44,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         with spread_cases.interrupted(process=0):
             case.run(two / f"up {name}", PLAIN)
         assert len(metrics(two / f"up {name}")) == 1
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
     path = os.pathsep.join([str(TESTS), *sys.path])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "-m", "support.spread_cases", str(two)],
+        [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH, "-m", "support.spread_cases", str(two)],
         env=environment,
         capture_output=True,
         text=True,
