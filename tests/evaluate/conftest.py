@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import checkpoints, handmade
+from support.once import make_once
 
 from dynamo_export import export as pipeline
 from dynamo_export import export_bundle
@@ -29,16 +30,19 @@ class Pair:
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """Bundles of a NeoX with three heads and random n-gram counts; parity is the matter of tests/export."""
-    folder = tmp_path_factory.mktemp("pair")
+    folder = make_once(tmp_path_factory, "pair", _export_pair)
+    return Pair(folder / "checkpoint", folder / "multi", folder / "multi-plain")
+
+
+def _export_pair(folder: Path) -> None:
     checkpoint = checkpoints.save_multi(folder / "checkpoint", checkpoints.CONFIGS["neox"], 3)
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
     (checkpoint / "tokenizer_config.json").write_text(json.dumps(names))
     handmade.random_counts(checkpoint / "cooccurrence.npz", checkpoints.VOCAB, 3, branching=80)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.parity, "reference", lambda inspected, length: ([], []))
-        multi = export_bundle(folder / "multi" / "model.onnx", checkpoint)
-        plain = export_bundle(folder / "multi-plain" / "model.onnx", checkpoint, heads=0)
-    return Pair(checkpoint, Path(multi).parent, Path(plain).parent)
+        export_bundle(folder / "multi" / "model.onnx", checkpoint)
+        export_bundle(folder / "multi-plain" / "model.onnx", checkpoint, heads=0)
 
 
 @pytest.fixture(scope="session")

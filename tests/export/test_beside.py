@@ -27,7 +27,7 @@ TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}
 
 
 @pytest.fixture
-def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bundle]:
+def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built_once: None) -> Callable[..., Bundle]:
     """`exported(plant)`: the plain bundle of a checkpoint after `plant(folder)`; parity is tested elsewhere."""
     monkeypatch.setattr(parity, "reference", lambda inspected, length: ([], []))
 

@@ -23,6 +23,7 @@ from dynamo_runtime.parallel import ParallelHeads
 from dynamo_runtime.topology import Plain
 
 FolderOf = Callable[[str], Path]
+pytestmark = pytest.mark.usefixtures("built_once")  # all of it of one model, whose graph is tested elsewhere
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support import checkpoints
+from support.once import make_once
 
 from dynamo_export import cli, export_bundle
 from dynamo_export import export as pipeline
@@ -39,6 +40,7 @@ SMALL_PEAK = 123_000_000
 class Exported:
     """A bundle in fp32 and where it came from."""
 
+    name: str
     folder: Path
     checkpoint: Path
     heads: int | None
@@ -75,28 +77,32 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def export(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Callable[[str], Exported]:
     """The bundle of one of `EXPORTS`, made on first use; treat as read-only."""
-    made: dict[str, Exported] = {}
 
     def get(name: str) -> Exported:
-        if name not in made:
-            source = EXPORTS[name]
-            folder = tmp_path_factory.mktemp("exports") / name
-            if source in checkpoints.CONFIGS:
-                config, heads, drafting = checkpoints.CONFIGS[source], HEADS.get(name, 2), DRAFTING.get(name, {})
-                checkpoint = checkpoints.save_multi(folder / "checkpoint", config, heads, **drafting)
-                checkpoints.save_counts(checkpoint)
-            else:
-                checkpoint = checkpoints.save_drafter(folder / "checkpoint", source)
-            made[name] = Exported(folder / "fp32", checkpoint, 0 if name == "plain" else None)
-            with pytest.MonkeyPatch.context() as patch:
-                if name == "plain":
-                    _by_command(made[name], text, patch)
-                else:  # parity is the matter of tests/export
-                    patch.setattr(pipeline.parity, "reference", lambda inspected, length: ([], []))
-                    export_bundle(folder / "fp32" / "model.onnx", checkpoint)
-        return made[name]
+        folder = make_once(tmp_path_factory, f"quantize-{name}", lambda folder: _export(_exported(name, folder), text))
+        return _exported(name, folder)
 
     return get
+
+
+def _exported(name: str, folder: Path) -> Exported:
+    return Exported(name, folder / "fp32", folder / "checkpoint", 0 if name == "plain" else None)
+
+
+def _export(exported: Exported, text: Path) -> None:
+    name, source = exported.name, EXPORTS[exported.name]
+    if source in checkpoints.CONFIGS:
+        config, heads, drafting = checkpoints.CONFIGS[source], HEADS.get(name, 2), DRAFTING.get(name, {})
+        checkpoints.save_multi(exported.checkpoint, config, heads, **drafting)
+        checkpoints.save_counts(exported.checkpoint)
+    else:
+        checkpoints.save_drafter(exported.checkpoint, source)
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "plain":
+            _by_command(exported, text, patch)
+        else:  # parity is the matter of tests/export
+            patch.setattr(pipeline.parity, "reference", lambda inspected, length: ([], []))
+            export_bundle(exported.folder / "model.onnx", exported.checkpoint)
 
 
 def _by_command(exported: Exported, text: Path, patch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ def p_value(
     kind: str,
     changes: dict,
     counted: Path | None,
-    draws: int = 4000,
+    draws: int = 2500,
     make: Any = Speculative,
     prompt: Sequence[int] = (1, 3),
 ) -> tuple[float, int, int]:
