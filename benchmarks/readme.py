@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from page import write_or_check
+from page import wrapped, write_or_check
+from peers_page import OURS, of, time_ratio
 
 from dynamo_evaluate.cells import SPEED, TOKENS_PER_PASS
 
@@ -26,6 +27,7 @@ BEGIN, END = "<!-- begin: python benchmarks/readme.py -->\n", "<!-- end -->\n"
 HEADER = ("model", "text", "greedy", "÷ plain", "T 0.7", "÷ plain", "same text")
 SMOLLM2, EMBEDDED, WIDENED = "SmolLM2-135M, int8", "embedded, 7 M, int8", "widened, 160M's layers, "
 TASKS = {"chat": "chat", "code": "code", "prose": "a story", "edit": "editing", "json": "JSON from a text"}
+PEERS = {"llama.cpp Q8_0": "llama.cpp's time (Q8_0)", "genai, our bundle": "onnxruntime-genai's on the same bundle"}
 THRESHOLD = "dynamo, ε_b 0.5"
 NONE = "–"
 
@@ -74,9 +76,21 @@ def lines() -> list[list[str]]:
     return [
         *of_tasks(SMOLLM2, "tasks_smollm2"),
         of_auto(EMBEDDED, "auto_embedded_int8"),
-        of_dynamo(EMBEDDED, "embedded-int8"),
         *(of_dynamo(WIDENED + precision, f"widened-{precision}") for precision in ("int8", "fp32")),
     ]
+
+
+def beside_peers() -> str:
+    """Return a sentence about plain decoding beside that of others, of results of `benchmarks/peers.py`."""
+    rows = of(load("peers_smollm2")["lengths"], precision="int8")
+    found = []
+    for peer, name in PEERS.items():
+        behind = [
+            time_ratio(*(of(rows, peer=each, measure=length)[0] for each in (OURS, peer)))[0]
+            for length in ("short", "long")
+        ]
+        found.append(f"{behind[0]:.2f} and {behind[1]:.2f} of {name}")
+    return f"A token of plain int8 decoding takes, behind 64 and behind 1,024 tokens, {'; '.join(found)} ([peers](docs/peers.md))."
 
 
 def table() -> str:
@@ -86,7 +100,7 @@ def table() -> str:
     prompts = max(row["prompts"] for row in tasks["rows"])
     size = f"Of SmolLM2 {prompts} prompts a task × at most {tasks['new_tokens']} tokens."
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{text}\n\n{size}\n{tasks['machine']}.\n"
+    return f"{text}\n\n" + wrapped(f"{beside_peers()} {size} {tasks['machine']}.")
 
 
 def with_table(text: str) -> str:
