@@ -90,7 +90,8 @@ def beside_peers() -> str:
             for length in ("short", "long")
         ]
         found.append(f"{behind[0]:.2f} and {behind[1]:.2f} of {name}")
-    return f"A token of plain int8 decoding takes, behind 64 and behind 1,024 tokens, {'; '.join(found)} ([peers](docs/peers.md))."
+    what = "A token of plain int8 decoding takes, behind 64 and behind 1,024 tokens,"
+    return f"{what} {'; '.join(found)} ([peers](docs/peers.md))."
 
 
 def table() -> str:
