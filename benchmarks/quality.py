@@ -14,7 +14,7 @@ Reads `benchmarks/results/quality/*.json`, each the report.json of
 on the embedded model in int8, once again with 16 seeds, of shorter runs in fp32 and on the widened model
 (benchmarks/widen.py), and of `dynamo-eval ablation`; every file says how it was run.  SmolLM2's are of
 
-    dynamo-eval generate BUNDLE --plain PLAIN --prompts benchmarks/prompts/chat.jsonl --chat --limit 16 --seeds 5 \
+    dynamo-eval generate BUNDLE --plain PLAIN --prompts benchmarks/prompts/chat.jsonl --chat --limit 10 --seeds 5 \
         --thresholds 0.1 0.3 0.5 0.7 0.9 --repetition-penalty 1 --max-new-tokens 96 --first-token joint --out run.jsonl
 """
 
