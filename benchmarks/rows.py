@@ -33,6 +33,7 @@ from unittest.mock import patch
 import numpy as np
 from blocks import exactness
 from machine import describe_machine
+from page import wrapped
 from rows_kernels import ATTENTIONS, PRODUCTS, Attentions, Products, Shapes
 from rows_operators import operators
 from tqdm import tqdm
@@ -233,7 +234,7 @@ def tables(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
         rows = [[row["way"], *_cells(row["ratio"])] for row in record["options"]]
         yield "options", _table(["session's options, ÷ as the runtime loads it", *widths], rows)
     rounds = ", ".join(f"{section} {record[f'{section}_rounds']}" for section in SECTIONS if section in record)
-    yield "conditions", f"{record['bundle']}. Rounds: {rounds}. {record['machine']}."
+    yield "conditions", wrapped(f"{record['bundle']}. Rounds: {rounds}. {record['machine']}.").rstrip()
 
 
 def fill(page: str, record: dict[str, Any]) -> str:
