@@ -269,8 +269,8 @@ EXPLAINED = """
 - **Where we lose.** Plain decoding beside llama.cpp is a matter of kernels. Ours are onnxruntime's: a pass costs a
   fixed sum for its few hundred operators, which a small model feels most, and quantizes every row's activations
   anew at each product. Behind short texts that shows; behind long ones the KV cache decides, where 8 bits read less
-  than 16, and one row's attention costs more arithmetic. A process of ours is also a fifth slower at one time than at
-  another, which is not explained ([speculative.md](speculative.md#on-a-real-model-by-task)); this was a slow time.
+  than 16, and one row's attention costs more arithmetic. A process of ours may be a fifth slower than another one, by
+  where its memory lies ([rows.md](rows.md#options-of-a-session)).
 - **transformers** in bf16 has twice the bytes of 8 bits to read, and Python between its operators.
 """
 

@@ -14,8 +14,9 @@ from dynamo_graph.files import read_json, version, write_json
 from dynamo_model import DRAFTERS, CheckpointError
 from dynamo_model.checkpoint import load_tokenizer
 from dynamo_model.sources import Checkpoint
-from dynamo_runtime.bundle import Bundle, sha256
+from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.errors import DynamoError
+from dynamo_runtime.files import sha256
 from dynamo_runtime.manifest import DrafterGraph, Source
 from dynamo_runtime.parameters import SamplingParameters
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import verified
 from .cache import bundles_folder
 from .errors import BundleError, shown
-from .files import CONFIG, SPECIAL_TOKENS, TEMPLATE, lies_in, recover, recover_below
+from .files import CONFIG, SPECIAL_TOKENS, TEMPLATE, lies_in, recover, recover_below, sha256
 from .manifest import MANIFEST, FileRecord, Manifest, read_manifest
 from .parameters import SamplingParameters, resolve_parameters
 from .shipped import outdated
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 TOKENIZER, COUNTS = "tokenizer.json", "cooccurrence.npz"
 DEFAULT_BUNDLE = Path(__file__).parent / "default"
 """The bundle that ships with the package: a small model of Python source code, in int8."""
-_CHUNK_BYTES = 1 << 20
 log = logging.getLogger("dynamo_runtime")
 
 
@@ -299,15 +298,3 @@ def list_files(folder: Path) -> dict[str, FileRecord]:
         for path in sorted(folder.iterdir())
         if path.name != MANIFEST
     }
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's content, read in chunks."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error}") from error
-    return digest.hexdigest()

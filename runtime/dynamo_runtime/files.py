@@ -1,6 +1,7 @@
 """Files of results, which are written whole or not at all, and small files of JSON, which may come from anywhere."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -13,13 +14,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from .errors import OutputError
+from .errors import BundleError, OutputError
 
 # What a bundle knows of text besides its tokenizer, as Hugging Face names it.
 TEMPLATE, CONFIG, SPECIAL_TOKENS = "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"
 
 WORK = ".dynamo-writing"  # ends the name of the hidden folder beside a result in which the result is made
 LOCK, OLD, SWAPPED = "lock", "old", "swapped"  # what may lie in it besides new folders
+_CHUNK_BYTES = 1 << 20
 WAIT_SECONDS = 2.0  # for a process that is between two renames
 
 
@@ -82,6 +84,18 @@ def read_object(path: Path, most_bytes: int) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
     return content
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content, read in chunks."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+    return digest.hexdigest()
 
 
 def file_name(text: str) -> str:

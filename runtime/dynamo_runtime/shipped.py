@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from pathlib import Path
 
+from .errors import BundleError
+from .files import sha256
 from .manifest import Manifest
 from .topology import Plain
 
@@ -45,8 +46,8 @@ def outdated(name: str, manifest: Manifest) -> str | None:
             "it anew with the one that ships now (with --heads 0 as well: plain, and this is not said again)"
         )
     try:
-        current = {path.name: _sha256(path) for path in shipped}
-    except OSError:  # the bundle runs without knowing
+        current = {path.name: sha256(path) for path in shipped}
+    except BundleError:  # the bundle runs without knowing
         return None
     if current == recorded:
         return None
@@ -54,8 +55,3 @@ def outdated(name: str, manifest: Manifest) -> str | None:
         f"{name}: its bundle in the cache has another drafter than the one that ships now; `{command}` makes it anew "
         "with that"
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

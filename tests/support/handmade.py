@@ -11,7 +11,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dynamo_runtime.bundle import Bundle, sha256
+from dynamo_runtime.bundle import Bundle
+from dynamo_runtime.files import sha256
 from dynamo_runtime.joint import JointHead
 from dynamo_runtime.look_ahead import LookAhead
 from dynamo_runtime.manifest import FORMAT_VERSION, DrafterGraph

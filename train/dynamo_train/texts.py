@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from dynamo_runtime.batch import Batch
-from dynamo_runtime.bundle import TOKENIZER, Bundle, load_bundle, sha256
+from dynamo_runtime.bundle import TOKENIZER, Bundle, load_bundle
 from dynamo_runtime.chat import asked
-from dynamo_runtime.files import WholeFolder, read_object, write_whole
+from dynamo_runtime.files import WholeFolder, read_object, sha256, write_whole
 from dynamo_runtime.manifest import MANIFEST
 from dynamo_runtime.version import __version__
 
