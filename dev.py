@@ -61,10 +61,10 @@ def demo(environment: Environment) -> None:
 
 
 def test(environment: Environment) -> None:
-    """Run the test suite, but for what is marked slow."""
+    """Run the test suite, but for what is marked slow, and show which branches it takes."""
     environment.install(TESTED)
     os.environ["OMP_NUM_THREADS"] = "1"  # every core runs tests of its own
-    environment.run("python", "-m", "pytest", "--numprocesses", "auto")
+    environment.run("python", "-m", "slipcover", "-m", "pytest", "--numprocesses", "auto")
 
 
 def check(environment: Environment) -> None:

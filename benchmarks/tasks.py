@@ -16,6 +16,10 @@ Columns: tokens a pass; share of the drafts at depth 1, 2, … that became text 
 tokens/s behind the first pass over that of plain decoding; texts that are not plain's, and how many of them part from
 it at a near tie: where the two largest logits are closer than twice the largest difference that passes of several
 tokens make to a logit.  Brackets hold 95 % bootstrap intervals over the prompts.
+
+A pass over one row waits for memory, one over several for arithmetic, and on a machine that is shared the two slow down
+apart from each other, for seconds or hours.  So what a pass over four rows costs in units of one over one is measured
+whenever prompts of a task begin, and stands in the results.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ from dynamo_runtime.errors import DynamoError, ParameterError
 from dynamo_runtime.files import write_whole
 from dynamo_runtime.parameters import FIRST_TOKENS
 from dynamo_runtime.profiling.measure import FULL, QUICK, measure
+from dynamo_runtime.profiling.passes import PassTimer
 from dynamo_runtime.providers import import_onnxruntime
 from dynamo_runtime.selection import refusal
 
@@ -54,6 +59,7 @@ DECODING: dict[str, dict[str, Any]] = {
 }
 LEAST_TOKENS = 8  # of an answer: shorter ones are over before decoding has begun
 TIE_PROMPTS = 20
+SEVERAL, PAST, PASSES = 4, 64, 20  # rows of the pass whose cost is noted, positions in front of it, and how often
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,15 @@ def run(
     return answered, outcomes
 
 
+def cost_of_rows(engine: Engine) -> float:
+    """Return what a pass over several rows costs at this moment, in units of one over one row."""
+    timer = PassTimer(engine.session)
+    timer.behind(PAST)
+    taken = [[timer.step(rows, heads=False)[0] for rows in (SEVERAL, 1)] for _ in range(PASSES)]
+    several, one = np.median(taken, axis=0)
+    return float(several / one)
+
+
 def summarize(
     found: list[Way], outcomes: dict[str, Outcome], plain: Engine, prompts: list[Said], decoding: str, tie: float
 ) -> list[dict[str, Any]]:
@@ -218,12 +233,14 @@ def measured(arguments: argparse.Namespace, name: str, folder: Path, plain_folde
             for decoding in DECODING:
                 found = ways(multi, decoding, arguments.dynamo, arguments.threshold)
                 label = f"{name}, {task}, {decoding}"
+                four_rows = cost_of_rows(plain)
                 answered, outcomes = run(multi, plain, found, prompts, arguments.new_tokens, label)
                 if not answered:
                     print(f"tasks: note: {label}: no answer has {LEAST_TOKENS} tokens", file=sys.stderr)
                     continue
                 of_all = {"bundle": name, "precision": bundle.precision, "task": task, "decoding": decoding}
                 of_all |= {"prompts": len(answered), "tokens": sum(map(len, outcomes[PLAIN].tokens))}
+                of_all["four_rows"] = four_rows
                 for row in summarize(found, outcomes, plain, answered, decoding, tie):
                     yield of_all | row
         if plain is not multi:

@@ -20,21 +20,33 @@ class Binding:
         self._device = device
         self._places = [(name, device if name == LOGITS else "cpu") for name in names]
         self._inputs: dict[str, tuple[int, tuple[int, ...]]] = {}
+        self._memory: dict[str, tuple[np.ndarray, int]] = {}  # the array that was bound last, and its address
         self._caches: object = None  # whose buffers are bound
         self.renew()  # first, so that their places in the output vector are those in `names`
 
-    def input(self, name: str, array: np.ndarray, shape: tuple[int, ...] | None = None) -> None:
-        """Bind the memory of an array, which the caller keeps alive; contents are read when the graph runs."""
+    def input(self, name: str, array: np.ndarray, shape: tuple[int, ...] | None = None, *, begin: int = 0) -> None:
+        """Bind the memory of an array, from the row `begin` on; contents are read when the graph runs."""
         shape = array.shape if shape is None else shape
-        place = array.ctypes.data, shape
+        place = self._address(name, array, begin), shape
         if self._inputs.get(name) != place:
             self.binding.bind_input(name, "cpu", 0, array.dtype.type, shape, place[0])
             self._inputs[name] = place
 
-    def output(self, name: str, array: np.ndarray, shape: tuple[int, ...] | None = None) -> None:
-        """Have the graph write an output into the memory of an array, which the caller keeps alive."""
+    def output(self, name: str, array: np.ndarray, shape: tuple[int, ...] | None = None, *, begin: int = 0) -> None:
+        """Have the graph write an output into the memory of an array, from the row `begin` on."""
         shape = array.shape if shape is None else shape
-        self.binding.bind_output(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
+        self.binding.bind_output(name, "cpu", 0, array.dtype.type, shape, self._address(name, array, begin))
+
+    def _address(self, name: str, array: np.ndarray, begin: int) -> int:
+        """Return where a row of an array lies.
+
+        Behind a pass little is left in the processor's caches, so that asking numpy takes as long as ten products of
+        small numbers: it is asked once for every array.
+        """
+        known = self._memory.get(name)
+        if known is None or known[0] is not array:
+            known = self._memory[name] = (array, array.ctypes.data)
+        return known[1] + (begin * array.strides[0] if begin else 0)
 
     def caches(self, held: KVBuffers) -> None:
         """Bind keys and values, as past and as present, unless they are."""

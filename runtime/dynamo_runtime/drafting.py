@@ -290,7 +290,7 @@ class Proposer:
 
     def _drawn(self, found: Candidates, confidence: float, rng: np.random.Generator) -> Draft:
         if self._certain:
-            return Draft(int(found.ids[np.argmax(found.probabilities)]), None, confidence, self._name)
+            return Draft(int(found.ids[found.probabilities.argmax()]), None, confidence, self._name)
         return Draft(int(found.ids[draw(found.probabilities, rng.random())]), found, confidence, self._name)
 
     def _repeated(self, repeats: Repeats | None) -> Callable[[Sequence[int]], Repeat | None]:

@@ -34,6 +34,7 @@ from .names import (
     caches,
 )
 from .providers import Backend
+from .step import all_finite
 
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 """Of keys, values and states, as onnxruntime calls them."""
@@ -172,7 +173,9 @@ class Heads:
         bound, held = _open(self._draft), self._drafted
         if not held or len(held[DRAFT_STATES][0]) != len(states):
             held = self._drafted = self._hold_drafts(len(states))
-        held[DRAFT_STATES][0], held[PREVIOUS][0], held[DRAFT_PART][()] = states, before, part
+        held[DRAFT_STATES][0], held[DRAFT_PART][()] = states, part
+        for place, token in enumerate(before):  # few of them: numpy takes longer to see what a list holds
+            held[PREVIOUS][0, place] = token
         self._run(bound, "a draft")
         return self._words(held), held[LOGITS][0]
 
@@ -208,11 +211,12 @@ class Heads:
         if len(self._ones) < end:
             self._ones = np.ones(self.kv.capacity, np.int64)
         bound.caches(self.kv)
-        bound.input(PENULTIMATE, states[begin:], (1, end - begin, self._width))
+        bound.input(PENULTIMATE, states, (1, end - begin, self._width), begin=begin)
         bound.input(ATTENTION_MASK, self._ones, (1, end))
         if not self._held or len(self._held[HEAD_ROWS]) != len(rows):
             self._held = self._hold_rows(len(rows))
-        self._held[HEAD_ROWS][:] = rows
+        for place, row in enumerate(rows):
+            self._held[HEAD_ROWS][place] = row
         self._run(bound, f"positions {begin} to {end}")
 
     def _hold_rows(self, rows: int) -> dict[str, np.ndarray]:
@@ -259,7 +263,7 @@ class Heads:
             BundleError: They are no numbers.
         """
         values = held[TOPK_LOGITS][0]
-        if not np.isfinite(values[:, 0]).all():  # the largest is nan if any is: onnxruntime's top-k puts those first
+        if not all_finite(values[:, 0]):  # the largest is nan if any is: onnxruntime's top-k puts those first
             raise BundleError(
                 f"{self._path} gave logits that are not finite numbers: its weights are damaged, or what it computes "
                 "does not fit into its precision"

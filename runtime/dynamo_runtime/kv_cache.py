@@ -143,7 +143,7 @@ class KVCache(KVBuffers):
         self.tokens: list[int] = []
         self.seen = self.passes = 0
         self.states = np.empty((0, width), states_dtype) if width else None
-        self._written_by = np.empty(0, np.int64)  # which pass wrote a position's states
+        self._written_by: list[int] = []  # which pass wrote a position's states
         super().__init__(layers, kv_heads, head_size, max_length, dtype=dtype, growth=growth, allocate=allocate)
 
     @property
@@ -168,7 +168,7 @@ class KVCache(KVBuffers):
         """
         self.passes += 1
         if self.states is not None:
-            self._written_by[self.length : self.length + len(tokens)] = self.passes
+            self._written_by[self.length :] = [self.passes] * len(tokens)
         self.tokens.extend(tokens)
         if seen:
             self.seen = self.length
@@ -203,8 +203,7 @@ class KVCache(KVBuffers):
     def _allocate(self, capacity: int, held: int) -> None:
         states = self.states
         if states is not None:
-            states, written_by = np.empty((capacity, states.shape[1]), states.dtype), np.empty(capacity, np.int64)
-            states[:held], written_by[:held] = self.states[:held], self._written_by[:held]  # type: ignore[index]
+            states = np.empty((capacity, states.shape[1]), states.dtype)
+            states[:held] = self.states[:held]  # type: ignore[index]
         super()._allocate(capacity, held)
-        if states is not None:
-            self.states, self._written_by = states, written_by
+        self.states = states

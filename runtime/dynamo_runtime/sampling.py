@@ -16,6 +16,7 @@ LogitsProcessor = Callable[[Sequence[int], np.ndarray], np.ndarray]
 _CERTAIN = np.ones(1)
 _CERTAIN.flags.writeable = False  # many share it
 _FAR = 800.0  # in a float64 exp(-800) is 0
+_TINY = 1e-100  # temperatures at which a logit may become too large for a float64
 _BITS_OF_ONE = int(np.float64(1).view(np.int64))
 _FINE_BITS = 44  # of a float64's 52 of mantissa: what is left of them tells 256 weights apart within a factor of two
 
@@ -162,8 +163,10 @@ def _weights(logits: np.ndarray, largest: np.floating, parameters: SamplingParam
     """Apply softmax at temperature T before it is normalised: 1 for the largest logit, in float64, [k]."""
     temperature = parameters.temperature or 1.0
     weights = np.subtract(logits, largest, dtype=np.float64)
-    np.maximum(weights, -_FAR * temperature, out=weights)  # with a tiny T they would overflow
-    weights /= temperature
+    if temperature < _TINY:
+        np.maximum(weights, -_FAR * temperature, out=weights)  # they would overflow
+    if temperature != 1:
+        weights /= temperature
     return np.exp(weights, out=weights)
 
 

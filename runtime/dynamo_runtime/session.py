@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
@@ -33,6 +33,17 @@ from .turns import Turns
 
 _FIRST_CACHE = caches(PAST, [0])[0]
 _MOVABLE = "cuda"  # the provider whose memory is bound; any other reads and writes the computer's own
+
+
+class _Pass(NamedTuple):
+    """What a pass is called where it is complained of: put into words only there."""
+
+    bundle: Bundle
+    tokens: int
+    before: int
+
+    def __str__(self) -> str:
+        return f"{self.bundle.graph_path}, in a pass over {self.tokens} tokens behind {self.before},"
 
 
 class Session:
@@ -164,12 +175,13 @@ class Session:
             self._make_room()
         bound.caches(cache)
         self._rows[()] = len(kept)
-        self._ids[:m] = tokens
+        for place, token in enumerate(tokens):  # few of them: numpy takes longer to see what a list holds
+            self._ids[place] = token
         bound.input(INPUT_IDS, self._ids, (1, m))
         bound.input(ATTENTION_MASK, self._ones, (1, total))
         bound.renew()
         if cache.states is not None:
-            bound.output(PENULTIMATE, cache.states[before:], (1, m, cache.states.shape[1]))
+            bound.output(PENULTIMATE, cache.states, (1, m, cache.states.shape[1]), begin=before)
         inside = self._inside and (bool(head_rows) or not self._skips)
         if self._inside:
             self._want(head_rows if inside else [], before if inside else cache.seen)
@@ -188,12 +200,11 @@ class Session:
                 "graph its manifest describes"
             )
         cache.advance(tokens, seen=bool(inside))
-        what = f"{self.bundle.graph_path}, in a pass over {m} tokens behind {before},"
-        step = self._step(values, [total + row for row in head_rows], what)
+        step = self._step(values, [total + row for row in head_rows], _Pass(self.bundle, m, before))
         self.step_seconds += time.perf_counter() - entered
         return step
 
-    def _step(self, values: dict[str, Any], positions: Sequence[int], what: str) -> Step:
+    def _step(self, values: dict[str, Any], positions: Sequence[int], what: _Pass) -> Step:
         """Return what a pass said, with a way to ask the heads about some of its positions."""
         count, own, taken = len(positions), self.heads, self.cache.passes
         if own is not None:

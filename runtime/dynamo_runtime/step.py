@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -102,7 +103,7 @@ class Step:
         head_rows: int = 0,
         hidden: int = 0,
         behind: int = 0,
-        what: str = "a pass",
+        what: object = "a pass",
     ):
         """Take a pass's outputs.
 
@@ -113,7 +114,7 @@ class Step:
             head_rows: Rows that further heads may be asked about.
             hidden: Rows of the first head, from the front, that are left out of what is read here.
             behind: Rows of further heads that stand behind those of the first.
-            what: It is called where it is complained of.
+            what: As text, what it is called where it is complained of.
         """
         self._values = values
         self._behind = behind
@@ -184,13 +185,18 @@ class Step:
         return rows[self._hidden : len(rows) - self._behind]
 
 
-def as_array(values: dict[str, Any], name: str, what: str) -> np.ndarray:
+def all_finite(numbers: np.ndarray) -> bool:
+    """Tell whether some few numbers are all finite."""
+    return all(map(math.isfinite, numbers.ravel().tolist()))
+
+
+def as_array(values: dict[str, Any], name: str, what: object) -> np.ndarray:
     """Return one of a graph's outputs without the batch axis; what is read stays an array.
 
     Args:
         values: What a run put out, by name; changed.
         name: Of the output.
-        what: The run, for errors.
+        what: As text, the run, for errors.
 
     Raises:
         BundleError: It has rows to choose from that are not numbers, or leave nothing to choose.
@@ -199,7 +205,7 @@ def as_array(values: dict[str, Any], name: str, what: str) -> np.ndarray:
     if not isinstance(value, np.ndarray):
         value = value.numpy()  # over the same memory, unless that is a device's
         # The largest is nan if any of them is, and onnxruntime's top-k puts those first.
-        if name in _OF_NUMBERS and not np.isfinite(value[..., 0] if name == TOPK_LOGITS else value.max(-1)).all():
+        if name in _OF_NUMBERS and not all_finite(value[..., 0] if name == TOPK_LOGITS else value.max(-1)):
             raise BundleError(
                 f"{what} gave {name} that are not finite numbers: its weights are damaged, or what it "
                 "computes does not fit into its precision"
@@ -216,7 +222,7 @@ class InsideAhead:
     """
 
     def __init__(
-        self, values: dict[str, Any], head_rows: int, parts: int, by_head: bool, chosen: Sequence[int], what: str
+        self, values: dict[str, Any], head_rows: int, parts: int, by_head: bool, chosen: Sequence[int], what: object
     ):
         """Take a pass's outputs.
 

@@ -5,13 +5,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
 
 from .errors import PromptError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _BYTE_ORDER_MARK = "\ufeff"
-# Tokens always decoded along in front of new ones.
-_CONTEXT_TOKENS = 8
+# Tokens decoded along in front of new ones, where what a token says depends on those before it.
+_CONTEXT_TOKENS = 4
 # A character has at most four bytes: what is not whole after so many tokens is no text.
 _MOST_HELD_TOKENS = 16
 
@@ -63,12 +64,14 @@ class Detokenizer:
 
     A character may be spread over tokens; bytes that do not make one yet are held back. Decoders such as
     sentencepiece's look at the token before (a leading space is dropped at the start of a text), so a few
-    earlier tokens, at first the end of the prompt, are always decoded along.
+    earlier tokens, at first the end of the prompt, are decoded along. A byte-level decoder joins the bytes of single
+    tokens, and needs none of them but those that an unfinished character has begun in.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = (), *, show_special: bool = False):
         """Continue the text of `context` (token ids), with or without the texts of special tokens."""
         self._tokenizer, self._skip = tokenizer, not show_special
+        self._context = 0 if isinstance(tokenizer.decoder, ByteLevel) else _CONTEXT_TOKENS
         self._tokens = self._whole_end(context)
         self._mark = len(self._tokens)  # a place in the window where the text was whole
         self._whole = len(self._tokens)  # the last such place
@@ -85,7 +88,7 @@ class Detokenizer:
         self._given = max(self._given, len(certain))
         if len(certain) == len(text):
             self._whole = len(self._tokens)
-            if self._whole - self._mark >= _CONTEXT_TOKENS:
+            if self._whole - self._mark >= self._context:
                 self._move_window()
         return new
 
@@ -96,9 +99,9 @@ class Detokenizer:
         return new
 
     def _move_window(self) -> None:
-        self._tokens = self._tokens[self._mark :]
+        self._tokens = self._tokens[self._mark if self._context else self._whole :]
         self._mark = self._whole = len(self._tokens)
-        self._given = len(self._decode())
+        self._given = len(self._decode()) if self._tokens else 0
 
     def _whole_end(self, context: Sequence[int]) -> list[int]:
         # A window that began inside a character would decode to something else than the prompt's end.
