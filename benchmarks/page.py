@@ -16,6 +16,19 @@ def wrapped(page: str) -> str:
     return "".join(f"{_wrapped(line)}\n" for line in page.splitlines())
 
 
+def put_between(page: str, mark: str, made: str) -> str:
+    """Return a page with other lines between `<!-- mark -->` and the next `<!-- end -->`.
+
+    Raises:
+        SystemExit: It has no place for them.
+    """
+    before, begin, rest = page.partition(f"<!-- {mark} -->\n")
+    _, end, after = rest.partition("<!-- end -->\n")
+    if not begin or not end:
+        sys.exit(f"the page has no lines <!-- {mark} --> and <!-- end --> to put the tables between")
+    return f"{before}{begin}{made.strip()}\n{end}{after}"
+
+
 def write_or_check(path: Path, page: str, *, check: bool) -> int:
     """Write a page, or with `check` see that it is what would be written; returns the exit status."""
     if not check:

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "runtime"))  # of the Python that an emulator runs, which has nothing installed
 
 RESULTS, PAGE = ROOT / "benchmarks/results/processors.json", ROOT / "docs/exactness.md"
-BEGIN, END = "<!-- tables of benchmarks/processors.py -->\n", "<!-- end of tables -->\n"
+MARK = "tables of benchmarks/processors.py"
 PASTS, SCORED, WIDE = (32, 256), 48, 8
 ONE, SEVERAL = "error_one", "error_several"
 WRONG = 1.5  # times the error of the first processor: beyond what adding in another order makes
@@ -182,13 +182,10 @@ def tables(record: dict[str, Any]) -> str:
 
 def write_page() -> None:
     """Put the tables into the page, between their marks."""
-    from page import wrapped
+    from page import put_between, wrapped
 
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
     made = wrapped(tables(json.loads(RESULTS.read_text())))
-    PAGE.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(put_between(PAGE.read_text(encoding="utf-8"), MARK, made), encoding="utf-8")
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from page import wrapped, write_or_check
+from page import put_between, wrapped, write_or_check
 from peers_page import OURS, of, time_ratio
 
 from dynamo_evaluate.cells import SPEED, TOKENS_PER_PASS
@@ -23,7 +23,7 @@ from dynamo_evaluate.cells import SPEED, TOKENS_PER_PASS
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- begin: python benchmarks/readme.py -->\n", "<!-- end -->\n"
+MARK = "begin: python benchmarks/readme.py"
 HEADER = ("model", "text", "greedy", "÷ plain", "T 0.7", "÷ plain", "same text")
 SMOLLM2, EMBEDDED, WIDENED = "SmolLM2-135M, int8", "embedded, 7 M, int8", "widened, 160M's layers, "
 TASKS = {"chat": "chat", "code": "code", "prose": "a story", "edit": "editing", "json": "JSON from a text"}
@@ -104,25 +104,12 @@ def table() -> str:
     return f"{text}\n\n" + wrapped(f"{beside_peers()} {size} {tasks['machine']}.")
 
 
-def with_table(text: str) -> str:
-    """README with the table as it is now.
-
-    Raises:
-        SystemExit: It has no place for the table.
-    """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        sys.exit(f"{README} has no lines {BEGIN.strip()} and {END.strip()}")
-    return f"{before}{begin}{table()}{end}{after}"
-
-
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Write the table, or check it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if README is out of date")
-    arguments = parser.parse_args()
-    page = with_table(README.read_text(encoding="utf-8"))
+    arguments = parser.parse_args(argv)
+    page = put_between(README.read_text(encoding="utf-8"), MARK, table())
     return write_or_check(README, page, check=arguments.check)
 
 

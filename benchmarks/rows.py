@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -33,7 +32,7 @@ from unittest.mock import patch
 import numpy as np
 from blocks import exactness
 from machine import describe_machine
-from page import wrapped
+from page import put_between, wrapped
 from rows_kernels import ATTENTIONS, PRODUCTS, Attentions, Products, Shapes
 from rows_operators import operators
 from tqdm import tqdm
@@ -240,8 +239,7 @@ def tables(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def fill(page: str, record: dict[str, Any]) -> str:
     """Return a page with its tables between their marks, `<!-- section -->` and `<!-- end -->`."""
     for section, table in tables(record):
-        marked = re.compile(rf"(<!-- {section} -->\n).*?(<!-- end -->)", re.DOTALL)
-        page = marked.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", page)  # type: ignore[misc]
+        page = put_between(page, section, table)
     return page
 
 

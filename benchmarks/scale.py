@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from machine import describe_machine
+from page import put_between
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
@@ -44,7 +45,7 @@ from dynamo_train.tokens import CorpusRecord, TokenStreams
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
-BEGIN, END = "<!-- benchmarks/scale.py --table --docs -->", "<!-- end -->"
+MARK = "benchmarks/scale.py --table --docs"
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 HEADS = 3
 PAPER_RATE, PAPER_TOKENS = 9.93e9 / (896 * 3600), 9.93e9
@@ -299,8 +300,7 @@ def main() -> None:
     found = table(json.loads(arguments.json.read_text()))
     print(found)
     if arguments.docs:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        write_whole(PAGE, f"{before}{BEGIN}\n{found}\n{END}{rest.partition(END)[2]}")
+        write_whole(PAGE, put_between(PAGE.read_text(), MARK, found))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from page import wrapped, write_or_check
+from page import put_between, wrapped, write_or_check
 
 from dynamo_runtime.tables import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/speculative.md"
 RESULTS = ("tasks_smollm2", "tasks_smollm2_others")
-BEGIN, END = "<!-- begin: python benchmarks/tasks_page.py -->\n", "<!-- end -->\n"
+MARK = "begin: python benchmarks/tasks_page.py"
 WAYS = {
     "auto, lookup alone": "lookup alone",
     "auto, heads alone": "heads alone",
@@ -76,10 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
     arguments = parser.parse_args(argv)
     results = [json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8")) for name in RESULTS]
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    behind = rest.partition(END)[2]
-    made = before + BEGIN + "\n".join(map(table, results)) + END + behind
+    made = put_between(PAGE.read_text(encoding="utf-8"), MARK, "\n".join(map(table, results)))
     return write_or_check(PAGE, made, check=arguments.check)
 
 

@@ -1,4 +1,4 @@
-"""Links of the pages lead somewhere, the index has every page, lines are short, and README shows what was measured."""
+"""Links of the pages lead somewhere, the index has every page, lines are short, and what is said is so."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from pathlib import Path
 import picture
 import pytest
 import readme
+
+from dynamo_evaluate import results
+from dynamo_runtime import manifest
+from dynamo_runtime.device import profile
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -70,8 +74,14 @@ def test_readme_is_short() -> None:
 
 
 def test_readme_shows_what_was_measured() -> None:
-    assert readme.with_table(text := readme.README.read_text(encoding="utf-8")) == text
+    assert readme.main(["--check"]) == 0
 
 
 def test_the_picture_shows_what_was_decoded() -> None:
     assert picture.drawn(picture.load_results()) == picture.PICTURE.read_text(encoding="utf-8")
+
+
+def test_the_changelog_knows_what_is_written() -> None:
+    rows = [line.split("|") for line in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").splitlines()]
+    written = [int(row[2]) for row in rows if len(row) == 6 and row[2].strip().isdigit()]
+    assert written == [manifest.FORMAT_VERSION, profile.SCHEMA_VERSION, results.VERSION]
