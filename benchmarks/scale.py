@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from machine import describe_machine
-from page import put_between
+from page import put_between, wrapped
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
@@ -300,7 +300,7 @@ def main() -> None:
     found = table(json.loads(arguments.json.read_text()))
     print(found)
     if arguments.docs:
-        write_whole(PAGE, put_between(PAGE.read_text(), MARK, found))
+        write_whole(PAGE, put_between(PAGE.read_text(), MARK, wrapped(found)))
 
 
 if __name__ == "__main__":
