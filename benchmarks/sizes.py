@@ -1,7 +1,7 @@
 """How cost grows with the model: random weights at the shapes of real models, exported, quantized, loaded and run.
 
     python benchmarks/sizes.py [SHAPE …] --work FOLDER [--json FILE] [--plot FILE]
-    python benchmarks/sizes.py --table JSON [--plot FILE]
+    python benchmarks/sizes.py --table JSON [--page docs/sizes.md] [--plot FILE]
 
 Random weights cost what trained ones cost, and say nothing sensible: gates that judge what they say have no limit here.
 Of every shape: seconds and peak memory of the export to fp32 with its parity gate and of the quantization with its
@@ -24,14 +24,17 @@ from typing import Any
 
 import numpy as np
 from machine import describe_machine
+from page import put_between, wrapped
 
 from dynamo_quantize.memory import peak_memory
 from dynamo_runtime import Engine, load_bundle
+from dynamo_runtime.files import write_whole
 from dynamo_runtime.profiling.passes import PassTimer
 from dynamo_runtime.profiling.roofline import read_bandwidth, roofline
 from dynamo_runtime.providers import cores, import_onnxruntime
 from dynamo_runtime.tables import Table
 
+MARK = "begin: python benchmarks/sizes.py"
 PASTS, WIDTHS = (64, 1024), (1, 2, 4, 8)
 CONTEXT, PARITY_LENGTH = 2048, 64
 READ_BYTES, READ_SECONDS = 256 << 20, 2.0
@@ -178,9 +181,10 @@ def tables(record: dict[str, Any]) -> str:
         for name in (f"ms a plain pass, past {past:,}", *(f"T({m}) ÷ T(1), past {past:,}" for m in WIDTHS[1:]))
     ]
     columns = ["MB", "load, s", "peak MB", *titles, *(f"share of roofline, past {past:,}" for past in PASTS)]
-    made_of = Table("DrafterCosts", ["shape", "precision", "seconds", "peak GB"], making)
-    run_of = Table("Running", ["shape", "precision", *columns, "ms outside onnxruntime"], running)
-    return f"{made_of.markdown()}\n\n{run_of.markdown()}"
+    made_of = Table("Making a bundle", ["shape", "precision", "seconds", "peak GB"], making)
+    run_of = Table("Running it", ["shape", "precision", *columns, "ms outside onnxruntime"], running)
+    conditions = f"{record['threads']} threads; memory is read at {record['bandwidth'] / 1e9:.0f} GB/s."
+    return f"{made_of.markdown()}\n\n{run_of.markdown()}\n\n" + wrapped(f"{conditions} {record['machine']}.")
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
@@ -220,6 +224,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of timed passes a bundle (default: 60)")
     parser.add_argument("--json", type=Path, help="keep the figures")
     parser.add_argument("--table", type=Path, metavar="JSON", help="print kept figures, and measure nothing")
+    parser.add_argument("--page", type=Path, help="put the tables into this page, between its marks")
     parser.add_argument("--plot", type=Path, help="draw them there (.svg or .png)")
     parser.add_argument("--make", choices=list(SHAPES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -248,9 +253,8 @@ def main() -> None:
             if arguments.json:
                 arguments.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     print(tables(record))
-    print(
-        f"\n{record['threads']} threads; memory is read at {record['bandwidth'] / 1e9:.0f} GB/s. {record['machine']}."
-    )
+    if arguments.page:
+        write_whole(arguments.page, put_between(arguments.page.read_text(encoding="utf-8"), MARK, tables(record)))
     if arguments.plot:
         plot(record, arguments.plot)
 
