@@ -349,13 +349,13 @@ def test_the_curve_is_the_measured_one() -> None:
 def test_the_curve_of_a_graph_is_the_measured_one() -> None:
     """Many positions cost more by as much as behind the shortest past, wherever they stand."""
     points = {10: [(1, 0.4), (2, 0.5), (4, 0.7), (104, 10.7)], 110: [(1, 0.6), (2, 0.7), (4, 0.9)]}
-    whole = MeasuredDrafterCosts(points, 0.1, conditioned=False)
+    whole = MeasuredDrafterCosts(points, 0.1, 0.0)
     assert whole.further == 0.0
     assert whole.begin(1, 10) == pytest.approx(0.5)
     assert whole.begin(3, 60) == pytest.approx(0.8)
     assert whole.begin(54, 10) == pytest.approx(5.8) and whole.begin(54, 110) == pytest.approx(6.0)
-    each = MeasuredDrafterCosts(points, 0.1, conditioned=True)
-    assert (each.begin(1, 10), each.further) == pytest.approx((0.4, 0.1))
+    each = MeasuredDrafterCosts(points, 0.3, 0.1)
+    assert (each.begin(1, 10), each.further) == pytest.approx((0.6, 0.1))
 
 
 @pytest.mark.parametrize("conditioned", [False, True])

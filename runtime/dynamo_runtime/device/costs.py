@@ -21,7 +21,10 @@ class DrafterCosts(Protocol):
 
     @property
     def further(self) -> float:
-        """A run for every draft that is made, the first among them; 0 where one run is for all of them."""
+        """A run for every draft that is made; 0 where one run is for all of them.
+
+        What the first of them takes more, whose weights come from memory, is in `begin`.
+        """
 
     def begin(self, unseen: float, past: int) -> float:
         """Return what is to be paid before any draft: layers over `unseen` positions, in a text of about `past`.
@@ -59,15 +62,15 @@ class MeasuredDrafterCosts:
     as far as positions are few: what many cost more is taken for the same there.
     """
 
-    def __init__(self, layers: Mapping[int, Points], run: float, conditioned: bool):
+    def __init__(self, layers: Mapping[int, Points], first: float, further: float):
         """Take what was measured.
 
         Args:
             layers: Past -> (positions read, milliseconds).
-            run: Milliseconds of one that makes drafts.
-            conditioned: Whether every draft takes such a run.
+            first: Milliseconds of the first run that makes drafts.
+            further: Of those behind it, one a draft; 0 where the first is for all drafts.
         """
-        self.further, self._once = (run, 0.0) if conditioned else (0.0, run)
+        self.further, self._once = further, first - further
         self._by_past = [(float(past), points) for past, points in sorted(layers.items())]
         self._most = min(points[-1][0] for points in layers.values())
 
@@ -78,8 +81,10 @@ class MeasuredDrafterCosts:
         for run in runs.layers:
             layers.setdefault(run.past, {})[float(run.positions)] = run.time.p50
         points = {past: sorted(times.items()) for past, times in layers.items()}
-        drafts = [run.time.p50 for run in runs.drafts]
-        return MeasuredDrafterCosts(points, sum(drafts) / len(drafts), all(run.depth for run in runs.drafts))
+        conditioned = all(run.depth for run in runs.drafts)
+        first, *behind = [run.time.p50 for run in runs.drafts]
+        further = sum(behind) / len(behind) if behind else first
+        return MeasuredDrafterCosts(points, first, further if conditioned else 0.0)
 
     def begin(self, unseen: float, past: int) -> float:
         """See `DrafterCosts`."""
