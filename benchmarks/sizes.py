@@ -3,7 +3,8 @@
     python benchmarks/sizes.py [SHAPE …] --work FOLDER [--json FILE] [--plot FILE]
     python benchmarks/sizes.py --table JSON [--page docs/sizes.md] [--plot FILE]
 
-Random weights cost what trained ones cost, and say nothing sensible: gates that judge what they say have no limit here.
+Random weights cost what trained ones cost, and say nothing sensible.  So gates that judge what they say have no limit
+here and read this script instead of a large text; 4-bit weights are rounded to nearest: GPTQ would have nothing to find.
 Of every shape: seconds and peak memory of the export to fp32 with its parity gate and of the quantization with its
 gates (commands of their own); then of every precision bytes, load time, peak memory of load, prompt and decoding in a
 process of its own, T(m), how much of a plain pass reading weights and cache at the memory's speed must take ("share of
@@ -81,7 +82,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 DEFAULT = ("SmolLM2-135M", "Qwen2.5-0.5B", "Llama-3.2-1B")
-PRECISIONS = ("int8", "int4")
+PRECISIONS = {"int8": (), "int4": ("--algorithm", "rtn")}
+UNJUDGED = ("--max-perplexity-loss", 1000, "--calibration", __file__, "--gate-text", __file__)
 
 
 def make_checkpoint(shape: str, folder: Path) -> None:
@@ -125,10 +127,10 @@ def make(shape: str, work: Path) -> dict[str, Any]:
     costs: dict[str, Any] = {}
     export = ["-m", "dynamo_export.cli", full, "-m", checkpoint, "--heads", "0"]
     costs["fp32"] = made(full, *export, "--context-length", CONTEXT, "--parity-length", PARITY_LENGTH)
-    for precision in PRECISIONS:
+    for precision, options in PRECISIONS.items():
         graph = work / shape / precision / "model.onnx"
         quantize = ["-m", "dynamo_quantize.cli", full.parent, "-o", graph.parent, "--scheme", precision]
-        costs[precision] = made(graph, *quantize, "--max-perplexity-loss", 1000)
+        costs[precision] = made(graph, *quantize, *options, *UNJUDGED)
     return costs
 
 
