@@ -4,7 +4,7 @@
     python benchmarks/sizes.py --table JSON [--page docs/sizes.md] [--plot FILE]
 
 Random weights cost what trained ones cost, and say nothing sensible.  So gates that judge what they say have no limit
-here and read this script instead of a large text; 4-bit weights are rounded to nearest: GPTQ would have nothing to find.
+here and read this script instead of a large text; 4-bit weights are rounded to nearest, GPTQ having nothing to find.
 Of every shape: seconds and peak memory of the export to fp32 with its parity gate and of the quantization with its
 gates (commands of their own); then of every precision bytes, load time, peak memory of load, prompt and decoding in a
 process of its own, T(m), how much of a plain pass reading weights and cache at the memory's speed must take ("share of
