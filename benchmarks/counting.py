@@ -202,6 +202,8 @@ def _wait_for(host: str, port: int, seconds: float = 60) -> None:
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Return all runs that are asked for."""
     runs = []
+    if arguments.work is not None:
+        arguments.work.mkdir(parents=True, exist_ok=True)
     for tokens in arguments.tokens:
         with tempfile.TemporaryDirectory(dir=arguments.work) as name:
             folder = Path(name)
