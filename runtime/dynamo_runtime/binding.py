@@ -40,8 +40,7 @@ class Binding:
     def _address(self, name: str, array: np.ndarray, begin: int) -> int:
         """Return where a row of an array lies.
 
-        Behind a pass little is left in the processor's caches, so that asking numpy takes as long as ten products of
-        small numbers: it is asked once for every array.
+        Behind a pass the processor's caches are cold, and asking numpy is slow: it is asked once for every array.
         """
         known = self._memory.get(name)
         if known is None or known[0] is not array:

@@ -123,7 +123,7 @@ class DrafterTimer:
     """Times the runs of a drafter's graph. As in `PassTimer` it does not matter what they are about.
 
     A pass goes before them, as it does in decoding: it leaves little of the drafter's weights in the processor's
-    caches, and runs one behind the other would seem to cost a third of what they do.
+    caches, and runs one behind the other would seem to cost far less than they do.
     """
 
     def __init__(self, timer: PassTimer, clock: Clock = time.perf_counter):
