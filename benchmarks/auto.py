@@ -46,6 +46,9 @@ class Forced(Target):
 
     text: Sequence[int]
 
+    def certain(self, step: Step) -> None:
+        """Say nothing: the text decides."""
+
     def distribution(self, step: Step, context: Context, row: int = -1) -> Candidates:
         """Return all of it on the next token of the text."""
         super().distribution(step, context, row)

@@ -84,7 +84,6 @@ class TreePasses:
         bound.caches(cache)
         for name, array in given.items():
             bound.input(name, array)
-        bound.renew()
         if cache.states is not None:
             bound.output(PENULTIMATE, cache.states[past:], (1, rows, cache.states.shape[1]))
         bound.run()

@@ -147,7 +147,6 @@ class Batch:
         bound.caches(self._caches)
         bound.input(INPUT_IDS, tokens)
         bound.input(ATTENTION_MASK, mask)
-        bound.renew()
         try:
             bound.run()
             values = bound.read()

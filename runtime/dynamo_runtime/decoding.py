@@ -121,6 +121,7 @@ def decode(
             told = unscored + turn.accepted + 1  # rows that tell a final token each
             logs = log_probabilities(step, context.tokens[-unscored - len(final) :][:told])
             unscored = len(turn.tokens) - 1
+        del step  # what it says is copied for whoever has it when the next pass begins
         sources = [draft.source for draft in drafts]
         yield Round(final, len(drafts) + turn.proposed, turn.accepted, logs, sources)
 

@@ -261,10 +261,8 @@ class Proposer:
             found = NO_GUESS if guesses is None else self._masked(guesses(chosen), chosen[-1])
             confidence = self._confidence(found)
             repeat = repeated(chosen)
-            is_repeat = repeat is not None and (
-                len(found.ids) == 0 or repeat.expected > expected(len(chosen), confidence)
-            )
-            if len(found.ids) == 0 and not is_repeat:
+            is_repeat = repeat is not None and (not found or repeat.expected > expected(len(chosen), confidence))
+            if not found and not is_repeat:
                 break
             confidences.append(repeat.expected if is_repeat and repeat is not None else confidence)
             if not worth(confidences):
@@ -284,13 +282,13 @@ class Proposer:
 
     def _confidence(self, found: Candidates) -> float:
         """Return the confidence in a draft that is still to be drawn: the probability that two draws are the same."""
-        if len(found.ids) == 0:
+        if not found:
             return 0.0
-        return float(found.probabilities.max() if self._certain else (found.probabilities**2).sum())
+        return found.best[1] if self._certain else float((found.probabilities**2).sum())
 
     def _drawn(self, found: Candidates, confidence: float, rng: np.random.Generator) -> Draft:
         if self._certain:
-            return Draft(int(found.ids[found.probabilities.argmax()]), None, confidence, self._name)
+            return Draft(found.best[0], None, confidence, self._name)
         return Draft(int(found.ids[draw(found.probabilities, rng.random())]), found, confidence, self._name)
 
     def _repeated(self, repeats: Repeats | None) -> Callable[[Sequence[int]], Repeat | None]:

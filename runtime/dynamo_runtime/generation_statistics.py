@@ -75,9 +75,9 @@ class Statistics:
         for depth in range(proposed):
             self.proposed_at_depth[depth] += 1
             self.accepted_at_depth[depth] += depth < accepted
-        if sources:
-            self.proposed_by.update(sources)
-            self.accepted_by.update(sources[:accepted])
+        for depth, source in enumerate(sources):
+            self.proposed_by[source] += 1
+            self.accepted_by[source] += depth < accepted
 
     @property
     def draft_tokens_proposed(self) -> int:

@@ -33,8 +33,8 @@ from .names import (
     TOPK_LOGITS,
     caches,
 )
+from .outputs import all_finite, not_finite
 from .providers import Backend
-from .step import all_finite
 
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 """Of keys, values and states, as onnxruntime calls them."""
@@ -264,10 +264,7 @@ class Heads:
         """
         values = held[TOPK_LOGITS][0]
         if not all_finite(values[:, 0]):  # the largest is nan if any is: onnxruntime's top-k puts those first
-            raise BundleError(
-                f"{self._path} gave logits that are not finite numbers: its weights are damaged, or what it computes "
-                "does not fit into its precision"
-            )
+            raise not_finite(self._path, LOGITS)
         return values.copy(), held[TOPK_IDS][0].copy()
 
     def _run(self, bound: Binding, what: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from .drafting import NO_GUESS, Ask, Guesses, Passed
 from .parameters import SamplingParameters
-from .sampling import Candidates, truncate
+from .sampling import Candidates, Truncated
 from .scores import Scores, negative_log_likelihood
 from .step import Step
 from .topology import Holder, Topology
@@ -74,6 +74,6 @@ class LookAheadDrafter:
             row = passed.judged + len(chosen)
             if row >= len(ids):  # the context ends: not all look-ahead tokens were fed
                 return NO_GUESS
-            return truncate(logits[row], ids[row], self._parameters)
+            return Truncated(logits[row], ids[row], self._parameters)
 
         return candidates

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from .drafting import Ask, Guesses, Passed
 from .parameters import SamplingParameters
-from .sampling import Candidates, truncate
+from .sampling import Candidates, Truncated
 from .topology import Holder, Topology
 
 
@@ -47,6 +47,6 @@ class ParallelDrafter:
 
         def candidates(chosen: Sequence[int]) -> Candidates:
             logits, ids = ahead.topk(len(chosen) - 1, chosen[-1:])
-            return truncate(logits[0], ids[0], self._parameters)
+            return Truncated(logits[0], ids[0], self._parameters)
 
         return candidates

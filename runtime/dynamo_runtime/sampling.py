@@ -1,8 +1,11 @@
 """From one head's logits to one token: processors, truncation, and the draw."""
 
+import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -64,6 +67,15 @@ class Candidates:
     ids: np.ndarray
     probabilities: np.ndarray
 
+    def __bool__(self) -> bool:
+        return len(self.ids) > 0
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """The most probable token, and its probability."""
+        place = int(self.probabilities.argmax())
+        return int(self.ids[place]), float(self.probabilities[place])
+
 
 def draw(weights: np.ndarray, uniform: float) -> int:
     """Return the index drawn in proportion to non-negative `weights` [k] by inverting their distribution function.
@@ -123,6 +135,51 @@ def truncate(logits: np.ndarray, ids: np.ndarray, parameters: SamplingParameters
     if weights[size - 1] == 0:  # processors may have left fewer than k
         size = int(np.count_nonzero(weights))
     return Candidates(ids[:size], weights[:size] / cumulative[size - 1])
+
+
+class Truncated(Candidates):
+    """What `truncate` makes of some logits, when it is asked for.
+
+    Of a draft that is no draw nothing is wanted but the most probable token. That is found in plain Python: behind a
+    pass numpy is in no cache of the processor, and what it does with fifty numbers takes longer than to add them up.
+    """
+
+    def __init__(self, logits: np.ndarray, ids: np.ndarray, parameters: SamplingParameters):
+        """Take what `truncate` takes."""
+        self._logits, self._ids, self._parameters = logits, ids, parameters
+
+    def __bool__(self) -> bool:
+        return True
+
+    @cached_property
+    def best(self) -> tuple[int, float]:
+        """See `Candidates`."""
+        parameters = self._parameters
+        logits = self._logits.tolist()[: parameters.top_k or None]
+        _check_finite(logits[0])
+        largest, temperature = logits[0], parameters.temperature or 1.0
+        weights = [math.exp((logit - largest) / temperature) for logit in logits]
+        cumulative = list(itertools.accumulate(weights))
+        size = len(weights)
+        if parameters.top_p < 1:
+            size = min(size, 1 + bisect_left(cumulative, parameters.top_p * cumulative[-1]))
+        if parameters.min_p > 0:
+            size = min(size, sum(weight >= parameters.min_p for weight in weights))
+        return int(self._ids[0]), 1.0 / cumulative[size - 1]
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """See `Candidates`."""
+        return self._all.ids
+
+    @cached_property
+    def probabilities(self) -> np.ndarray:
+        """See `Candidates`."""
+        return self._all.probabilities
+
+    @cached_property
+    def _all(self) -> Candidates:
+        return truncate(self._logits, self._ids, self._parameters)
 
 
 def truncate_row(logits: np.ndarray, parameters: SamplingParameters) -> Candidates:
@@ -260,8 +317,16 @@ class Target:
         logits, ids = found
         return truncate(logits, ids, self._parameters)
 
+    def certain(self, step: Step) -> list[int] | None:
+        """Return the token behind every row where neither chance nor the text before it decides; None elsewhere."""
+        if self._top_k != 1 or self._processors or self._parameters.repetition_penalty != 1:
+            return None
+        return step.best()
+
     def sample(self, step: Step, context: Context, uniform: float, row: int = -1) -> int:
         """Draw the token; arguments as of `distribution`, and the uniform number in [0, 1) that decides the draw."""
+        if (certain := self.certain(step)) is not None:
+            return certain[row]
         candidates = self.distribution(step, context, row)
         return int(candidates.ids[draw(candidates.probabilities, uniform)])
 

@@ -1,7 +1,8 @@
 """A bundle's graphs in onnxruntime: bound buffers, and one forward pass at a time."""
 
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -23,8 +24,10 @@ from .names import (
     PRESENT,
     SKIPPED,
     TOPK_IDS,
+    TOPK_LOGITS,
     caches,
 )
+from .outputs import Outputs, RunOutputs, TopK
 from .parameters import whole
 from .providers import Backend, BackendOptions, backend_of, import_onnxruntime
 from .step import LAST, Ahead, All, InsideAhead, Last, Rows, Step
@@ -33,6 +36,10 @@ from .turns import Turns
 
 _FIRST_CACHE = caches(PAST, [0])[0]
 _MOVABLE = "cuda"  # the provider whose memory is bound; any other reads and writes the computer's own
+
+
+def _nothing() -> None:
+    """Stand for a reference to what nobody has."""
 
 
 class _Pass(NamedTuple):
@@ -118,8 +125,11 @@ class Session:
         )
         self._rows = np.zeros((), np.int64)
         self._make_room()
-        names = [*OUTPUTS, *(bundle.topology.outputs if self._inside else {})]
+        names = [LOGITS, *(bundle.topology.outputs if self._inside else {})]
         self._bound = Binding(self._session, names, self._device)
+        self._top = TopK(0, bundle.top_k_outputs)
+        self._asked = (0, 0)  # rows of the first head, and of every one inside, that there is room for
+        self._outputs: Callable[[], RunOutputs | None] = _nothing  # of the newest pass, as long as somebody has them
         self._bound.input(KEPT_ROWS, self._rows)
         self.heads: Heads | None = None
         if bundle.drafter is not None:
@@ -179,32 +189,44 @@ class Session:
             self._ids[place] = token
         bound.input(INPUT_IDS, self._ids, (1, m))
         bound.input(ATTENTION_MASK, self._ones, (1, total))
-        bound.renew()
         if cache.states is not None:
             bound.output(PENULTIMATE, cache.states, (1, m, cache.states.shape[1]), begin=before)
         inside = self._inside and (bool(head_rows) or not self._skips)
         if self._inside:
             self._want(head_rows if inside else [], before if inside else cache.seen)
+        self._hand_over()
+        self._ask_rows(len(kept), len(head_rows) if inside else 0)
         started = time.perf_counter()
         try:
             bound.run()
-            values = bound.read()
         except Exception as error:  # onnxruntime raises many classes that share no base
             raise BundleError(f"{self.bundle.graph_path} fails at a pass over {m} tokens: {error}") from error
         self._seconds += time.perf_counter() - started
         self.passes += 1
-        found, asked = values[LOGITS].shape()[1], len(kept) + (self._inside * len(head_rows) if inside else 0)
-        if found != asked:
-            raise BundleError(
-                f"{self.bundle.graph_path} puts out {found} rows of logits where {asked} were asked for: it is not the "
-                "graph its manifest describes"
-            )
         cache.advance(tokens, seen=bool(inside))
-        step = self._step(values, [total + row for row in head_rows], _Pass(self.bundle, m, before))
+        outputs = RunOutputs(bound, self._top, _Pass(self.bundle, m, before))
+        self._outputs = weakref.ref(outputs)
+        step = self._step(outputs, [total + row for row in head_rows])
         self.step_seconds += time.perf_counter() - entered
         return step
 
-    def _step(self, values: dict[str, Any], positions: Sequence[int], what: _Pass) -> Step:
+    def _hand_over(self) -> None:
+        """Leave what the newest pass has put out to whoever still has it."""
+        outputs = self._outputs()
+        if outputs is not None:
+            outputs.keep()
+
+    def _ask_rows(self, rows: int, head_rows: int) -> None:
+        """Have the pass put out so many rows of the first head, and of every one inside the base's graph."""
+        if self._asked == (rows, head_rows):
+            return
+        self._asked = rows, head_rows
+        top = self._top = TopK(rows + self._inside * head_rows, self.bundle.top_k_outputs)
+        self._bound.renew()
+        self._bound.output(TOPK_LOGITS, top.logits)
+        self._bound.output(TOPK_IDS, top.ids)
+
+    def _step(self, values: Outputs, positions: Sequence[int]) -> Step:
         """Return what a pass said, with a way to ask the heads about some of its positions."""
         count, own, taken = len(positions), self.heads, self.cache.passes
         if own is not None:
@@ -212,15 +234,15 @@ class Session:
             def ask(rows: Sequence[int]) -> Ahead:
                 return own.ahead([positions[row] for row in rows], taken)
 
-            return Step(values, ask, head_rows=count, what=what)
+            return Step(values, ask, head_rows=count)
         if not self._inside or not count:
-            return Step(values, what=what)
+            return Step(values)
         further, independent = self._inside * count, self.bundle.topology.independent
 
         def look(rows: Sequence[int]) -> Ahead:
-            return InsideAhead(values, count, self._inside, independent, rows, what)
+            return InsideAhead(values, count, self._inside, independent, rows)
 
-        return Step(values, look, head_rows=count, behind=further, what=what)
+        return Step(values, look, head_rows=count, behind=further)
 
     def _want(self, head_rows: Sequence[int], seen_from: int) -> None:
         """Bind the inputs of heads that are inside the base's graph.
@@ -251,6 +273,7 @@ class Session:
         if self.turns.closed:
             return
         self.turns.close()
+        self._hand_over()
         self.cache.close()
         if self.heads is not None:
             self.heads.close()
@@ -318,7 +341,10 @@ class Session:
         Raises:
             BundleError: They are not as many as the manifest says, or the graph does not run.
         """
-        self.step([0])
+        try:
+            self.step([0])
+        except BundleError as error:
+            raise BundleError(f"{error}; or it is not the graph its manifest describes") from error
         if self.heads is not None:
             self.heads.check()
             self.heads.seconds = 0.0

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from .errors import BundleError
-from .names import GATE, LOGITS, TOPK_IDS, TOPK_LOGITS
-
-_OF_NUMBERS = frozenset({LOGITS, TOPK_LOGITS, GATE})
+from .names import LOGITS, TOPK_IDS, TOPK_LOGITS
+from .outputs import Outputs
 
 
 @dataclass(frozen=True)
@@ -89,39 +86,35 @@ class Ahead(Protocol):
 class Step:
     """What one forward pass says: logits of the rows that were asked for, of every head.
 
-    The arrays stay what they are whatever is run later. They become arrays when they are read: full rows stay in
-    onnxruntime's own memory, so that a sampler which is content with the top-k outputs does not pay for a vocabulary.
+    The arrays stay what they are whatever is run later. They become arrays when they are read, so that a sampler which
+    is content with the top-k outputs does not pay for a vocabulary, and greedy decoding for neither.
     Further heads with a graph of their own are computed when they are asked, which has to be before the cache is rolled
     back behind their rows; what they have said stays.
     """
 
     def __init__(
         self,
-        values: dict[str, Any],
+        values: Outputs,
         ahead: Callable[[Sequence[int]], Ahead] | None = None,
         *,
         head_rows: int = 0,
         hidden: int = 0,
         behind: int = 0,
-        what: object = "a pass",
     ):
         """Take a pass's outputs.
 
         Args:
-            values: Arrays, or what onnxruntime holds, by name and with the batch axis: "logits", "topk_logits" and
-                "topk_ids" [1, rows, …] of the first head.
+            values: With rows of the first head.
             ahead: Asks the further heads about some of the `head_rows` rows, by their numbers.
             head_rows: Rows that further heads may be asked about.
             hidden: Rows of the first head, from the front, that are left out of what is read here.
             behind: Rows of further heads that stand behind those of the first.
-            what: As text, what it is called where it is complained of.
         """
         self._values = values
         self._behind = behind
         self._ahead = ahead
         self._head_rows = head_rows
         self._hidden = hidden
-        self._what = what
         self._all: Ahead | None = None
         self._top: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -139,6 +132,11 @@ class Step:
         if self._top is None:
             self._top = self._first(TOPK_LOGITS), self._first(TOPK_IDS)
         return self._top
+
+    def best(self) -> list[int]:
+        """Return the token of the largest logit of every row of the first head; sooner than by `topk`."""
+        rows = self._values.best()
+        return rows[self._hidden : len(rows) - self._behind]
 
     def ahead(self, row: int | None = None) -> Ahead:
         """Return what further heads say.
@@ -165,7 +163,7 @@ class Step:
         Raises:
             BundleError: It has rows to choose from that are not numbers, or leave nothing to choose.
         """
-        return as_array(self._values, name, self._what)
+        return self._values[name][0]
 
     def without(self, rows: int) -> Step:
         """Return the same pass without the first so many rows of the first head."""
@@ -177,42 +175,11 @@ class Step:
             head_rows=self._head_rows,
             hidden=self._hidden + rows,
             behind=self._behind,
-            what=self._what,
         )
 
     def _first(self, name: str) -> np.ndarray:
         rows = self.read(name)
         return rows[self._hidden : len(rows) - self._behind]
-
-
-def all_finite(numbers: np.ndarray) -> bool:
-    """Tell whether some few numbers are all finite."""
-    return all(map(math.isfinite, numbers.ravel().tolist()))
-
-
-def as_array(values: dict[str, Any], name: str, what: object) -> np.ndarray:
-    """Return one of a graph's outputs without the batch axis; what is read stays an array.
-
-    Args:
-        values: What a run put out, by name; changed.
-        name: Of the output.
-        what: As text, the run, for errors.
-
-    Raises:
-        BundleError: It has rows to choose from that are not numbers, or leave nothing to choose.
-    """
-    value = values[name]
-    if not isinstance(value, np.ndarray):
-        value = value.numpy()  # over the same memory, unless that is a device's
-        # The largest is nan if any of them is, and onnxruntime's top-k puts those first.
-        if name in _OF_NUMBERS and not all_finite(value[..., 0] if name == TOPK_LOGITS else value.max(-1)):
-            raise BundleError(
-                f"{what} gave {name} that are not finite numbers: its weights are damaged, or what it "
-                "computes does not fit into its precision"
-            )
-        values[name] = value
-    array: np.ndarray = value[0]
-    return array
 
 
 class InsideAhead:
@@ -221,9 +188,7 @@ class InsideAhead:
     Their rows stand behind those of the first head.
     """
 
-    def __init__(
-        self, values: dict[str, Any], head_rows: int, parts: int, by_head: bool, chosen: Sequence[int], what: object
-    ):
+    def __init__(self, values: Outputs, head_rows: int, parts: int, by_head: bool, chosen: Sequence[int]):
         """Take a pass's outputs.
 
         Args:
@@ -232,9 +197,8 @@ class InsideAhead:
             parts: See `Topology`.
             by_head: Whether all rows of a part stand together; else all parts of a row do.
             chosen: Rows it is asked about.
-            what: See `Step`.
         """
-        self._values, self._what = values, what
+        self._values = values
         self._head_rows, self._parts, self._by_head = head_rows, parts, by_head
         self._chosen = list(chosen)
 
@@ -253,10 +217,10 @@ class InsideAhead:
 
     def output(self, name: str) -> np.ndarray:
         """See `Ahead`."""
-        return as_array(self._values, name, self._what)[self._chosen]
+        return self._values[name][0][self._chosen]
 
     def _part(self, name: str, part: int) -> np.ndarray:
-        rows = as_array(self._values, name, self._what)
+        rows = self._values[name][0]
         count, parts = self._head_rows, self._parts
         first = len(rows) - count * parts
         if self._by_head:

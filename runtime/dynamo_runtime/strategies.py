@@ -29,7 +29,7 @@ from .sampling import (
     truncate,
 )
 from .step import Step
-from .verification import Draft, verify
+from .verification import Draft, agreement, verify
 
 TARGET_SPEEDUP = "target_speedup"
 """Name of the option that may be given in place of a back-off threshold: see `Engine.stream`."""
@@ -157,6 +157,8 @@ class Speculative:
         """Return how many drafts stand, and the token behind them."""
         if not drafts:
             return 0, self._target.sample(step, context, rng.random(), 0)
+        if (certain := self._target.certain(step)) is not None:
+            return agreement(drafts, certain)
         trial = context.fork()
 
         def target(accepted: int) -> Candidates:

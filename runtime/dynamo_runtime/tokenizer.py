@@ -6,7 +6,7 @@ import base64
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -54,6 +54,7 @@ class Bounded:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._most_times = _times(_description(tokenizer.normalizer))
+        self._texts: dict[tuple[int, bool], str] = {}  # of single tokens, which streams ask about again and again
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
@@ -74,15 +75,24 @@ class Bounded:
                 self._check_growth(text)
             return self._tokenizer.encode(text, *args, **options)
 
-    def decode(self, *args: Any, **options: Any) -> str:
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Decode tokens.
 
         Raises:
             PromptError: The tokenizer panics.
         """
+        if len(ids) != 1:
+            return self._decode(ids, skip_special_tokens)
+        single = ids[0], skip_special_tokens
+        text = self._texts.get(single)
+        if text is None:
+            text = self._texts[single] = self._decode(ids, skip_special_tokens)
+        return text
+
+    def _decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         # Once a token: `_errors` itself would take as long as the work.
         try:
-            return self._tokenizer.decode(*args, **options)
+            return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         except BaseException:
             with _errors(PromptError, "the tokenizer fails on these tokens"):
                 raise

@@ -60,6 +60,21 @@ def verify(
     return len(drafts), int(p.ids[draw(p.probabilities, uniform())])
 
 
+def agreement(drafts: Sequence[Draft], tokens: Sequence[int]) -> tuple[int, int]:
+    """Return what `verify` does where p is on one token whatever stands before it, as in plain greedy decoding.
+
+    Args:
+        drafts: In order.
+        tokens: That of every row: behind no draft, behind the first, and so on.
+    """
+    accepted = 0
+    for draft, token in zip(drafts, tokens, strict=False):
+        if draft.token != token:
+            break
+        accepted += 1
+    return accepted, tokens[accepted]
+
+
 def probability(candidates: Candidates, token: int) -> float:
     """Return the probability of a token, 0 outside the candidates."""
     return float(candidates.probabilities[candidates.ids == token].sum())

@@ -49,6 +49,7 @@ def damage(folder: Path, name: str, change: Callable[[np.ndarray], None]) -> Non
         {"strategy": "autoregressive", "logits_processors": [lambda context, row: row]},
         {"strategy": "speculative", "log_probabilities": True},
         {"strategy": "speculative", "draft_choice": "sample"},
+        {"strategy": "speculative", "temperature": 0, "repetition_penalty": 1.0},
         {"strategy": "auto"},
         {"strategy": "dynamo"},
         {"strategy": "dynamo", "top_k": 200, "backoff_threshold": 0.9, "cooccurrence_weight": 1.0},

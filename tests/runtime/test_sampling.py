@@ -7,11 +7,13 @@ from hypothesis import strategies as st
 from support import dense_sampling
 
 from dynamo_runtime.errors import ParameterError
+from dynamo_runtime.outputs import Outputs
 from dynamo_runtime.parameters import SamplingParameters, resolve_parameters
 from dynamo_runtime.sampling import (
     Candidates,
     Context,
     Target,
+    Truncated,
     _certified_topk,
     draw,
     penalize_repetition,
@@ -27,7 +29,7 @@ VOCAB, K = 60, 12
 def step_of(logits: np.ndarray) -> Step:
     values, ids = sort_logits(logits, K)
     rows = {"logits": logits, "topk_logits": values, "topk_ids": ids}
-    return Step({name: row[None, None] for name, row in rows.items()})
+    return Step(Outputs({name: row[None, None] for name, row in rows.items()}))
 
 
 def exact_distribution(logits: np.ndarray, seen: np.ndarray, p: SamplingParameters) -> np.ndarray:
@@ -187,6 +189,43 @@ def test_greedy_takes_the_largest_and_processors_are_applied() -> None:
     with pytest.raises(ParameterError, match="not finite"):
         nothing = SamplingParameters()
         Target(nothing, [lambda _, row: row - np.inf]).sample(step_of(logits), Context([3], VOCAB), 0.5)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=K),
+    st.sampled_from([0.0, 1e-310, 0.3, 1.0, 4.0]),
+    st.integers(0, K),
+    st.sampled_from([1.0, 0.9, 0.3]),
+    st.sampled_from([0.0, 0.05, 1.0]),
+)
+def test_the_best_candidate_is_known_without_the_others(
+    logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    row = -np.sort(-np.array(logits, np.float32))
+    parameters = SamplingParameters(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    ids = np.arange(len(row)) + 7
+    whole, lazy = truncate(row, ids, parameters), Truncated(row, ids, parameters)
+    assert lazy.best == pytest.approx((whole.ids[0], whole.probabilities[0]), rel=1e-9)
+    assert whole.best == (whole.ids[0], whole.probabilities[0])
+    assert lazy
+    assert np.array_equal(lazy.ids, whole.ids)
+    assert np.array_equal(lazy.probabilities, whole.probabilities)
+
+
+def test_a_draft_of_no_number_is_refused() -> None:
+    with pytest.raises(ParameterError, match="not finite"):
+        _ = Truncated(np.array([np.inf, 1.0], np.float32), np.arange(2), SamplingParameters()).best
+
+
+def test_only_plain_greedy_decoding_is_certain() -> None:
+    step = step_of(np.arange(VOCAB, dtype=np.float32))
+    greedy = {"temperature": 0.0, "repetition_penalty": 1.0}
+    assert Target(SamplingParameters(**greedy)).certain(step) == [VOCAB - 1]
+    assert Target(SamplingParameters(**greedy), [lambda _, row: row]).certain(step) is None
+    for other in ({"temperature": 1.0}, {"repetition_penalty": 1.1}):
+        assert Target(SamplingParameters(**greedy | other)).certain(step) is None
+    assert Target(SamplingParameters(temperature=1.0, top_k=1, repetition_penalty=1.0)).certain(step) == [VOCAB - 1]
 
 
 def test_equal_logits_are_taken_in_the_order_of_ids() -> None:

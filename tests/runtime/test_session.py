@@ -373,7 +373,7 @@ def test_heads_are_counted_before_anything_is_decoded(copied, tmp_path: Path, n_
         Session(load_bundle(copied.folder), threads=1)
     changed = {"topology": {"kind": "parallel", "n_heads": n_heads}}
     old = handmade.write_bundle(tmp_path / "old", 3, graph={"format_version": 3}, **changed)
-    with pytest.raises(BundleError, match=f"puts out 3 rows of logits where {n_heads} were asked for"):
+    with pytest.raises(BundleError, match="not the graph its manifest describes"):
         Session(load_bundle(old), threads=1)
 
 

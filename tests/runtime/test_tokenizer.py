@@ -41,6 +41,12 @@ def test_usual_tokenizers_are_untouched(copied, name: str) -> None:
     mine, theirs = read_tokenizer(path), Tokenizer.from_file(str(path))
     assert mine.encode(TEXT * 1000).ids == theirs.encode(TEXT * 1000).ids
     assert mine.get_vocab() == theirs.get_vocab()
+    for _ in range(2):  # single tokens are remembered
+        for token in (0, 1, 2, 65, 300):
+            assert mine.decode([token]) == theirs.decode([token])
+            assert mine.decode([token], skip_special_tokens=False) == theirs.decode([token], skip_special_tokens=False)
+    tokens = theirs.encode(TEXT).ids
+    assert mine.decode(tokens) == theirs.decode(tokens)
 
 
 @pytest.mark.parametrize("name", [name for name in USUAL if name != "none"])

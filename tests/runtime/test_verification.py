@@ -20,7 +20,7 @@ from dynamo_runtime.parallel import ParallelDrafter
 from dynamo_runtime.parameters import SamplingParameters
 from dynamo_runtime.sampling import Candidates, Context
 from dynamo_runtime.strategies import Auto, Speculative
-from dynamo_runtime.verification import residual, verify
+from dynamo_runtime.verification import Draft, agreement, residual, verify
 
 KINDS = ("parallel", "cp", "lookahead")
 
@@ -114,6 +114,20 @@ def test_a_broken_acceptance_rule_fails_that_test(rule, sampling, monkeypatch: p
     else:
         monkeypatch.setattr(strategies, "verify", locals()[rule])
     assert p_value("parallel", sampling | {"draft_choice": "sample"}, None)[0] < 1e-6
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_agreement_is_verification_of_certain_tokens(drawn: bool) -> None:
+    rng = np.random.default_rng(0)
+    found = set()
+    for _ in range(200):
+        tokens = rng.integers(0, 2, 4).tolist()
+        guesses = Candidates(np.arange(2), rng.dirichlet(np.ones(2)))
+        drafts = [Draft(int(token), guesses if drawn else None) for token in rng.integers(0, 2, 3)]
+        expected = verify(drafts, lambda i, t=tokens: Candidates(np.array([t[i]]), np.ones(1)), rng.random)
+        assert agreement(drafts, tokens) == expected
+        found.add(expected[0])
+    assert found == {0, 1, 2, 3}
 
 
 def dense(candidates: Candidates) -> np.ndarray:

@@ -12,6 +12,7 @@ from scipy import stats
 
 from dynamo_runtime.bundle import Bundle
 from dynamo_runtime.decoding import decode
+from dynamo_runtime.outputs import Outputs
 from dynamo_runtime.parameters import SamplingParameters
 from dynamo_runtime.sampling import Context
 from dynamo_runtime.step import LAST, Last, Rows, Step
@@ -62,7 +63,7 @@ class TableModel:
         logits = np.array([self.base[pairs[row]] for row in rows.of(len(tokens))])
         order = np.argsort(-logits, axis=-1, kind="stable")
         topk_logits = np.take_along_axis(logits, order, -1)
-        values = {"logits": logits[None], "topk_logits": topk_logits[None], "topk_ids": order[None]}
+        values = Outputs({"logits": logits[None], "topk_logits": topk_logits[None], "topk_ids": order[None]})
         wanted = [pairs[row] for row in heads.of(len(tokens))]
         ahead = partial(TableAhead, self, wanted) if self.bundle.topology.parts else None
         return Step(values, ahead, head_rows=len(wanted))

@@ -1,0 +1,62 @@
+"""What a pass puts out: read late or never, and kept from later passes for whoever still has it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import handmade
+
+from dynamo_runtime import ALL, NONE, At, load_bundle
+from dynamo_runtime.session import Session
+from dynamo_runtime.step import Last
+
+CHUNKS = ([1, 2, 3], [4, 5, 6], [7], [8], [9, 10, 11])
+
+
+def test_what_nobody_has_read_outlives_later_steps(multi: Path) -> None:
+    """It lies in memory that the next pass of as many rows writes to."""
+    session, other = (Session(load_bundle(multi), threads=1) for _ in range(2))
+    steps, others = [], []
+    for tokens in CHUNKS:
+        steps.append(session.step(tokens, rows=ALL, heads=NONE))
+        others.append(other.step(tokens, rows=ALL, heads=NONE))
+        assert others[-1].logits().shape[0] == others[-1].topk()[0].shape[0] == len(tokens)
+    session.close()
+    for step, expected in zip(steps, others, strict=True):
+        assert step.best() == expected.best() == expected.logits().argmax(-1).tolist()
+        assert np.array_equal(step.logits(), expected.logits())
+        for one, same in zip(step.topk(), expected.topk(), strict=True):
+            assert np.array_equal(one, same)
+
+
+def test_what_was_read_is_not_overwritten(multi: Path) -> None:
+    """Nor if the step itself is gone."""
+    session = Session(load_bundle(multi), threads=1)
+    step = session.step([1, 2, 3], rows=ALL)
+    read = step.logits(), *step.topk()
+    copies = [array.copy() for array in read]
+    del step
+    session.step([4, 5, 6], rows=ALL)
+    assert all(np.array_equal(array, copy) for array, copy in zip(read, copies, strict=True))
+
+
+def test_the_best_tokens_are_those_of_the_rows_that_are_left(multi: Path) -> None:
+    step = Session(load_bundle(multi), threads=1).step([1, 2, 3, 4, 5], rows=ALL)
+    best = step.logits().argmax(-1).tolist()
+    assert step.best() == best
+    assert step.without(2).best() == best[2:]
+
+
+@pytest.mark.parametrize("kind", ["parallel", "cp"])
+def test_rows_of_heads_inside_the_graph_change_as_the_rows_of_the_first_do(tmp_path: Path, kind: str) -> None:
+    """Formats 2 and 3: as many rows in all, of other heads."""
+    bundle = load_bundle(
+        handmade.write_bundle(tmp_path / "old", 3, graph={"kind": kind, "rank": 2, "format_version": 3})
+    )
+    session, parts = Session(bundle, threads=1), bundle.topology.parts
+    first = session.step([1, 2, 3], rows=Last(1), heads=At([-1]))
+    second = session.step(list(range(4, 6 + parts)), rows=Last(1 + parts), heads=NONE)
+    assert len(first.best()) == 1
+    assert first.ahead().topk(parts - 1)[1].shape[0] == 1
+    assert len(second.best()) == 1 + parts
+    assert second.best() == second.logits().argmax(-1).tolist()
