@@ -23,7 +23,7 @@ from dynamo_runtime.selection import check_reads, refusal
 from .errors import EvaluationError
 
 MODEL = "dynamo"
-_BACKEND = ("provider", "threads", "spinning", "optimization")
+_BACKEND = ("provider", "threads", "optimization")
 # What tasks call the most new tokens, first come first served.
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 

@@ -83,8 +83,6 @@ class Backend:
             bundle is in half precision, else cpu.
         provider_options: Options of that provider, as onnxruntime names them.
         threads: Threads within an operator; None leaves it to onnxruntime.
-        spinning: Whether idle threads go on spinning after a pass: a few per cent faster, and cores are busy all the
-            time.
         optimization: Graph optimizations: "all", "extended", "basic" or "none".
         profile_prefix: Where onnxruntime writes the times of its operators; None for nowhere.
     """
@@ -92,7 +90,6 @@ class Backend:
     provider: str = "auto"
     provider_options: Mapping[str, str] = field(default_factory=dict)
     threads: int | None = None
-    spinning: bool = False
     optimization: str = "all"
     profile_prefix: str | None = None
 
@@ -111,7 +108,6 @@ class Backend:
         for name in ("provider", "optimization"):
             check_kind(name, getattr(self, name), str, "text")
         check_kind("provider_options", self.provider_options, Mapping, "a mapping")
-        check_kind("spinning", self.spinning, bool, "true or false")
         check_kind("profile_prefix", self.profile_prefix, (str, NoneType), "text")
         if self.optimization not in OPTIMIZATIONS:
             raise ParameterError(f"optimization must be one of {', '.join(OPTIMIZATIONS)}, not {self.optimization!r}")
@@ -154,8 +150,8 @@ class Backend:
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, OPTIMIZATIONS[self.optimization])
-        if not self.spinning:
-            options.add_session_config_entry("session.force_spinning_stop", "1")
+        # A graph's threads that go on spinning behind a pass take the cores from the drafter's graph.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         if self.profile_prefix is not None:
@@ -205,7 +201,6 @@ class BackendOptions(TypedDict, total=False):
     provider: str
     provider_options: Mapping[str, str]
     threads: int | None
-    spinning: bool
     optimization: str
     profile_prefix: str | None
 

@@ -127,7 +127,7 @@ class Session:
         self._make_room()
         names = [LOGITS, *(bundle.topology.outputs if self._inside else {})]
         self._bound = Binding(self._session, names, self._device)
-        self._top = TopK(0, bundle.top_k_outputs)
+        self._tops: dict[int, TopK] = {}  # by rows
         self._asked = (0, 0)  # rows of the first head, and of every one inside, that there is room for
         self._outputs: Callable[[], RunOutputs | None] = _nothing  # of the newest pass, as long as somebody has them
         self._bound.input(KEPT_ROWS, self._rows)
@@ -220,8 +220,10 @@ class Session:
         """Have the pass put out so many rows of the first head, and of every one inside the base's graph."""
         if self._asked == (rows, head_rows):
             return
-        self._asked = rows, head_rows
-        top = self._top = TopK(rows + self._inside * head_rows, self.bundle.top_k_outputs)
+        self._asked, count = (rows, head_rows), rows + self._inside * head_rows
+        if count not in self._tops:
+            self._tops[count] = TopK(count, self.bundle.top_k_outputs)
+        top = self._top = self._tops[count]
         self._bound.renew()
         self._bound.output(TOPK_LOGITS, top.logits)
         self._bound.output(TOPK_IDS, top.ids)

@@ -102,7 +102,6 @@ BACKEND: dict[str, tuple[Any, ...]] = {
     "provider": ("cpu", "cuda", "nobody"),
     "provider_options": ({"x": "y"}, {"x": 3}),
     "threads": (1, 0, 3),
-    "spinning": (True,),
     "optimization": ("all", "basic", "none"),
 }
 

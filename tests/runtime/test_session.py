@@ -155,7 +155,8 @@ def test_a_backend_is_an_object_or_keywords(multi: Path) -> None:
     bundle = load_bundle(multi)
     given = Session(bundle, Backend(provider="cpu", threads=1))
     assert given.backend == Session(bundle, provider="cpu", threads=1).backend
-    assert Session(bundle, given.backend, spinning=True).backend == Backend(provider="cpu", threads=1, spinning=True)
+    changed = Session(bundle, given.backend, optimization="basic").backend
+    assert changed == Backend(provider="cpu", threads=1, optimization="basic")
 
 
 def test_a_bundle_can_be_built_in_memory(multi: Path) -> None:

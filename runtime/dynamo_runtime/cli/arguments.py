@@ -150,11 +150,6 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--threads", type=int, metavar="N", help="threads within an operator (default: all cores)")
     group.add_argument(
-        "--spinning",
-        action="store_true",
-        help="idle threads go on spinning: a little faster, at the cost of busy cores",
-    )
-    group.add_argument(
         "--graph-optimization",
         default="all",
         metavar="LEVEL",
@@ -175,6 +170,5 @@ def backend(args: argparse.Namespace) -> Backend:
         provider=args.provider,
         provider_options=dict(option.split("=", 1) for option in args.provider_option),
         threads=args.threads,
-        spinning=args.spinning,
         optimization=args.graph_optimization,
     )

@@ -113,7 +113,7 @@ def _profile(args: argparse.Namespace) -> int:
         if path is not None:
             check_writable(path)
     # Planning knows devices apart by provider and threads alone.
-    keep = not (args.no_keep or args.spinning or args.provider_option or args.graph_optimization != "all")
+    keep = not (args.no_keep or args.provider_option or args.graph_optimization != "all")
     if keep:
         try:
             check_writable(profiles_folder() / "profile.json")

@@ -107,11 +107,11 @@ class Acceptances:
         """Of a draft of this confidence at this depth, given that those before it are right."""
         if isinstance(confidence, Expected):
             return confidence
-        return self._rate(depth, bin_of(confidence, self._tuning.bins))
+        return self._rate(depth, bin_of(confidence, self._tuning.bins), self.usual(depth))
 
-    def _rate(self, depth: int, index: int) -> float:
-        """Of a draft in a bin of confidence."""
-        hoped = self._of_bins[index] + self._tuning.untried * (self.usual(depth) - self._of_bins[index])
+    def _rate(self, depth: int, index: int, usual: float) -> float:
+        """Of a draft in a bin of confidence, at a depth with a usual acceptance."""
+        hoped = self._of_bins[index] + self._tuning.untried * (usual - self._of_bins[index])
         prior = max(self._of_bins[index], hoped)
         return self._kinds[depth, index].rate(self._bins[index].rate(prior))
 
@@ -124,7 +124,8 @@ class Acceptances:
 
         That is a share and an expected acceptance for every bin, from the lowest up.
         """
-        return [(share, self._rate(depth, index)) for index, share in enumerate(self._bin_shares[depth - 1].shares())]
+        usual, shares = self.usual(depth), self._bin_shares[depth - 1].shares()
+        return [(share, self._rate(depth, index, usual)) for index, share in enumerate(shares)]
 
     def observe(self, depth: int, confidence: float) -> None:
         """Count a draft whose confidence is known, whether or not it is fed."""
