@@ -59,8 +59,7 @@ class Repeat(NamedTuple):
     expected: float
 
 
-@dataclass(frozen=True)
-class Passed:
+class Passed(NamedTuple):
     """A pass that has been judged, as a drafter sees it.
 
     Attributes:

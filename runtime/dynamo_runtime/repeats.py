@@ -103,6 +103,9 @@ class Occurrences:
         end = len(text) - 1
         if end < 1:
             return NOWHERE
+        if text is self.tokens and end < len(self._pairs[1]):  # nothing drafted behind it: its end is in the chains
+            found = _walked(text, text, self._fours[1][end], self._fours[1], LONG)
+            return found if found.length else _walked(text, text, self._pairs[1][end], self._pairs[1], SHORT)
         pair, found = (text[end - 1] * _FIRST + text[end] * _SECOND) & _BITS, NOWHERE
         if end >= 3:
             four = ((text[end - 3] * _FIRST + text[end - 2] * _SECOND & _BITS) * _FOUR + pair) & _BITS
@@ -147,8 +150,6 @@ def _chained(hashes: np.ndarray, count: int, slots: int) -> tuple[array[int], ar
 def _walked(tokens: array[int], text: array[int], place: int, before: array[int], least: int) -> Match:
     """Return the longest match along a chain, if it has at least so many tokens."""
     end, length, reach, best, other, walk = len(text) - 1, least - 1, least - 1, -1, -1, _WALK
-    if place == end and tokens is text:
-        place = before[place]
     while place >= 0 and walk:
         walk -= 1
         if place >= reach and tokens[place - reach] == text[end - reach]:  # else it is not as long as the best one

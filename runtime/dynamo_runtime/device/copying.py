@@ -111,9 +111,12 @@ class Copying:
         """
         if past // self._tuning.past_step != self._block:
             self._turn_to(past)
+        first = next(repeats, None)
+        if first is None:  # most often
+            return NO_CHAIN
         cost, drafts, expected = self._cost, list[Draft](), [1.0]
         certain, best, wanted, least = 1.0, self.plain, 0, max(least, _HOPELESS)
-        for repeat in itertools.islice(repeats, self._depth):
+        for repeat in itertools.islice(itertools.chain([first], repeats), self._depth):
             certain *= repeat.expected
             if certain < least:
                 break
