@@ -53,18 +53,18 @@ class Lookup:
         If they do not continue the text that was followed before, the whole text is read anew.
         """
         own, context = self._own, passed.context
-        known = len(own.tokens)
-        if context is not self._context or not known <= len(context.tokens) + len(passed.final):
+        tokens = own.tokens
+        if context is not self._context or not len(tokens) <= len(context.tokens) + len(passed.final):
             self._context = context
             self._begin([*context.tokens, *passed.final])
             return
-        for token in (*context.tokens[known:], *passed.final):
+        for token in (*context.tokens[len(tokens) :], *passed.final):
             for trail, rates in self._trails:
                 if trail.length:
                     rates.add(trail.length, trail.agreement, trail.following == token)
             own.append(token)
             for trail, _ in self._trails:
-                trail.go_on(own.tokens)
+                trail.go_on(tokens)
 
     def ahead(self) -> Iterator[Repeat]:
         """Yield what follows the text, one token after the other.

@@ -104,8 +104,7 @@ class Occurrences:
         if end < 1:
             return NOWHERE
         if text is self.tokens and end < len(self._pairs[1]):  # nothing drafted behind it: its end is in the chains
-            found = _walked(text, text, self._fours[1][end], self._fours[1], LONG)
-            return found if found.length else _walked(text, text, self._pairs[1][end], self._pairs[1], SHORT)
+            return self._longest_before(end)
         pair, found = (text[end - 1] * _FIRST + text[end] * _SECOND) & _BITS, NOWHERE
         if end >= 3:
             four = ((text[end - 3] * _FIRST + text[end - 2] * _SECOND & _BITS) * _FOUR + pair) & _BITS
@@ -114,6 +113,15 @@ class Occurrences:
         if not found.length:
             latest, before = self._pairs
             found = _walked(self.tokens, text, latest[(pair ^ pair >> 15) & self._slots], before, SHORT)
+        return found
+
+    def _longest_before(self, end: int) -> Match:
+        """Return the same of what ends at a place of the text itself."""
+        (_, pairs), (_, fours), tokens, found = self._pairs, self._fours, self.tokens, NOWHERE
+        if fours[end] >= 0:
+            found = _walked(tokens, tokens, fours[end], fours, LONG)
+        if not found.length and pairs[end] >= 0:
+            found = _walked(tokens, tokens, pairs[end], pairs, SHORT)
         return found
 
     def _build(self) -> None:

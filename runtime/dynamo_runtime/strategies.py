@@ -148,6 +148,8 @@ class Speculative:
 
     def _judge(self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator) -> Passed:
         """Return the pass with what it makes final: the drafts that stand, and the target's token behind them."""
+        if not drafts:
+            return Passed(step, context, [self._target.sample(step, context, rng.random(), 0)], 0)
         accepted, token = self._verify(step, context, drafts, rng)
         return Passed(step, context, [*(draft.token for draft in drafts[:accepted]), token], len(drafts))
 
@@ -155,8 +157,6 @@ class Speculative:
         self, step: Step, context: Context, drafts: Sequence[Draft], rng: np.random.Generator
     ) -> tuple[int, int]:
         """Return how many drafts stand, and the token behind them."""
-        if not drafts:
-            return 0, self._target.sample(step, context, rng.random(), 0)
         if (certain := self._target.certain(step)) is not None:
             return agreement(drafts, certain)
         trial = context.fork()

@@ -139,7 +139,8 @@ class Planner:
             confidences: Of the drafts.
             accepted: Those of them that stand.
         """
-        self.acceptances.add(confidences, accepted)
+        if confidences:
+            self.acceptances.add(confidences, accepted)
         if self._paid:
             plain = self._cost_off[0]
             self._lost = max(self._lost + self._paid - accepted * plain, -self._tuning.savings * plain)
