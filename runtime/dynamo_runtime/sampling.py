@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +18,7 @@ LogitsProcessor = Callable[[Sequence[int], np.ndarray], np.ndarray]
 
 _CERTAIN = np.ones(1)
 _CERTAIN.flags.writeable = False  # many share it
+_FEW = 128  # numbers that plain Python is quicker with than numpy
 _FAR = 800.0  # in a float64 exp(-800) is 0
 _TINY = 1e-100  # temperatures at which a logit may become too large for a float64
 _BITS_OF_ONE = int(np.float64(1).view(np.int64))
@@ -75,6 +76,10 @@ class Candidates:
         """The most probable token, and its probability."""
         place = int(self.probabilities.argmax())
         return int(self.ids[place]), float(self.probabilities[place])
+
+    def draw(self, uniform: float) -> int:
+        """Return the token that a uniform number in [0, 1) draws."""
+        return int(self.ids[draw(self.probabilities, uniform)])
 
 
 def draw(weights: np.ndarray, uniform: float) -> int:
@@ -138,10 +143,10 @@ def truncate(logits: np.ndarray, ids: np.ndarray, parameters: SamplingParameters
 
 
 class Truncated(Candidates):
-    """What `truncate` makes of some logits, when it is asked for.
+    """What `truncate` makes of a few logits, when it is asked for.
 
-    Of a draft that is no draw nothing is wanted but the most probable token. That is found in plain Python: behind a
-    pass numpy is in no cache of the processor, and what it does with fifty numbers takes longer than to add them up.
+    Mostly nothing is wanted but one draw, or the most probable token. Those are found in plain Python: behind a pass
+    numpy is in no cache of the processor, and what it does with fifty numbers takes longer than to add them up.
     """
 
     def __init__(self, logits: np.ndarray, ids: np.ndarray, parameters: SamplingParameters):
@@ -154,6 +159,17 @@ class Truncated(Candidates):
     @cached_property
     def best(self) -> tuple[int, float]:
         """See `Candidates`."""
+        return int(self._ids[0]), 1.0 / self._cumulative[-1]
+
+    def draw(self, uniform: float) -> int:
+        """See `Candidates`."""
+        cumulative = self._cumulative
+        place = bisect_right(cumulative, uniform * cumulative[-1])
+        return int(self._ids[min(place, len(cumulative) - 1)])
+
+    @cached_property
+    def _cumulative(self) -> list[float]:
+        """Weights of the candidates, each with all before it; the first weighs 1."""
         parameters = self._parameters
         logits = self._logits.tolist()[: parameters.top_k or None]
         _check_finite(logits[0])
@@ -165,7 +181,9 @@ class Truncated(Candidates):
             size = min(size, 1 + bisect_left(cumulative, parameters.top_p * cumulative[-1]))
         if parameters.min_p > 0:
             size = min(size, sum(weight >= parameters.min_p for weight in weights))
-        return int(self._ids[0]), 1.0 / cumulative[size - 1]
+        while weights[size - 1] == 0:  # processors may have left fewer than k
+            size -= 1
+        return cumulative[:size]
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -314,8 +332,7 @@ class Target:
             if self._top_k == 0:
                 return truncate_row(logits, self._parameters)
             found = sort_logits(logits, self._top_k)
-        logits, ids = found
-        return truncate(logits, ids, self._parameters)
+        return (Truncated if len(found[0]) <= _FEW else truncate)(*found, self._parameters)
 
     def certain(self, step: Step) -> list[int] | None:
         """Return the token behind every row where neither chance nor the text before it decides; None elsewhere."""
@@ -327,8 +344,7 @@ class Target:
         """Draw the token; arguments as of `distribution`, and the uniform number in [0, 1) that decides the draw."""
         if (certain := self.certain(step)) is not None:
             return certain[row]
-        candidates = self.distribution(step, context, row)
-        return int(candidates.ids[draw(candidates.probabilities, uniform)])
+        return self.distribution(step, context, row).draw(uniform)
 
 
 def _certified_topk(

@@ -49,7 +49,7 @@ def verify(
     for i, draft in enumerate(drafts):
         p = target(i)
         if draft.drawn_from is None:
-            token = int(p.ids[draw(p.probabilities, uniform())])
+            token = p.draw(uniform())
             if token != draft.token:
                 return i, token
             continue
@@ -57,7 +57,7 @@ def verify(
         if uniform() * probability(q, draft.token) >= probability(p, draft.token):
             return i, int(p.ids[draw(residual(p, q), uniform())])
     p = target(len(drafts))
-    return len(drafts), int(p.ids[draw(p.probabilities, uniform())])
+    return len(drafts), p.draw(uniform())
 
 
 def agreement(drafts: Sequence[Draft], tokens: Sequence[int]) -> tuple[int, int]:

@@ -206,6 +206,8 @@ def test_the_best_candidate_is_known_without_the_others(
     parameters = SamplingParameters(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     ids = np.arange(len(row)) + 7
     whole, lazy = truncate(row, ids, parameters), Truncated(row, ids, parameters)
+    for uniform in (0.0, 0.1234567, 0.5432109, 0.7654321, 0.9991234):
+        assert lazy.draw(uniform) == whole.draw(uniform)
     assert lazy.best == pytest.approx((whole.ids[0], whole.probabilities[0]), rel=1e-9)
     assert whole.best == (whole.ids[0], whole.probabilities[0])
     assert lazy
