@@ -38,6 +38,7 @@ SIZES, THREADS = (32, 64, 128), (1, 2)
 WIDTHS, PASTS = (1, 2, 4, 8), (64, 1024)
 EXACT_WIDTHS = range(2, 9)
 TEXTS, TEXT_TOKENS = 6, 96
+NEVER = -1e30  # for -inf, which cannot be subtracted
 
 
 def texts_of(full: Bundle) -> tuple[list[list[int]], str]:
@@ -48,13 +49,20 @@ def texts_of(full: Bundle) -> tuple[list[list[int]], str]:
 
 
 def in_passes(session: Session, text: list[int], width: int) -> np.ndarray:
-    """Return logits [positions, heads, vocab] from passes over `width` tokens."""
+    """Return logits [positions, heads, vocab] from passes over `width` tokens.
+
+    A head that is told the token in front is told that of the text; of words that it does not have it says very little.
+    """
     session.cache.reset()
-    found = []
+    found, parts = [], session.bundle.topology.parts
+    told = [*text[1:], *[0] * parts]
     for at in range(0, len(text), width):
         step = session.step(text[at : at + width], rows=ALL, heads=ALL)
-        heads = range(1, session.bundle.topology.n_heads + 1)
-        found.append(np.stack([step.logits(head) for head in heads], axis=1))
+        logits = [step.logits()]
+        if parts:
+            ahead, rows = step.ahead(), len(logits[0])
+            logits += [ahead.logits(part, told[at + part : at + part + rows]) for part in range(parts)]
+        found.append(np.nan_to_num(np.stack(logits, axis=1), neginf=NEVER))
     return np.concatenate(found)
 
 
