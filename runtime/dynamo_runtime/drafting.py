@@ -163,7 +163,7 @@ class Combined:
         def candidates(chosen: Sequence[int]) -> Candidates:
             for depth, guesses in found:
                 guess = guesses(chosen) if len(chosen) <= depth else NO_GUESS
-                if len(guess.ids):
+                if guess:
                     return guess
             return NO_GUESS
 

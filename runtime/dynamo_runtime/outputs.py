@@ -88,9 +88,7 @@ class RunOutputs(Outputs):
         return self._top.best()
 
     def keep(self) -> None:
-        """Take what a further run would overwrite; errors as of reading."""
-        if TOPK_IDS not in self._arrays:
-            self._copy_top()
+        """Fetch what a further run would overwrite; the memory of the top-K is no longer written to."""
         self._fetch()
 
     def _copy_top(self) -> None:

@@ -127,8 +127,7 @@ class Session:
         self._make_room()
         names = [LOGITS, *(bundle.topology.outputs if self._inside else {})]
         self._bound = Binding(self._session, names, self._device)
-        self._tops: dict[int, TopK] = {}  # by rows
-        self._asked = (0, 0)  # rows of the first head, and of every one inside, that there is room for
+        self._asked: tuple[int, int] | None = None  # rows of the first head, and of every one inside, with room bound
         self._outputs: Callable[[], RunOutputs | None] = _nothing  # of the newest pass, as long as somebody has them
         self._bound.input(KEPT_ROWS, self._rows)
         self.heads: Heads | None = None
@@ -211,19 +210,18 @@ class Session:
         return step
 
     def _hand_over(self) -> None:
-        """Leave what the newest pass has put out to whoever still has it."""
+        """Leave what the newest pass has put out, and its memory, to whoever still has it."""
         outputs = self._outputs()
         if outputs is not None:
             outputs.keep()
+            self._asked = None
 
     def _ask_rows(self, rows: int, head_rows: int) -> None:
         """Have the pass put out so many rows of the first head, and of every one inside the base's graph."""
         if self._asked == (rows, head_rows):
             return
-        self._asked, count = (rows, head_rows), rows + self._inside * head_rows
-        if count not in self._tops:
-            self._tops[count] = TopK(count, self.bundle.top_k_outputs)
-        top = self._top = self._tops[count]
+        self._asked = rows, head_rows
+        top = self._top = TopK(rows + self._inside * head_rows, self.bundle.top_k_outputs)
         self._bound.renew()
         self._bound.output(TOPK_LOGITS, top.logits)
         self._bound.output(TOPK_IDS, top.ids)

@@ -63,6 +63,19 @@ def test_every_strategy_says_so(copied, change: Callable, options: dict[str, Any
         Engine(copied.folder, threads=1).generate(PROMPT, seed=1, max_new_tokens=8, ignore_eos=True, **options)
 
 
+def test_what_nobody_reads_is_in_nobodys_way(copied) -> None:
+    """Not of the next pass, nor of closing; whoever reads it later is told."""
+    damage(copied.folder, "output", all_of_it)
+    copied.relist()
+    session = Engine(copied.folder, threads=1).session
+    held = session.step([1, 2])
+    session.step([3, 4])
+    session.close()
+    for read in (held.best, held.topk, held.logits):
+        with pytest.raises(BundleError, match="in a pass over 2 tokens behind 0, gave"):
+            read()
+
+
 def test_so_does_a_text_that_went_well_at_first(copied, capsys: pytest.CaptureFixture[str]) -> None:
     before = Engine(copied.folder, threads=1)
     options: dict[str, Any] = {"strategy": "autoregressive", "seed": 1, "ignore_eos": True, "max_new_tokens": 40}

@@ -10,7 +10,18 @@ from dynamo_runtime import ALL, NONE, At, load_bundle
 from dynamo_runtime.session import Session
 from dynamo_runtime.step import Last
 
+TOKENS = np.random.default_rng(0).integers(1, 300, 90).tolist()
 CHUNKS = ([1, 2, 3], [4, 5, 6], [7], [8], [9, 10, 11])
+
+
+def test_a_step_outlives_later_steps(multi: Path) -> None:
+    session = Session(load_bundle(multi), threads=1)
+    first = session.step(TOKENS[:5], rows=ALL)
+    kept = [array.copy() for head in (1, 2, 3) for array in (first.logits(head), *first.topk(head))]
+    session.step(TOKENS[5:10], rows=ALL)
+    session.step([1])
+    again = [array for head in (1, 2, 3) for array in (first.logits(head), *first.topk(head))]
+    assert all(np.array_equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
 def test_what_nobody_has_read_outlives_later_steps(multi: Path) -> None:

@@ -77,16 +77,6 @@ def test_rollback_is_a_length(multi: Path, whole: list[np.ndarray]) -> None:
         session.cache.rollback(46)
 
 
-def test_a_step_outlives_later_steps(multi: Path) -> None:
-    session = Session(load_bundle(multi), threads=1)
-    first = session.step(TOKENS[:5], rows=ALL)
-    kept = [array.copy() for head in (1, 2, 3) for array in (first.logits(head), *first.topk(head))]
-    session.step(TOKENS[5:10], rows=ALL)
-    session.step([1])
-    again = [array for head in (1, 2, 3) for array in (first.logits(head), *first.topk(head))]
-    assert all(np.array_equal(a, b) for a, b in zip(kept, again, strict=True))
-
-
 def test_topk_outputs_are_the_largest_of_the_rows(multi: Path) -> None:
     step = Session(load_bundle(multi), threads=1).step(TOKENS, rows=Last(3))
     for head, rows in ((1, 3), (2, 1), (3, 1)):
