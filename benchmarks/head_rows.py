@@ -285,8 +285,7 @@ def measure(bundle: Bundle, rounds: int, threads: int | None, before: int) -> di
                 whole["words"].run(head_states=states[None])[TOPK_IDS].numpy()
                 return
             for part in parts:
-                (_, ids), _ = heads.draft(states[part : part + 1], part, [told])
-                told = int(ids[0, 0])
+                (told,) = heads.draft(states[part : part + 1], part, [told]).best()
 
         def one_graph(tokens: list[int], accepted: int) -> None:
             values = whole["c"].run(**fed(tokens))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .step import listed
+
 if TYPE_CHECKING:
     from .heads import Heads
 
@@ -63,6 +65,10 @@ class AllAhead(HeadsAhead):
         """See `Ahead`."""
         return self._values[:, part], self._ids[:, part]
 
+    def largest(self, part: int, before: Sequence[int] | None = None) -> tuple[list[float], list[int]]:
+        """See `Ahead`."""
+        return listed(self.topk(part))
+
     def logits(self, part: int, before: Sequence[int] | None = None) -> np.ndarray:
         """See `Ahead`; of a word outside the draft vocabulary it is -inf."""
         return self._whole(self._heads.again(self)[:, part])
@@ -85,8 +91,14 @@ class ToldAhead(HeadsAhead):
 
     def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """See `Ahead`."""
-        return self._heads.draft(self._states[:, part], part, before)[0]
+        logits, ids = self._heads.draft(self._states[:, part], part, before).copy()
+        return logits[0], ids[0]
+
+    def largest(self, part: int, before: Sequence[int] | None = None) -> tuple[list[float], list[int]]:
+        """See `Ahead`."""
+        return self._heads.draft(self._states[:, part], part, before).of_row(0)
 
     def logits(self, part: int, before: Sequence[int] | None = None) -> np.ndarray:
         """See `Ahead`; of a word outside the draft vocabulary it is -inf."""
-        return self._whole(self._heads.draft(self._states[:, part], part, before)[1])
+        self._heads.draft(self._states[:, part], part, before)
+        return self._whole(self._heads.drafted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,8 +19,7 @@ from .strategies import Strategy, Turn
 PREFILL_CHUNK = 256
 
 
-@dataclass(frozen=True)
-class Round:
+class Round(NamedTuple):
     """What one forward pass gave.
 
     Attributes:
@@ -36,7 +35,7 @@ class Round:
     tokens: list[int]
     proposed: int
     verified: int
-    log_probabilities: list[float] = field(default_factory=list)
+    log_probabilities: Sequence[float] = ()
     sources: Sequence[str] = ()
 
     @property

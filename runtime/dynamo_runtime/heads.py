@@ -33,7 +33,7 @@ from .names import (
     TOPK_LOGITS,
     caches,
 )
-from .outputs import all_finite, not_finite
+from .outputs import TopK, not_finite
 from .providers import Backend
 
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
@@ -96,6 +96,7 @@ class Heads:
         # What a run reads and writes stays bound as long as runs are about as many rows, which they nearly always are.
         self._held: dict[str, np.ndarray] = {}
         self._drafted: dict[str, np.ndarray] = {}
+        self._top = TopK(0, self.drafter.top_k_outputs)  # of whichever part makes words
         self.runs = 0
 
     def ahead(self, positions: Sequence[int], taken: int | None = None) -> AllAhead | ToldAhead:
@@ -116,7 +117,8 @@ class Heads:
         if self.drafter.conditioned:
             states = self._held[HEAD_STATES].reshape(len(positions), parts, -1)
             return ToldAhead(self, positions, taken, outputs, states.copy())
-        return AllAhead(self, positions, taken, outputs, self._words(self._held))
+        self._check_numbers()
+        return AllAhead(self, positions, taken, outputs, self._top.copy())
 
     def check(self) -> None:
         """Find out about the cache's first position what no shape tells: how many states there are, and of what words.
@@ -150,9 +152,12 @@ class Heads:
             ahead.run = self.runs
         return self._held[LOGITS].reshape(ahead.rows, self.bundle.topology.parts, -1)
 
-    def draft(
-        self, states: np.ndarray, part: int, before: Sequence[int] | None
-    ) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    @property
+    def drafted(self) -> np.ndarray:
+        """Full rows of the newest draft [drafts, words], which stay until the next."""
+        return self._drafted[LOGITS][0]
+
+    def draft(self, states: np.ndarray, part: int, before: Sequence[int] | None) -> TopK:
         """Go from states of one conditioned head to words.
 
         Args:
@@ -161,7 +166,7 @@ class Heads:
             before: The token in front of each draft.
 
         Returns:
-            Top-K values and ids [drafts, K]; full rows [drafts, words], which stay until the next run.
+            The largest logits of every draft, which stay until the next.
 
         Raises:
             BundleError: The graph does not run, or what it puts out are no numbers.
@@ -177,7 +182,8 @@ class Heads:
         for place, token in enumerate(before):  # few of them: numpy takes longer to see what a list holds
             held[PREVIOUS][0, place] = token
         self._run(bound, "a draft")
-        return self._words(held), held[LOGITS][0]
+        self._check_numbers()
+        return self._top
 
     def close(self) -> None:
         """Free graph and memory."""
@@ -249,23 +255,18 @@ class Heads:
         return held | put_out
 
     def _room_for_words(self, rows: int) -> dict[str, np.ndarray]:
-        words, most = _words(self.bundle), self.drafter.top_k_outputs
-        return {
-            LOGITS: np.empty((1, rows, words), np.float32),
-            TOPK_LOGITS: np.empty((1, rows, most), np.float32),
-            TOPK_IDS: np.empty((1, rows, most), np.int64),
-        }
+        top = self._top = TopK(rows, self.drafter.top_k_outputs)
+        full = np.empty((1, rows, _words(self.bundle)), np.float32)
+        return {LOGITS: full, TOPK_LOGITS: top.logits, TOPK_IDS: top.ids}
 
-    def _words(self, held: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Top-K values and ids of what was run, [rows, K].
+    def _check_numbers(self) -> None:
+        """See that what was run gave some.
 
         Raises:
-            BundleError: They are no numbers.
+            BundleError: It gave something else.
         """
-        values = held[TOPK_LOGITS][0]
-        if not all_finite(values[:, 0]):  # the largest is nan if any is: onnxruntime's top-k puts those first
+        if not self._top.is_finite():
             raise not_finite(self._path, LOGITS)
-        return values.copy(), held[TOPK_IDS][0].copy()
 
     def _run(self, bound: Binding, what: str) -> None:
         started = time.perf_counter()

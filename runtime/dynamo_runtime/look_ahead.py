@@ -74,6 +74,6 @@ class LookAheadDrafter:
             row = passed.judged + len(chosen)
             if row >= len(ids):  # the context ends: not all look-ahead tokens were fed
                 return NO_GUESS
-            return Truncated(logits[row], ids[row], self._parameters)
+            return Truncated(logits[row].tolist(), ids[row].tolist(), self._parameters)
 
         return candidates

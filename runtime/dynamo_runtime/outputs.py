@@ -33,25 +33,39 @@ class Outputs:
         """
         return self._arrays[name]
 
+    @property
+    def rows(self) -> int:
+        """How many rows of logits there are."""
+        return self._arrays[TOPK_IDS].shape[1]
+
     def best(self) -> list[int]:
         """Return the token of the largest logit of every row; errors as of reading."""
         tokens: list[int] = self[TOPK_IDS][0, :, 0].tolist()
         return tokens
+
+    def largest(self, row: int, most: int) -> tuple[list[float], list[int]]:
+        """Return at most so many of the largest logits of a row, descending, and their tokens; errors as of reading."""
+        logits: list[float] = self[TOPK_LOGITS][0, row, :most].tolist()
+        ids: list[int] = self[TOPK_IDS][0, row, :most].tolist()
+        return logits, ids
 
 
 class TopK:
     """Memory that a graph writes the largest logits of every row to.
 
     Attributes:
+        rows: How many there are.
         logits: [1, rows, K], descending.
         ids: Of their tokens, [1, rows, K].
     """
 
     def __init__(self, rows: int, k: int):
+        self.rows, self._k = rows, k
         self.logits, self.ids = np.empty((1, rows, k), np.float32), np.empty((1, rows, k), np.int64)
-        # The first of every row, seen without numpy.
-        self._largest = self.logits.reshape(-1).data[::k]
-        self._first = self.ids.reshape(-1).data[::k]
+        # The same, and the first of every row, seen without numpy.
+        self._logits: Any = self.logits.reshape(-1).data
+        self._ids: Any = self.ids.reshape(-1).data
+        self._largest, self._first = self._logits[::k], self._ids[::k]
 
     def is_finite(self) -> bool:
         """Tell whether there is a number in every row: the largest is nan if any is, as onnxruntime's top-k has it."""
@@ -60,6 +74,16 @@ class TopK:
     def best(self) -> list[int]:
         """Return the token of the largest logit of every row."""
         return self._first.tolist()
+
+    def of_row(self, row: int, most: int | None = None) -> tuple[list[float], list[int]]:
+        """Return the largest logits of a row, or at most so many of them, and their tokens."""
+        begin = row * self._k
+        end = begin + (self._k if most is None else min(most, self._k))
+        return self._logits[begin:end].tolist(), self._ids[begin:end].tolist()
+
+    def copy(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return logits and ids [1, rows, K] that stay what they are."""
+        return self.logits.copy(), self.ids.copy()
 
 
 class RunOutputs(Outputs):
@@ -70,6 +94,7 @@ class RunOutputs(Outputs):
         super().__init__({})
         self._bound, self._top, self._what = bound, top, what
         self._fetched: dict[str, Any] | None = None
+        self._checked = False
 
     def __getitem__(self, name: str) -> np.ndarray:
         """See `Outputs`."""
@@ -80,12 +105,20 @@ class RunOutputs(Outputs):
                 self._arrays[name] = self._read(name)
         return self._arrays[name]
 
+    @property
+    def rows(self) -> int:
+        """See `Outputs`."""
+        return self._top.rows
+
     def best(self) -> list[int]:
         """See `Outputs`."""
-        if TOPK_IDS in self._arrays:
-            return super().best()
         self._check_top()
         return self._top.best()
+
+    def largest(self, row: int, most: int) -> tuple[list[float], list[int]]:
+        """See `Outputs`."""
+        self._check_top()
+        return self._top.of_row(row, most)
 
     def keep(self) -> None:
         """Fetch what a further run would overwrite; the memory of the top-K is no longer written to."""
@@ -93,11 +126,12 @@ class RunOutputs(Outputs):
 
     def _copy_top(self) -> None:
         self._check_top()
-        self._arrays[TOPK_LOGITS], self._arrays[TOPK_IDS] = self._top.logits.copy(), self._top.ids.copy()
+        self._arrays[TOPK_LOGITS], self._arrays[TOPK_IDS] = self._top.copy()
 
     def _check_top(self) -> None:
-        if not self._top.is_finite():
+        if not self._checked and not self._top.is_finite():
             raise not_finite(self._what, TOPK_LOGITS)
+        self._checked = True
 
     def _read(self, name: str) -> np.ndarray:
         value: np.ndarray = self._fetch()[name].numpy()  # over the same memory, unless that is a device's

@@ -46,7 +46,6 @@ class ParallelDrafter:
         ahead = passed.step.ahead(passed.accepted)
 
         def candidates(chosen: Sequence[int]) -> Candidates:
-            logits, ids = ahead.topk(len(chosen) - 1, chosen[-1:])
-            return Truncated(logits[0], ids[0], self._parameters)
+            return Truncated(*ahead.largest(len(chosen) - 1, chosen[-1:]), self._parameters)
 
         return candidates

@@ -143,47 +143,39 @@ def truncate(logits: np.ndarray, ids: np.ndarray, parameters: SamplingParameters
 
 
 class Truncated(Candidates):
-    """What `truncate` makes of a few logits, when it is asked for.
+    """What `truncate` makes of a few logits.
 
     Mostly nothing is wanted but one draw, or the most probable token. Those are found in plain Python: behind a pass
     numpy is in no cache of the processor, and what it does with fifty numbers takes longer than to add them up.
     """
 
-    def __init__(self, logits: np.ndarray, ids: np.ndarray, parameters: SamplingParameters):
-        """Take what `truncate` takes."""
-        self._logits, self._ids, self._parameters = logits, ids, parameters
+    _logits: list[float]
+    _ids: list[int]
+    _parameters: SamplingParameters
+    _cumulative: list[float]
+
+    def __init__(self, logits: list[float], ids: list[int], parameters: SamplingParameters):
+        """Take what `truncate` takes, as lists.
+
+        Raises:
+            ParameterError: See `truncate`.
+        """
+        # Set so as a frozen class is slow to set its attributes.
+        vars(self).update(_logits=logits, _ids=ids, _parameters=parameters, _cumulative=_cumulative(logits, parameters))
 
     def __bool__(self) -> bool:
         return True
 
-    @cached_property
+    @property
     def best(self) -> tuple[int, float]:
         """See `Candidates`."""
-        return int(self._ids[0]), 1.0 / self._cumulative[-1]
+        return self._ids[0], 1.0 / self._cumulative[-1]
 
     def draw(self, uniform: float) -> int:
         """See `Candidates`."""
         cumulative = self._cumulative
         place = bisect_right(cumulative, uniform * cumulative[-1])
-        return int(self._ids[min(place, len(cumulative) - 1)])
-
-    @cached_property
-    def _cumulative(self) -> list[float]:
-        """Weights of the candidates, each with all before it; the first weighs 1."""
-        parameters = self._parameters
-        logits = self._logits.tolist()[: parameters.top_k or None]
-        _check_finite(logits[0])
-        largest, temperature = logits[0], parameters.temperature or 1.0
-        weights = [math.exp((logit - largest) / temperature) for logit in logits]
-        cumulative = list(itertools.accumulate(weights))
-        size = len(weights)
-        if parameters.top_p < 1:
-            size = min(size, 1 + bisect_left(cumulative, parameters.top_p * cumulative[-1]))
-        if parameters.min_p > 0:
-            size = min(size, sum(weight >= parameters.min_p for weight in weights))
-        while weights[size - 1] == 0:  # processors may have left fewer than k
-            size -= 1
-        return cumulative[:size]
+        return self._ids[min(place, len(cumulative) - 1)]
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -197,7 +189,24 @@ class Truncated(Candidates):
 
     @cached_property
     def _all(self) -> Candidates:
-        return truncate(self._logits, self._ids, self._parameters)
+        return truncate(np.array(self._logits), np.array(self._ids), self._parameters)
+
+
+def _cumulative(logits: Sequence[float], parameters: SamplingParameters) -> list[float]:
+    """Return weights of the candidates that `truncate` leaves, each with all before it; the first weighs 1."""
+    logits, exp = logits[: parameters.top_k or None], math.exp
+    _check_finite(logits[0])
+    largest, temperature = logits[0], parameters.temperature or 1.0
+    weights = [exp((logit - largest) / temperature) for logit in logits]
+    cumulative = list(itertools.accumulate(weights))
+    size = len(weights)
+    if parameters.top_p < 1:
+        size = min(size, 1 + bisect_left(cumulative, parameters.top_p * cumulative[-1]))
+    if parameters.min_p > 0:
+        size = min(size, sum(weight >= parameters.min_p for weight in weights))
+    while weights[size - 1] == 0:  # processors may have left fewer than k
+        size -= 1
+    return cumulative[:size]
 
 
 def truncate_row(logits: np.ndarray, parameters: SamplingParameters) -> Candidates:
@@ -224,7 +233,7 @@ def truncate_row(logits: np.ndarray, parameters: SamplingParameters) -> Candidat
     return Candidates(ids, weights)
 
 
-def _check_finite(largest: np.floating) -> None:
+def _check_finite(largest: np.floating | float) -> None:
     """Check that there is a token to choose.
 
     Raises:
@@ -305,11 +314,15 @@ class Target:
     """Plain decoding's choice of one token: repetition penalty, processors, temperature, truncation, draw.
 
     It reads the graph's top-K outputs where they certainly hold the whole truncated set, else the full row.
+
+    Attributes:
+        reads_context: Whether the text so far decides beside the pass.
     """
 
     def __init__(self, parameters: SamplingParameters, processors: Sequence[LogitsProcessor] = ()):
         self._parameters = parameters
         self._processors = processors
+        self.reads_context = bool(processors) or parameters.repetition_penalty != 1
         # Greedily the largest logit is the only candidate, and neither T nor top-p matters.
         self._top_k = 1 if parameters.greedy else parameters.top_k
 
@@ -322,6 +335,10 @@ class Target:
             row: The row of the first head that `context` ends with.
         """
         penalty = self._parameters.repetition_penalty
+        if not self.reads_context and 0 < self._top_k <= _FEW:
+            top = step.largest(row, self._top_k)
+            if len(top[1]) == self._top_k:
+                return Truncated(*top, self._parameters)
         found = None if self._processors else _certified_topk(step, context, penalty, self._top_k, row)
         if found is None:
             logits = step.logits()[row]
@@ -332,13 +349,14 @@ class Target:
             if self._top_k == 0:
                 return truncate_row(logits, self._parameters)
             found = sort_logits(logits, self._top_k)
-        return (Truncated if len(found[0]) <= _FEW else truncate)(*found, self._parameters)
+        logits, ids = found
+        if len(ids) > _FEW:
+            return truncate(logits, ids, self._parameters)
+        return Truncated(logits.tolist(), ids.tolist(), self._parameters)
 
     def certain(self, step: Step) -> list[int] | None:
         """Return the token behind every row where neither chance nor the text before it decides; None elsewhere."""
-        if self._top_k != 1 or self._processors or self._parameters.repetition_penalty != 1:
-            return None
-        return step.best()
+        return None if self._top_k != 1 or self.reads_context else step.best()
 
     def sample(self, step: Step, context: Context, uniform: float, row: int = -1) -> int:
         """Draw the token; arguments as of `distribution`, and the uniform number in [0, 1) that decides the draw."""

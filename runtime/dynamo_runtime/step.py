@@ -79,6 +79,9 @@ class Ahead(Protocol):
     def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the largest logits of one part and their token ids, both [rows, K], in descending order."""
 
+    def largest(self, part: int, before: Sequence[int] | None = None) -> tuple[list[float], list[int]]:
+        """Return the same of the first row; sooner than by `topk`."""
+
     def output(self, name: str) -> np.ndarray:
         """Return what else the topology puts out for every row, [rows, width]."""
 
@@ -138,6 +141,16 @@ class Step:
         rows = self._values.best()
         return rows[self._hidden : len(rows) - self._behind]
 
+    def largest(self, row: int, most: int) -> tuple[list[float], list[int]]:
+        """Return the largest logits of a row of the first head, descending, and their tokens; sooner than by `topk`.
+
+        Args:
+            row: Counted from the end, if negative.
+            most: How many are wanted; there are no more of them than `topk` has.
+        """
+        first = self._hidden if row >= 0 else self._values.rows - self._behind
+        return self._values.largest(first + row, most)
+
     def ahead(self, row: int | None = None) -> Ahead:
         """Return what further heads say.
 
@@ -182,6 +195,12 @@ class Step:
         return rows[self._hidden : len(rows) - self._behind]
 
 
+def listed(top: tuple[np.ndarray, np.ndarray]) -> tuple[list[float], list[int]]:
+    """Return the first row of top-K logits and ids [rows, K]."""
+    logits, ids = top
+    return logits[0].tolist(), ids[0].tolist()
+
+
 class InsideAhead:
     """Further heads that are in the graph of the base, as formats 2 and 3 have them: computed with the pass itself.
 
@@ -214,6 +233,10 @@ class InsideAhead:
     def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """See `Ahead`."""
         return self._part(TOPK_LOGITS, part), self._part(TOPK_IDS, part)
+
+    def largest(self, part: int, before: Sequence[int] | None = None) -> tuple[list[float], list[int]]:
+        """See `Ahead`."""
+        return listed(self.topk(part))
 
     def output(self, name: str) -> np.ndarray:
         """See `Ahead`."""

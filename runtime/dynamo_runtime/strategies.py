@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -35,8 +34,7 @@ TARGET_SPEEDUP = "target_speedup"
 """Name of the option that may be given in place of a back-off threshold: see `Engine.stream`."""
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """What a strategy makes of one pass, and what it wants of the next.
 
     Attributes:
@@ -51,7 +49,7 @@ class Turn:
 
     tokens: list[int]
     accepted: int = 0
-    drafts: list[Draft] = field(default_factory=list)
+    drafts: Sequence[Draft] = ()
     ask: Ask = NOTHING
     proposed: int = 0
 
@@ -159,10 +157,11 @@ class Speculative:
         """Return how many drafts stand, and the token behind them."""
         if (certain := self._target.certain(step)) is not None:
             return agreement(drafts, certain)
-        trial = context.fork()
+        reads = self._target.reads_context
+        trial = context.fork() if reads else context
 
         def target(accepted: int) -> Candidates:
-            if accepted:
+            if reads and accepted:
                 trial.extend([drafts[accepted - 1].token])
             return self._target.distribution(step, trial, accepted)
 

@@ -124,4 +124,5 @@ class Turns:
     def _free(self, ticket: Ticket) -> None:
         if ticket.over and self._user is ticket and not self._working:
             self._user = self._thread = None
-        self._changed.notify_all()
+        if self._line:
+            self._changed.notify_all()

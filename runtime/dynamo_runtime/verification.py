@@ -1,15 +1,14 @@
 """Speculative verification (Leviathan et al. 2023, Chen et al. 2023): drafts are let through by the target alone."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from .sampling import Candidates, draw
 
 
-@dataclass(frozen=True)
-class Draft:
+class Draft(NamedTuple):
     """A guess at one token.
 
     Attributes:

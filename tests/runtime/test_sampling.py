@@ -205,7 +205,7 @@ def test_the_best_candidate_is_known_without_the_others(
     row = -np.sort(-np.array(logits, np.float32))
     parameters = SamplingParameters(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     ids = np.arange(len(row)) + 7
-    whole, lazy = truncate(row, ids, parameters), Truncated(row, ids, parameters)
+    whole, lazy = truncate(row, ids, parameters), Truncated(row.tolist(), ids.tolist(), parameters)
     for uniform in (0.0, 0.1234567, 0.5432109, 0.7654321, 0.9991234):
         assert lazy.draw(uniform) == whole.draw(uniform)
     assert lazy.best == pytest.approx((whole.ids[0], whole.probabilities[0]), rel=1e-9)
@@ -217,7 +217,7 @@ def test_the_best_candidate_is_known_without_the_others(
 
 def test_a_draft_of_no_number_is_refused() -> None:
     with pytest.raises(ParameterError, match="not finite"):
-        _ = Truncated(np.array([np.inf, 1.0], np.float32), np.arange(2), SamplingParameters()).best
+        _ = Truncated([np.inf, 1.0], [0, 1], SamplingParameters()).best
 
 
 def test_only_plain_greedy_decoding_is_certain() -> None:

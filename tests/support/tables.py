@@ -88,6 +88,10 @@ class TableAhead:
         order = np.argsort(-logits, axis=-1, kind="stable")
         return np.take_along_axis(logits, order, -1), order
 
+    def largest(self, part: int, before: Sequence[int] | None = None) -> tuple[list[float], list[int]]:
+        logits, ids = self.topk(part, before)
+        return logits[0].tolist(), ids[0].tolist()
+
     def output(self, name: str) -> np.ndarray:
         return np.array(self.gates)
 
