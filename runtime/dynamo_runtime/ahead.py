@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .outputs import TopK
 from .step import listed
 
 if TYPE_CHECKING:
@@ -85,20 +86,27 @@ class ToldAhead(HeadsAhead):
         outputs: dict[str, np.ndarray],
         states: np.ndarray,
     ):
-        """Take the heads' states besides, [rows, parts, width]."""
+        """Take the heads' states besides, [rows, parts, width]; they are told of before they change."""
         super().__init__(heads, positions, taken, outputs)
         self._states = states
 
+    def keep(self) -> None:
+        """Copy what the layers' next run would overwrite."""
+        self._states = self._states.copy()
+
     def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """See `Ahead`."""
-        logits, ids = self._heads.draft(self._states[:, part], part, before).copy()
+        logits, ids = self._draft(part, before).copy()
         return logits[0], ids[0]
 
     def largest(self, part: int, before: Sequence[int] | None = None) -> tuple[list[float], list[int]]:
         """See `Ahead`."""
-        return self._heads.draft(self._states[:, part], part, before).of_row(0)
+        return self._draft(part, before).of_row(0)
 
     def logits(self, part: int, before: Sequence[int] | None = None) -> np.ndarray:
         """See `Ahead`; of a word outside the draft vocabulary it is -inf."""
-        self._heads.draft(self._states[:, part], part, before)
+        self._draft(part, before)
         return self._whole(self._heads.drafted)
+
+    def _draft(self, part: int, before: Sequence[int] | None) -> TopK:
+        return self._heads.draft(self._states[:, part], part, before)

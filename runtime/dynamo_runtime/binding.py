@@ -1,7 +1,8 @@
 """A loaded graph with the memory that it reads and writes."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,43 @@ _ONNX_TYPES = {np.dtype(np.float32): 1, np.dtype(np.int8): 3, np.dtype(np.int64)
 """onnxruntime takes these numbers sooner than numpy's types."""
 
 
+class Calls(NamedTuple):
+    """What onnxruntime is called by.
+
+    Attributes:
+        bind_input: Takes name, place, type, shape and address.
+        bind_output: Takes the same.
+        place: The processor's memory, which may be several arguments.
+        run: Takes nothing.
+    """
+
+    bind_input: Callable[..., None]
+    bind_output: Callable[..., None]
+    place: tuple[Any, ...]
+    run: Callable[[], None]
+
+
+def documented_calls(session: Any, binding: Any) -> Calls:
+    """Return those that onnxruntime documents."""
+    return Calls(binding.bind_input, binding.bind_output, ("cpu", 0), partial(session.run_with_iobinding, binding))
+
+
+def inner_calls(session: Any, binding: Any) -> Calls:
+    """Return what the documented ones call in their turn.
+
+    Behind a pass all of Python is cold, and in there a device's name is looked up, and what only GPUs have is seen to,
+    every time: as long as the binding itself takes. An onnxruntime that is made otherwise has the documented ones.
+    """
+    from onnxruntime import OrtDevice  # loaded by now: a session is of it
+
+    try:
+        inner, place = binding._iobinding, OrtDevice.make("cpu", 0)._get_c_device()
+        run = partial(session._sess.run_with_iobinding, inner, None)
+        return Calls(inner.bind_input, inner.bind_output, (place,), run)
+    except AttributeError:
+        return documented_calls(session, binding)
+
+
 class Binding:
     """A loaded graph, its inputs, and the outputs that are fetched together; inputs that have not moved stay bound."""
 
@@ -20,6 +58,7 @@ class Binding:
         self.session = session
         self.outputs = {output.name for output in session.get_outputs()}
         self.binding = session.io_binding()
+        self._calls = inner_calls(session, self.binding)
         self._device = device
         self._places = [(name, device if name == LOGITS else "cpu") for name in names]
         self._inputs: dict[str, tuple[int, tuple[int, ...]]] = {}
@@ -32,14 +71,14 @@ class Binding:
         shape = array.shape if shape is None else shape
         kind, address = self._memory_of(name, array, begin)
         if self._inputs.get(name) != (address, shape):
-            self.binding.bind_input(name, "cpu", 0, kind, shape, address)
+            self._calls.bind_input(name, *self._calls.place, kind, shape, address)
             self._inputs[name] = address, shape
 
     def output(self, name: str, array: np.ndarray, shape: tuple[int, ...] | None = None, *, begin: int = 0) -> None:
         """Have the graph write an output into the memory of an array, from the row `begin` on."""
         shape = array.shape if shape is None else shape
         kind, address = self._memory_of(name, array, begin)
-        self.binding.bind_output(name, "cpu", 0, kind, shape, address)
+        self._calls.bind_output(name, *self._calls.place, kind, shape, address)
 
     def _memory_of(self, name: str, array: np.ndarray, begin: int) -> tuple[int, int]:
         """Return the type of an array, as ONNX numbers it, and where a row of it lies.
@@ -69,7 +108,7 @@ class Binding:
         """Run the graph; what was read of an earlier run stays what it is."""
         if self._taken:
             self.renew()
-        self.session.run_with_iobinding(self.binding)
+        self._calls.run()
 
     def read(self) -> dict[str, Any]:
         """Return the outputs of the newest run by name, as onnxruntime holds them."""

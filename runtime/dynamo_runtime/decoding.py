@@ -9,11 +9,10 @@ import numpy as np
 
 from .errors import ParameterError
 from .origins import OWN, Origin
-from .parameters import check_kind
 from .sampling import Context
 from .scores import negative_log_likelihood
 from .session import Session
-from .step import NONE, At, Last, Step
+from .step import NONE, At, Last, Rows, Step
 from .strategies import Strategy, Turn
 
 PREFILL_CHUNK = 256
@@ -108,8 +107,14 @@ def decode(
         fed = pending + [draft.token for draft in drafts] + look_ahead
         judged = 1 + len(drafts)  # rows: the last final token's, and every draft's
         last = len(fed) - len(look_ahead)
-        heads = At(range(last - judged, last)) if turn.ask.heads else NONE
-        step = session.step(fed, rows=Last(unscored + judged + len(look_ahead)), heads=heads)
+        rows = Last(unscored + judged + len(look_ahead))
+        if not turn.ask.heads:
+            heads: Rows = NONE
+        elif last == len(fed) and not unscored:
+            heads = rows
+        else:
+            heads = At(range(last - judged, last))
+        step = session.step(fed, rows=rows, heads=heads)
         turn = strategy.advance(step.without(unscored), context, drafts, rng)
         _check(turn, len(drafts), session.bundle.vocab_size, strategy)
         session.cache.rollback(len(context.tokens) + turn.accepted)
@@ -131,12 +136,13 @@ def _check(turn: Turn, drafts: int, vocab_size: int, strategy: Strategy) -> None
     Raises:
         ParameterError: It does not.
     """
-    what = f"what strategy {type(strategy).__name__} makes of a pass"
-    check_kind(what, turn, Turn, "a Turn")
-    if not turn.tokens or not 0 <= turn.accepted <= drafts:
-        raise ParameterError(f"{what} must be one new token or more, and no more drafts accepted than there were")
-    if min(turn.tokens) < 0 or max(turn.tokens) >= vocab_size:
-        raise ParameterError(f"{what} has token ids outside 0 … {vocab_size - 1}")
+    if not isinstance(turn, Turn) or not turn.tokens or not 0 <= turn.accepted <= drafts:
+        refused = "must be a Turn of one new token or more, with no more drafts accepted than there were"
+    elif min(turn.tokens) < 0 or max(turn.tokens) >= vocab_size:
+        refused = f"has token ids outside 0 … {vocab_size - 1}"
+    else:
+        return
+    raise ParameterError(f"what strategy {type(strategy).__name__} makes of a pass {refused}")
 
 
 def score_rest(session: Session, tokens: Sequence[int], unscored: int) -> list[float]:

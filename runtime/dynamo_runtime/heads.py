@@ -8,7 +8,8 @@ head after the other where each is to know the token drafted in front of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from .names import (
     TOPK_LOGITS,
     caches,
 )
-from .outputs import TopK, not_finite
+from .outputs import TopK, gone, not_finite
 from .providers import Backend
 
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
@@ -48,7 +49,7 @@ class Heads:
     Attributes:
         kv: These keys and values; as many positions are held as `KVCache.seen` says.
         seconds: Time spent inside onnxruntime so far.
-        runs: Of either part so far.
+        runs: Of the layers so far.
         words: Ids of the draft vocabulary; None for all words.
     """
 
@@ -96,6 +97,8 @@ class Heads:
         # What a run reads and writes stays bound as long as runs are about as many rows, which they nearly always are.
         self._held: dict[str, np.ndarray] = {}
         self._drafted: dict[str, np.ndarray] = {}
+        self._states = np.empty((0, 0, self._width), self._states_type)
+        self._newest: Callable[[], ToldAhead | None] = gone  # of conditioned heads, as long as somebody has it
         self._top = TopK(0, self.drafter.top_k_outputs)  # of whichever part makes words
         self.runs = 0
 
@@ -112,11 +115,11 @@ class Heads:
             ValueError: The cache does not hold the positions any more.
         """
         self._read_states(positions, taken)
-        parts = self.bundle.topology.parts
         outputs = {name: self._held[name][0].copy() for name in self.bundle.topology.outputs}
         if self.drafter.conditioned:
-            states = self._held[HEAD_STATES].reshape(len(positions), parts, -1)
-            return ToldAhead(self, positions, taken, outputs, states.copy())
+            ahead = ToldAhead(self, positions, taken, outputs, self._states)
+            self._newest = weakref.ref(ahead)
+            return ahead
         self._check_numbers()
         return AllAhead(self, positions, taken, outputs, self._top.copy())
 
@@ -175,9 +178,10 @@ class Heads:
         """
         if before is None or len(before) != len(states):
             raise ValueError("these heads are conditioned on the token in front of what they predict: name it")
-        bound, held = _open(self._draft), self._drafted
-        if not held or len(held[DRAFT_STATES][0]) != len(states):
-            held = self._drafted = self._hold_drafts(len(states))
+        bound = _open(self._draft)
+        if self._top.rows != len(before):
+            self._drafted = self._hold_drafts(len(before))
+        held = self._drafted
         held[DRAFT_STATES][0], held[DRAFT_PART][()] = states, part
         for place, token in enumerate(before):  # few of them: numpy takes longer to see what a list holds
             held[PREVIOUS][0, place] = token
@@ -211,8 +215,10 @@ class Heads:
 
     def _run_layers(self, begin: int, end: int, rows: Sequence[int]) -> None:
         """Have the layers read the states of some positions, and put out rows that are counted from the end."""
-        states, bound = self._cache.states, _open(self._layers)
+        states, bound, newest = self._cache.states, _open(self._layers), self._newest()
         assert states is not None
+        if newest is not None:
+            newest.keep()
         self.kv.make_room(end, begin)
         if len(self._ones) < end:
             self._ones = np.ones(self.kv.capacity, np.int64)
@@ -224,6 +230,7 @@ class Heads:
         for place, row in enumerate(rows):
             self._held[HEAD_ROWS][place] = row
         self._run(bound, f"positions {begin} to {end}")
+        self.runs += 1
 
     def _hold_rows(self, rows: int) -> dict[str, np.ndarray]:
         """Have the layers be asked about so many rows, in memory that stays the same from run to run."""
@@ -232,7 +239,8 @@ class Heads:
         bound.input(HEAD_ROWS, held[HEAD_ROWS])
         put_out = {name: np.empty((1, rows, size), np.float32) for name, size in topology.outputs.items()}
         if self.drafter.conditioned:
-            put_out[HEAD_STATES] = np.empty((1, rows * topology.parts, self._width), self._states_type)
+            self._states = np.empty((rows, topology.parts, self._width), self._states_type)
+            put_out[HEAD_STATES] = self._states.reshape(1, -1, self._width)
         else:
             put_out |= self._room_for_words(rows * topology.parts)
         for name, array in put_out.items():
@@ -274,7 +282,6 @@ class Heads:
             bound.run()
         except Exception as error:  # onnxruntime raises many classes that share no base
             raise BundleError(f"{self._path} fails at {what}: {error}") from error
-        self.runs += 1
         self.seconds += time.perf_counter() - started
 
     def _check(self, session: Any, wanted: Sizes) -> None:

@@ -146,6 +146,10 @@ class RunOutputs(Outputs):
         return self._fetched
 
 
+def gone() -> None:
+    """Be a weak reference to nothing."""
+
+
 def all_finite(numbers: np.ndarray) -> bool:
     """Tell whether some few numbers are all finite."""
     return all(map(math.isfinite, numbers.ravel().tolist()))

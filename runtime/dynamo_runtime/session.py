@@ -27,7 +27,7 @@ from .names import (
     TOPK_LOGITS,
     caches,
 )
-from .outputs import Outputs, RunOutputs, TopK
+from .outputs import Outputs, RunOutputs, TopK, gone
 from .parameters import whole
 from .providers import Backend, BackendOptions, backend_of, import_onnxruntime
 from .step import LAST, Ahead, All, InsideAhead, Last, Rows, Step
@@ -36,10 +36,6 @@ from .turns import Turns
 
 _FIRST_CACHE = caches(PAST, [0])[0]
 _MOVABLE = "cuda"  # the provider whose memory is bound; any other reads and writes the computer's own
-
-
-def _nothing() -> None:
-    """Stand for a reference to what nobody has."""
 
 
 class _Pass(NamedTuple):
@@ -128,7 +124,7 @@ class Session:
         names = [LOGITS, *(bundle.topology.outputs if self._inside else {})]
         self._bound = Binding(self._session, names, self._device)
         self._asked: tuple[int, int] | None = None  # rows of the first head, and of every one inside, with room bound
-        self._outputs: Callable[[], RunOutputs | None] = _nothing  # of the newest pass, as long as somebody has them
+        self._outputs: Callable[[], RunOutputs | None] = gone  # of the newest pass, as long as somebody has them
         self._bound.input(KEPT_ROWS, self._rows)
         self.heads: Heads | None = None
         if bundle.drafter is not None:

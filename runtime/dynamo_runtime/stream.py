@@ -263,7 +263,8 @@ class TextStream(Iterator[str]):
                 self.finish_reason = "eos"
             else:
                 piece += self._show(self._detokenizer.push(token))
-                piece += self._stops.push(self._hidden.get(token, ""), shown=False)
+                if token in self._hidden:
+                    piece += self._stops.push(self._hidden[token], shown=False)
                 if self._stops.stopped:
                     self.finish_reason = "stop"
                 elif len(self.tokens) == self._limits.tokens:

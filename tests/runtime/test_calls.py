@@ -240,7 +240,7 @@ class _Drafter:
         ({"strategy": 3}, "a strategy is a name, or has name, ask and advance, and int has no name"),
         ({"strategy": _Strategy}, "is an object, not the class _Strategy"),
         ({"strategy": _Strategy(ask=None)}, "ask of strategy _Strategy must be an Ask, not a NoneType"),
-        ({"strategy": _Strategy(advance=lambda *given: None)}, "must be a Turn, not a NoneType"),
+        ({"strategy": _Strategy(advance=lambda *given: None)}, "must be a Turn of one new token"),
         ({"strategy": _Strategy(advance=lambda *given: Turn([]))}, "one new token or more"),
         ({"strategy": _Strategy(advance=lambda *given: Turn([1], 3))}, "no more drafts accepted than there were"),
         ({"strategy": _Strategy(advance=lambda *given: Turn([320]))}, "has token ids outside 0 … 319"),
