@@ -45,6 +45,7 @@ class Forced(Target):
     """A target that does all that sampling does, and then chooses the token of a given text."""
 
     text: Sequence[int]
+    reads_context = True
 
     def certain(self, step: Step) -> None:
         """Say nothing: the text decides."""

@@ -314,17 +314,19 @@ class Target:
     """Plain decoding's choice of one token: repetition penalty, processors, temperature, truncation, draw.
 
     It reads the graph's top-K outputs where they certainly hold the whole truncated set, else the full row.
-
-    Attributes:
-        reads_context: Whether the text so far decides beside the pass.
     """
 
     def __init__(self, parameters: SamplingParameters, processors: Sequence[LogitsProcessor] = ()):
         self._parameters = parameters
         self._processors = processors
-        self.reads_context = bool(processors) or parameters.repetition_penalty != 1
+        self._as_it_is = not processors and parameters.repetition_penalty == 1
         # Greedily the largest logit is the only candidate, and neither T nor top-p matters.
         self._top_k = 1 if parameters.greedy else parameters.top_k
+
+    @property
+    def reads_context(self) -> bool:
+        """Whether the text so far decides beside the pass."""
+        return not self._as_it_is
 
     def distribution(self, step: Step, context: Context, row: int = -1) -> Candidates:
         """Return the distribution of the token behind `context`; of greedy decoding, all of it is on one token.
@@ -335,7 +337,7 @@ class Target:
             row: The row of the first head that `context` ends with.
         """
         penalty = self._parameters.repetition_penalty
-        if not self.reads_context and 0 < self._top_k <= _FEW:
+        if self._as_it_is and 0 < self._top_k <= _FEW:
             top = step.largest(row, self._top_k)
             if len(top[1]) == self._top_k:
                 return Truncated(*top, self._parameters)
@@ -356,7 +358,7 @@ class Target:
 
     def certain(self, step: Step) -> list[int] | None:
         """Return the token behind every row where neither chance nor the text before it decides; None elsewhere."""
-        return None if self._top_k != 1 or self.reads_context else step.best()
+        return step.best() if self._top_k == 1 and self._as_it_is else None
 
     def sample(self, step: Step, context: Context, uniform: float, row: int = -1) -> int:
         """Draw the token; arguments as of `distribution`, and the uniform number in [0, 1) that decides the draw."""
