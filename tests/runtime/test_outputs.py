@@ -7,6 +7,9 @@ import pytest
 from support import handmade
 
 from dynamo_runtime import ALL, NONE, At, load_bundle
+from dynamo_runtime.binding import documented_calls, inner_calls
+from dynamo_runtime.names import TOPK_IDS, TOPK_LOGITS
+from dynamo_runtime.outputs import Outputs
 from dynamo_runtime.session import Session
 from dynamo_runtime.step import Last
 
@@ -56,6 +59,41 @@ def test_the_best_tokens_are_those_of_the_rows_that_are_left(multi: Path) -> Non
     best = step.logits().argmax(-1).tolist()
     assert step.best() == best
     assert step.without(2).best() == best[2:]
+
+
+def test_the_largest_logits_of_a_row_are_those_of_its_top_k(multi: Path) -> None:
+    """Whether the arrays were read before or not, the row is counted from the end, and some are hidden."""
+    whole = Session(load_bundle(multi), threads=1).step([1, 2, 3, 4, 5], rows=ALL, heads=ALL)
+    logits, ids = Session(load_bundle(multi), threads=1).step([1, 2, 3, 4, 5], rows=ALL).topk()
+    for step, first in ((whole, 0), (whole.without(2), 2)):
+        for row, expected in ((0, first), (1, first + 1), (-1, 4), (-3, 2)):
+            for most in (1, 7, 10**6):
+                found = step.largest(row, most)
+                assert found == (logits[expected, :most].tolist(), ids[expected, :most].tolist())
+    ahead = whole.ahead(3)
+    for part in range(2):
+        values, places = ahead.topk(part)
+        assert ahead.largest(part) == (values[0].tolist(), places[0].tolist())
+    array = Outputs({TOPK_LOGITS: logits[None], TOPK_IDS: ids[None]})
+    assert array.rows == 5
+    assert array.largest(2, 3) == whole.largest(2, 3)
+
+
+def test_onnxruntime_is_called_by_what_it_documents_where_there_is_nothing_else(multi: Path) -> None:
+    session = Session(load_bundle(multi), threads=1)
+    expected = session.step([1, 2, 3], rows=ALL).topk()
+    bound = session._bound
+    assert bound._calls.place != ("cpu", 0)  # this onnxruntime has something quicker
+
+    class Foreign:
+        bind_input, bind_output = bound.binding.bind_input, bound.binding.bind_output
+
+    bound._calls = inner_calls(session._session, Foreign)
+    assert bound._calls.place == ("cpu", 0)
+    bound._calls = documented_calls(session._session, bound.binding)
+    session.cache.reset()
+    for one, same in zip(session.step([1, 2, 3], rows=ALL).topk(), expected, strict=True):
+        assert np.array_equal(one, same)
 
 
 @pytest.mark.parametrize("kind", ["parallel", "cp"])
