@@ -10,7 +10,9 @@ judged.  Its two graphs are put together in the ways that there are:
 - *a*: the heads' layers at all rows of the pass, and the words of the accepted row from a graph of their own;
 - *b*: the pass is the plain one; layers and words of accepted rows in a graph of their own (what bundles hold);
 - *c*: one graph that finds the accepted row itself, by comparing its own greedy choices with the drafts it was fed.
-  Without the condition on the drafted token, which would make it longer.
+
+Heads that are told the token in front are worked out a draft at a time, which the ways but *b* cannot; what one draft
+costs, and two, stands in a table of its own.
 
 All ways run in turn, behind so many positions, in passes over m tokens of which 1 … m are accepted in turn, and make
 all the drafts there are.  Times are whole calls as Python sees them, medians, in units of the pass over one token.
@@ -24,6 +26,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +37,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from dynamo_runtime.bundle import Bundle, load_bundle
 from dynamo_runtime.names import (
-    DRAFT_PART,
-    DRAFT_STATES,
     HEAD_ROWS,
     HEAD_STATES,
     OUTPUTS,
     PAST,
     PENULTIMATE,
     PRESENT,
-    PREVIOUS,
     TOPK_IDS,
     caches,
 )
@@ -57,8 +57,6 @@ WAYS = ("plain", "inside", "a", "b", "c")
 def joined(bundle: Bundle, *, draft: bool) -> onnx.ModelProto:
     """Return the base's graph and the heads' layers as one, and if wanted the words behind them.
 
-    Nothing is conditioned.
-
     The layers' caches follow those of the base; the heads' words are `ahead_logits` and so on.
     """
     assert bundle.drafter is not None
@@ -69,20 +67,19 @@ def joined(bundle: Bundle, *, draft: bool) -> onnx.ModelProto:
     layers = range(bundle.drafter.kv_layers)
     for prefix in (PAST, PRESENT):
         renamed |= dict(zip(caches(prefix, layers), caches(prefix, _behind(bundle)), strict=True))
-    renamed |= {HEAD_ROWS: HEAD_ROWS, HEAD_STATES: HEAD_STATES, DRAFT_STATES: HEAD_STATES, "": ""}
+    renamed |= {HEAD_ROWS: HEAD_ROWS, HEAD_STATES: HEAD_STATES, "": ""}
 
     def name(value: str) -> str:
         return renamed.get(value, f"ahead_{value}")
 
-    words = behind(ahead, {HEAD_STATES, DRAFT_STATES, PREVIOUS, DRAFT_PART})
+    words = [] if draft else behind(ahead, {HEAD_STATES})
     for node in ahead.node:
-        if node in words and (not draft or node.op_type in ("If", "Less") or PREVIOUS in node.input):
+        if node in words:
             continue
         node.input[:] = [name(value) for value in node.input]
         node.output[:] = [name(value) for value in node.output]
         node.name = f"/ahead{node.name}"
         graph.node.append(node)
-    _skip_condition(graph)
     for weight in ahead.initializer:
         weight.name = name(weight.name)
         graph.initializer.append(weight)
@@ -128,16 +125,6 @@ def _behind(bundle: Bundle) -> range:
     """Numbers of the layers' caches behind the base's."""
     assert bundle.drafter is not None
     return range(bundle.kv_layers, bundle.kv_layers + bundle.drafter.kv_layers)
-
-
-def _skip_condition(graph: onnx.GraphProto) -> None:
-    """Has whatever reads the conditioned state read the state itself."""
-    for node in [node for node in graph.node if node.name.startswith("/ahead/out/out_conditioned")]:
-        for other in graph.node:
-            other.input[:] = [HEAD_STATES if value == node.output[0] else value for value in other.input]
-        graph.node.remove(node)
-    for node in [node for node in graph.node if node.name.startswith("/ahead/out/out_both")]:
-        graph.node.remove(node)
 
 
 def inside(bundle: Bundle) -> onnx.ModelProto:
@@ -247,8 +234,9 @@ def measure(bundle: Bundle, rounds: int, threads: int | None, before: int) -> di
     assert session.heads is not None
     heads = session.heads
     with tempfile.TemporaryDirectory() as folder:
-        made = {"inside": inside, "a": layers_inside, "c": finding_the_row}
-        made |= {} if heads.drafter.conditioned else {"words": words_alone}
+        made = {"inside": inside, "a": layers_inside, "c": finding_the_row, "words": words_alone}
+        if heads.drafter.conditioned:
+            made = {}
         whole = {way: Whole(make(bundle), Path(folder) / way, bundle, backend) for way, make in made.items()}
         ways: dict[str, Callable[[list[int], int], object]] = {}
 
@@ -256,14 +244,14 @@ def measure(bundle: Bundle, rounds: int, threads: int | None, before: int) -> di
             session.cache.rollback(before)
             session.step(tokens, rows=Last(len(tokens)), heads=ALL).topk()
 
-        def beside(tokens: list[int], accepted: int) -> None:
+        def beside(tokens: list[int], accepted: int, drafts: int = len(parts)) -> None:
             session.cache.rollback(before)
             step = session.step(tokens, rows=Last(len(tokens)), heads=ALL)
             step.topk()
             ahead = step.ahead(accepted - 1)
             told = 1
-            for part in parts:
-                told = int(ahead.topk(part, [told])[1][0, 0])
+            for part in range(drafts):
+                told = ahead.largest(part, [told])[1][0]
 
         def fed(tokens: list[int]) -> dict[str, np.ndarray]:
             return {
@@ -280,19 +268,18 @@ def measure(bundle: Bundle, rounds: int, threads: int | None, before: int) -> di
             values = whole["a"].run(**fed(tokens), head_rows=np.arange(len(tokens)))
             values[TOPK_IDS].numpy()
             states = values[HEAD_STATES].numpy().reshape(len(tokens), len(parts), -1)[accepted - 1]
-            told = 1
-            if not heads.drafter.conditioned:
-                whole["words"].run(head_states=states[None])[TOPK_IDS].numpy()
-                return
-            for part in parts:
-                (told,) = heads.draft(states[part : part + 1], part, [told]).best()
+            whole["words"].run(head_states=states[None])[TOPK_IDS].numpy()
 
         def one_graph(tokens: list[int], accepted: int) -> None:
             values = whole["c"].run(**fed(tokens))
             values[TOPK_IDS].numpy()
             values[f"ahead_{TOPK_IDS}"].numpy()
 
-        ways |= {"plain": plain, "inside": in_pass, "a": layers_in_pass, "b": beside, "c": one_graph}
+        ways |= {"plain": plain, "b": beside}
+        if heads.drafter.conditioned:
+            ways |= {f"{n}": partial(beside, drafts=n) for n in parts if n}
+        else:
+            ways |= {"inside": in_pass, "a": layers_in_pass, "c": one_graph}
         times: dict[tuple[str, int], list[float]] = {(way, m): [] for way in ways for m in range(1, MOST + 1)}
         for turn in range(rounds + 2):
             for m in range(1, MOST + 1):
@@ -316,8 +303,15 @@ def table(content: dict[str, Any]) -> str:
         found, token = entry["ms"], entry["ms"]["token"]["1"]
         for m in map(str, (1, 2, 4)):
             plain = found["plain"][m]
-            extra = [f"{(found[way][m] - plain) / token:.2f}" for way in WAYS[1:]]
+            extra = [f"{(found[way][m] - plain) / token:.2f}" if way in found else "–" for way in WAYS[1:]]
             lines.append(f"| {' | '.join([name, m, f'{plain / token:.2f}', *extra])} |")
+    told = [(name, entry["ms"]) for name, entry in content["bundles"].items() if "2" in entry["ms"]]
+    if told:
+        lines += ["", "| bundle | m | one draft | two | all |", "|---|---|---|---|---|"]
+    for name, found in told:
+        for m in map(str, (1, 2, 4)):
+            extra = [f"{(found[way][m] - found['plain'][m]) / found['token']['1']:.2f}" for way in ("1", "2", "b")]
+            lines.append(f"| {' | '.join([name, m, *extra])} |")
     return "\n".join([*lines, "", content["conditions"]])
 
 

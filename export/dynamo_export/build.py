@@ -115,7 +115,12 @@ def drafter_passes(inspected: InspectedModel, weights: WeightStore, base: ir.Mod
         MergeAttentions(),
         MergeProducts(),
         RemoveUnusedNodesPass(),
-        AddHeadStates(weights, exported.topology.layers, embedding.weight.shape[1], exported.ahead),
+        AddHeadStates(
+            weights,
+            exported.topology.layers,
+            embedding.weight.shape[1],
+            None if exported.conditions else exported.ahead,
+        ),
         RemoveUnusedNodesPass(),
         ShortenNames(),
         ClearMetadata(),

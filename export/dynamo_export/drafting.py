@@ -1,8 +1,8 @@
 """The end of the drafter's graph: from what its layers make of final tokens to logits of the draft vocabulary.
 
 Heads that need not know what is drafted in front of them all say so at once, right behind their layers. Where they are
-conditioned on it, the graph is two parts that share no node: the *layers* run once a round and put out the states of
-all heads, the *draft* runs once a depth, from a state and the token in front of it to logits.
+conditioned on it, the graph is two parts that share no node: the *layers* run once a round and put out what further
+nodes of every head read, the *draft* runs once a depth, from that and the token in front of the draft to logits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from dynamo_graph.initializers import option
+from dynamo_graph.initializers import initializer, is_weight, option
 from dynamo_graph.nodes import make
 from dynamo_model.output import Output
 from dynamo_runtime.names import (
@@ -30,6 +30,7 @@ from .rows import select_rows
 from .tail import End
 
 TOP_K = 64  # of a draft: the paper draws from 50
+BRANCH_BYTES = 500_000_000  # of weights in branches, which are written as one piece
 
 
 @dataclass(frozen=True)
@@ -94,19 +95,16 @@ class DraftEnd(End):
             self.put_out(value, ["batch", HEAD_ROWS, width])
 
     def draft(self, words: Words, conditions: Sequence[Any]) -> None:
-        """Go on to words: from the states that were put out, or, conditioned, from one that is given.
+        """Go on to words: from the states that were put out, or, conditioned, from what is given of one.
 
         Args:
             words: What drafts are made of.
             conditions: Of every head, the torch module of its condition on the token in front; none if there are none.
         """
-        hidden = words.embedding.shape[1]
-        outputs = list(self.graph.outputs)
         if conditions:
-            given = self.input(DRAFT_STATES, ir.DataType.FLOAT, ["batch", "drafts", hidden])
-            state = self.conditioned(given, words, conditions)
+            state = self.told(words, conditions)
         else:
-            state = next(value for value in outputs if value.name == HEAD_STATES)
+            state = next(value for value in self.graph.outputs if value.name == HEAD_STATES)
             self.graph.outputs.remove(state)
         if words.ids is None:
             embedding, tied, weights = self.shared(words.whole), words.tied, words.bias
@@ -127,51 +125,64 @@ class DraftEnd(End):
         found.name, found.type, found.shape = name, places.type, places.shape
         self.graph.outputs[self.graph.outputs.index(places)] = found
 
-    def conditioned(self, state: ir.Value, words: Words, conditions: Sequence[Any]) -> ir.Value:
-        """`s_i + W2_i silu(W1_i [s_i ; e_u])` (Hydra, Ankner et al. 2024), of the head that the depth says.
+    def told(self, words: Words, conditions: Sequence[Any]) -> ir.Value:
+        """Return the state of the head that the depth says, told the token in front.
 
-        Heads have weights of their own: every one is a branch, which holds them itself, as onnxruntime prepares the
-        weights of a product only in the graph that it is in.
+        The graph's first outputs are the states of all heads. What only one of them reads is left to its draft: a chain
+        of drafts that ends early has not paid for the heads behind its end. What those nodes read is put out in the
+        states' place.
         """
+        states, others = self.graph.outputs[: len(conditions)], self.graph.outputs[len(conditions) :]
+        self.graph.outputs.clear()
+        tails = tails_of(self.graph, states)
+        widths = [sizes_of(value) for value in tails[0].given]
+        self.put_out_states(
+            self.joined([value for tail in tails for value in tail.given], sum(widths)), sum(widths), []
+        )
+        self.graph.outputs.extend(others)
+        given = self.cut(self.input(DRAFT_STATES, ir.DataType.FLOAT, ["batch", "drafts", sum(widths)]), widths)
         previous = self.input(PREVIOUS, ir.DataType.INT64, ["batch", "drafts"])
         looked_up = self.add("Gather", [self.shared(words.lookup), previous], ["out_previous"], axis=0).outputs[0]
-        both = self.add("Concat", [state, looked_up], ["out_both"], axis=-1).outputs[0]
-        change = self.chosen_branch([_Condition(f"{i}", both, each) for i, each in enumerate(conditions)])
-        return self.add("Add", [state, change], ["out_conditioned"]).outputs[0]
+        heads = [
+            _Told(f"{i}", tail, given, looked_up, module)
+            for i, (tail, module) in enumerate(zip(tails, conditions, strict=True))
+        ]
+        for tail in tails:
+            self.graph.remove(tail.nodes)
+        return self.chosen_branch(heads)
 
-    def chosen_branch(self, branches: Sequence[_Condition]) -> ir.Value:
+    def cut(self, value: ir.Value, widths: Sequence[int]) -> list[ir.Value]:
+        """Return the parts of a value [batch, drafts, …], side by side, of some widths."""
+        if len(widths) == 1:
+            return [value]
+        lengths = self.constant("out_given_widths", np.array(widths, np.int64))
+        node = self.make("Split", [value, lengths], [f"out_given_{i}" for i in range(len(widths))], axis=-1)
+        self.graph.append(node)
+        for part, width in zip(node.outputs, widths, strict=True):
+            part.type, part.shape = value.type, ir.Shape(["batch", "drafts", width])
+        return list(node.outputs)
+
+    def chosen_branch(self, branches: Sequence[_Told]) -> ir.Value:
         """Return what the branch of that number gives."""
         if len(branches) == 1:
-            nodes, value = branches[0].nodes(self.graph)
-            self.graph.extend(nodes)
-            return value
+            return branches[0].place(self.graph)
         part = self.input(DRAFT_PART, ir.DataType.INT64, [])
-        node = self.branching(part, 0, branches, self.graph)
-        return node.outputs[0]
+        return self.branching(part, 0, branches, self.graph)
 
-    def branching(self, part: ir.Value, first: int, branches: Sequence[_Condition], graph: ir.Graph) -> ir.Node:
-        """Return an `If` that halves the branches until one is left; `first` is the number of the first of them."""
+    def branching(self, part: ir.Value, first: int, branches: Sequence[_Told], graph: ir.Graph) -> ir.Value:
+        """Return what an `If` gives that halves the branches until one is left; `first` is the number of the first."""
         half = len(branches) // 2
         middle = self.constant(f"draft.part.{first + half}", np.array(first + half, np.int64))
         name = f"/draft/{first}/{first + len(branches)}"
         less = make("Less", [part, middle], f"{name}/less", [f"{name}/is_less"])
         node = ir.Node("", "If", less.outputs, num_outputs=1, name=f"{name}/if")
-        node.outputs[0].name = f"{name}/change"
+        node.outputs[0].name = f"{name}/state"
         for key, at, some in (("then_branch", first, branches[:half]), ("else_branch", first + half, branches[half:])):
-            node.attributes[key] = ir.AttrGraph(key, self.branch(part, at, some, f"{name}/{key}"))
+            inner = ir.Graph([], [], nodes=[], name=f"{name}/{key}")
+            inner.outputs.append(some[0].place(inner) if len(some) == 1 else self.branching(part, at, some, inner))
+            node.attributes[key] = ir.AttrGraph(key, inner)
         graph.extend([less, node])
-        return node
-
-    def branch(self, part: ir.Value, first: int, branches: Sequence[_Condition], name: str) -> ir.Graph:
-        """Return one side of such an `If`."""
-        inner = ir.Graph([], [], nodes=[], name=name)
-        if len(branches) == 1:
-            nodes, value = branches[0].nodes(inner)
-            inner.extend(nodes)
-        else:
-            value = self.branching(part, first, branches, inner).outputs[0]
-        inner.outputs.append(value)
-        return inner
+        return node.outputs[0]
 
     def input(self, name: str, dtype: ir.DataType, shape: list[str | int]) -> ir.Value:
         """Return a further input of the graph."""
@@ -189,28 +200,115 @@ class DraftEnd(End):
 
 
 @dataclass(frozen=True)
-class _Condition:
-    """Of one head: its number, `[s_i ; e_u]`, and the torch module with the linear maps `hidden` and `out`."""
+class Tail:
+    """What one head makes by itself of the rows that something is wanted of.
+
+    Attributes:
+        given: What it reads of them [batch, head_rows, width], in the order of the graph.
+        nodes: From there to its state, in order; nothing else reads what they make.
+        state: [batch, head_rows, hidden].
+    """
+
+    given: list[ir.Value]
+    nodes: list[ir.Node]
+    state: ir.Value
+
+
+def tails_of(graph: ir.Graph, states: Sequence[ir.Value]) -> list[Tail]:
+    """Return what only one head reads, of every head; nothing where that is more than a branch is to hold.
+
+    Args:
+        graph: With the layers, whose rows have been chosen.
+        states: Of the heads.
+    """
+    tails = [_tail(graph, state) for state in states]
+    alike = len({tuple(map(sizes_of, tail.given)) for tail in tails}) == 1
+    weights = {value for tail in tails for node in tail.nodes for value in node.inputs if is_weight(value)}
+    tensors = [value.const_value for value in weights if value is not None and value.const_value is not None]
+    if alike and sum(tensor.nbytes for tensor in tensors) <= BRANCH_BYTES:
+        return tails
+    return [Tail([state], [], state) for state in states]
+
+
+def _tail(graph: ir.Graph, state: ir.Value) -> Tail:
+    nodes, given, todo = set[ir.Node](), set[ir.Value](), [state]
+    while todo:
+        value = todo.pop()
+        maker = value.producer()
+        if maker is not None and any(each is not None and each.name == HEAD_ROWS for each in maker.inputs):
+            given.add(value)
+        elif maker is not None:
+            nodes.add(maker)
+            todo += [each for each in maker.inputs if each is not None]
+    ordered = [node for node in graph if node in nodes]
+    return Tail([value for node in graph for value in node.outputs if value in given], ordered, state)
+
+
+def sizes_of(value: ir.Value) -> int:
+    """Return the width of a value [batch, rows, width]."""
+    assert value.shape is not None
+    return int(value.shape[-1])  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A conditioned head.
+
+    Attributes:
+        name: Its number.
+        tail: What it makes of what is given.
+        given: That, of the draft that is made.
+        previous: Row of the input embedding of the token in front.
+        module: The torch module of its condition, with the linear maps `hidden` and `out`.
+    """
 
     name: str
-    both: ir.Value
+    tail: Tail
+    given: list[ir.Value]
+    previous: ir.Value
     module: Any
 
-    def nodes(self, graph: ir.Graph) -> tuple[list[ir.Node], ir.Value]:
-        """Return what works out the change of the state, with its weights in a graph; not yet placed."""
-        weights = [
-            ir.Value(name=f"condition.{self.name}.{layer}.weight", const_value=ir.Tensor(array))
-            for layer in ("hidden", "out")
-            for array in [np.ascontiguousarray(getattr(self.module, layer).weight.detach().numpy().T)]
-        ]
-        for value in weights:
-            assert value.const_value is not None
-            value.type = ir.TensorType(value.const_value.dtype)
-            value.shape = ir.Shape(value.const_value.shape.numpy())
-            graph.register_initializer(value)
+    def place(self, graph: ir.Graph) -> ir.Value:
+        """Return `s_i + W2_i silu(W1_i [s_i ; e_u])` (Hydra, Ankner et al. 2024), worked out in a graph.
+
+        The graph holds the weights that nothing else reads, as onnxruntime prepares those of a product only in the
+        graph that it is in.
+        """
+        state = self._state(graph)
         where = f"/condition/{self.name}"
-        hidden = make("MatMul", [self.both, weights[0]], f"{where}/hidden", [f"{where}/h"])
+        hidden_weight, out_weight = (self._weight(graph, layer) for layer in ("hidden", "out"))
+        both = make("Concat", [state, self.previous], f"{where}/both", [f"{where}/b"], {"axis": -1})
+        hidden = make("MatMul", [both.outputs[0], hidden_weight], f"{where}/hidden", [f"{where}/h"])
         gate = make("Sigmoid", hidden.outputs, f"{where}/gate", [f"{where}/g"])
         silu = make("Mul", [hidden.outputs[0], gate.outputs[0]], f"{where}/silu", [f"{where}/s"])
-        out = make("MatMul", [silu.outputs[0], weights[1]], f"{where}/out", [f"{where}/change"])
-        return [hidden, gate, silu, out], out.outputs[0]
+        out = make("MatMul", [silu.outputs[0], out_weight], f"{where}/out", [f"{where}/change"])
+        told = make("Add", [state, out.outputs[0]], f"{where}/told", [f"{where}/state"])
+        graph.extend([both, hidden, gate, silu, out, told])
+        return told.outputs[0]
+
+    def _state(self, graph: ir.Graph) -> ir.Value:
+        """Work out the head's state of what is given of it."""
+        tail, given = self.tail, dict(zip(self.tail.given, self.given, strict=True))
+        for node in tail.nodes:
+            for place, value in enumerate(node.inputs):
+                if value in given:
+                    node.replace_input_with(place, given[value])
+                elif is_weight(value) and value is not None and all(use.node in tail.nodes for use in value.uses()):
+                    _move(value, graph)
+            for value in node.outputs:
+                if value.shape is not None:
+                    value.shape = ir.Shape([value.shape[0], "drafts", *list(value.shape)[2:]])
+        graph.extend(tail.nodes)
+        return given.get(tail.state, tail.state)
+
+    def _weight(self, graph: ir.Graph, layer: str) -> ir.Value:
+        array = np.ascontiguousarray(getattr(self.module, layer).weight.detach().numpy().T)
+        return initializer(graph, f"condition.{self.name}.{layer}.weight", array)
+
+
+def _move(weight: ir.Value, graph: ir.Graph) -> None:
+    """Have another graph hold a weight."""
+    owner = weight.graph
+    assert owner is not None and weight.name is not None
+    if owner is not graph:
+        graph.register_initializer(owner.initializers.pop(weight.name))

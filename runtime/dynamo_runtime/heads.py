@@ -74,7 +74,7 @@ class Heads:
         self._cache, self._width = cache, cache.states.shape[1]
         self._path = bundle.folder / self.drafter.graph
         told = self.drafter.conditioned
-        layers, drafts = _layer_sizes(bundle, self._width), _draft_sizes(bundle, self._width)
+        layers, drafts = _layer_sizes(bundle, self._width), _draft_sizes(bundle)
         session = self._start(backend, layers if told else layers | drafts, drafts if told else {})
         kinds = {each.name: each.type for each in (*session.get_inputs(), *session.get_outputs())}
         kind = kinds[caches(PAST, [0])[0]]
@@ -92,12 +92,14 @@ class Heads:
         self._layers: Binding | None = Binding(session, [], "cpu")
         self._draft: Binding | None = None
         if told:
+            self._given = self._given_width(session)
+            drafts[DRAFT_STATES] = [None, None, self._given]
             self._draft = Binding(self._start(backend, drafts, layers), [], "cpu")
         self._ones = np.empty(0, np.int64)
         # What a run reads and writes stays bound as long as runs are about as many rows, which they nearly always are.
         self._held: dict[str, np.ndarray] = {}
         self._drafted: dict[str, np.ndarray] = {}
-        self._states = np.empty((0, 0, self._width), self._states_type)
+        self._states = np.empty(0, self._states_type)
         self._newest: Callable[[], ToldAhead | None] = gone  # of conditioned heads, as long as somebody has it
         self._top = TopK(0, self.drafter.top_k_outputs)  # of whichever part makes words
         self.runs = 0
@@ -200,6 +202,17 @@ class Heads:
         self._check(session, wanted)
         return session
 
+    def _given_width(self, session: Any) -> int:
+        """Return how wide that is which the layers put out for the draft of one head.
+
+        Raises:
+            BundleError: It may be of any width.
+        """
+        width = next(each.shape[-1] for each in session.get_outputs() if each.name == HEAD_STATES)
+        if not isinstance(width, int):
+            raise BundleError(f"{self._path}: {HEAD_STATES} has no width of a fixed size")
+        return width
+
     def _read_states(self, positions: Sequence[int], taken: int | None) -> None:
         """Have the layers read all states up to the last of some positions, and put out what they make of these."""
         cache, first = self._cache, min(positions)
@@ -239,8 +252,8 @@ class Heads:
         bound.input(HEAD_ROWS, held[HEAD_ROWS])
         put_out = {name: np.empty((1, rows, size), np.float32) for name, size in topology.outputs.items()}
         if self.drafter.conditioned:
-            self._states = np.empty((rows, topology.parts, self._width), self._states_type)
-            put_out[HEAD_STATES] = self._states.reshape(1, -1, self._width)
+            self._states = np.empty((rows, topology.parts, self._given), self._states_type)
+            put_out[HEAD_STATES] = self._states.reshape(1, -1, self._given)
         else:
             put_out |= self._room_for_words(rows * topology.parts)
         for name, array in put_out.items():
@@ -250,7 +263,7 @@ class Heads:
     def _hold_drafts(self, count: int) -> dict[str, np.ndarray]:
         """Have the draft be about so many states, in memory that stays the same from run to run."""
         held = {
-            DRAFT_STATES: np.empty((1, count, self._width), self._states_type),
+            DRAFT_STATES: np.empty((1, count, self._given), self._states_type),
             PREVIOUS: np.empty((1, count), np.int64),
             DRAFT_PART: np.zeros((), np.int64),
         }
@@ -333,19 +346,19 @@ def _layer_sizes(bundle: Bundle, width: int) -> Sizes:
     layers = range(drafter.kv_layers)
     wanted: Sizes = {PENULTIMATE: [None, None, width], ATTENTION_MASK: [None, None], HEAD_ROWS: [None]}
     if drafter.conditioned:
-        wanted[HEAD_STATES] = [None, None, width]
+        wanted[HEAD_STATES] = [None, None, None]
     wanted |= {name: [None, None, size] for name, size in topology.outputs.items()}
     cache = [None, drafter.kv_heads, None, bundle.head_size]
     return wanted | dict.fromkeys([*caches(PAST, layers), *caches(PRESENT, layers)], cache)
 
 
-def _draft_sizes(bundle: Bundle, width: int) -> Sizes:
+def _draft_sizes(bundle: Bundle) -> Sizes:
     drafter = bundle.drafter
     assert drafter is not None
     top: list[int | None] = [None, None, drafter.top_k_outputs]
     wanted: Sizes = {LOGITS: [None, None, _words(bundle)], TOPK_LOGITS: top, TOPK_IDS: top}
     if drafter.conditioned:
-        wanted |= {DRAFT_STATES: [None, None, width], PREVIOUS: [None, None]}
+        wanted |= {DRAFT_STATES: [None, None, None], PREVIOUS: [None, None]}
         if bundle.topology.parts > 1:
             wanted[DRAFT_PART] = []
     return wanted

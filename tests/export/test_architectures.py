@@ -17,7 +17,7 @@ from support import checkpoints
 from support.refused import REFUSED
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from dynamo_export import ExportError, cli, export_bundle, parity
+from dynamo_export import ExportError, cli, drafting, export_bundle, parity
 from dynamo_model import MultiTokenModel
 from dynamo_runtime import Engine
 from dynamo_runtime.bundle import load_bundle
@@ -273,23 +273,39 @@ def test_optional_inputs_have_defaults(bundle: FolderOf) -> None:
 
 
 def test_both_parts_of_conditioned_heads_at_once(bundle: FolderOf) -> None:
-    """They share no node, so whoever feeds both gets both: states behind the last row, and words of other states."""
+    """They share no node, so whoever feeds both gets both: what the draft of the last row reads, and other words."""
     folder = bundle("phi")
     ids = np.arange(10, 17)[None]
     feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     (states,) = run_graph(folder / "model.onnx", ["penultimate_states"], **feed)
     feed = {"penultimate_states": states, "attention_mask": np.ones_like(ids)}
-    feed |= {"draft_states": states[:, :5], "previous_tokens": ids[:, :5], "draft_part": np.array(1)}
+    others = np.random.default_rng(0).normal(size=(1, 5, 3 * 64)).astype(np.float32)
+    feed |= {"draft_states": others, "previous_tokens": ids[:, :5], "draft_part": np.array(1)}
     wanted = ["head_states", "logits", "topk_logits", "topk_ids"]
     last, logits, values, top = run_graph(folder / "drafter.onnx", wanted, **feed)
     words = checkpoints.WORDS.numpy()
-    assert last.shape == (1, 2, 64) and logits.shape == (1, 5, len(words)) and top.shape == (1, 5, 64)
+    assert last.shape == (1, 2, 3 * 64) and logits.shape == (1, 5, len(words)) and top.shape == (1, 5, 64)
     places = np.full(checkpoints.VOCAB, -1)
     places[words] = np.arange(len(words))
     np.testing.assert_array_equal(values, np.take_along_axis(logits, places[top], -1))
     (chosen,) = run_graph(folder / "drafter.onnx", ["head_states"], **feed, head_rows=np.array([0, -1]))
-    assert chosen.shape == (1, 4, 64)
+    assert chosen.shape == (1, 4, 3 * 64)
     np.testing.assert_allclose(chosen[:, 2:], last, atol=1e-6)
+
+
+def test_what_only_one_head_reads_stands_in_its_branch(
+    bundle: FolderOf, checkpoint: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or with the layers, if that is more than a branch is to hold; parity is proved of both."""
+    monkeypatch.setattr(drafting, "BRANCH_BYTES", 0)
+    export_bundle(tmp_path / "whole" / "model.onnx", checkpoint("phi"))
+    for folder, inside, width in ((bundle("phi"), False, 3 * 64), (tmp_path / "whole", True, 64)):
+        graph = onnx.load(folder / "drafter.onnx").graph
+        outer, *branches = checkpoints.all_graphs(graph)
+        assert any(weight.name.startswith("heads.1.mlp.") for weight in outer.initializer) == inside
+        assert any(weight.name.startswith("heads.1.mlp.") for each in branches for weight in each.initializer) != inside
+        (states,) = (value for value in graph.output if value.name == "head_states")
+        assert states.type.tensor_type.shape.dim[-1].dim_value == width
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,8 @@ def one_column_of_a_head(model: onnx.ModelProto) -> None:
     def edit(array: np.ndarray) -> None:
         array[:, 3] *= 1.2
 
-    name = next(
-        i.name for i in model.graph.initializer if re.fullmatch(r"heads\.1\.mlp\.(down_proj|fc2)\.weight", i.name)
-    )
+    weights = [each for graph in checkpoints.all_graphs(model.graph) for each in graph.initializer]
+    name = next(each.name for each in weights if re.fullmatch(r"heads\.1\.mlp\.(down_proj|fc2)\.weight", each.name))
     change(model, name, edit)
 
 

@@ -415,7 +415,10 @@ def test_the_prior_grows_with_the_model() -> None:
 @pytest.mark.parametrize("known", [False, True], ids=["by the files", "by what is read"])
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_the_prior_of_a_graph_is_by_its_bytes(multi: Path, known: bool, conditioned: bool) -> None:
-    """Of a base with 9 MB in 8 layers, and a drafter with 6 MB, a third of it in two more such layers."""
+    """Of a base with 9 MB in 8 layers, and a drafter with 6 MB, a third of it in two more such layers.
+
+    Where heads are told the token in front, half of it is read by every draft.
+    """
     bundle = replace(
         load_bundle(multi),
         kv_layers=8,
@@ -428,6 +431,6 @@ def test_the_prior_of_a_graph_is_by_its_bytes(multi: Path, known: bool, conditio
     prior = Prior.of(bundle, tuning)
     assert prior.step(1, False, 0) == pytest.approx(9.0) and prior.step(1, True, 0) == pytest.approx(9.0)
     assert prior.making is not None
-    assert prior.making.further == pytest.approx(4.5 if conditioned else 0.0)
-    assert prior.making.begin(1, 0) == pytest.approx(2.5 + (0.0 if conditioned else 4.5))
-    assert prior.making.begin(3, 0) - prior.making.begin(1, 0) == pytest.approx(2 * 0.14 * 2.0)
+    assert prior.making.further == pytest.approx(3.5 if conditioned else 0.0)
+    assert prior.making.begin(1, 0) == pytest.approx(3.5 if conditioned else 2.5 + 4.5)
+    assert prior.making.begin(3, 0) - prior.making.begin(1, 0) == pytest.approx(2 * 0.14 * (3 if conditioned else 2))

@@ -17,8 +17,11 @@ Ahead = Callable[[DraftEnd, list[ir.Value]], tuple[ir.Value, list[tuple[ir.Value
 class AddHeadStates(ir.passes.InPlacePass):
     """Ends the layers: chosen rows of what they make of the tokens."""
 
-    def __init__(self, store: WeightStore, n_states: int, hidden: int, ahead: Ahead) -> None:
-        """Take the weights, the number of states among the graph's outputs, their width, and what becomes of them."""
+    def __init__(self, store: WeightStore, n_states: int, hidden: int, ahead: Ahead | None) -> None:
+        """Take the weights, the number of states among the graph's outputs, their width, and what becomes of them.
+
+        Without the last the states stay.
+        """
         super().__init__()
         self.store, self.n_states, self.hidden, self.ahead = store, n_states, hidden, ahead
 
@@ -27,8 +30,12 @@ class AddHeadStates(ir.passes.InPlacePass):
         end, graph = DraftEnd(model, self.store), model.graph
         states, presents = graph.outputs[: self.n_states], graph.outputs[self.n_states :]
         graph.outputs.clear()
-        joined, further = self.ahead(end, end.chosen_states(states))
-        end.put_out_states(joined, self.hidden, further)
+        chosen = end.chosen_states(states)
+        if self.ahead is None:
+            graph.outputs.extend(chosen)
+        else:
+            joined, further = self.ahead(end, chosen)
+            end.put_out_states(joined, self.hidden, further)
         graph.outputs.extend(presents)
         graph.sort()
         return ir.passes.PassResult(model, True)

@@ -165,12 +165,14 @@ class MadePrior:
     def of(bundle: Bundle, tuning: Tuning = DEFAULT) -> MadePrior | None:
         """By the bytes that the drafter's graph reads, where the bundle has one; its layers are as large as the base's.
 
-        Runs for one draft each are taken to read all that is not in the layers.
+        Runs for one draft each, of heads that are told the token in front, are taken to read half of it.
         """
         if bundle.drafter is None:
             return None
         plain_ms, whole_ms = _reading_ms(bundle, tuning)
         layers_ms = min(plain_ms * bundle.topology.layers / (bundle.base_layers + 1), whole_ms)
+        if bundle.drafter.conditioned:
+            layers_ms = whole_ms / 2
         row_ms = layers_ms * tuning.row_share.get(bundle.precision, tuning.other_row_share)
         layers_ms, run_ms = layers_ms + tuning.run_ms, whole_ms - layers_ms + tuning.run_ms
         if bundle.drafter.conditioned:
