@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from dynamo_graph.initializers import initializer, is_weight, option
+from dynamo_graph.initializers import initializer, option
 from dynamo_graph.nodes import make
 from dynamo_model.output import Output
 from dynamo_runtime.names import (
@@ -26,11 +26,11 @@ from dynamo_runtime.names import (
     VOCABULARY,
 )
 
+from .head_ends import HeadEnd, head_ends, width_of
 from .rows import select_rows
 from .tail import End
 
 TOP_K = 64  # of a draft: the paper draws from 50
-BRANCH_BYTES = 500_000_000  # of weights in branches, which are written as one piece
 
 
 @dataclass(frozen=True)
@@ -134,22 +134,17 @@ class DraftEnd(End):
         """
         states, others = self.graph.outputs[: len(conditions)], self.graph.outputs[len(conditions) :]
         self.graph.outputs.clear()
-        tails = tails_of(self.graph, states)
-        widths = [sizes_of(value) for value in tails[0].given]
-        self.put_out_states(
-            self.joined([value for tail in tails for value in tail.given], sum(widths)), sum(widths), []
-        )
+        ends = head_ends(self.graph, states)
+        widths = [width_of(value) for value in ends[0].given]
+        self.put_out_states(self.joined([value for end in ends for value in end.given], sum(widths)), sum(widths), [])
         self.graph.outputs.extend(others)
         given = self.cut(self.input(DRAFT_STATES, ir.DataType.FLOAT, ["batch", "drafts", sum(widths)]), widths)
         previous = self.input(PREVIOUS, ir.DataType.INT64, ["batch", "drafts"])
         looked_up = self.add("Gather", [self.shared(words.lookup), previous], ["out_previous"], axis=0).outputs[0]
-        heads = [
-            _Told(f"{i}", tail, given, looked_up, module)
-            for i, (tail, module) in enumerate(zip(tails, conditions, strict=True))
-        ]
-        for tail in tails:
-            self.graph.remove(tail.nodes)
-        return self.chosen_branch(heads)
+        for end in ends:
+            self.graph.remove(end.nodes)
+        both = zip(ends, conditions, strict=True)
+        return self.chosen_branch([_Told(f"{i}", end, given, looked_up, each) for i, (end, each) in enumerate(both)])
 
     def cut(self, value: ir.Value, widths: Sequence[int]) -> list[ir.Value]:
         """Return the parts of a value [batch, drafts, …], side by side, of some widths."""
@@ -200,70 +195,19 @@ class DraftEnd(End):
 
 
 @dataclass(frozen=True)
-class Tail:
-    """What one head makes by itself of the rows that something is wanted of.
-
-    Attributes:
-        given: What it reads of them [batch, head_rows, width], in the order of the graph.
-        nodes: From there to its state, in order; nothing else reads what they make.
-        state: [batch, head_rows, hidden].
-    """
-
-    given: list[ir.Value]
-    nodes: list[ir.Node]
-    state: ir.Value
-
-
-def tails_of(graph: ir.Graph, states: Sequence[ir.Value]) -> list[Tail]:
-    """Return what only one head reads, of every head; nothing where that is more than a branch is to hold.
-
-    Args:
-        graph: With the layers, whose rows have been chosen.
-        states: Of the heads.
-    """
-    tails = [_tail(graph, state) for state in states]
-    alike = len({tuple(map(sizes_of, tail.given)) for tail in tails}) == 1
-    weights = {value for tail in tails for node in tail.nodes for value in node.inputs if is_weight(value)}
-    tensors = [value.const_value for value in weights if value is not None and value.const_value is not None]
-    if alike and sum(tensor.nbytes for tensor in tensors) <= BRANCH_BYTES:
-        return tails
-    return [Tail([state], [], state) for state in states]
-
-
-def _tail(graph: ir.Graph, state: ir.Value) -> Tail:
-    nodes, given, todo = set[ir.Node](), set[ir.Value](), [state]
-    while todo:
-        value = todo.pop()
-        maker = value.producer()
-        if maker is not None and any(each is not None and each.name == HEAD_ROWS for each in maker.inputs):
-            given.add(value)
-        elif maker is not None:
-            nodes.add(maker)
-            todo += [each for each in maker.inputs if each is not None]
-    ordered = [node for node in graph if node in nodes]
-    return Tail([value for node in graph for value in node.outputs if value in given], ordered, state)
-
-
-def sizes_of(value: ir.Value) -> int:
-    """Return the width of a value [batch, rows, width]."""
-    assert value.shape is not None
-    return int(value.shape[-1])  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
 class _Told:
     """A conditioned head.
 
     Attributes:
         name: Its number.
-        tail: What it makes of what is given.
+        end: What it makes of what is given.
         given: That, of the draft that is made.
         previous: Row of the input embedding of the token in front.
         module: The torch module of its condition, with the linear maps `hidden` and `out`.
     """
 
     name: str
-    tail: Tail
+    end: HeadEnd
     given: list[ir.Value]
     previous: ir.Value
     module: Any
@@ -288,18 +232,19 @@ class _Told:
 
     def _state(self, graph: ir.Graph) -> ir.Value:
         """Work out the head's state of what is given of it."""
-        tail, given = self.tail, dict(zip(self.tail.given, self.given, strict=True))
-        for node in tail.nodes:
+        end, given = self.end, dict(zip(self.end.given, self.given, strict=True))
+        for node in end.nodes:
             for place, value in enumerate(node.inputs):
                 if value in given:
                     node.replace_input_with(place, given[value])
-                elif is_weight(value) and value is not None and all(use.node in tail.nodes for use in value.uses()):
-                    _move(value, graph)
             for value in node.outputs:
                 if value.shape is not None:
                     value.shape = ir.Shape([value.shape[0], "drafts", *list(value.shape)[2:]])
-        graph.extend(tail.nodes)
-        return given.get(tail.state, tail.state)
+        for weight in end.weights:
+            if all(use.node in end.nodes for use in weight.uses()):
+                _move(weight, graph)
+        graph.extend(end.nodes)
+        return given.get(end.state, end.state)
 
     def _weight(self, graph: ir.Graph, layer: str) -> ir.Value:
         array = np.ascontiguousarray(getattr(self.module, layer).weight.detach().numpy().T)

@@ -17,7 +17,7 @@ from support import checkpoints
 from support.refused import REFUSED
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from dynamo_export import ExportError, cli, drafting, export_bundle, parity
+from dynamo_export import ExportError, cli, export_bundle, head_ends, parity
 from dynamo_model import MultiTokenModel
 from dynamo_runtime import Engine
 from dynamo_runtime.bundle import load_bundle
@@ -297,7 +297,7 @@ def test_what_only_one_head_reads_stands_in_its_branch(
     bundle: FolderOf, checkpoint: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or with the layers, if that is more than a branch is to hold; parity is proved of both."""
-    monkeypatch.setattr(drafting, "BRANCH_BYTES", 0)
+    monkeypatch.setattr(head_ends, "BRANCH_BYTES", 0)
     export_bundle(tmp_path / "whole" / "model.onnx", checkpoint("phi"))
     for folder, inside, width in ((bundle("phi"), False, 3 * 64), (tmp_path / "whole", True, 64)):
         graph = onnx.load(folder / "drafter.onnx").graph
