@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .outputs import TopK
-from .step import listed
 
 if TYPE_CHECKING:
     from .heads import Heads
@@ -33,6 +32,9 @@ class HeadsAhead:
         """See `Ahead`."""
         return len(self.positions)
 
+    def keep(self) -> None:
+        """Copy what the layers' next run would overwrite."""
+
     def output(self, name: str) -> np.ndarray:
         """See `Ahead`."""
         return self._outputs[name]
@@ -56,19 +58,23 @@ class AllAhead(HeadsAhead):
         positions: Sequence[int],
         taken: int | None,
         outputs: dict[str, np.ndarray],
-        top: tuple[np.ndarray, np.ndarray],
+        top: TopK,
     ):
-        """Take top-K values and ids besides, [rows · parts, K]."""
+        """Take the largest logits besides, [rows · parts, K]; they are told of before they change."""
         super().__init__(heads, positions, taken, outputs)
-        self._values, self._ids = (each.reshape(len(positions), -1, each.shape[-1]) for each in top)
+        self._top, self._parts = top, top.rows // len(positions)
+
+    def keep(self) -> None:
+        """See `HeadsAhead`."""
+        self._top = self._top.copy()
 
     def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """See `Ahead`."""
-        return self._values[:, part], self._ids[:, part]
+        return self._top.logits[0, part :: self._parts].copy(), self._top.ids[0, part :: self._parts].copy()
 
     def largest(self, part: int, before: Sequence[int] | None = None) -> tuple[list[float], list[int]]:
         """See `Ahead`."""
-        return listed(self.topk(part))
+        return self._top.of_row(part)
 
     def logits(self, part: int, before: Sequence[int] | None = None) -> np.ndarray:
         """See `Ahead`; of a word outside the draft vocabulary it is -inf."""
@@ -91,13 +97,13 @@ class ToldAhead(HeadsAhead):
         self._states = states
 
     def keep(self) -> None:
-        """Copy what the layers' next run would overwrite."""
+        """See `HeadsAhead`."""
         self._states = self._states.copy()
 
     def topk(self, part: int, before: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """See `Ahead`."""
-        logits, ids = self._draft(part, before).copy()
-        return logits[0], ids[0]
+        top = self._draft(part, before)
+        return top.logits[0].copy(), top.ids[0].copy()
 
     def largest(self, part: int, before: Sequence[int] | None = None) -> tuple[list[float], list[int]]:
         """See `Ahead`."""

@@ -257,8 +257,10 @@ class Proposer:
         while len(drafts) < self.depth:
             if len(drafts) >= self.guessed or (guesses is not None and not further(confidences)):
                 guesses = None
-            found = NO_GUESS if guesses is None else self._masked(guesses(chosen), chosen[-1])
-            confidence = self._confidence(found)
+            found = NO_GUESS if guesses is None else guesses(chosen)
+            if guesses is not None and self._counts is not None:
+                found = masked(found, chosen[-1], self._counts, self._parameters.draft_cooccurrence_weight)
+            token, confidence = self._chosen(found)
             repeat = repeated(chosen)
             is_repeat = repeat is not None and (not found or repeat.expected > expected(len(chosen), confidence))
             if not found and not is_repeat:
@@ -270,24 +272,22 @@ class Proposer:
                 assert self._repeats is not None
                 drafts.append(Draft(repeat.token, None, repeat.expected, self._repeats.name))
             else:
-                drafts.append(self._drawn(found, confidence, rng))
+                drafts.append(self._drawn(found, token, confidence, rng))
             chosen.append(drafts[-1].token)
         return drafts
 
-    def _masked(self, found: Candidates, before: int) -> Candidates:
-        if self._counts is None:
-            return found
-        return masked(found, before, self._counts, self._parameters.draft_cooccurrence_weight)
+    def _chosen(self, found: Candidates) -> tuple[int, float]:
+        """Return the draft, -1 if it is still to be drawn, and the confidence in it.
 
-    def _confidence(self, found: Candidates) -> float:
-        """Return the confidence in a draft that is still to be drawn: the probability that two draws are the same."""
+        In what is to be drawn that is the probability that two draws are the same.
+        """
         if not found:
-            return 0.0
-        return found.best[1] if self._certain else float((found.probabilities**2).sum())
+            return -1, 0.0
+        return found.best if self._certain else (-1, float((found.probabilities**2).sum()))
 
-    def _drawn(self, found: Candidates, confidence: float, rng: np.random.Generator) -> Draft:
+    def _drawn(self, found: Candidates, token: int, confidence: float, rng: np.random.Generator) -> Draft:
         if self._certain:
-            return Draft(found.best[0], None, confidence, self._name)
+            return Draft(token, None, confidence, self._name)
         return Draft(int(found.ids[draw(found.probabilities, rng.random())]), found, confidence, self._name)
 
     def _repeated(self, repeats: Repeats | None) -> Callable[[Sequence[int]], Repeat | None]:

@@ -100,7 +100,7 @@ class Heads:
         self._held: dict[str, np.ndarray] = {}
         self._drafted: dict[str, np.ndarray] = {}
         self._states = np.empty(0, self._states_type)
-        self._newest: Callable[[], ToldAhead | None] = gone  # of conditioned heads, as long as somebody has it
+        self._newest: Callable[[], AllAhead | ToldAhead | None] = gone  # as long as somebody has it
         self._top = TopK(0, self.drafter.top_k_outputs)  # of whichever part makes words
         self.runs = 0
 
@@ -118,12 +118,14 @@ class Heads:
         """
         self._read_states(positions, taken)
         outputs = {name: self._held[name][0].copy() for name in self.bundle.topology.outputs}
+        ahead: AllAhead | ToldAhead
         if self.drafter.conditioned:
             ahead = ToldAhead(self, positions, taken, outputs, self._states)
-            self._newest = weakref.ref(ahead)
-            return ahead
-        self._check_numbers()
-        return AllAhead(self, positions, taken, outputs, self._top.copy())
+        else:
+            self._check_numbers()
+            ahead = AllAhead(self, positions, taken, outputs, self._top)
+        self._newest = weakref.ref(ahead)
+        return ahead
 
     def check(self) -> None:
         """Find out about the cache's first position what no shape tells: how many states there are, and of what words.

@@ -69,6 +69,8 @@ class TopK:
 
     def is_finite(self) -> bool:
         """Tell whether there is a number in every row: the largest is nan if any is, as onnxruntime's top-k has it."""
+        if self.rows == 1:
+            return math.isfinite(self._largest[0])
         return all(map(math.isfinite, self._largest.tolist()))
 
     def best(self) -> list[int]:
@@ -81,9 +83,11 @@ class TopK:
         end = begin + (self._k if most is None else min(most, self._k))
         return self._logits[begin:end].tolist(), self._ids[begin:end].tolist()
 
-    def copy(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return logits and ids [1, rows, K] that stay what they are."""
-        return self.logits.copy(), self.ids.copy()
+    def copy(self) -> TopK:
+        """Return the same in memory of its own."""
+        other = TopK(self.rows, self._k)
+        other.logits[:], other.ids[:] = self.logits, self.ids
+        return other
 
 
 class RunOutputs(Outputs):
@@ -126,7 +130,7 @@ class RunOutputs(Outputs):
 
     def _copy_top(self) -> None:
         self._check_top()
-        self._arrays[TOPK_LOGITS], self._arrays[TOPK_IDS] = self._top.copy()
+        self._arrays[TOPK_LOGITS], self._arrays[TOPK_IDS] = self._top.logits.copy(), self._top.ids.copy()
 
     def _check_top(self) -> None:
         if not self._checked and not self._top.is_finite():
