@@ -143,7 +143,7 @@ def truncate(logits: np.ndarray, ids: np.ndarray, parameters: SamplingParameters
 
 
 class Truncated(Candidates):
-    """What `truncate` makes of a few logits.
+    """What `truncate` makes of a few logits, when it is asked for.
 
     Mostly nothing is wanted but one draw, or the most probable token. Those are found in plain Python: behind a pass
     numpy is in no cache of the processor, and what it does with fifty numbers takes longer than to add them up.
@@ -152,16 +152,12 @@ class Truncated(Candidates):
     _logits: list[float]
     _ids: list[int]
     _parameters: SamplingParameters
-    _cumulative: list[float]
+    _weighed: list[float] | None
 
     def __init__(self, logits: list[float], ids: list[int], parameters: SamplingParameters):
-        """Take what `truncate` takes, as lists.
-
-        Raises:
-            ParameterError: See `truncate`.
-        """
-        # Set so as a frozen class is slow to set its attributes.
-        vars(self).update(_logits=logits, _ids=ids, _parameters=parameters, _cumulative=_cumulative(logits, parameters))
+        """Take what `truncate` takes, as lists."""
+        # Set so as a frozen class is slow to set its attributes, and `cached_property` takes a lock.
+        vars(self).update(_logits=logits, _ids=ids, _parameters=parameters, _weighed=None)
 
     def __bool__(self) -> bool:
         return True
@@ -169,13 +165,20 @@ class Truncated(Candidates):
     @property
     def best(self) -> tuple[int, float]:
         """See `Candidates`."""
-        return self._ids[0], 1.0 / self._cumulative[-1]
+        return self._ids[0], 1.0 / self._cumulative()[-1]
 
     def draw(self, uniform: float) -> int:
         """See `Candidates`."""
-        cumulative = self._cumulative
+        cumulative = self._cumulative()
         place = bisect_right(cumulative, uniform * cumulative[-1])
         return self._ids[min(place, len(cumulative) - 1)]
+
+    def _cumulative(self) -> list[float]:
+        """Weights of the candidates, each with all before it; the first weighs 1."""
+        if self._weighed is None:
+            vars(self)["_weighed"] = found = _weigh(self._logits, self._parameters)
+            return found
+        return self._weighed
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -192,8 +195,12 @@ class Truncated(Candidates):
         return truncate(np.array(self._logits), np.array(self._ids), self._parameters)
 
 
-def _cumulative(logits: Sequence[float], parameters: SamplingParameters) -> list[float]:
-    """Return weights of the candidates that `truncate` leaves, each with all before it; the first weighs 1."""
+def _weigh(logits: Sequence[float], parameters: SamplingParameters) -> list[float]:
+    """Return weights of the candidates that `truncate` leaves, each with all before it; the first weighs 1.
+
+    Raises:
+        ParameterError: See `truncate`.
+    """
     logits, exp = logits[: parameters.top_k or None], math.exp
     _check_finite(logits[0])
     largest, temperature = logits[0], parameters.temperature or 1.0
