@@ -79,6 +79,18 @@ def test_the_largest_logits_of_a_row_are_those_of_its_top_k(multi: Path) -> None
     assert array.largest(2, 3) == whole.largest(2, 3)
 
 
+def test_what_heads_have_said_outlives_their_next_run(multi: Path) -> None:
+    """It is over the memory that they write to."""
+    step = Session(load_bundle(multi), threads=1).step([1, 2, 3, 4], rows=ALL, heads=ALL)
+    early = step.ahead(1)
+    values, ids = early.topk(0)
+    largest = early.largest(1)
+    later = step.ahead(2)
+    assert not np.array_equal(later.topk(0)[0], values) and later.largest(1) != largest
+    assert early.largest(1) == largest
+    assert np.array_equal(early.topk(0)[0], values) and np.array_equal(early.topk(0)[1], ids)
+
+
 def test_onnxruntime_is_called_by_what_it_documents_where_there_is_nothing_else(multi: Path) -> None:
     session = Session(load_bundle(multi), threads=1)
     expected = session.step([1, 2, 3], rows=ALL).topk()
