@@ -175,7 +175,7 @@ def measure_times(engine: Engine, passes: TreePasses, past: int, rows: int, seco
     assert heads is not None and cache.states is not None
     timer.behind(past)
     heads.ahead([past - 1])
-    states = np.random.default_rng(0).normal(size=(rows, cache.states.shape[1])).astype(cache.states.dtype)
+    states = np.random.default_rng(0).normal(size=(rows, heads.given)).astype(cache.states.dtype)
 
     def layers(count: int) -> object:
         cache.seen = past - count

@@ -51,6 +51,7 @@ class Heads:
         seconds: Time spent inside onnxruntime so far.
         runs: Of the layers so far.
         words: Ids of the draft vocabulary; None for all words.
+        given: Width of what the draft of a conditioned head reads; 0 if none is.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend, cache: KVCache, **room: Any):
@@ -73,7 +74,7 @@ class Heads:
         self.words = None if vocabulary is None else np.array(vocabulary)
         self._cache, self._width = cache, cache.states.shape[1]
         self._path = bundle.folder / self.drafter.graph
-        told = self.drafter.conditioned
+        told, self.given = self.drafter.conditioned, 0
         layers, drafts = _layer_sizes(bundle, self._width), _draft_sizes(bundle)
         session = self._start(backend, layers if told else layers | drafts, drafts if told else {})
         kinds = {each.name: each.type for each in (*session.get_inputs(), *session.get_outputs())}
@@ -92,8 +93,8 @@ class Heads:
         self._layers: Binding | None = Binding(session, [], "cpu")
         self._draft: Binding | None = None
         if told:
-            self._given = self._given_width(session)
-            drafts[DRAFT_STATES] = [None, None, self._given]
+            self.given = self._given_width(session)
+            drafts[DRAFT_STATES] = [None, None, self.given]
             self._draft = Binding(self._start(backend, drafts, layers), [], "cpu")
         self._ones = np.empty(0, np.int64)
         # What a run reads and writes stays bound as long as runs are about as many rows, which they nearly always are.
@@ -254,8 +255,8 @@ class Heads:
         bound.input(HEAD_ROWS, held[HEAD_ROWS])
         put_out = {name: np.empty((1, rows, size), np.float32) for name, size in topology.outputs.items()}
         if self.drafter.conditioned:
-            self._states = np.empty((rows, topology.parts, self._given), self._states_type)
-            put_out[HEAD_STATES] = self._states.reshape(1, -1, self._given)
+            self._states = np.empty((rows, topology.parts, self.given), self._states_type)
+            put_out[HEAD_STATES] = self._states.reshape(1, -1, self.given)
         else:
             put_out |= self._room_for_words(rows * topology.parts)
         for name, array in put_out.items():
@@ -265,7 +266,7 @@ class Heads:
     def _hold_drafts(self, count: int) -> dict[str, np.ndarray]:
         """Have the draft be about so many states, in memory that stays the same from run to run."""
         held = {
-            DRAFT_STATES: np.empty((1, count, self._given), self._states_type),
+            DRAFT_STATES: np.empty((1, count, self.given), self._states_type),
             PREVIOUS: np.empty((1, count), np.int64),
             DRAFT_PART: np.zeros((), np.int64),
         }
