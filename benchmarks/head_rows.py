@@ -11,8 +11,8 @@ judged.  Its two graphs are put together in the ways that there are:
 - *b*: the pass is the plain one; layers and words of accepted rows in a graph of their own (what bundles hold);
 - *c*: one graph that finds the accepted row itself, by comparing its own greedy choices with the drafts it was fed.
 
-Heads that are told the token in front are worked out a draft at a time, which the ways but *b* cannot; what one draft
-costs, and two, stands in a table of its own.
+Heads that are told the token in front are worked out draft by draft, and only b can do that. Their drafts are also made
+one and two a round, which is shown in a table of its own.
 
 All ways run in turn, behind so many positions, in passes over m tokens of which 1 … m are accepted in turn, and make
 all the drafts there are.  Times are whole calls as Python sees them, medians, in units of the pass over one token.

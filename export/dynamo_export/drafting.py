@@ -238,8 +238,8 @@ class _Told:
                 if value in given:
                     node.replace_input_with(place, given[value])
             for value in node.outputs:
-                if value.shape is not None:
-                    value.shape = ir.Shape([value.shape[0], "drafts", *list(value.shape)[2:]])
+                if value.shape is not None and len(value.shape) == 3:
+                    value.shape = ir.Shape([value.shape[0], "drafts", value.shape[2]])
         for weight in end.weights:
             if all(use.node in end.nodes for use in weight.uses()):
                 _move(weight, graph)

@@ -35,7 +35,9 @@ class HeadEnd:
 
 
 def head_ends(graph: ir.Graph, states: Sequence[ir.Value]) -> list[HeadEnd]:
-    """Return the end of every head; without any nodes where their weights are more than branches are to hold.
+    """Return the end of every head.
+
+    They have no nodes where those of all heads hold more than branches are to, or read values of different widths.
 
     Args:
         graph: The layers, with rows chosen as early as that is exact.

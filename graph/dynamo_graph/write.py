@@ -1,4 +1,4 @@
-"""Writes an ONNX file weight by weight, so that no more than one weight is ever held twice.
+"""Writes an ONNX file weight by weight, so that no more than one weight is ever held twice, but for those in branches.
 
 `onnx.save` wants the whole model as one protobuf in memory and then as one string of bytes: three times the weights
 together with the torch model. The format needs neither: a message's fields may come in any order, so the small part

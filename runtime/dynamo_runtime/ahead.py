@@ -92,7 +92,7 @@ class ToldAhead(HeadsAhead):
         outputs: dict[str, np.ndarray],
         states: np.ndarray,
     ):
-        """Take the heads' states besides, [rows, parts, width]; they are told of before they change."""
+        """Take what drafts read besides, [rows, parts, width]; they are told of before it changes."""
         super().__init__(heads, positions, taken, outputs)
         self._states = states
 

@@ -40,13 +40,13 @@ def inner_calls(session: Any, binding: Any) -> Calls:
     Behind a pass all of Python is cold, and in there a device's name is looked up, and what only GPUs have is seen to,
     every time: as long as the binding itself takes. An onnxruntime that is made otherwise has the documented ones.
     """
-    from onnxruntime import OrtDevice  # loaded by now: a session is of it
-
     try:
+        from onnxruntime import OrtDevice  # loaded by now: a session is of it
+
         inner, place = binding._iobinding, OrtDevice.make("cpu", 0)._get_c_device()
         run = partial(session._sess.run_with_iobinding, inner, None)
         return Calls(inner.bind_input, inner.bind_output, (place,), run)
-    except AttributeError:
+    except (AttributeError, ImportError, TypeError):
         return documented_calls(session, binding)
 
 

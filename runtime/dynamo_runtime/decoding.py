@@ -137,7 +137,8 @@ def _check(turn: Turn, drafts: int, vocab_size: int, strategy: Strategy) -> None
         ParameterError: It does not.
     """
     if not isinstance(turn, Turn) or not turn.tokens or not 0 <= turn.accepted <= drafts:
-        refused = "must be a Turn of one new token or more, with no more drafts accepted than there were"
+        given = "" if isinstance(turn, Turn) else f", not a {type(turn).__name__}"
+        refused = f"must be a Turn of one new token or more, with no more drafts accepted than there were{given}"
     elif min(turn.tokens) < 0 or max(turn.tokens) >= vocab_size:
         refused = f"has token ids outside 0 … {vocab_size - 1}"
     else:

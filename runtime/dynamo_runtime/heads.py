@@ -166,10 +166,10 @@ class Heads:
         return self._drafted[LOGITS][0]
 
     def draft(self, states: np.ndarray, part: int, before: Sequence[int] | None) -> TopK:
-        """Go from states of one conditioned head to words.
+        """Go on to words of one conditioned head.
 
         Args:
-            states: [drafts, width].
+            states: What the layers put out of it, [drafts, width].
             part: Whose they are.
             before: The token in front of each draft.
 
@@ -235,6 +235,7 @@ class Heads:
         assert states is not None
         if newest is not None:
             newest.keep()
+            self._newest = gone
         self.kv.make_room(end, begin)
         if len(self._ones) < end:
             self._ones = np.ones(self.kv.capacity, np.int64)
@@ -245,8 +246,8 @@ class Heads:
             self._held = self._hold_rows(len(rows))
         for place, row in enumerate(rows):
             self._held[HEAD_ROWS][place] = row
+        self.runs += 1  # whatever comes of it
         self._run(bound, f"positions {begin} to {end}")
-        self.runs += 1
 
     def _hold_rows(self, rows: int) -> dict[str, np.ndarray]:
         """Have the layers be asked about so many rows, in memory that stays the same from run to run."""

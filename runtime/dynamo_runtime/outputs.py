@@ -44,7 +44,12 @@ class Outputs:
         return tokens
 
     def largest(self, row: int, most: int) -> tuple[list[float], list[int]]:
-        """Return at most so many of the largest logits of a row, descending, and their tokens; errors as of reading."""
+        """Return at most so many of the largest logits of a row, descending, and their tokens; errors as of reading.
+
+        Args:
+            row: One that there is, not counted from the end.
+            most: How many are wanted.
+        """
         logits: list[float] = self[TOPK_LOGITS][0, row, :most].tolist()
         ids: list[int] = self[TOPK_IDS][0, row, :most].tolist()
         return logits, ids

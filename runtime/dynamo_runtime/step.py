@@ -145,7 +145,7 @@ class Step:
         """Return the largest logits of a row of the first head, descending, and their tokens; sooner than by `topk`.
 
         Args:
-            row: Counted from the end, if negative.
+            row: One that there is; counted from the end, if negative.
             most: How many are wanted; there are no more of them than `topk` has.
         """
         first = self._hidden if row >= 0 else self._values.rows - self._behind
@@ -195,12 +195,6 @@ class Step:
         return rows[self._hidden : len(rows) - self._behind]
 
 
-def listed(top: tuple[np.ndarray, np.ndarray]) -> tuple[list[float], list[int]]:
-    """Return the first row of top-K logits and ids [rows, K]."""
-    logits, ids = top
-    return logits[0].tolist(), ids[0].tolist()
-
-
 class InsideAhead:
     """Further heads that are in the graph of the base, as formats 2 and 3 have them: computed with the pass itself.
 
@@ -236,7 +230,8 @@ class InsideAhead:
 
     def largest(self, part: int, before: Sequence[int] | None = None) -> tuple[list[float], list[int]]:
         """See `Ahead`."""
-        return listed(self.topk(part))
+        logits, ids = self.topk(part)
+        return logits[0].tolist(), ids[0].tolist()
 
     def output(self, name: str) -> np.ndarray:
         """See `Ahead`."""

@@ -170,9 +170,10 @@ class MadePrior:
         if bundle.drafter is None:
             return None
         plain_ms, whole_ms = _reading_ms(bundle, tuning)
-        layers_ms = min(plain_ms * bundle.topology.layers / (bundle.base_layers + 1), whole_ms)
         if bundle.drafter.conditioned:
             layers_ms = whole_ms / 2
+        else:
+            layers_ms = min(plain_ms * bundle.topology.layers / (bundle.base_layers + 1), whole_ms)
         row_ms = layers_ms * tuning.row_share.get(bundle.precision, tuning.other_row_share)
         layers_ms, run_ms = layers_ms + tuning.run_ms, whole_ms - layers_ms + tuning.run_ms
         if bundle.drafter.conditioned:
