@@ -297,9 +297,9 @@ def test_what_only_one_head_reads_stands_in_its_branch(
     bundle: FolderOf, checkpoint: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or with the layers, if branches are not to hold so much, or a norm is not cut by rows; parity is proved of all."""
+    bundles = [(bundle("phi"), False, 3 * 64), (bundle("cohere"), True, 64 + 1), (tmp_path / "whole", True, 64)]
     monkeypatch.setattr(head_ends, "BRANCH_BYTES", 0)
     export_bundle(tmp_path / "whole" / "model.onnx", checkpoint("phi"))
-    bundles = [(bundle("phi"), False, 3 * 64), (tmp_path / "whole", True, 64), (bundle("cohere"), True, 64 + 1)]
     for folder, inside, width in bundles:
         graph = onnx.load(folder / "drafter.onnx").graph
         outer, *branches = checkpoints.all_graphs(graph)
