@@ -296,7 +296,7 @@ def test_both_parts_of_conditioned_heads_at_once(bundle: FolderOf) -> None:
 def test_what_only_one_head_reads_stands_in_its_branch(
     bundle: FolderOf, checkpoint: FolderOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or with the layers, if branches are not to hold so much, or a norm is not cut by rows; parity is proved of all."""
+    """Or with the layers, if that is too much for a branch, or a norm is not cut by rows; parity is proved of all."""
     bundles = [(bundle("phi"), False, 3 * 64), (bundle("cohere"), True, 64 + 1), (tmp_path / "whole", True, 64)]
     monkeypatch.setattr(head_ends, "BRANCH_BYTES", 0)
     export_bundle(tmp_path / "whole" / "model.onnx", checkpoint("phi"))
