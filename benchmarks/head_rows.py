@@ -192,6 +192,10 @@ def _ordered(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+WHOLE = {"inside": inside, "a": layers_inside, "c": finding_the_row, "words": words_alone}
+"""What graphs of other ways are made by; told heads can be put into none of them."""
+
+
 class Whole:
     """A graph of ours with its caches bound in place, as the runtime binds them."""
 
@@ -234,9 +238,7 @@ def measure(bundle: Bundle, rounds: int, threads: int | None, before: int) -> di
     assert session.heads is not None
     heads = session.heads
     with tempfile.TemporaryDirectory() as folder:
-        made = {"inside": inside, "a": layers_inside, "c": finding_the_row, "words": words_alone}
-        if heads.drafter.conditioned:
-            made = {}
+        made = {} if heads.drafter.conditioned else WHOLE
         whole = {way: Whole(make(bundle), Path(folder) / way, bundle, backend) for way, make in made.items()}
         ways: dict[str, Callable[[list[int], int], object]] = {}
 

@@ -95,7 +95,7 @@ class DraftEnd(End):
             self.put_out(value, ["batch", HEAD_ROWS, width])
 
     def draft(self, words: Words, conditions: Sequence[Any]) -> None:
-        """Go on to words: from the states that were put out, or, conditioned, from what is given of one.
+        """Go on to words: from the states that were put out, or, of a conditioned head, from what its draft reads.
 
         Args:
             words: What drafts are made of.
@@ -200,8 +200,8 @@ class _Told:
 
     Attributes:
         name: Its number.
-        end: What it makes of what is given.
-        given: That, of the draft that is made.
+        end: What it makes by itself.
+        given: What that reads, of the drafts that are made [batch, drafts, width].
         previous: Row of the input embedding of the token in front.
         module: The torch module of its condition, with the linear maps `hidden` and `out`.
     """
@@ -231,7 +231,7 @@ class _Told:
         return told.outputs[0]
 
     def _state(self, graph: ir.Graph) -> ir.Value:
-        """Work out the head's state of what is given of it."""
+        """Work out the head's state of what its end reads."""
         end, given = self.end, dict(zip(self.end.given, self.given, strict=True))
         for node in end.nodes:
             for place, value in enumerate(node.inputs):
